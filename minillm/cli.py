@@ -1,0 +1,133 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minillm.recipe import STAGES
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Distil a large language model into a small one on the student's own samples (MiniLLM).",
+)  # fmt: skip
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Settings that replace the recipe's, e.g. training.learning_rate=1e-5."),
+]
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help=f"Do this stage alone: {', '.join(STAGES)}.", show_default=False)] = None,
+    redo: Annotated[bool, typer.Option(help="Make it again, and what builds on it, even if finished or made with other settings.")] = False,
+) -> None:
+    """Run a recipe's stages; finished ones are skipped, an interrupted one continues.
+
+    Several processes: accelerate launch -m minillm run RECIPE
+    """
+    from minillm import stages
+    from minillm.recipe_file import load_recipe
+
+    if stage is not None and stage not in STAGES:
+        raise ValueError(f"--stage {stage}: no such stage; allowed: {', '.join(STAGES)}")
+    done = stages.run(load_recipe(recipe, overrides or []), stage, redo)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _show_results(done.dir)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Answer the recipe's held-out prompts with every model of its run, and score the answers."""
+    run(recipe, overrides, stage="evaluate")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A model folder, e.g. runs/quickstart/student.")],
+    prompt: Annotated[str, typer.Argument(help="The instruction.")],
+    template: Annotated[str, typer.Option(help="chat, alpaca or plain.")] = "chat",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Sample one answer."""
+    from minillm.data.examples import Example, render
+    from minillm.models.load import eos_ids, load_model, load_tokenizer
+    from minillm.models.vocabulary import token_count
+    from minillm.rollout.engine import Sampling
+    from minillm.rollout.transformers_engine import TransformersEngine
+
+    if template not in ("chat", "alpaca", "plain"):
+        raise ValueError(f"--template {template}: allowed: chat, alpaca, plain")
+    tokenizer = load_tokenizer(model)
+    loaded = load_model(model)
+    sampling = Sampling(max_new_tokens, eos_ids(loaded.generation_config, tokenizer), token_count(tokenizer), temperature)
+    ids = render(Example(0, prompt), template, tokenizer)
+    [rollout] = TransformersEngine(loaded).generate([ids], sampling, [seed])
+    typer.echo(tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip())
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/quickstart.")]) -> None:
+    """Write a run's report.html again from what its directory holds."""
+    from minillm.report import write_report
+
+    typer.echo(f"wrote {write_report(run_dir)}")
+
+
+def _show_results(run_dir: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    file = run_dir / "results.json"
+    console = Console()
+    if file.is_file():
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        table = Table(title=f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]")
+        for column in ("model", "Rouge-L", "KL(q‖p), nats/token", "finished %", "length"):
+            table.add_column(column, justify="left" if column == "model" else "right")
+        for name, scores in results["models"].items():
+            cells = (scores.get(key) for key in ("rouge_l", "reverse_kl", "finished", "length"))
+            table.add_row(name, *("" if c is None else f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells))
+        console.print(table)
+        for item in results.get("check", {}).get("criteria", []):
+            word = "[green]holds[/]" if item["passed"] else "[red]fails[/]"
+            console.print(f"{word}: {item['criterion']} {item['needed']:g} (lower end of the paired interval: {item['lower_end']:.3f})")
+    found = [str(run_dir / name) for name in ("report.html", "results.json", "student") if (run_dir / name).exists()]
+    console.print("Results: " + (", ".join(found) or str(run_dir)), soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; errors a person can mend are one line, without a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from minillm.stages import Interrupted
+
+    try:
+        app()
+    except Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_for_people(error) or os.environ.get("MINILLM_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_for_people(error: Exception) -> bool:
+    from minillm.rollout.build import EngineError
+    from minillm.run_state import RunError
+
+    return isinstance(error, (ValueError, FileNotFoundError, EngineError, RunError))

@@ -1,0 +1,127 @@
+"""Models answer held-out prompts; answers are scored against the teacher's answers and its distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from minillm import metrics
+from minillm.data.batches import bucket, pad, seed_of
+from minillm.data.examples import Prompt
+from minillm.metrics import Floats, Interval
+from minillm.models.scoring import Scoring, bind_scoring, head_of, score
+from minillm.recipe import EvaluateConfig
+from minillm.rollout.engine import Engine, Sampling
+from minillm.teacher.local import LocalTeacher
+
+Row = dict[str, Any]
+
+
+def answer(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seed: int, tokenizer: Any) -> list[Row]:
+    """One sampled answer a prompt: row, seed, text, ids, finished."""
+    seeds = [seed_of("evaluate", seed, prompt.example.row) for prompt in prompts]
+    rollouts = engine.generate([prompt.ids for prompt in prompts], sampling, seeds, progress=True)
+    return [
+        {
+            "row": prompt.example.row, "seed": seed, "ids": rollout.response_ids, "finished": rollout.finished,
+            "text": tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip(),
+        }
+        for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]  # fmt: skip
+
+
+def add_reverse_kl(
+    rows: Sequence[Row], prompts: Sequence[Prompt], student: PreTrainedModel, teacher: LocalTeacher, width: int, temperature: float
+) -> None:
+    """Write `reverse_kl`, the sum of KL(q‖p) over an answer's tokens in nats, into each row.
+
+    The sum is over full distributions at the states that the student's own answer leads through.
+    """
+    bind_scoring(student)
+    by_row = {prompt.example.row: prompt.ids for prompt in prompts}
+    for group in tqdm(bucket([len(row["ids"]) for row in rows], teacher.batch_size), desc="scoring"):
+        some = [rows[i] for i in group]
+        responses = [row["ids"] for row in some]
+        own = [by_row[row["row"]] for row in some]
+        batch = pad(own, responses, student.device)
+        hidden = torch.cat(teacher.hidden(own, responses)).to(student.device)
+        with torch.no_grad():
+            _, scores = score(student, Scoring(batch, width, hidden, head_of(teacher.model), temperature=temperature))
+        for row, values in zip(some, scores.reverse_kl.split(batch.lengths.tolist()), strict=True):
+            row["reverse_kl"] = float(values.double().sum())
+
+
+@dataclass
+class Scores:
+    """Arrays over prompts, each entry the mean or the sum over seeds."""
+
+    rouge_l: Floats
+    finished: Floats
+    tokens: Floats
+    answers: int  # seeds
+    reverse_kl: Floats | None
+
+
+def collect(rows: Sequence[Row], references: Sequence[Row]) -> Scores:
+    """Score answers. Those of one seed are compared with the references of every other seed, the best of them
+    counting, so that a teacher scored on its own answers never meets the very same one."""
+    reference = {(row["row"], row["seed"]): row["text"] for row in references}
+    seeds = sorted({row["seed"] for row in references})
+    order = sorted({row["row"] for row in rows})
+    place = {row: i for i, row in enumerate(order)}
+    rouge, finished, tokens, kl = (np.zeros(len(order)) for _ in range(4))
+    for row in rows:
+        i = place[row["row"]]
+        others = [reference[row["row"], seed] for seed in seeds if seed != row["seed"]]
+        rouge[i] += metrics.rouge_l(row["text"], others)
+        finished[i] += 100 * row["finished"]
+        tokens[i] += len(row["ids"])
+        kl[i] += row.get("reverse_kl", np.nan)
+    n = len({row["seed"] for row in rows})
+    return Scores(rouge / n, finished / n, tokens, n, None if np.isnan(kl).any() else kl)
+
+
+def summarise(scores: Scores, times: int) -> dict[str, Interval]:
+    """Means with 95 % intervals: Rouge-L and finished in percent, KL in nats a token, length in tokens."""
+    n = len(scores.tokens)
+    out = {
+        "rouge_l": metrics.interval(metrics.mean_of(scores.rouge_l), n, times),
+        "finished": metrics.interval(metrics.mean_of(scores.finished), n, times),
+        "length": metrics.interval(metrics.mean_of(scores.tokens / scores.answers), n, times),
+    }
+    if scores.reverse_kl is not None:
+        out["reverse_kl"] = metrics.interval(metrics.ratio_of(scores.reverse_kl, scores.tokens), n, times)
+    return out
+
+
+def compare(before: Scores, after: Scores, times: int) -> dict[str, Interval]:
+    """Paired differences after − before over the same prompts; `reverse_kl_reduction` is relative, 1 − after/before."""
+    n = len(before.tokens)
+    out = {
+        "rouge_l_change": metrics.interval(metrics.mean_of(after.rouge_l - before.rouge_l), n, times),
+        "finished_change": metrics.interval(metrics.mean_of(after.finished - before.finished), n, times),
+    }
+    if before.reverse_kl is not None and after.reverse_kl is not None:
+        old = metrics.ratio_of(before.reverse_kl, before.tokens)
+        new = metrics.ratio_of(after.reverse_kl, after.tokens)
+        out["reverse_kl_reduction"] = metrics.interval(lambda index: 1 - new(index) / old(index), n, times)
+    return out
+
+
+def check(changes: dict[str, Interval], config: EvaluateConfig) -> dict[str, Any]:
+    """Did minillm help, and at no other cost? Judged by the lower ends of the paired intervals."""
+    criteria = [
+        ("reverse KL falls by at least", changes["reverse_kl_reduction"]["low"], config.min_reverse_kl_reduction),
+        ("Rouge-L changes by at least", changes["rouge_l_change"]["low"], -config.max_rouge_l_loss),
+        ("finished (%) changes by at least", changes["finished_change"]["low"], -config.max_finished_loss),
+    ]
+    listed = [
+        {"criterion": name, "needed": needed, "lower_end": low, "passed": bool(low >= needed)} for name, low, needed in criteria
+    ]
+    return {"passed": all(item["passed"] for item in listed), "criteria": listed}

@@ -1,0 +1,142 @@
+"""Rewards to returns to advantages, and importance weights: what each sampled token is credited with.
+
+Notation: q_old drew (with p, at mix α) the tokens y_1…y_T; p̃ = (1−α)·q_old + α·p; r_k = log p(y_k) − log q_old(y_k).
+Everything here is per token, float, without gradient, and flat: responses one after another, [N], with lengths [B].
+
+    exact gradient of KL(q‖p):  E_{y~p̃} Σ_t W_{t−1} ∇KL_t + Σ_t ∇log q(y_t) Σ_{k>t} W_{k−1} KL_k        (B)
+    with sampled rewards:       the second sum is −Σ_t ∇log q(y_t) Σ_{k>t} W_k r_k                          (A)
+
+W_t = ρ_1…ρ_t, ρ = q/p̃. (A) is the paper's equation 3 to 5 with the weights of every token; (B) replaces each r_k by
+its expectation given the past, which cannot raise the variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.recipe import Objective
+
+_WALK = 512
+
+
+@dataclass
+class SampledTokens:
+    """What sampling left behind, flat over the responses of a batch.
+
+    student_logprobs: log q_old(y). behaviour_logprobs: log p̃(y), of the distribution that drew y.
+    teacher_logprobs: log p(y). Each [N] float32. lengths: [B].
+    """
+
+    student_logprobs: Tensor
+    behaviour_logprobs: Tensor
+    teacher_logprobs: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device) -> SampledTokens:
+        return SampledTokens(**{name: value.to(device) for name, value in vars(self).items()})
+
+    @property
+    def segments(self) -> Tensor:
+        """The response each token belongs to, [N]."""
+        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
+
+    @property
+    def remaining(self) -> Tensor:
+        """Tokens that follow each token in its response, [N]."""
+        ends = torch.repeat_interleave(self.lengths.cumsum(0), self.lengths)
+        return ends - 1 - torch.arange(len(ends), device=ends.device)
+
+
+def sampled_rewards(tokens: SampledTokens, objective: Objective) -> Tensor:
+    """r_k = log p(y_k) − log q_old(y_k), scaled, then clipped. [N]"""
+    rewards = (tokens.teacher_logprobs - tokens.student_logprobs) / objective.reward_scale
+    if objective.reward_clip is not None:
+        rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
+    return rewards
+
+
+def token_weights(tokens: SampledTokens, truncation: float | None = None) -> Tensor:
+    """ρ_t = q_old(y_t)/p̃(y_t), at most 1/(1−α). [N]"""
+    weights = (tokens.student_logprobs - tokens.behaviour_logprobs).exp()
+    return weights if truncation is None else weights.clamp(max=truncation)
+
+
+def prefix_weights(tokens: SampledTokens, truncation: float | None = None) -> tuple[Tensor, Tensor]:
+    """W_{t−1} and W_t, the products of ρ before and including each token. Each [N]."""
+    logs = (tokens.student_logprobs - tokens.behaviour_logprobs).double()
+    total = logs.cumsum(0)
+    starts = tokens.lengths.cumsum(0) - tokens.lengths
+    base = torch.repeat_interleave((total - logs)[starts.clamp(max=max(len(logs) - 1, 0))], tokens.lengths)
+    including = (total - base).exp()
+    before = (total - logs - base).exp()
+    if truncation is not None:
+        including, before = including.clamp(max=truncation), before.clamp(max=truncation)
+    return before.to(tokens.student_logprobs.dtype), including.to(tokens.student_logprobs.dtype)
+
+
+class ReturnWalk:
+    """Returns of responses walked from their ends, a stretch of tokens at a time.
+
+    R_t = Σ_{k≥s} γ^{k−s} r_k over the same response, s = t+1 (`next`) or t (`current`). Because the walk starts at
+    the end, rewards may be computed on the way: a token's return is complete when its stretch is.
+    """
+
+    def __init__(self, segments: Tensor, discount: float, return_from: str) -> None:
+        self._segments = segments
+        self._log_discount = torch.tensor(discount, dtype=torch.float64).log().item()
+        self._shift = 1 if return_from == "next" else 0
+        self._carry: tuple[int, Tensor] | None = None  # where the later stretch begins, and Σ_{k≥there} of its rewards
+
+    def __call__(self, part: slice, rewards: Tensor) -> Tensor:
+        """Returns [n] of the tokens in `part`, which must end where the previous part began."""
+        segments = self._segments[part]
+        place = torch.arange(part.start, part.stop, device=rewards.device, dtype=torch.float64)
+        values = rewards.double()
+        ahead = place[None, :] - place[:, None]
+        same = segments[None, :] == segments[:, None]
+        out = (self._decay(ahead - self._shift) * (same & (ahead >= self._shift))) @ values
+        # The sum from a stretch's first token on, itself included, is what an earlier stretch needs.
+        first = (self._decay(ahead[0]) * (same[0] & (ahead[0] >= 0))) @ values
+        if self._carry is not None and len(segments):
+            start, tail = self._carry
+            joined = segments == self._segments[start]
+            out = out + joined * self._decay((start - place - self._shift).clamp(min=0)) * tail
+            first = first + joined[0] * self._decay(start - place[:1])[0] * tail
+        self._carry = (part.start, first)
+        return out.to(rewards.dtype)
+
+    def _decay(self, steps: Tensor) -> Tensor:
+        return (steps.clamp(min=0) * self._log_discount).exp()
+
+
+def returns(rewards: Tensor, tokens: SampledTokens, objective: Objective) -> Tensor:
+    """Returns of rewards that are all known, [N]; divided by their summands if `length_norm`."""
+    walk = ReturnWalk(tokens.segments, objective.discount, objective.return_from)
+    out = torch.empty_like(rewards)
+    for start in range((max(len(rewards), 1) - 1) // _WALK * _WALK, -1, -_WALK):
+        part = slice(start, min(start + _WALK, len(rewards)))
+        out[part] = walk(part, rewards[part])
+    return out / summands(tokens, objective).clamp(min=1) if objective.length_norm else out
+
+
+def summands(tokens: SampledTokens, objective: Objective) -> Tensor:
+    """How many rewards a token's return sums, [N]."""
+    return tokens.remaining + (objective.return_from == "current")
+
+
+def return_sum(tokens: SampledTokens, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Sum and count of the sampled returns that a baseline averages: those that have a summand."""
+    has_future = summands(tokens, objective) > 0
+    values = returns(sampled_rewards(tokens, objective), tokens, objective)[has_future]
+    return values.double().sum(), has_future.sum()
+
+
+def whiten(values: Tensor, slots: int | None = None) -> Tensor:
+    """Mean 0, spread 1; with `slots`, over that many slots of which the missing ones are zeros (the authors' code)."""
+    count = len(values) if slots is None else slots
+    mean = values.sum() / count
+    variance = (((values - mean) ** 2).sum() + (count - len(values)) * mean**2) / count
+    return (values - mean) * torch.rsqrt(variance + 1e-8)

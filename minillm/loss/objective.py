@@ -1,0 +1,155 @@
+"""The terms of the loss, as the weights that `token_scores` differentiates by.
+
+    L = single_step · Σ_t v_t KL_t  −  long_term · Σ_t w_t min(ρ̂_t A_t, clip(ρ̂_t, 1±ε) A_t)  +  language model
+
+divided by a token count. ρ̂ = q_θ/q_old; A, w and v come from `credit`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minillm.loss import credit
+from minillm.loss.credit import SampledTokens
+from minillm.loss.token_scores import TokenScores, TokenWeights
+from minillm.recipe import Objective
+
+
+@dataclass
+class Tally:
+    """Sums over tokens, for the metrics of an update; add them over micro-batches and processes, then divide."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            value = value.detach().double().sum()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+class OnPolicyLoss:
+    """The `weigh` of `token_scores` for sampled responses followed, in the same flat batch, by text.
+
+    Args:
+        tokens: the sampled responses; the first N tokens of the batch.
+        baseline: mean sampled return of the rollout batch (`baseline: centre`).
+        count, text_count: divisors of the two kinds of token.
+        slots: B × max_new_tokens, for `whiten_padded`.
+    """
+
+    def __init__(
+        self, objective: Objective, tokens: SampledTokens, *, baseline: float = 0.0, count: float | Tensor = 1.0,
+        text_count: float | Tensor = 1.0, slots: int | None = None,
+    ) -> None:  # fmt: skip
+        self._objective, self._tokens = objective, tokens
+        self._count, self._text_count = count, text_count
+        self._n = len(tokens.student_logprobs)
+        self._summands = credit.summands(tokens, objective)
+        self._baseline = baseline if objective.baseline == "centre" else 0.0
+        ones = torch.ones_like(tokens.student_logprobs)
+        truncation = objective.importance_truncation
+        before, including = credit.prefix_weights(tokens, truncation)
+        token = credit.token_weights(tokens, truncation)
+        kinds = {"none": ones, "token": token}
+        self._weights = kinds.get(objective.importance, ones)
+        self._single_weights = {**kinds, "prefix": before}[objective.single_step_weight]
+        # With products, each future reward has its own: W_{k−1} for an expected reward, W_k for a sampled one.
+        by_reward = before if objective.reward == "expected" else including
+        self._reward_weights = by_reward if objective.importance == "prefix" else ones
+        self._walk = credit.ReturnWalk(tokens.segments, objective.discount, objective.return_from)
+        self._advantages = self._sampled_advantages(slots) if objective.reward == "sampled" else None
+        self.tally = Tally()
+
+    def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+        if part.stop <= self._n:
+            return self._policy(part, scores)
+        if part.start >= self._n:
+            return self._text(scores)
+        cut = self._n - part.start
+        split = lambda s: TokenScores(*(getattr(scores, f)[s] for f in vars(scores)))  # noqa: E731
+        text_loss, text = self._text(split(slice(cut, None)))
+        loss, policy = self._policy(slice(part.start, self._n), split(slice(cut)))
+        zeros = torch.zeros_like(scores.logq)
+        pairs = {name: (getattr(policy, name), getattr(text, name)) for name in vars(policy)}
+        joined = {
+            name: torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b])
+            for name, (a, b) in pairs.items()
+        }
+        return loss + text_loss, TokenWeights(**joined)
+
+    def _policy(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+        objective, old = self._objective, self._tokens.student_logprobs[part]
+        advantages = self._future(part, scores.reverse_kl) if self._advantages is None else self._advantages[part]
+        weights = self._weights[part]
+        ratio = (scores.logq - old).exp()
+        if objective.weight_in_clip:
+            ratio, weights = ratio * weights, torch.ones_like(weights)
+        gain, active = ratio * advantages, torch.ones_like(ratio, dtype=torch.bool)
+        if objective.clip is not None:
+            clipped = ratio.clamp(1 - objective.clip, 1 + objective.clip) * advantages
+            active = gain <= clipped
+            surrogate = torch.minimum(gain, clipped)
+        else:
+            surrogate = gain
+        single = objective.single_step * self._single_weights[part] / self._count
+        long = objective.long_term / self._count
+        loss = (single * scores.reverse_kl).sum() - (long * weights * surrogate).sum()
+        self.tally.add(
+            tokens=torch.ones_like(old), reverse_kl=scores.reverse_kl, forward_kl=scores.forward_kl, entropy=scores.entropy,
+            sampled_reverse_kl=old - scores.logp, advantage=advantages, advantage_squared=advantages.double() ** 2,
+            importance_weight=self._weights[part], clipped=~active, log_ratio=(scores.logq - old).abs(), policy_loss=-(long * weights * surrogate),
+            single_step_loss=single * scores.reverse_kl,
+        )  # fmt: skip
+        return loss, TokenWeights(logq=-long * weights * gain * active, reverse_kl=single)
+
+    def _text(self, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+        """λ·[(1−s)·(−log q(y)) + s·KL(p‖q)] over text tokens."""
+        objective = self._objective
+        share = objective.language_model_distill
+        scale = torch.ones_like(scores.logq) * (objective.language_model / self._text_count)
+        loss = scale * ((1 - share) * -scores.logq + share * scores.forward_kl)
+        self.tally.add(text_tokens=torch.ones_like(scores.logq), text_nll=-scores.logq, language_model_loss=loss)
+        return loss.sum(), TokenWeights(logq=-scale * (1 - share), forward_kl=scale * share)
+
+    def _future(self, part: slice, reverse_kl: Tensor) -> Tensor:
+        """Advantages from expected rewards −KL_k, computed on the walk."""
+        value = self._walk(part, -reverse_kl * self._reward_weights[part])
+        return self._finish(value, self._summands[part], self._objective.length_norm)
+
+    def _sampled_advantages(self, slots: int | None) -> Tensor:
+        objective, tokens = self._objective, self._tokens
+        rewards = credit.sampled_rewards(tokens, objective) * self._reward_weights
+        value = credit.returns(rewards, tokens, objective)
+        if objective.baseline.startswith("whiten"):
+            return credit.whiten(value, slots if objective.baseline == "whiten_padded" else None)
+        return self._finish(value, self._summands, divide=False)
+
+    def _finish(self, value: Tensor, summands: Tensor, divide: bool) -> Tensor:
+        if divide:
+            value = value / summands.clamp(min=1)
+        centred = value - self._baseline
+        if self._objective.length_norm:
+            # The mean of no rewards is undefined: such a token is judged by the single step alone, so that ending a
+            # response is neither rewarded nor punished for having no future.
+            centred = torch.where(summands > 0, centred, torch.zeros_like(centred))
+        return centred
+
+
+class SupervisedLoss:
+    """λ·CE + (1−λ)·KL(p‖q) on fixed responses: the paper's word-level distillation."""
+
+    def __init__(self, cross_entropy: float, count: float | Tensor) -> None:
+        self._share, self._count = cross_entropy, count
+        self.tally = Tally()
+
+    def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+        ones = torch.ones_like(scores.logq) / self._count
+        loss = ones * (self._share * -scores.logq + (1 - self._share) * scores.forward_kl)
+        self.tally.add(
+            tokens=torch.ones_like(ones), cross_entropy=-scores.logq, forward_kl=scores.forward_kl,
+            reverse_kl=scores.reverse_kl, entropy=scores.entropy,
+        )  # fmt: skip
+        return loss.sum(), TokenWeights(logq=-ones * self._share, forward_kl=ones * (1 - self._share))

@@ -1,0 +1,85 @@
+"""Scoring bound as a model's own forward.
+
+DDP, FSDP2 and ZeRO-3 gather the head's weights, and hook their gradients, inside the forward of the module they wrap.
+Scoring from outside would read shards. A bound model called with `scoring=` returns the loss and the scores; called
+otherwise it is what it was. Nothing is wrapped and no checkpoint key changes.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minillm.data.batches import Padded
+from minillm.loss.token_scores import Head, TokenScores, Weigh, token_scores
+
+
+@dataclass
+class Scoring:
+    """What a bound model needs to score a batch: see `token_scores`."""
+
+    batch: Padded
+    width: int
+    teacher_hidden: Tensor | None = None
+    teacher_head: Head | None = None
+    weigh: Weigh | None = None
+    temperature: float = 1.0
+
+
+def body(model: PreTrainedModel) -> Any:
+    """The model without its head, adapters inside it included."""
+    return _unwrap_adapter(model).base_model
+
+
+def _unwrap_adapter(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head's weights and the constants that its family applies to logits."""
+    module: Any = _unwrap_adapter(model).get_output_embeddings()
+    if hasattr(module, "base_layer"):
+        raise ValueError("an adapter on the output head is not scored; leave lm_head out of target_modules and modules_to_save")
+    config: Any = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is None:
+        scale = 1.0 / getattr(config, "logits_scaling", 1.0)  # Granite divides
+    return Head(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def hidden_states(model: PreTrainedModel, batch: Padded) -> Tensor:
+    """Final hidden states [N, H] that predict the batch's response tokens."""
+    states = body(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
+
+
+def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
+    """Teach `model.forward` the argument `scoring`. Binding twice changes nothing."""
+    if getattr(model, "_scoring_bound", False):
+        return model
+    plain = model.forward
+
+    def forward(self: Any, *args: Any, scoring: Scoring | None = None, **kwargs: Any) -> Any:
+        if scoring is None:
+            return plain(*args, **kwargs)
+        hidden = hidden_states(self, scoring.batch)
+        teacher_head = None if scoring.teacher_head is None else scoring.teacher_head.narrow(scoring.width)
+        loss, scores = token_scores(
+            hidden, head_of(self).narrow(scoring.width), scoring.batch.targets, scoring.teacher_hidden, teacher_head,
+            weigh=scoring.weigh, temperature=scoring.temperature,
+        )  # fmt: skip
+        return {"loss": loss, "scores": scores}
+
+    model.forward = types.MethodType(forward, model)
+    model._scoring_bound = True  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def score(model: PreTrainedModel, scoring: Scoring) -> tuple[Tensor, TokenScores]:
+    """Loss and scores of a bound model, which may be wrapped by DDP or FSDP."""
+    out = model(scoring=scoring)
+    return out["loss"], out["scores"]

@@ -1,0 +1,43 @@
+"""Do student and teacher mean the same by a token id?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+class VocabularyError(ValueError):
+    """Student and teacher do not share a vocabulary."""
+
+
+def shared_width(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+    """Columns that both heads have. A family may pad its heads to different widths."""
+    return min(_width(student), _width(teacher))
+
+
+def token_count(tokenizer: Any) -> int:
+    """One more than the highest id that means something; what a head has beyond it is padding."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """Refuse a pair whose tokenizers give different tokens for one id.
+
+    Raises:
+        VocabularyError: naming the first id that differs.
+    """
+    student, teacher = ({i: t for t, i in tok.get_vocab().items()} for tok in (student_tokenizer, teacher_tokenizer))
+    for token_id in sorted(student.keys() | teacher.keys()):
+        ours, theirs = student.get(token_id), teacher.get(token_id)
+        if ours != theirs:
+            raise VocabularyError(
+                f"student and teacher have different tokenizers: id {token_id} is {ours!r} for the student and "
+                f"{theirs!r} for the teacher. Reverse KL needs one vocabulary; train the student on the teacher's "
+                "answers as text instead (sequence-level distillation), which needs none in common."
+            )
+
+
+def _width(model: PreTrainedModel) -> int:
+    head: Any = model.get_output_embeddings()
+    return head.weight.shape[0]

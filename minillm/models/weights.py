@@ -1,0 +1,24 @@
+"""A trained model's weights under the names its plain architecture has, for an engine or a saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, tied ones under each of their names; adapters are merged for the time being, then taken out again."""
+    if not hasattr(model, "merge_adapter"):
+        for name, value in model.state_dict().items():
+            yield name, value.detach().to(dtype)
+        return
+    model.merge_adapter()
+    try:
+        for name, value in model.get_base_model().state_dict().items():
+            if "lora_" not in name:
+                yield name.replace(".base_layer", ""), value.detach().to(dtype)
+    finally:
+        model.unmerge_adapter()

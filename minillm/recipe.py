@@ -1,0 +1,225 @@
+"""Every setting a recipe can hold, typed; imports nothing else of this package.
+
+A section is a pydantic model that refuses unknown keys. The string under a field is its documentation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+STAGES = ("teacher", "student", "responses", "warmup", "minillm", "evaluate", "report")
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+
+class DataConfig(Section):
+    train: Path
+    """JSONL of training prompts: `instruction` with an optional `input`, or `prompt`."""
+    heldout: Path
+    """JSONL of prompts that no stage trains on."""
+    template: Literal["chat", "alpaca", "plain"] = "chat"
+    """`chat`: the tokenizer's chat template; `alpaca`: the MiniLLM paper's; `plain`: the text as it stands."""
+    system: str | None = None
+    """System message of the chat template; none leaves the template's own."""
+    max_prompt_tokens: Positive = 256
+    """A rendered prompt longer than this is left out, counted and reported; it is never cut."""
+    limit: Positive | None = None
+    """Use only the first rows of each file (to try a recipe)."""
+
+
+class TeacherConfig(Section):
+    source: str
+    """A Hugging Face folder or hub id, a `.gguf` file, or `package:NAME` for a GGUF file inside an installed package."""
+
+
+class StudentConfig(Section):
+    source: Literal["prune"] | str = "prune"
+    """`prune`: the teacher with fewer layers; otherwise a folder or hub id."""
+    keep_layers: Positive | None = None
+    """Layers that stay when pruning."""
+    probe_prompts: Positive = 64
+    """Training prompts on which the similarity of each block's input and output is measured."""
+
+
+class ResponsesConfig(Section):
+    max_new_tokens: Positive = 128
+    samples_per_prompt: Positive = 1
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class WarmupConfig(Section):
+    cross_entropy: Share = 0.5
+    """λ in λ·CE + (1−λ)·KL(p‖q) on the teacher's answers (the paper's word-level KD uses 0.5)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits of student and teacher in the loss."""
+    training: dict[str, Any] = {}
+    """`transformers.TrainingArguments` of this stage."""
+
+
+class RolloutConfig(Section):
+    """How the student's responses are drawn."""
+
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """`auto`: vLLM where it is installed, else transformers, saying so; the others insist."""
+    num_rollouts: Positive = 32
+    """Responses drawn, over all processes, between two weight updates of the engine."""
+    inner_epochs: Positive = 2
+    """Passes over each batch of rollouts (`ppo_epochs` in the authors' code)."""
+    teacher_mix: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """α: tokens are drawn from (1−α)·q + α·p (paper section 2.2)."""
+    max_new_tokens: Positive = 128
+    max_prompt_tokens: Positive = 256
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits of student and teacher, in sampling and in the loss alike."""
+    draft_tokens: Positive = 24
+    """Student tokens drafted before the teacher checks them (teacher-mixed sampling)."""
+    engine_memory: Annotated[float, Field(gt=0)] | None = None
+    """vLLM's key-value cache in GiB; default: 1 GiB on the CPU, vLLM's own choice on a GPU."""
+
+
+class Objective(Section):
+    """What is minimised; see `minillm.loss.credit` for the equations. Start from a preset and change what differs."""
+
+    preset: Literal["paper", "reference", "recommended", "exact"] = "recommended"
+    """Which preset the other fields start from."""
+    reward: Literal["sampled", "expected"] = "expected"
+    """r_k = log p(y_k) − log q_old(y_k), or its expectation −KL_k."""
+    reward_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Sampled rewards are divided by this."""
+    reward_clip: Annotated[float, Field(gt=0)] | None = None
+    """Then clipped to ± this."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """γ of the return."""
+    return_from: Literal["next", "current"] = "next"
+    """R_{t+1} (the paper; the single step holds the immediate reward) or R_t."""
+    length_norm: bool = True
+    """Divide a return by its number of summands."""
+    baseline: Literal["none", "centre", "whiten", "whiten_padded"] = "centre"
+    """`centre`: subtract the mean sampled return of the rollout batch. `whiten`: mean and spread of the micro-batch;
+    `whiten_padded`: its padding counted as zeros, as the authors' code does."""
+    importance: Literal["none", "token", "prefix"] = "token"
+    """Long-term weight: none, ρ_t, or the per-decision product ρ_1…ρ_k (equation B of the README)."""
+    importance_truncation: Annotated[float, Field(ge=1)] | None = None
+    """Upper bound of an importance weight."""
+    clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
+    """ε of the clipped ratio q_θ/q_old; none: the plain ratio."""
+    weight_in_clip: bool = False
+    """Clip w·ρ̂ (the authors' code) rather than ρ̂ (the paper)."""
+    single_step: Annotated[float, Field(ge=0)] = 1.0
+    """Coefficient of the exact KL_t."""
+    single_step_weight: Literal["none", "token", "prefix"] = "none"
+    """Weight of KL_t: none, ρ_t (the paper), or ρ_1…ρ_{t−1}."""
+    long_term: Annotated[float, Field(ge=0)] = 1.0
+    """Coefficient of the policy-gradient term."""
+    language_model: Annotated[float, Field(ge=0)] = 1.0
+    """Coefficient of the language-model term; it counts only where a text corpus is given."""
+    language_model_distill: Share = 0.0
+    """Share of that term which is forward KL to the teacher (0.5 in the authors' code)."""
+    language_model_block: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a block of text; a block never crosses a document's end."""
+    normalise: Literal["update_tokens", "micro_batch_tokens"] = "update_tokens"
+    """Divide sums over tokens by the token count of the whole update over all processes, or of the micro-batch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            preset = given.get("preset", "recommended")
+            if isinstance(preset, str) and preset in PRESETS:
+                return {**PRESETS[preset], **given}
+        return given
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Objective:
+        if self.weight_in_clip and self.clip is None:
+            raise ValueError("weight_in_clip needs clip (a number between 0 and 1)")
+        if self.reward == "expected" and (self.reward_scale != 1.0 or self.reward_clip is not None):
+            raise ValueError("reward_scale and reward_clip apply to reward: sampled; the expected reward is -KL as it is")
+        if self.reward == "expected" and self.baseline.startswith("whiten"):
+            raise ValueError("whitening needs every return beforehand: use reward: sampled, or baseline: centre")
+        if self.importance == "prefix" and self.weight_in_clip:
+            raise ValueError("weight_in_clip holds for importance: token")
+        if self.importance == "prefix" and self.length_norm:
+            raise ValueError("importance: prefix weighs each future reward; it has no length-normalised form")
+        return self
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Objective:
+        """Equations 5 to 8 of arXiv 2306.08543."""
+        return cls(preset="paper", **changes)
+
+    @classmethod
+    def reference(cls, **changes: Any) -> Objective:
+        """What the authors' released code computes."""
+        return cls(preset="reference", **changes)
+
+    @classmethod
+    def recommended(cls, **changes: Any) -> Objective:
+        """Expected future rewards, token weights outside the clip, centred, one token count per update."""
+        return cls(preset="recommended", **changes)
+
+    @classmethod
+    def exact(cls, **changes: Any) -> Objective:
+        """The unbiased gradient of KL(q‖p), equation (B); its variance grows with length."""
+        return cls(preset="exact", **changes)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "recommended": {},
+    "paper": {"reward": "sampled", "baseline": "none", "single_step_weight": "token"},
+    "reference": {
+        "reward": "sampled", "reward_scale": 0.5, "reward_clip": 100.0, "discount": 0.95, "return_from": "current",
+        "baseline": "whiten_padded", "weight_in_clip": True, "language_model_distill": 0.5,
+        "normalise": "micro_batch_tokens",
+    },
+    "exact": {
+        "length_norm": False, "baseline": "none", "importance": "prefix", "single_step_weight": "prefix", "clip": None,
+    },
+}  # fmt: skip
+
+
+class EvaluateConfig(Section):
+    seeds: Annotated[list[int], Field(min_length=2)] = [10, 20, 30]
+    """Sampling seeds; at least two, because the teacher is scored on another seed's answers."""
+    max_new_tokens: Positive = 128
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamples of the prompts behind each 95 % interval."""
+    min_reverse_kl_reduction: float = 0.15
+    """The check at the end: least relative fall of KL(q‖p) from warm-up to minillm."""
+    max_rouge_l_loss: float = 1.0
+    """The check: most Rouge-L points lost, at the lower end of the paired interval."""
+    max_finished_loss: float = 2.0
+    """The check: most percentage points of finished responses lost, at the lower end of the paired interval."""
+
+
+class Recipe(Section):
+    run_dir: Path
+    """Where everything the run makes is kept."""
+    seed: int = 0
+    stages: list[Literal["teacher", "student", "responses", "warmup", "minillm", "evaluate", "report"]] = list(STAGES)
+    """What `minillm run` does, in this order."""
+    data: DataConfig
+    teacher: TeacherConfig
+    student: StudentConfig = StudentConfig()
+    responses: ResponsesConfig = ResponsesConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    objective: Objective = Objective()
+    rollout: RolloutConfig = RolloutConfig()
+    training: dict[str, Any] = {}
+    """`transformers.TrainingArguments` of the minillm stage."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _pruning(self) -> Recipe:
+        if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:
+            raise ValueError("student.keep_layers is needed when student.source is prune")
+        return self

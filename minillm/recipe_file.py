@@ -1,0 +1,199 @@
+"""Reads a recipe: YAML with `extends`, overrides from the command line, errors that name file, line and key.
+
+A value that starts with `./` or `../` is a path relative to the file that says it. The names of
+`transformers.TrainingArguments` and the existence of files are checked here too, before any model loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from minillm.recipe import Recipe
+
+Key = tuple[str, ...]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run; its text is one line per fault."""
+
+
+# TrainingArguments that belong to the stage, not to the user.
+_RESERVED = {"output_dir": "it follows from run_dir", "seed": "set seed at the top of the recipe"}
+_AT_LEAST = {
+    "learning_rate": 0.0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
+    "max_grad_norm": 0.0, "num_train_epochs": 0.0, "warmup_steps": 0.0,
+}  # fmt: skip
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read `path`, follow `extends`, apply `section.key=value` overrides and validate.
+
+    Raises:
+        RecipeError: naming the file and line (or the override), the key, the value and what is allowed.
+    """
+    path = Path(path)
+    where: dict[Key, str] = {}
+    tree = _read(path, where, ())
+    for text in overrides:
+        _override(tree, text, where)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(fault, where, path) for fault in error.errors())) from None
+    faults = [
+        f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
+        for section, given in ((("training",), recipe.training), (("warmup", "training"), recipe.warmup.training))
+        for key, fault in _training_faults(section, given)
+    ]
+    for key in (("data", "train"), ("data", "heldout")):
+        file = _get(tree, key)
+        if file and not Path(file).is_file():
+            faults.append(f"{_place(where, key, path)}: {'.'.join(key)}: no such file: {file}")
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return recipe
+
+
+def flatten(tree: Any, prefix: Key = ()) -> dict[Key, Any]:
+    """Leaves of nested mappings, keyed by their path."""
+    if isinstance(tree, dict) and tree:
+        return {leaf: value for key, child in tree.items() for leaf, value in flatten(child, (*prefix, key)).items()}
+    return {prefix: tree}
+
+
+def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe")
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: extends itself, by way of {seen[-1].name}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, and this file is not")
+    own: dict[Key, str] = {}
+    tree = _construct(node, path, own, ())
+    parent = tree.pop("extends", None)
+    if parent is None:
+        where.update(own)
+        return tree
+    base = _read(path.parent / str(parent), where, (*seen, path.resolve()))
+    where.update(own)
+    return _merge(base, tree)
+
+
+def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> Any:
+    where[key] = f"{path}:{node.start_mark.line + 1}"
+    if isinstance(node, yaml.MappingNode):
+        out: dict[str, Any] = {}
+        for key_node, child in node.value:
+            name = str(key_node.value)
+            if name in out:
+                raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: said twice")
+            out[name] = _construct(child, path, where, (*key, name))
+            where[(*key, name)] = f"{path}:{key_node.start_mark.line + 1}"
+        return out
+    value = yaml.safe_load(yaml.serialize(node))
+    if isinstance(value, str) and value.startswith(("./", "../")) and key != ("extends",):
+        return str(path.parent / value)
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"{text!r}: an override is section.key=value")
+    *sections, last = name.split(".")
+    at = tree
+    for section in sections:
+        at = at.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise RecipeError(f"{text!r}: {section} is not a section")
+    try:
+        at[last] = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError:
+        raise RecipeError(f"{text!r}: the value is not YAML") from None
+    where[tuple(name.split("."))] = "command line"
+
+
+def _get(tree: Any, key: Key) -> Any:
+    for part in key:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _place(where: dict[Key, str], key: Key, path: Path) -> str:
+    while key and key not in where:
+        key = key[:-1]
+    return where.get(key, str(path))
+
+
+def _explain(fault: Any, where: dict[Key, str], path: Path) -> str:
+    key = tuple(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "unknown key; " + _allowed(key[-1], _fields(key[:-1]))
+    elif fault["type"] == "missing":
+        message = "needed, and not given"
+    elif not isinstance(fault["input"], dict):
+        message += f" (given: {fault['input']!r})"
+    return f"{_place(where, key, path)}: {'.'.join(key) or 'recipe'}: {message}"
+
+
+def _allowed(name: str, names: Iterable[str]) -> str:
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return "allowed: " + (", ".join(names) if len(names) < 40 else "the fields of transformers.TrainingArguments")
+
+
+def _fields(key: Key) -> list[str]:
+    model: Any = Recipe
+    for part in key:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _training_faults(section: Key, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
+    if not given:
+        return
+    from transformers import TrainingArguments  # here: it takes seconds to import
+
+    hints = typing.get_type_hints(TrainingArguments)
+    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name, value in given.items():
+        key = (*section, name)
+        if name in _RESERVED:
+            yield key, f"not set here: {_RESERVED[name]}"
+        elif name not in names:
+            yield key, "unknown key; " + _allowed(name, names)
+        else:
+            try:
+                checked = TypeAdapter(hints[name]).validate_python(value)
+            except ValidationError as error:
+                yield key, f"{error.errors()[0]['msg']} (given: {value!r})"
+                continue
+            given[name] = checked
+            if name in _AT_LEAST and checked < _AT_LEAST[name]:
+                yield key, f"must be at least {_AT_LEAST[name]} (given: {value!r})"

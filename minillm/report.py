@@ -1,0 +1,165 @@
+"""A run as one self-contained HTML page: the table, the check, curves, and answers side by side."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.data.examples import read_jsonl
+
+_SHOWN = 24  # prompts in the side-by-side table
+_COLUMNS = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
+# A panel's title, and the log entries it draws with their labels.
+_PANELS: list[tuple[str, dict[str, str]]] = [
+    ("Loss", {"loss": "total", "policy_loss": "long term", "single_step_loss": "single step"}),
+    ("Reverse KL, nats a token", {"reverse_kl": "exact", "sampled_reverse_kl": "sampled"}),
+    ("Response length, tokens", {"response_length": "mixture samples"}),
+    ("Gradient norm", {"grad_norm": "before clipping"}),
+    ("Importance weights", {"importance_weight": "mean weight", "clipped": "share clipped"}),
+    ("Engine against trainer, nats", {"engine_mismatch": "mean |difference| of log q"}),
+]
+_WARMUP_PANELS: list[tuple[str, dict[str, str]]] = [
+    ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
+    ("Gradient norm", {"grad_norm": "before clipping"}),
+]
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#1c2330}
+table{border-collapse:collapse;width:100%;margin:1rem 0}td,th{border:1px solid #d5dae3;padding:.4rem .6rem;vertical-align:top}
+th{background:#eef1f6;text-align:left}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.small{color:#5b6577;font-size:13px}.ok{color:#1a7f37}.no{color:#c62828}svg{max-width:100%;height:auto}
+td.answer{white-space:pre-wrap;font-size:13px;width:22%}
+"""
+
+
+def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Path:
+    """Write `run_dir/report.html` from what is there; what is missing is left out.
+
+    Args:
+        prompts: text of each held-out row; kept beside the answers for later calls without it.
+
+    Raises:
+        FileNotFoundError: `run_dir` is not a run's directory.
+    """
+    if not (run_dir / "state.json").is_file():
+        raise FileNotFoundError(f"{run_dir}: not the directory of a run (it has no state.json)")
+    kept = run_dir / "evaluate" / "prompts.json"
+    if prompts is not None and kept.parent.is_dir():
+        kept.write_text(json.dumps(prompts), encoding="utf-8")
+    elif kept.is_file():
+        prompts = {int(row): text for row, text in _read(kept).items()}
+    results = _read(run_dir / "results.json") if (run_dir / "results.json").is_file() else {}
+    parts = [
+        f"<h1>{html.escape(run_dir.name)}</h1>",
+        _table(results),
+        _check(results),
+        _curves("On-policy training (minillm)", run_dir / "student" / "trainer_state.json", _PANELS),
+        _curves("Warm-up", run_dir / "warmed" / "trainer_state.json", _WARMUP_PANELS),
+        _answers(run_dir / "evaluate", results, prompts or {}),
+        _times(_read(run_dir / "state.json")["stages"]),
+    ]
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run_dir.name)} · minillm</title>"
+        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>"
+    )
+    out = run_dir / "report.html"
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _cell(interval: dict[str, float] | None) -> str:
+    if interval is None:
+        return "<td class=n></td>"
+    return f"<td class=n>{interval['mean']:.2f} <span class=small>[{interval['low']:.2f}, {interval['high']:.2f}]</span></td>"
+
+
+def _table(results: dict[str, Any]) -> str:
+    if not results:
+        return "<p>Not evaluated yet.</p>"
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>{''.join(_cell(scores.get(key)) for key in _COLUMNS)}</tr>"
+        for name, scores in results["models"].items()
+    )
+    heads = "".join(f"<th>{title}</th>" for title in _COLUMNS.values())
+    return (
+        f"<h2>Results</h2><table><tr><th>model</th>{heads}</tr>{rows}</table>"
+        f"<p class=small>{results['prompts']} held-out prompts, seeds {', '.join(map(str, results['seeds']))}; mean and 95 % "
+        "bootstrap interval over prompts. Rouge-L is against the teacher's answers of the other seeds, the teacher's own "
+        "answers included. KL(q‖p) is over whole distributions, on each model's own samples. Every model samples by itself; "
+        "nothing is mixed in. A model that babbles can have a low KL: read the answers.</p>"
+    )
+
+
+def _check(results: dict[str, Any]) -> str:
+    if "check" not in results:
+        return ""
+    items = "".join(
+        f"<li class={'ok' if item['passed'] else 'no'}>{html.escape(item['criterion'])} {item['needed']:g}: "
+        f"lower end of the paired interval {item['lower_end']:.3f}</li>"
+        for item in results["check"]["criteria"]
+    )
+    return f"<h2>minillm against the warmed-up student</h2><ul>{items}</ul>"
+
+
+def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]]) -> str:
+    if not state.is_file():
+        return ""
+    history = [entry for entry in _read(state)["log_history"] if "loss" in entry]
+    present = [panel for panel in panels if any(key in entry for entry in history for key in panel[1])]
+    if not present:
+        return ""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(present) // 3)
+    figure = Figure(figsize=(12, 3.1 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False).flat
+    for axis in list(axes)[len(present) :]:
+        axis.set_visible(False)
+    for axis, (name, series) in zip(axes, present, strict=False):
+        for key, label in series.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", linewidth=1.4, label=label)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("update", fontsize=8)
+        axis.grid(alpha=0.3)
+        if len(series) > 1:
+            axis.legend(fontsize=8)
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    svg = drawn.getvalue()
+    return f"<h2>{title}</h2>{svg[svg.index('<svg') :]}"
+
+
+def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) -> str:
+    names = [name for name in results.get("models", {}) if (folder / f"{name}.jsonl").is_file()]
+    if not names:
+        return ""
+    seed = results["seeds"][0]
+    answers = {
+        name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed} for name in names
+    }
+    rows = "".join(
+        f"<tr><td class=answer>{html.escape(prompts.get(row, f'row {row}'))}</td>"
+        + "".join(f"<td class=answer>{html.escape(answers[name].get(row, ''))}</td>" for name in names)
+        + "</tr>"
+        for row in sorted(answers[names[0]])[:_SHOWN]
+    )
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    return f"<h2>Answers, seed {seed}</h2><table><tr><th>prompt</th>{heads}</tr>{rows}</table>"
+
+
+def _times(stages: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(stage)}</td><td class=n>{entry['seconds']:.0f}</td></tr>"
+        for stage, entry in stages.items()
+        if "seconds" in entry
+    )
+    return f"<h2>Time</h2><table><tr><th>stage</th><th>seconds</th></tr>{rows}</table>"

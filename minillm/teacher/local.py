@@ -1,0 +1,117 @@
+"""The teacher as a model in this process: final hidden states once, log-probabilities from them as often as needed.
+
+A final state is H numbers where a row of logits is V: 10 KB a token for a 13B teacher instead of 100 to 600.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minillm.data.batches import bucket, pad
+from minillm.models.scoring import body, head_of, hidden_states
+from minillm.rollout.engine import Rollout, Sampling
+
+_ROWS = 256  # rows of logits alive at once
+
+
+class LocalTeacher:
+    """Args:
+    model: frozen here; it keeps its own dtype.
+    batch_size: sequences in one forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int = 16) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.batch_size = batch_size
+
+    def hidden(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[Tensor]:
+        """Final states [T_i, H] that predict each response's tokens: one forward, no gradient."""
+        out: list[Tensor | None] = [None] * len(prompts)
+        for group in bucket([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], self.batch_size):
+            with torch.no_grad():
+                batch = pad([prompts[i] for i in group], [responses[i] for i in group], self.model.device)
+                states = hidden_states(self.model, batch).split(batch.lengths.tolist())
+            for i, state in zip(group, states, strict=True):
+                out[i] = state
+        return [state for state in out if state is not None]
+
+    def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
+        """Fill in what the rollouts lack of `teacher_hidden` and `teacher_logprobs`."""
+        missing = [rollout for rollout in rollouts if rollout.teacher_hidden is None]
+        hidden = self.hidden([r.prompt_ids for r in missing], [r.response_ids for r in missing])
+        for rollout, states in zip(missing, hidden, strict=True):
+            rollout.teacher_hidden = states
+            rollout.teacher_logprobs = self.token_logprobs(states, rollout.response_ids, sampling)
+
+    def token_logprobs(self, hidden: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
+        """log p of each of `ids` [T] given its state, float32 on the CPU."""
+        out = [
+            self.distribution(states, sampling).gather(1, torch.tensor(list(part), device=states.device)[:, None])[:, 0].cpu()
+            for states, part in zip(hidden.split(_ROWS), _split(ids), strict=True)
+        ]
+        return torch.cat(out) if out else torch.zeros(0)
+
+    @torch.no_grad()
+    def distribution(self, hidden: Tensor, sampling: Sampling) -> Tensor:
+        """log p over the shared vocabulary [T, V], float32."""
+        head = head_of(self.model).narrow(sampling.vocab_size)
+        logits = (hidden @ head.weight.t()).float()
+        if head.bias is not None:
+            logits = logits + head.bias.float()
+        logits = logits * head.scale
+        if head.softcap is not None:
+            logits = torch.tanh(logits / head.softcap) * head.softcap
+        return torch.log_softmax(logits / sampling.temperature, dim=-1)
+
+
+def _split(ids: Sequence[int]) -> list[Sequence[int]]:
+    return [ids[start : start + _ROWS] for start in range(0, len(ids), _ROWS)]
+
+
+class TeacherStream:
+    """The teacher reading B sequences that grow, and sometimes shrink, at their ends.
+
+    The key-value cache is append-only: tokens taken back keep their slots and are masked out, while the positions the
+    model sees count valid tokens only. (Models with a sliding window count slots, so they are refused.)
+    """
+
+    def __init__(self, teacher: LocalTeacher, rows: int) -> None:
+        self._model = teacher.model
+        config: Any = self._model.config.get_text_config()
+        if any("sliding" in kind for kind in getattr(config, "layer_types", None) or []):
+            raise ValueError("teacher-mixed sampling with a sliding-window teacher is not supported; set teacher_mix: 0")
+        self._cache: Any = None
+        self._mask = torch.zeros(rows, 0, dtype=torch.long, device=self._model.device)
+
+    @torch.no_grad()
+    def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:
+        """Read more tokens of every row; returns their final states, [len(feed), H] each."""
+        width = max(map(len, feeds))
+        device = self._model.device
+        ids = torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds], device=device)
+        block = torch.tensor([[1] * len(feed) + [0] * (width - len(feed)) for feed in feeds], device=device)
+        positions = (self._mask.sum(1, keepdim=True) + block.cumsum(1) - 1).clamp(min=0)
+        self._mask = torch.cat([self._mask, block], dim=1)
+        out = body(self._model)(
+            input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True
+        )
+        self._cache = out.past_key_values
+        return [states[: len(feed)] for states, feed in zip(out.last_hidden_state, feeds, strict=True)]
+
+    def retract(self, row: int, count: int) -> None:
+        """Take back the last `count` tokens of a row."""
+        if count:
+            slots = self._mask[row].nonzero()[-count:, 0]
+            self._mask[row, slots] = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget every other row."""
+        if len(rows) < len(self._mask):
+            index = torch.tensor(list(rows), device=self._mask.device)
+            self._mask = self._mask[index]
+            self._cache.batch_select_indices(index)

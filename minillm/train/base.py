@@ -1,0 +1,148 @@
+"""What on-policy and supervised distillation share: two models, scoring in the student's forward, metrics by token."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from minillm.data.batches import Padded
+from minillm.loss.token_scores import Weigh
+from minillm.models.load import load_model, load_tokenizer
+from minillm.models.scoring import Scoring, bind_scoring, head_of, score
+from minillm.models.vocabulary import check_same_tokens, shared_width, token_count
+from minillm.teacher.local import LocalTeacher
+
+
+class DistillationTrainer(Trainer):
+    """A `transformers.Trainer` that holds a frozen teacher and scores tokens inside the student's forward.
+
+    What an update trains on is a function of its number (`micro_batches`), the same in every process and after a
+    resume; the dataloader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
+    """
+
+    def __init__(
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel, args: TrainingArguments, *,
+        processing_class: Any = None, temperature: float = 1.0, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if processing_class is None:
+            if not isinstance(model, str):
+                raise ValueError("processing_class: a tokenizer is needed when the student is given as a model object")
+            processing_class = load_tokenizer(model)
+        # A different tokenizer is found before any weights load, where the teacher is still a name.
+        if isinstance(teacher, str):
+            check_same_tokens(processing_class, load_tokenizer(teacher))
+        student = load_model(model, torch.float32) if isinstance(model, str) else model
+        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        teacher_model = load_model(teacher, compute) if isinstance(teacher, str) else teacher
+        self.width = min(shared_width(student, teacher_model), token_count(processing_class))
+        self.temperature = temperature
+        self.compute_dtype = compute
+        bind_scoring(student)
+        super().__init__(model=student, args=args, processing_class=processing_class, **kwargs)
+        # The loss is divided by token counts here; the Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self.teacher = LocalTeacher(teacher_model.to(args.device), batch_size=max(args.per_device_train_batch_size, 1))  # pyright: ignore[reportArgumentType]
+        self._logged_at = 0
+        self._sums: dict[str, float] = defaultdict(float)
+        self._values: dict[str, tuple[float, float]] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._phase_tokens: dict[str, float] = defaultdict(float)
+
+    def updates_per_epoch(self) -> int:
+        """Updates in one pass over the training data."""
+        raise TypeError("a subclass says how long an epoch is")
+
+    def micro_batches(self, update: int) -> list[Any]:
+        """What this process's `training_step` gets for each micro-batch of an update."""
+        raise TypeError("a subclass says what an update trains on")
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(range(self.updates_per_epoch() * self.args.gradient_accumulation_steps))  # pyright: ignore[reportArgumentType]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        return self.micro_batches(self.state.global_step), None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Score the batch in the student's forward. `inputs`: batch, weigh, teacher_hidden, scale."""
+        loss, scores = score(
+            model,
+            Scoring(
+                inputs["batch"], self.width, inputs["teacher_hidden"], head_of(self.teacher.model), inputs["weigh"],
+                self.temperature,
+            ),
+        )  # fmt: skip
+        return (loss * inputs["scale"], scores) if return_outputs else loss * inputs["scale"]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs  # built on the device already
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    def update_on(
+        self, model: Any, batch: Padded, weigh: Weigh, teacher_hidden: Tensor, scale: float
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; returns the loss."""
+        inputs = {"batch": batch, "weigh": weigh, "teacher_hidden": teacher_hidden, "scale": scale}
+        with self.phase("update", len(batch.targets)):
+            return super().training_step(model, inputs, num_items_in_batch=1)
+
+    def global_sum(self, value: Tensor | float) -> float:
+        """Sum over processes."""
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.args.device)
+        return float(self.accelerator.reduce(tensor, reduction="sum"))  # pyright: ignore[reportArgumentType]
+
+    @contextmanager
+    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+        self._phase_tokens[name] += tokens
+
+    def tally(self, sums: dict[str, Tensor]) -> None:
+        """Add sums over tokens to what the next log reports as means."""
+        for name, value in sums.items():
+            self._sums[name] += float(value)
+
+    def note(self, name: str, total: float, count: float) -> None:
+        """Add a sum and its count to what the next log reports as a mean."""
+        before = self._values.get(name, (0.0, 0.0))
+        self._values[name] = (before[0] + total, before[1] + count)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._flush()
+        super().log(logs, start_time)
+
+    def _flush(self) -> dict[str, float]:
+        """Means since the last log, over all processes."""
+        sums = {name: self.global_sum(self._sums[name]) for name in sorted(self._sums)}
+        out = {}
+        for name in sorted(sums):
+            if name.endswith("_loss"):
+                # Already divided by the update's token count; logged per update.
+                out[name] = sums[name] / max(self.state.global_step - self._logged_at, 1)
+            elif name not in ("tokens", "text_tokens", "advantage_squared"):
+                out[name] = sums[name] / max(sums["text_tokens" if name.startswith("text") else "tokens"], 1.0)
+        if "advantage" in out:
+            spread = sums["advantage_squared"] / max(sums["tokens"], 1.0) - out["advantage"] ** 2
+            out["advantage_std"] = max(spread, 0.0) ** 0.5
+        for name in sorted(self._values):
+            total, count = (self.global_sum(x) for x in self._values[name])
+            out[name] = total / count if count else 0.0
+        for name in sorted(self._seconds):
+            out[f"{name}_seconds"] = self._seconds[name]
+            if self._phase_tokens[name] and self._seconds[name]:
+                out[f"{name}_tokens_per_second"] = self._phase_tokens[name] / self._seconds[name]
+        for store in (self._sums, self._values, self._seconds, self._phase_tokens):
+            store.clear()
+        self._logged_at = self.state.global_step
+        return out

@@ -1,0 +1,286 @@
+"""MiniLLMTrainer: a stream of the student's own responses becomes updates."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from minillm.data.batches import bucket, pack_text, pad, permutation, seed_of
+from minillm.data.examples import chat_ids
+from minillm.loss.credit import SampledTokens, return_sum
+from minillm.loss.objective import OnPolicyLoss
+from minillm.models.load import context_length, eos_ids
+from minillm.models.weights import plain_weights
+from minillm.recipe import Objective, RolloutConfig
+from minillm.rollout.build import make_engine
+from minillm.rollout.engine import Engine, Rollout, Sampling
+from minillm.rollout.teacher_mixed import TeacherMixedSampler
+from minillm.train.base import DistillationTrainer
+
+_ROLLOUTS = "rollouts-{rank}.pt"
+
+
+@dataclass
+class _MicroBatch:
+    rollouts: list[int]  # of this process's live batch
+    text: list[int]  # rows of the packed text
+    count: float  # response tokens of the update, over all processes
+    text_count: float
+    first_use: bool  # these weights drew these rollouts
+
+
+class MiniLLMTrainer(DistillationTrainer):
+    """Minimises KL(q‖p) on the student's own samples (MiniLLM, arXiv 2306.08543).
+
+    Every `inner_epochs · num_rollouts / update size` updates, new responses are drawn with the current weights; the
+    teacher reads them once. An epoch is one pass over the prompts. What `TrainingArguments` say of batches counts
+    responses: an update trains on `per_device_train_batch_size · gradient_accumulation_steps · processes` of them.
+
+    Args:
+        model, teacher: folders, hub ids or loaded models of one vocabulary. A student given by name is loaded in
+            float32.
+        objective: the loss; `Objective.recommended()` by default.
+        rollout: how responses are drawn.
+        train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
+        text_dataset: rows with `text`, for the language-model term; as many blocks as responses join each update.
+        processing_class: the student's tokenizer; by default the one in its folder.
+
+    Raises:
+        ValueError: sizes that do not divide, prompts that do not fit, different tokenizers.
+    """
+
+    def __init__(
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel, args: TrainingArguments, *,
+        objective: Objective | None = None, rollout: RolloutConfig | None = None,
+        train_dataset: Sequence[dict[str, Any]], text_dataset: Sequence[dict[str, Any]] | None = None,
+        processing_class: Any = None, engine: Engine | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self.objective = objective or Objective.recommended()
+        self.rollout_config = config = rollout or RolloutConfig()
+        super().__init__(
+            model, teacher, args, processing_class=processing_class, temperature=config.temperature,
+            train_dataset=train_dataset, **kwargs,
+        )  # fmt: skip
+        self._processes = self.accelerator.num_processes
+        self._update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if config.num_rollouts % (self._update_size * self._processes):
+            raise ValueError(
+                f"rollout.num_rollouts ({config.num_rollouts}) must be a multiple of the responses of one update "
+                f"({self._update_size * self._processes} = per_device_train_batch_size × gradient_accumulation_steps × processes)"
+            )
+        self._prompts = self._tokenize(train_dataset)
+        limit = context_length(self.model)  # pyright: ignore[reportArgumentType]
+        if limit is not None and config.max_prompt_tokens + config.max_new_tokens > limit:
+            raise ValueError(
+                f"rollout.max_prompt_tokens + max_new_tokens ({config.max_prompt_tokens} + {config.max_new_tokens}) "
+                f"exceed the student's context of {limit}"
+            )
+        self._text = self._pack(text_dataset)
+        self.sampling = Sampling(
+            config.max_new_tokens, eos_ids(self.model.generation_config, self.processing_class), self.width, config.temperature  # pyright: ignore
+        )
+        self._engine = engine
+        self._sampler: TeacherMixedSampler | None = None
+        self._batch_number = -1
+        self._rollouts: list[Rollout] = []
+        self._baseline = 0.0
+
+    # What an update trains on
+
+    def updates_per_epoch(self) -> int:
+        return max(1, len(self._prompts) // self.rollout_config.num_rollouts) * self._updates_per_batch
+
+    @property
+    def _updates_per_batch(self) -> int:
+        per_epoch = self.rollout_config.num_rollouts // (self._update_size * self._processes)
+        return per_epoch * self.rollout_config.inner_epochs
+
+    def micro_batches(self, update: int) -> list[_MicroBatch]:
+        """Draws the rollouts of a new batch when its first update comes, after the last weights are final."""
+        number, place = divmod(update, self._updates_per_batch)
+        if number != self._batch_number:
+            self._draw(number)
+        inner, nth = divmod(place, self._updates_per_batch // self.rollout_config.inner_epochs)
+        order = permutation(len(self._rollouts), self.args.seed, "inner", number, inner, self.accelerator.process_index)
+        chosen = order[nth * self._update_size : (nth + 1) * self._update_size]
+        lengths = [len(self._rollouts[i].response_ids) for i in chosen]
+        groups = bucket(lengths, self.args.per_device_train_batch_size)
+        text = self._text_rows(update, len(groups))
+        if self.objective.normalise == "update_tokens":
+            count = self.global_sum(float(sum(lengths)))
+            text_count = self.global_sum(float(sum(len(self._text[i]) - 1 for rows in text for i in rows)))
+            counts = [(count, text_count)] * len(groups)
+        else:  # each micro-batch by itself, then the mean of them
+            share = len(groups) * self._processes
+            counts = [
+                (share * float(sum(lengths[i] for i in group)), share * float(sum(len(self._text[i]) - 1 for i in rows)))
+                for group, rows in zip(groups, text, strict=True)
+            ]
+        return [
+            _MicroBatch([chosen[i] for i in group], rows, count, max(text_count, 1.0), place == 0)
+            for group, rows, (count, text_count) in zip(groups, text, counts, strict=True)
+        ]
+
+    def training_step(self, model: Any, inputs: _MicroBatch, num_items_in_batch: Any = None) -> Tensor:
+        device = self.args.device
+        rollouts = [self._rollouts[i] for i in inputs.rollouts]
+        text = [self._text[i] for i in inputs.text]
+        prompts = [r.prompt_ids for r in rollouts] + [ids[:1] for ids in text]
+        responses = [r.response_ids for r in rollouts] + [ids[1:] for ids in text]
+        batch = pad(prompts, responses, device)
+        hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]
+        if text:
+            if self.objective.language_model_distill:
+                hidden += self.teacher.hidden(prompts[len(rollouts) :], responses[len(rollouts) :])
+            else:
+                hidden += [hidden[0].new_zeros(len(ids) - 1, hidden[0].shape[1]) for ids in text]
+        loss = OnPolicyLoss(
+            self.objective, self._sampled(rollouts).to(device), baseline=self._baseline, count=inputs.count,
+            text_count=inputs.text_count, slots=len(rollouts) * self.sampling.max_new_tokens,
+        )  # fmt: skip
+        value = self.update_on(model, batch, loss, torch.cat(hidden), self._processes)
+        sums = loss.tally.sums
+        if inputs.first_use:
+            self.note("engine_mismatch", float(sums["log_ratio"]), float(sums["tokens"]))
+        self.tally({name: total for name, total in sums.items() if name != "log_ratio"})
+        return value
+
+    # Rollouts
+
+    def _draw(self, number: int) -> None:
+        """The rollouts of batch `number`, for this process: sampled, read by the teacher, credited."""
+        self._sync()
+        mine = self._prompt_rows(number)
+        prompts = [self._prompts[row] for row in mine]
+        seeds = [seed_of(self.args.seed, number, row) for row in mine]
+        with self.phase("rollout"):
+            if self._sampler is not None:
+                drafted, accepted = self._sampler.drafted, self._sampler.accepted
+                rollouts = self._sampler.generate(prompts, self.sampling, seeds)
+                self.note("acceptance", self._sampler.accepted - accepted, self._sampler.drafted - drafted)
+            else:
+                assert self._engine is not None
+                rollouts = self._engine.generate(prompts, self.sampling, seeds)
+        lengths = [len(rollout.response_ids) for rollout in rollouts]
+        self._phase_tokens["rollout"] += sum(lengths)
+        self.note("response_length", sum(lengths), len(rollouts))
+        self.note("finished", sum(rollout.finished for rollout in rollouts), len(rollouts))
+        self._adopt(number, rollouts)
+
+    def _adopt(self, number: int, rollouts: list[Rollout]) -> None:
+        with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_hidden is None)):
+            self.teacher.score(rollouts, self.sampling)
+        self._batch_number, self._rollouts = number, rollouts
+        total, count = (self.global_sum(x) for x in return_sum(self._sampled(rollouts), self.objective))
+        self._baseline = total / max(count, 1.0)
+
+    @staticmethod
+    def _sampled(rollouts: Sequence[Rollout]) -> SampledTokens:
+        return SampledTokens(
+            torch.cat([r.student_logprobs for r in rollouts]),
+            torch.cat([r.behaviour_logprobs for r in rollouts]),
+            torch.cat([r.teacher_logprobs for r in rollouts if r.teacher_logprobs is not None]),
+            torch.tensor([len(r.response_ids) for r in rollouts]),
+        )
+
+    def _prompt_rows(self, number: int) -> list[int]:
+        """This process's prompts of rollout batch `number`: passes over the prompts, each in its own seeded order."""
+        size, n = self.rollout_config.num_rollouts, len(self._prompts)
+        rows = []
+        for place in range(number * size, (number + 1) * size):
+            lap, at = divmod(place, n)
+            if not rows or at == 0:
+                order = permutation(n, self.args.seed, "prompts", lap)
+            rows.append(order[at])
+        return rows[self.accelerator.process_index :: self._processes]
+
+    def _sync(self) -> None:
+        """Hand the current weights to the engine, which is started at its first use."""
+        student: Any = self.accelerator.unwrap_model(self.model)
+        config = self.rollout_config
+        if self._engine is None:
+            with self.phase("engine_start"), tempfile.TemporaryDirectory() as spare:
+                folder = str(student.name_or_path)
+                if not Path(folder).is_dir():
+                    folder = spare
+                    student.save_pretrained(folder)
+                length = config.max_prompt_tokens + config.max_new_tokens
+                self._engine = make_engine(config, folder, max_length=length, dtype=self.compute_dtype, model=student)
+        if config.teacher_mix and self._sampler is None:
+            self._sampler = TeacherMixedSampler(self._engine, self.teacher, config.teacher_mix, config.draft_tokens)
+        with self.phase("sync"):
+            self._engine.update_weights(plain_weights(student, self.compute_dtype), self.state.global_step)
+
+    # Data
+
+    def _tokenize(self, dataset: Sequence[dict[str, Any]]) -> list[list[int]]:
+        prompts = [self._prompt_ids(dataset[i]) for i in range(len(dataset))]
+        if not prompts:
+            raise ValueError("train_dataset is empty")
+        limit = self.rollout_config.max_prompt_tokens
+        longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        if len(prompts[longest]) > limit:
+            raise ValueError(
+                f"train_dataset row {longest} has {len(prompts[longest])} prompt tokens; rollout.max_prompt_tokens is {limit}"
+            )
+        return prompts
+
+    def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
+        if "prompt_ids" in row:
+            return list(row["prompt_ids"])
+        if "prompt" not in row:
+            raise ValueError(f"train_dataset: a row needs prompt or prompt_ids; it has {', '.join(row)}")
+        tokenizer: Any = self.processing_class
+        if isinstance(row["prompt"], str):
+            return list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
+        return chat_ids(row["prompt"], tokenizer)
+
+    def _pack(self, dataset: Sequence[dict[str, Any]] | None) -> list[list[int]]:
+        if dataset is None or not self.objective.language_model:
+            return []
+        tokenizer: Any = self.processing_class
+        documents = [tokenizer(dataset[i]["text"], add_special_tokens=False)["input_ids"] for i in range(len(dataset))]
+        return pack_text(documents, self.objective.language_model_block, tokenizer.eos_token_id)
+
+    def _text_rows(self, update: int, micro_batches: int) -> list[list[int]]:
+        """This process's blocks of text for each micro-batch of an update."""
+        if not self._text:
+            return [[] for _ in range(micro_batches)]
+        size = self._update_size * self._processes
+        rows = [
+            permutation(len(self._text), self.args.seed, "text", place // len(self._text))[place % len(self._text)]
+            for place in range(update * size, (update + 1) * size)
+        ][self.accelerator.process_index :: self._processes]
+        each = self.args.per_device_train_batch_size
+        return [rows[i * each : (i + 1) * each] for i in range(micro_batches)]
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step % self._updates_per_batch:
+            kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None} for r in self._rollouts]
+            torch.save(
+                {"number": self._batch_number, "rollouts": kept}, folder / _ROLLOUTS.format(rank=self.accelerator.process_index)
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        file = Path(resume_from_checkpoint) / _ROLLOUTS.format(rank=self.accelerator.process_index)
+        if file.is_file():
+            live = torch.load(file, weights_only=True)
+            self._adopt(live["number"], [Rollout(**fields) for fields in live["rollouts"]])
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
