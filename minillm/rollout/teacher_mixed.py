@@ -63,8 +63,9 @@ class TeacherMixedSampler:
             self._round(going, stream, sampling, number)
             number += 1
             keep = [i for i, row in enumerate(going) if not self._ended(row, sampling)]
-            stream.keep(keep)
             going = [going[i] for i in keep]
+            if going:
+                stream.keep(keep)
         self.rounds += number
         return [self._rollout(row, sampling) for row in rows]
 

@@ -112,6 +112,6 @@ class TeacherStream:
     def keep(self, rows: Sequence[int]) -> None:
         """Forget every other row."""
         if len(rows) < len(self._mask):
-            index = torch.tensor(list(rows), device=self._mask.device)
+            index = torch.tensor(list(rows), dtype=torch.long, device=self._mask.device)
             self._mask = self._mask[index]
             self._cache.batch_select_indices(index)

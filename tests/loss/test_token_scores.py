@@ -1,0 +1,128 @@
+"""The one-pass head against autograd over full logits in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm.loss import divergences
+from minillm.loss.token_scores import Head, TokenScores, TokenWeights, token_scores
+
+N, H, HP, V = 23, 8, 12, 40
+
+
+def problem(dtype: torch.dtype = torch.float64, bias: bool = False, softcap: float | None = None, scale: float = 1.0):
+    g = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
+    hidden, teacher_hidden = make(N, H).requires_grad_(), make(N, HP)
+    head = Head(make(V, H).requires_grad_(), make(V).requires_grad_() if bias else None, scale, softcap)
+    teacher_head = Head(make(V, HP), None, 1.0, None)
+    targets = torch.randint(V, (N,), generator=g)
+    return hidden, head, targets, teacher_hidden, teacher_head, (make(N), make(N), make(N))
+
+
+def full_logits(hidden: Tensor, head: Head) -> Tensor:
+    logits = hidden @ head.weight.t()
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "scale"])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_scores_and_gradients_are_those_of_full_logits(kind: str, chunk: int, temperature: float) -> None:
+    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = problem(
+        bias=kind == "bias", softcap=3.0 if kind == "softcap" else None, scale=0.3 if kind == "scale" else 1.0
+    )
+
+    def weigh(part: slice, s: TokenScores) -> tuple[Tensor, TokenWeights]:
+        value = (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum()
+        return value, TokenWeights(a[part], b[part], c[part])
+
+    loss, scores = token_scores(
+        hidden, head, targets, teacher_hidden, teacher_head, weigh=weigh, temperature=temperature, chunk=chunk
+    )
+    (2.5 * loss).backward()  # an upstream gradient that is not 1
+    got = [hidden.grad, head.weight.grad, None if head.bias is None else head.bias.grad]
+    leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
+    student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
+    logq = torch.log_softmax(student / temperature, -1).gather(1, targets[:, None])[:, 0]
+    reverse = divergences.reverse_kl(student, teacher, temperature)
+    forward = divergences.forward_kl(student, teacher, temperature)
+    expected = (a * logq + b * reverse + c * forward).sum()
+    want = torch.autograd.grad(2.5 * expected, leaves)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(got, want, strict=False):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores.logq, logq.detach())
+    torch.testing.assert_close(scores.reverse_kl, reverse.detach())
+    torch.testing.assert_close(scores.forward_kl, forward.detach())
+    torch.testing.assert_close(scores.entropy, divergences.entropy(student.detach(), temperature))
+    logp = torch.log_softmax(teacher / temperature, -1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(scores.logp, logp)
+
+
+def test_chunks_come_from_the_last_to_the_first() -> None:
+    hidden, head, targets, teacher_hidden, teacher_head, _ = problem()
+    seen: list[tuple[int, int]] = []
+
+    def weigh(part: slice, s: TokenScores) -> tuple[Tensor, TokenWeights]:
+        seen.append((part.start, part.stop))
+        return s.logq.sum() * 0, TokenWeights()
+
+    token_scores(hidden, head, targets, teacher_hidden, teacher_head, weigh=weigh, chunk=10)
+    assert seen == [(20, 23), (10, 20), (0, 10)]
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_states_do() -> None:
+    hidden, head, targets, teacher_hidden, teacher_head, (a, _, _) = problem()
+    head.weight.requires_grad_(False)
+    loss, _ = token_scores(
+        hidden, head, targets, teacher_hidden, teacher_head, weigh=lambda part, s: ((a[part] * s.logq).sum(), TokenWeights(a[part]))
+    )
+    loss.backward()
+    assert head.weight.grad is None
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_float32_is_within_1e_5_of_float64() -> None:
+    grads = {}
+    for dtype in (torch.float64, torch.float32):
+        hidden, head, targets, teacher_hidden, teacher_head, (a, b, _) = problem(dtype)
+        loss, _ = token_scores(
+            hidden, head, targets, teacher_hidden, teacher_head, chunk=5,
+            weigh=lambda part, s, a=a, b=b: ((a[part] * s.logq + b[part] * s.reverse_kl).sum(), TokenWeights(a[part], b[part])),
+        )  # fmt: skip
+        loss.backward()
+        assert head.weight.grad is not None
+        grads[dtype] = head.weight.grad.double()
+    error = (grads[torch.float32] - grads[torch.float64]).norm() / grads[torch.float64].norm()
+    assert error < 1e-5
+
+
+def test_the_compiled_elementwise_part_is_the_eager_one() -> None:
+    from minillm.loss import token_scores as module
+
+    g = torch.Generator().manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
+    hidden, teacher_hidden = make(96, 16), make(96, 16)
+    weight, teacher_weight = make(50_000, 16), make(50_000, 16)
+    targets, b = torch.randint(50_000, (96,), generator=g), torch.rand(96, generator=g)
+    grads = []
+    for threshold in (1 << 40, 1):
+        module._COMPILE_FROM, before = threshold, module._COMPILE_FROM
+        try:
+            states = hidden.clone().requires_grad_()
+            loss, _ = token_scores(
+                states, Head(weight), targets, teacher_hidden, Head(teacher_weight),
+                weigh=lambda part, s: ((b[part] * s.reverse_kl).sum(), TokenWeights(None, b[part])),
+            )  # fmt: skip
+            loss.backward()
+        finally:
+            module._COMPILE_FROM = before
+        grads.append(states.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=2e-3)

@@ -1,0 +1,137 @@
+"""Teacher-mixed sampling against the enumerated mixture, on the transformers engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from minillm.rollout.engine import Sampling
+from minillm.rollout.teacher_mixed import TeacherMixedSampler
+from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.teacher.local import LocalTeacher
+from tests.conftest import tiny_llama
+
+V, LENGTH, EOS = 5, 3, 1
+SAMPLING = Sampling(LENGTH, (EOS,), V, temperature=1.3)
+PROMPT = [2, 4, 3]
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    return tiny_llama(3, layers=1, vocab=8, scale=0.4), tiny_llama(4, layers=2, vocab=8, scale=0.4)
+
+
+def distribution(model: Any, prefix: tuple[int, ...]) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.tensor([[*PROMPT, *prefix]])).logits[0, -1, :V]
+    return torch.softmax(logits.double() / SAMPLING.temperature, -1)
+
+
+def enumerate_mixture(student: Any, teacher: Any, alpha: float) -> dict[tuple[int, ...], float]:
+    probability: dict[tuple[int, ...], float] = {(): 1.0}
+    done = {}
+    for _ in range(LENGTH):
+        longer = {}
+        for prefix, mass in probability.items():
+            mix = (1 - alpha) * distribution(student, prefix) + alpha * distribution(teacher, prefix)
+            for token in range(V):
+                (done if token == EOS else longer)[(*prefix, token)] = mass * float(mix[token])
+        probability = longer
+    return {**done, **probability}
+
+
+def chi_square(counts: Counter, expected: dict[tuple[int, ...], float], n: int) -> tuple[float, int]:
+    pooled, statistic, cells = [0.0, 0.0], 0.0, 0
+    for key, p in expected.items():
+        if p * n < 5:
+            pooled[0] += counts[key]
+            pooled[1] += p * n
+        else:
+            statistic += (counts[key] - p * n) ** 2 / (p * n)
+            cells += 1
+    if pooled[1] > 0:
+        statistic += (pooled[0] - pooled[1]) ** 2 / pooled[1]
+        cells += 1
+    return statistic, cells - 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5])
+def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: float) -> None:
+    student, teacher = models
+    engine, n = TransformersEngine(student, batch_size=2000), 6000
+    seeds = list(range(n))
+    if alpha:
+        rollouts = TeacherMixedSampler(engine, LocalTeacher(teacher, 2000), alpha, draft_tokens=2).generate([PROMPT] * n, SAMPLING, seeds)
+    else:
+        rollouts = engine.generate([PROMPT] * n, SAMPLING, seeds)
+    counts = Counter(tuple(r.response_ids) for r in rollouts)
+    expected = enumerate_mixture(student, teacher, alpha)
+    assert sum(expected.values()) == pytest.approx(1)
+    statistic, freedom = chi_square(counts, expected, n)
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+    # What it says drew the tokens is what drew them.
+    for r in rollouts[:50]:
+        assert float(r.behaviour_logprobs.sum().exp()) == pytest.approx(expected[tuple(r.response_ids)], rel=1e-3)
+    weights = torch.stack([(r.student_logprobs - r.behaviour_logprobs).sum().exp() for r in rollouts]).double()
+    assert abs(float(weights.mean()) - 1) <= 4 * float(weights.std()) / n**0.5 + 1e-5
+
+
+def test_the_wrong_mixture_is_noticed(models: tuple[Any, Any]) -> None:
+    """The test above has teeth: frequencies of α = 0.5 do not pass for α = 0.2."""
+    student, teacher = models
+    sampler = TeacherMixedSampler(TransformersEngine(student, 2000), LocalTeacher(teacher, 2000), 0.5, draft_tokens=2)
+    n = 6000
+    counts = Counter(tuple(r.response_ids) for r in sampler.generate([PROMPT] * n, SAMPLING, list(range(n))))
+    statistic, freedom = chi_square(counts, enumerate_mixture(student, teacher, 0.2), n)
+    assert statistic > freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_kept_states_and_logprobs_are_those_of_one_plain_forward(models: tuple[Any, Any]) -> None:
+    """The append-only cache with its masked slots changes nothing, whatever was drafted and taken back."""
+    student, teacher = models
+    local = LocalTeacher(teacher)
+    sampling = Sampling(12, (EOS,), V)
+    prompts = [[2], [3, 4, 2, 2, 3], [4, 4]] * 4
+    sampler = TeacherMixedSampler(TransformersEngine(student), local, 0.5, draft_tokens=4)
+    rollouts = sampler.generate(prompts, sampling, list(range(12)))
+    assert sampler.accepted < sampler.drafted  # something was taken back
+    for r, hidden in zip(rollouts, local.hidden(prompts, [r.response_ids for r in rollouts]), strict=True):
+        assert r.teacher_hidden is not None
+        assert r.teacher_logprobs is not None
+        torch.testing.assert_close(r.teacher_hidden, hidden, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(r.teacher_logprobs, local.token_logprobs(hidden, r.response_ids, sampling), rtol=1e-4, atol=1e-4)
+        for t, token in enumerate(r.response_ids):
+            logits = student(torch.tensor([[*r.prompt_ids, *r.response_ids[:t]]])).logits[0, -1, :V]
+            assert float(torch.log_softmax(logits, -1)[token]) == pytest.approx(float(r.student_logprobs[t]), abs=1e-4)
+
+
+def test_the_same_seeds_draw_the_same_and_rows_do_not_depend_on_their_company(models: tuple[Any, Any]) -> None:
+    student, teacher = models
+    make = lambda: TeacherMixedSampler(TransformersEngine(student), LocalTeacher(teacher), 0.3, 3)  # noqa: E731
+    sampling = Sampling(8, (EOS,), V)
+    together = make().generate([PROMPT, [2], [3, 3]], sampling, [7, 8, 9])
+    alone = [make().generate([p], sampling, [s])[0] for p, s in (([*PROMPT], 7), ([2], 8), ([3, 3], 9))]
+    assert [r.response_ids for r in together] == [r.response_ids for r in alone]
+
+
+def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
+    student, teacher = models
+    sampling = Sampling(4, (EOS, 3), V)
+    rollouts = TeacherMixedSampler(TransformersEngine(student), LocalTeacher(teacher), 0.5, 8).generate([PROMPT] * 40, sampling, list(range(40)))
+    ends = {True: 0, False: 0}
+    for r in rollouts:
+        assert not set(r.response_ids[:-1]) & {EOS, 3}
+        assert r.finished == (r.response_ids[-1] in (EOS, 3))
+        assert r.finished or len(r.response_ids) == 4
+        assert max(r.response_ids) < V  # padded vocabulary rows are never drawn
+        ends[r.finished] += 1
+    assert min(ends.values()) > 0
+
+
+def test_itertools_of_the_world_is_complete(models: tuple[Any, Any]) -> None:
+    assert len(enumerate_mixture(*models, 0.2)) == sum(4**n for n in range(3)) + 4**3
+    assert all(len(key) <= LENGTH for key in itertools.chain(enumerate_mixture(*models, 0.2)))
