@@ -121,7 +121,5 @@ def check(changes: dict[str, Interval], config: EvaluateConfig) -> dict[str, Any
         ("Rouge-L changes by at least", changes["rouge_l_change"]["low"], -config.max_rouge_l_loss),
         ("finished (%) changes by at least", changes["finished_change"]["low"], -config.max_finished_loss),
     ]
-    listed = [
-        {"criterion": name, "needed": needed, "lower_end": low, "passed": bool(low >= needed)} for name, low, needed in criteria
-    ]
+    listed = [{"criterion": name, "needed": needed, "lower_end": low, "passed": bool(low >= needed)} for name, low, needed in criteria]
     return {"passed": all(item["passed"] for item in listed), "criteria": listed}

@@ -143,9 +143,7 @@ def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) 
     if not names:
         return ""
     seed = results["seeds"][0]
-    answers = {
-        name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed} for name in names
-    }
+    answers = {name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed} for name in names}
     rows = "".join(
         f"<tr><td class=answer>{html.escape(prompts.get(row, f'row {row}'))}</td>"
         + "".join(f"<td class=answer>{html.escape(answers[name].get(row, ''))}</td>" for name in names)

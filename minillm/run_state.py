@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class RunState:
         self._stages: dict[str, Any] = {}
         if self._file.is_file():
             self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
-        elif recipe.run_dir.is_dir() and any(recipe.run_dir.iterdir()):
+        elif recipe.run_dir.is_dir() and any(file.suffix != ".part" for file in recipe.run_dir.iterdir()):
             raise RunError(f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir")
 
     def finished(self, stage: str) -> bool:
@@ -58,9 +58,11 @@ class RunState:
         entry = self._stages.get(stage)
         if entry is None:
             return
-        new, old = self._settings(stage), entry["settings"]
+        new, old = self.settings(self._sections(stage)), entry["settings"]
         changed = [
-            f"{key} (there {old.get(key)!r}, now {new.get(key)!r})" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+            f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
         ]
         if changed:
             shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
@@ -73,7 +75,9 @@ class RunState:
         """Refuse a stage whose inputs are neither there nor about to be made."""
         for earlier in _NEEDS[stage]:
             if earlier in self._recipe.stages and not self.finished(earlier) and earlier not in planned:
-                raise RunError(f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first (--stage {earlier})")
+                raise RunError(
+                    f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first (--stage {earlier})"
+                )
 
     def forget(self, stage: str) -> None:
         """Drop a stage and those that build on it."""
@@ -84,17 +88,17 @@ class RunState:
             self._write()
 
     def begin(self, stage: str) -> None:
-        self._stages[stage] = {"finished": False, "settings": self._settings(stage)}
+        self._stages[stage] = {"finished": False, "settings": self.settings(self._sections(stage))}
         self._write()
 
-    def finish(self, stage: str, seconds: float) -> None:
-        self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1)}
+    def finish(self, stage: str, seconds: float, processes: int = 1) -> None:
+        self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1), "processes": processes}
         self._write()
 
-    def _settings(self, stage: str) -> dict[str, Any]:
-        """Own and inherited settings, flat; data files by their content."""
+    def settings(self, names: Iterable[str]) -> dict[str, Any]:
+        """Some sections of the recipe, flat; data files by their content."""
         tree = self._recipe.model_dump(mode="json")
-        sections = {section: tree[section] for section in self._sections(stage)}
+        sections = {section: tree[section] for section in sorted(names)}
         if "data" in sections:
             for name in ("train", "heldout"):
                 content = Path(sections["data"][name]).read_bytes()
@@ -102,6 +106,7 @@ class RunState:
         return {".".join(key): value for key, value in flatten(sections).items()}
 
     def _sections(self, stage: str) -> set[str]:
+        """What a stage reads, itself or through the stages it builds on."""
         own = set(_READS[stage])
         return own.union(*(self._sections(earlier) for earlier in _NEEDS[stage]))
 

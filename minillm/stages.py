@@ -35,6 +35,7 @@ class Run:
 
         self.recipe = recipe
         self.dir = recipe.run_dir
+        self.processes = 1  # that the last training stage ran in
         self.state = RunState(recipe)
         # Everything that can be refused without a model is refused here.
         self.train_examples = read_examples(recipe.data.train, recipe.data.limit)
@@ -76,7 +77,7 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
         Interrupted: after Ctrl-C; the same call continues.
     """
     this = Run(recipe)
-    stages = [only] if only else list(recipe.stages)
+    stages: list[str] = [only] if only else list(recipe.stages)
     if redo:
         this.state.forget(stages[0])
     for stage in stages:
@@ -101,7 +102,7 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
         except KeyboardInterrupt:
             raise Interrupted(f"stage {stage} was interrupted; the same command continues it") from None
         if rank == 0:
-            this.state.finish(stage, time.perf_counter() - started)
+            this.state.finish(stage, time.perf_counter() - started, this.processes)
         _say(rank, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.0f} s")
     return this
 
@@ -116,7 +117,11 @@ def _say(rank: int, text: str) -> None:
 def _in_one_process(this: Run, stage: str, rank: int) -> None:
     """Process 0 has a process of its own do the stage, outside the process group; the others wait for its file."""
     if rank == 0:
-        kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        kept = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        }
         kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
         this.dir.mkdir(parents=True, exist_ok=True)
         whole = this.dir / "recipe.json"
@@ -206,7 +211,13 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    defaults: dict[str, Any] = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none", "logging_steps": 1, "save_total_limit": 1, "logging_first_step": True}
+    defaults: dict[str, Any] = {
+        "use_cpu": not torch.accelerator.is_available(),
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_total_limit": 1,
+        "logging_first_step": True,
+    }
     return TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given))
 
 
@@ -214,6 +225,7 @@ def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
     """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    this.processes = trainer.accelerator.num_processes
     stopping = _StopCleanly()
     trainer.add_callback(stopping.callback())
     work = trainer.args.output_dir
@@ -310,7 +322,9 @@ def _evaluate(this: Run) -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, folder in folders.items():
         file = this.dir / "evaluate" / f"{name}.jsonl"
-        if file.is_file():
+        made_from = _made_from(this, folder)
+        note = file.with_suffix(".json")
+        if file.is_file() and note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_from:
             rows[name] = read_jsonl(file)
             continue
         _say(0, f"  {name}")
@@ -330,6 +344,7 @@ def _evaluate(this: Run) -> None:
             for row in rows[name]:
                 row["reverse_kl"] = 0.0  # of a model to itself
         write_jsonl(file, rows[name])
+        note.write_text(json.dumps(made_from), encoding="utf-8")
     if engine is not None:
         engine.close()
     scores = {name: evaluation.collect(some, rows["teacher"]) for name, some in rows.items()}
@@ -342,6 +357,12 @@ def _evaluate(this: Run) -> None:
         changes = evaluation.compare(scores["warmed"], scores["minillm"], settings.bootstrap)
         results |= {"minillm_against_warmed": changes, "check": evaluation.check(changes, settings)}
     (this.dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def _made_from(this: Run, folder: str) -> dict[str, Any]:
+    """What a model's answers depend on: if it is the same, they need not be made again."""
+    weights = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
+    return {"folder": folder, "weights": weights, "settings": this.state.settings(("data", "evaluate"))}
 
 
 def _report(this: Run) -> None:

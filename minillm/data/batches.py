@@ -18,12 +18,11 @@ from torch import Tensor
 class Padded:
     """B sequences, right-padded.
 
-    input_ids, attention_mask: [B, L]. positions: [N], indices into the flattened [B·L] whose hidden states predict the
+    input_ids: [B, L]. positions: [N], indices into the flattened [B·L] whose hidden states predict the
     N response tokens. targets: [N], those tokens. lengths: [B], response tokens per sequence.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
     positions: Tensor
     targets: Tensor
     lengths: Tensor
@@ -34,15 +33,13 @@ def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], de
     lengths = [len(response) for response in responses]
     width = max(len(p) + n for p, n in zip(prompts, lengths, strict=True))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
     positions, targets = [], []
     for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         end = len(prompt) + len(response)
         ids[b, :end] = torch.tensor([*prompt, *response])
-        mask[b, :end] = 1
         positions.append(torch.arange(len(prompt) - 1, end - 1) + b * width)
         targets.append(ids[b, len(prompt) : end])
-    parts = Padded(ids, mask, torch.cat(positions), torch.cat(targets), torch.tensor(lengths))
+    parts = Padded(ids, torch.cat(positions), torch.cat(targets), torch.tensor(lengths))
     return Padded(**{name: value.to(device) for name, value in vars(parts).items()})
 
 

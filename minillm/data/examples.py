@@ -74,7 +74,7 @@ def _example(line: str, row: int, place: str) -> Example:
         if not isinstance(value, str):
             given = "is missing" if value is None else f"is {type(value).__name__}"
             raise DataError(f"{place}: {name} {given}; a string is needed")
-    if not instruction.strip():
+    if not parts["instruction"].strip():
         raise DataError(f"{place}: instruction is blank")
     return Example(row, **parts)
 

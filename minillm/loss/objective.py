@@ -74,10 +74,7 @@ class OnPolicyLoss:
         loss, policy = self._policy(slice(part.start, self._n), split(slice(cut)))
         zeros = torch.zeros_like(scores.logq)
         pairs = {name: (getattr(policy, name), getattr(text, name)) for name in vars(policy)}
-        joined = {
-            name: torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b])
-            for name, (a, b) in pairs.items()
-        }
+        joined = {name: torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b]) for name, (a, b) in pairs.items()}
         return loss + text_loss, TokenWeights(**joined)
 
     def _policy(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
@@ -99,9 +96,9 @@ class OnPolicyLoss:
         loss = (single * scores.reverse_kl).sum() - (long * weights * surrogate).sum()
         self.tally.add(
             tokens=torch.ones_like(old), reverse_kl=scores.reverse_kl, forward_kl=scores.forward_kl, entropy=scores.entropy,
-            sampled_reverse_kl=old - scores.logp, advantage=advantages, advantage_squared=advantages.double() ** 2,
-            importance_weight=self._weights[part], clipped=~active, log_ratio=(scores.logq - old).abs(), policy_loss=-(long * weights * surrogate),
-            single_step_loss=single * scores.reverse_kl,
+            sampled_reverse_kl=old - scores.logp, log_ratio=(scores.logq - old).abs(), importance_weight=self._weights[part],
+            advantage=advantages, advantage_squared=advantages.double() ** 2, clipped=~active,
+            policy_loss=-(long * weights * surrogate), single_step_loss=single * scores.reverse_kl,
         )  # fmt: skip
         return loss, TokenWeights(logq=-long * weights * gain * active, reverse_kl=single)
 

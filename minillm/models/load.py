@@ -49,17 +49,15 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
     for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if hasattr(holder, name):
             delattr(holder, name)
-    model.is_quantized = False
+    setattr(model, "is_quantized", False)  # noqa: B010
     return model.eval()
 
 
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer, with a pad token (the EOS token where there was none)."""
     gguf = find_gguf(str(source))
-    if gguf is None:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    folder, extra = (source, {}) if gguf is None else (gguf.parent, {"gguf_file": gguf.name})
+    tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

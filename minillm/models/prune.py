@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def block_similarity(model: PreTrainedModel, prompts: Iterable[Sequence[int]]) -
     for ids in prompts:
         hidden = model(torch.tensor([list(ids)], device=model.device), output_hidden_states=True, use_cache=False).hidden_states
         # The last entry is normalised after the last block; the block's own output is not kept, so it counts as kept.
-        cosine = [torch.cosine_similarity(a.float(), b.float(), dim=-1).sum() for a, b in zip(hidden, hidden[1:], strict=False)]
+        cosine = [torch.cosine_similarity(a.float(), b.float(), dim=-1).sum() for a, b in pairwise(hidden)]
         total += torch.stack(cosine).double().cpu()
         count += len(ids)
     if not count:
@@ -51,7 +52,7 @@ def layers_to_keep(similarity: Tensor, keep: int) -> list[int]:
 
 def prune(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A new model with the layers `kept`, in order, sharing no memory with `model`."""
-    name, layers = decoder_layers(model)
+    name, _ = decoder_layers(model)
     config: Any = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = len(kept)

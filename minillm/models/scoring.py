@@ -52,16 +52,19 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def hidden_states(model: PreTrainedModel, batch: Padded) -> Tensor:
-    """Final hidden states [N, H] that predict the batch's response tokens."""
-    states = body(model)(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    """Final hidden states [N, H] that predict the batch's response tokens.
+
+    Padding is on the right and attention causal, so no mask is needed, and the fast attention kernels take none.
+    """
+    states = body(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
 
 
 def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
     """Teach `model.forward` the argument `scoring`. Binding twice changes nothing."""
-    if getattr(model, "_scoring_bound", False):
-        return model
     plain = model.forward
+    if getattr(plain, "takes_scoring", False):
+        return model
 
     def forward(self: Any, *args: Any, scoring: Scoring | None = None, **kwargs: Any) -> Any:
         if scoring is None:
@@ -74,8 +77,8 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         )  # fmt: skip
         return {"loss": loss, "scores": scores}
 
+    forward.takes_scoring = True  # pyright: ignore[reportFunctionMemberAccess]
     model.forward = types.MethodType(forward, model)
-    model._scoring_bound = True  # pyright: ignore[reportAttributeAccessIssue]
     return model
 
 

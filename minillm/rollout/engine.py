@@ -55,9 +55,7 @@ class Engine(Protocol):
 
     version: int
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         """One response a prompt, in order. The same seed, prompt and weights draw the same response."""
         ...
 

@@ -56,7 +56,7 @@ class TeacherMixedSampler:
             _Row(prompt, seed, torch.Generator().manual_seed(seed_of(seed, "verify")), unread=list(prompt))
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        stream = TeacherStream(self._teacher, len(rows))
+        stream = TeacherStream(self._teacher, [len(prompt) for prompt in prompts])
         going = rows
         number = 0
         while going:
@@ -86,9 +86,7 @@ class TeacherMixedSampler:
         predicting = [s[: len(ids)] for s, ids in zip(states, drawn, strict=True)]
         logp = self._teacher.token_logprobs(torch.cat(predicting), [t for ids in drawn for t in ids], sampling)
         rejected: list[tuple[_Row, Tensor]] = []
-        for i, (row, ids, draft, row_logp) in enumerate(
-            zip(rows, drawn, drafts, logp.split([len(ids) for ids in drawn]), strict=True)
-        ):
+        for i, (row, ids, draft, row_logp) in enumerate(zip(rows, drawn, drafts, logp.split([len(ids) for ids in drawn]), strict=True)):
             logq = draft.student_logprobs[: len(ids)]
             keep = (self._mixture(logq, row_logp) - logq).exp()
             refused = (torch.rand(len(ids), generator=row.generator) >= keep).nonzero()
@@ -108,7 +106,9 @@ class TeacherMixedSampler:
 
     def _redraw(self, rejected: list[tuple[_Row, Tensor]], sampling: Sampling) -> None:
         """Append a token from (p−q)+ to each row."""
-        logps = [self._teacher.distribution(state, sampling)[0].cpu() for _, state in rejected]
+        if not rejected:
+            return
+        logps = self._teacher.distribution(torch.cat([state for _, state in rejected]), sampling).cpu()
         waiting = [(row, logp) for (row, _), logp in zip(rejected, logps, strict=True)]
         while waiting:
             draws = [torch.multinomial(logp.exp(), _CANDIDATES, True, generator=row.generator).tolist() for row, logp in waiting]

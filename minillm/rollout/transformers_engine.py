@@ -25,9 +25,7 @@ class TransformersEngine:
         self._batch_size = batch_size
         self.version = 0
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         done: dict[int, Rollout] = {}
         groups = bucket([len(prompt) for prompt in prompts], self._batch_size)
         for group in tqdm(groups, desc="generating", disable=not progress):

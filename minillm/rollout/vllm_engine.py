@@ -41,7 +41,7 @@ class VLLMEngine:
         from vllm import LLM
 
         cpu = not torch.cuda.is_available()
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         if cpu:
             settings |= {"block_size": _CPU_BLOCK, "enforce_eager": True, "kv_cache_memory_bytes": int((memory or 1) * GIB)}
             # A seeded request whose prompt is prefilled in parts fails on the CPU: it has no generator offset to rewind.
@@ -52,16 +52,14 @@ class VLLMEngine:
             # Every training process has its own engine; without this vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
         self._llm = LLM(
-            str(folder), dtype=str(dtype).removeprefix("torch."), max_model_len=max_length, max_num_seqs=max_sequences,
+            str(folder), max_model_len=max_length, max_num_seqs=max_sequences,
             logprobs_mode="processed_logprobs", skip_tokenizer_init=True, enable_prefix_caching=True, seed=0, **settings,
         )  # fmt: skip
         torch.set_num_threads = set_threads
         self._width = self._llm.model_config.get_vocab_size()
         self.version = version
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
-    ) -> list[Rollout]:
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         from vllm import SamplingParams
 
         params = [
@@ -90,8 +88,7 @@ class VLLMEngine:
         ]  # fmt: skip
         outputs = self._run(prefixes, params, False)
         return [
-            torch.tensor([completion.logprobs[0][token].logprob for token in some])
-            for completion, some in zip(outputs, ids, strict=True)
+            torch.tensor([completion.logprobs[0][token].logprob for token in some]) for completion, some in zip(outputs, ids, strict=True)
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
@@ -109,5 +106,5 @@ class VLLMEngine:
         return list(range(sampling.vocab_size)) if sampling.vocab_size < self._width else None
 
     def _run(self, prompts: Sequence[list[int]], params: list[Any], progress: bool) -> list[Any]:
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         return [request.outputs[0] for request in self._llm.generate(requests, params, use_tqdm=progress)]

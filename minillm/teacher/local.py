@@ -77,20 +77,52 @@ class TeacherStream:
     """The teacher reading B sequences that grow, and sometimes shrink, at their ends.
 
     The key-value cache is append-only: tokens taken back keep their slots and are masked out, while the positions the
-    model sees count valid tokens only. (Models with a sliding window count slots, so they are refused.)
+    model sees count valid tokens only. (Models with a sliding window count slots, so they are refused.) Sequences are
+    read in groups that began with like lengths, each with a cache of its own, so that padding is small.
+
+    Args:
+        lengths: tokens of each sequence's first reading.
     """
 
-    def __init__(self, teacher: LocalTeacher, rows: int) -> None:
-        self._model = teacher.model
-        config: Any = self._model.config.get_text_config()
+    def __init__(self, teacher: LocalTeacher, lengths: Sequence[int]) -> None:
+        config: Any = teacher.model.config.get_text_config()
         if any("sliding" in kind for kind in getattr(config, "layer_types", None) or []):
             raise ValueError("teacher-mixed sampling with a sliding-window teacher is not supported; set teacher_mix: 0")
+        self._groups = [_Group(teacher.model, rows) for rows in bucket(lengths, teacher.batch_size)]
+
+    def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:
+        """Read more tokens of every row; returns their final states, [len(feed), H] each."""
+        states: dict[int, Tensor] = {}
+        for group in self._groups:
+            states |= zip(group.rows, group.extend([feeds[row] for row in group.rows]), strict=True)
+        return [states[row] for row in range(len(feeds))]
+
+    def retract(self, row: int, count: int) -> None:
+        """Take back the last `count` tokens of a row."""
+        for group in self._groups:
+            if row in group.rows:
+                group.retract(group.rows.index(row), count)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget every other row; those kept are counted from 0 again, in order."""
+        place = {row: new for new, row in enumerate(rows)}
+        for group in self._groups:
+            group.keep([i for i, row in enumerate(group.rows) if row in place])
+            group.rows = [place[row] for row in group.rows]
+        self._groups = [group for group in self._groups if group.rows]
+
+
+class _Group:
+    """Sequences that are read together: one cache, one mask over its slots."""
+
+    def __init__(self, model: PreTrainedModel, rows: list[int]) -> None:
+        self.rows = rows
+        self._model = model
         self._cache: Any = None
-        self._mask = torch.zeros(rows, 0, dtype=torch.long, device=self._model.device)
+        self._mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
 
     @torch.no_grad()
     def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:
-        """Read more tokens of every row; returns their final states, [len(feed), H] each."""
         width = max(map(len, feeds))
         device = self._model.device
         ids = torch.tensor([[*feed, *[0] * (width - len(feed))] for feed in feeds], device=device)
@@ -103,15 +135,13 @@ class TeacherStream:
         self._cache = out.past_key_values
         return [states[: len(feed)] for states, feed in zip(out.last_hidden_state, feeds, strict=True)]
 
-    def retract(self, row: int, count: int) -> None:
-        """Take back the last `count` tokens of a row."""
+    def retract(self, index: int, count: int) -> None:
         if count:
-            slots = self._mask[row].nonzero()[-count:, 0]
-            self._mask[row, slots] = 0
+            self._mask[index, self._mask[index].nonzero()[-count:, 0]] = 0
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget every other row."""
-        if len(rows) < len(self._mask):
-            index = torch.tensor(list(rows), dtype=torch.long, device=self._mask.device)
-            self._mask = self._mask[index]
-            self._cache.batch_select_indices(index)
+    def keep(self, indices: list[int]) -> None:
+        if indices and len(indices) < len(self.rows):
+            chosen = torch.tensor(indices, device=self._mask.device)
+            self._mask = self._mask[chosen]
+            self._cache.batch_select_indices(chosen)
+        self.rows = [self.rows[i] for i in indices]

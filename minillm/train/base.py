@@ -49,7 +49,7 @@ class DistillationTrainer(Trainer):
         super().__init__(model=student, args=args, processing_class=processing_class, **kwargs)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.teacher = LocalTeacher(teacher_model.to(args.device), batch_size=max(args.per_device_train_batch_size, 1))  # pyright: ignore[reportArgumentType]
+        self.teacher = LocalTeacher(teacher_model.to(args.device), batch_size=max(args.per_device_train_batch_size, 16))  # pyright: ignore[reportArgumentType]
         self._logged_at = 0
         self._sums: dict[str, float] = defaultdict(float)
         self._values: dict[str, tuple[float, float]] = {}
@@ -87,9 +87,7 @@ class DistillationTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
 
-    def update_on(
-        self, model: Any, batch: Padded, weigh: Weigh, teacher_hidden: Tensor, scale: float
-    ) -> Tensor:
+    def update_on(self, model: Any, batch: Padded, weigh: Weigh, teacher_hidden: Tensor, scale: float) -> Tensor:
         """Forward and backward of one micro-batch; returns the loss."""
         inputs = {"batch": batch, "weigh": weigh, "teacher_hidden": teacher_hidden, "scale": scale}
         with self.phase("update", len(batch.targets)):

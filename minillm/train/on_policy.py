@@ -76,16 +76,16 @@ class MiniLLMTrainer(DistillationTrainer):
                 f"({self._update_size * self._processes} = per_device_train_batch_size × gradient_accumulation_steps × processes)"
             )
         self._prompts = self._tokenize(train_dataset)
-        limit = context_length(self.model)  # pyright: ignore[reportArgumentType]
+        student: Any = self.model
+        limit = context_length(student)
         if limit is not None and config.max_prompt_tokens + config.max_new_tokens > limit:
             raise ValueError(
                 f"rollout.max_prompt_tokens + max_new_tokens ({config.max_prompt_tokens} + {config.max_new_tokens}) "
                 f"exceed the student's context of {limit}"
             )
         self._text = self._pack(text_dataset)
-        self.sampling = Sampling(
-            config.max_new_tokens, eos_ids(self.model.generation_config, self.processing_class), self.width, config.temperature  # pyright: ignore
-        )
+        eos = eos_ids(student.generation_config, self.processing_class)
+        self.sampling = Sampling(config.max_new_tokens, eos, self.width, config.temperature)
         self._engine = engine
         self._sampler: TeacherMixedSampler | None = None
         self._batch_number = -1
@@ -227,9 +227,7 @@ class MiniLLMTrainer(DistillationTrainer):
         limit = self.rollout_config.max_prompt_tokens
         longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         if len(prompts[longest]) > limit:
-            raise ValueError(
-                f"train_dataset row {longest} has {len(prompts[longest])} prompt tokens; rollout.max_prompt_tokens is {limit}"
-            )
+            raise ValueError(f"train_dataset row {longest} has {len(prompts[longest])} prompt tokens; rollout.max_prompt_tokens is {limit}")
         return prompts
 
     def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
@@ -268,9 +266,7 @@ class MiniLLMTrainer(DistillationTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.state.global_step % self._updates_per_batch:
             kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None} for r in self._rollouts]
-            torch.save(
-                {"number": self._batch_number, "rollouts": kept}, folder / _ROLLOUTS.format(rank=self.accelerator.process_index)
-            )
+            torch.save({"number": self._batch_number, "rollouts": kept}, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

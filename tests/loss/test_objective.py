@@ -160,4 +160,4 @@ def test_the_clip_stops_the_gradient_of_a_token_that_moved_far_enough() -> None:
 def test_what_cannot_be_combined_cannot_be_written() -> None:
     for bad in ({"preset": "recommended", "weight_in_clip": True, "clip": None}, {"reward_scale": 2.0}, {"baseline": "whiten"}):
         with pytest.raises(ValueError, match=r"weight_in_clip|reward_scale|whiten"):
-            Objective(**bad)
+            Objective.model_validate(bad)

@@ -42,9 +42,7 @@ def test_scores_and_gradients_are_those_of_full_logits(kind: str, chunk: int, te
         value = (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum()
         return value, TokenWeights(a[part], b[part], c[part])
 
-    loss, scores = token_scores(
-        hidden, head, targets, teacher_hidden, teacher_head, weigh=weigh, temperature=temperature, chunk=chunk
-    )
+    loss, scores = token_scores(hidden, head, targets, teacher_hidden, teacher_head, weigh=weigh, temperature=temperature, chunk=chunk)
     (2.5 * loss).backward()  # an upstream gradient that is not 1
     got = [hidden.grad, head.weight.grad, None if head.bias is None else head.bias.grad]
     leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])

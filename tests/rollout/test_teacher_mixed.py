@@ -121,7 +121,9 @@ def test_the_same_seeds_draw_the_same_and_rows_do_not_depend_on_their_company(mo
 def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
     student, teacher = models
     sampling = Sampling(4, (EOS, 3), V)
-    rollouts = TeacherMixedSampler(TransformersEngine(student), LocalTeacher(teacher), 0.5, 8).generate([PROMPT] * 40, sampling, list(range(40)))
+    rollouts = TeacherMixedSampler(TransformersEngine(student), LocalTeacher(teacher), 0.5, 8).generate(
+        [PROMPT] * 40, sampling, list(range(40))
+    )
     ends = {True: 0, False: 0}
     for r in rollouts:
         assert not set(r.response_ids[:-1]) & {EOS, 3}

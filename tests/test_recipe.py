@@ -1,0 +1,97 @@
+"""Recipes: inheritance, overrides, and errors that say what, where and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minillm.recipe import Objective, RolloutConfig
+from minillm.recipe_file import RecipeError, load_recipe
+
+BASE = """\
+run_dir: runs/x
+data:
+  train: ./prompts.jsonl
+  heldout: ./prompts.jsonl
+teacher:
+  source: some/teacher
+student:
+  source: some/student
+training:
+  learning_rate: 5e-6
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    file = tmp_path / "recipe.yaml"
+    file.write_text(BASE)
+    return file
+
+
+def test_paths_are_relative_to_the_file_and_numbers_are_numbers(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    assert loaded.data.train == recipe.parent / "prompts.jsonl"
+    assert loaded.training["learning_rate"] == 5e-6
+
+
+def test_a_child_says_only_what_differs(recipe: Path) -> None:
+    below = recipe.parent / "family"
+    below.mkdir()
+    child = below / "child.yaml"
+    child.write_text("extends: ../recipe.yaml\nrollout:\n  teacher_mix: 0.5\ntraining:\n  max_steps: 3\n")
+    loaded = load_recipe(child, ["rollout.num_rollouts=64", "training.learning_rate=1e-5"])
+    assert loaded.data.train.resolve() == (recipe.parent / "prompts.jsonl").resolve()
+    assert (loaded.rollout.teacher_mix, loaded.rollout.num_rollouts) == (0.5, 64)
+    assert loaded.training == {"learning_rate": 1e-5, "max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rolout: {}\n", "recipe.yaml:11: rolout: unknown key; did you mean rollout?"),
+        ("rollout:\n  teacher_mx: 0.2\n", "recipe.yaml:12: rollout.teacher_mx: unknown key; did you mean teacher_mix?"),
+        ("rollout:\n  teacher_mix: 1.5\n", "recipe.yaml:12: rollout.teacher_mix: Input should be less than 1 (given: 1.5)"),
+        ("rollout:\n  num_rollouts: many\n", "recipe.yaml:12: rollout.num_rollouts: Input should be a valid integer"),
+        ("stages: [teacher, sleep]\n", "recipe.yaml:11: stages.1: Input should be 'teacher', 'student'"),
+        ("warmup: {training: {learnign_rate: 1}}\n", "recipe.yaml:11: warmup.training.learnign_rate: unknown key; did you mean learning_rate?"),
+        ("warmup:\n  training:\n    max_steps: lots\n", "recipe.yaml:13: warmup.training.max_steps: Input should be a valid integer"),
+        ("warmup:\n  training:\n    learning_rate: -1\n", "must be at least 0.0 (given: -1)"),
+        ("warmup:\n  training:\n    output_dir: here\n", "not set here: it follows from run_dir"),
+        ("objective:\n  weight_in_clip: true\n  clip: null\n", "recipe.yaml:11: objective: weight_in_clip needs clip"),
+        ("data:\n  train: x\n", "recipe.yaml:11: data: said twice"),
+        ("rollout: {teacher_mix: 0.2\n", "not YAML"),
+    ],
+)  # fmt: skip
+def test_faults_name_file_line_key_and_what_is_allowed(recipe: Path, text: str, message: str) -> None:
+    recipe.write_text(BASE + text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe)
+    assert message in str(caught.value)
+
+
+def test_every_fault_is_listed_at_once(recipe: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, ["rollout.num_rollouts=0", "student.keep=3"])
+    assert "command line: rollout.num_rollouts" in str(caught.value)
+    assert "command line: student.keep: unknown key; allowed: keep_layers, probe_prompts, source" in str(caught.value)
+
+
+def test_missing_files_are_named(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"command line: data\.train: no such file: nowhere\.jsonl"):
+        load_recipe(recipe, ["data.train=nowhere.jsonl"])
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(recipe.parent / "absent.yaml")
+    with pytest.raises(RecipeError, match=r"'steps': an override is section\.key=value"):
+        load_recipe(recipe, ["steps"])
+
+
+def test_a_preset_can_be_changed_piece_by_piece() -> None:
+    changed = Objective.paper(clip=0.3)
+    assert (changed.reward, changed.clip, changed.single_step_weight) == ("sampled", 0.3, "token")
+    assert Objective.reference().weight_in_clip
+    assert Objective() == Objective.recommended()
+    with pytest.raises(ValueError, match="teacher_mix"):
+        RolloutConfig(teacher_mix=1.0)

@@ -1,0 +1,157 @@
+"""A whole recipe on tiny models, sampling with transformers: stages, continuing, refusing, the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from minillm import stages
+from minillm.recipe_file import load_recipe
+from minillm.run_state import RunError
+
+RECIPE = """\
+run_dir: {run}
+data: {{train: {data}, heldout: {data}, max_prompt_tokens: 16}}
+teacher: {{source: {teacher}}}
+student: {{keep_layers: 2, probe_prompts: 4}}
+responses: {{max_new_tokens: 8}}
+warmup: {{training: {{max_steps: 2, per_device_train_batch_size: 4, use_cpu: true}}}}
+rollout: {{engine: transformers, num_rollouts: 4, max_new_tokens: 8}}
+training: {{max_steps: 3, per_device_train_batch_size: 4, use_cpu: true, learning_rate: 1e-3}}
+evaluate: {{seeds: [1, 2], max_new_tokens: 8, bootstrap: 100}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("recipe")
+    data = root / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
+    file = root / "recipe.yaml"
+    file.write_text(RECIPE.format(run=root / "run", data=data, teacher=pair[1]))
+    stages.run(load_recipe(file))
+    return file
+
+
+def test_a_run_leaves_its_results(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["models"]) == ["teacher", "pruned", "warmed", "minillm"]
+    for scores in results["models"].values():
+        for key in ("rouge_l", "reverse_kl", "finished", "length"):
+            assert scores[key]["low"] <= scores[key]["mean"] <= scores[key]["high"]
+    assert results["models"]["teacher"]["reverse_kl"]["mean"] == 0
+    assert results["models"]["pruned"]["reverse_kl"]["mean"] > 0
+    assert len(results["check"]["criteria"]) == 3
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert student.config.num_hidden_layers == 2
+    assert json.loads((run / "pruned" / "pruning.json").read_text())["kept"] == [0, 2]
+    page = (run / "report.html").read_text()
+    for part in ("<svg", "Reverse KL", "Importance weights", "Gradient norm", "Response length", "minillm", "w0 w3"):
+        assert part in page
+    assert "src=" not in page  # self-contained
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+    assert not (run / "work").exists() or not any((run / "work").iterdir())  # no checkpoint is left lying
+
+
+def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_again(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    weights = recipe.parent / "run" / "student" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    stages.run(load_recipe(recipe))
+    assert capfd.readouterr().out.count("finished before") == 6  # all but the report
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_and_redo_accepts_them(recipe: Path) -> None:
+    with pytest.raises(RunError, match=r"stage minillm there was made with other settings: training.max_steps \(there 3, now 2\)"):
+        stages.run(load_recipe(recipe, ["training.max_steps=2"]))
+    other = recipe.parent / "other.jsonl"
+    other.write_text('{"prompt": "w1"}\n' * 10)
+    with pytest.raises(RunError, match=r"stage student there was made with other settings: data\.train"):
+        stages.run(load_recipe(recipe, [f"data.train={other}"]))
+    stages.run(load_recipe(recipe, ["training.max_steps=2"]), "minillm", redo=True)
+    state = json.loads((recipe.parent / "run" / "state.json").read_text())["stages"]
+    assert state["minillm"]["settings"]["training.max_steps"] == 2
+    assert "evaluate" not in state  # it was made from the student that is gone
+    stages.run(load_recipe(recipe), "minillm", redo=True)
+
+
+def test_a_stage_needs_what_it_builds_on(recipe: Path) -> None:
+    with pytest.raises(RunError, match="stage minillm needs stage warmup, which is not finished"):
+        stages.run(load_recipe(recipe, [f"run_dir={recipe.parent / 'fresh'}"]), "minillm")
+    occupied = recipe.parent / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty, and not the directory of a minillm run"):
+        stages.run(load_recipe(recipe, [f"run_dir={occupied}"]))
+
+
+def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "minillm", *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+
+
+def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:
+    done = command("run", str(recipe), "rollout.teacher_mix=7")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: command line: rollout.teacher_mix: Input should be less than 1 (given: 7)"
+    done = command("run", str(recipe), "--stage", "slep")
+    assert done.returncode == 2
+    assert "--stage slep: no such stage; allowed: teacher, student" in done.stderr
+    done = command("report", str(recipe.parent))
+    assert done.returncode == 2
+    assert "not the directory of a run" in done.stderr
+
+
+def test_help_and_generate(recipe: Path) -> None:
+    done = command("run", "--help", COLUMNS="200")
+    assert "accelerate launch" in done.stdout
+    assert "--redo" in done.stdout
+    done = command("generate", str(recipe.parent / "run" / "student"), "w1 w2", "--max-new-tokens", "5", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    again = command("generate", str(recipe.parent / "run" / "student"), "w1 w2", "--max-new-tokens", "5", "--seed", "3")
+    assert done.stdout == again.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_launch_trains_in_every_process(recipe: Path, processes: int, tmp_path: Path) -> None:
+    """Two CPU processes need --multi_gpu; with --cpu accelerate starts one."""
+    flags = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else ["--cpu", "--num_processes", "1"]
+    run = tmp_path / "run"
+    words = ["run", str(recipe), f"run_dir={run}"]
+    assert command(*words, "--stage", "teacher").returncode == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *flags,
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    launch += ["--main_process_port", "0"] if processes == 2 else []
+    whole = [
+        *launch,
+        "-m",
+        "minillm",
+        *words,
+        "training.per_device_train_batch_size=2",
+        "stages=[teacher,student,responses,warmup,minillm]",
+    ]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(whole, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((run / "student" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    world = json.loads((run / "state.json").read_text())["stages"]["minillm"]["processes"]
+    assert world == processes
