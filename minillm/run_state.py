@@ -31,6 +31,12 @@ class RunError(RuntimeError):
     """A run directory that does not fit the recipe, or lacks what a stage needs."""
 
 
+def _is_ours(run_dir: Path) -> bool:
+    """Empty, or begun this moment by another process."""
+    names = {file.name for file in run_dir.iterdir()}
+    return names <= {"recipe.json", "state.part"} or "state.json" in names
+
+
 class RunState:
     """`state.json` of a run directory."""
 
@@ -40,7 +46,7 @@ class RunState:
         self._stages: dict[str, Any] = {}
         if self._file.is_file():
             self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
-        elif recipe.run_dir.is_dir() and any(file.suffix != ".part" for file in recipe.run_dir.iterdir()):
+        elif recipe.run_dir.is_dir() and not _is_ours(recipe.run_dir):
             raise RunError(f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir")
 
     def finished(self, stage: str) -> bool:

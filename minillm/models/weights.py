@@ -19,6 +19,7 @@ def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
     try:
         for name, value in model.get_base_model().state_dict().items():
             if "lora_" not in name:
-                yield name.replace(".base_layer", ""), value.detach().to(dtype)
+                # A copy: the reader may keep it until after the adapter has been taken out again.
+                yield name.replace(".base_layer", ""), value.detach().to(dtype, copy=True)
     finally:
         model.unmerge_adapter()
