@@ -115,6 +115,7 @@ def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]
     present = [panel for panel in panels if any(key in entry for entry in history for key in panel[1])]
     if not present:
         return ""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     rows = -(-len(present) // 3)
@@ -133,7 +134,8 @@ def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]
         if len(series) > 1:
             axis.legend(fontsize=8)
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
+    with rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(drawn, format="svg")
     svg = drawn.getvalue()
     return f"<h2>{title}</h2>{svg[svg.index('<svg') :]}"
 

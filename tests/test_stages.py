@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,40 @@ def test_accelerate_launch_trains_in_every_process(recipe: Path, processes: int,
     assert state["global_step"] == 3
     world = json.loads((run / "state.json").read_text())["stages"]["minillm"]["processes"]
     assert world == processes
+
+
+def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "minillm",
+        "run",
+        str(recipe),
+        f"run_dir={tmp_path / 'run'}",
+        "training.max_steps=300",
+        "training.save_steps=1000",
+    ]
+    words += ["stages=[teacher,student,responses,warmup,minillm]"]
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout is not None
+    seen = ""
+    for line in started.stdout:
+        seen += line
+        if "'importance_weight'" in line and started.poll() is None:
+            started.send_signal(signal.SIGINT)
+            break
+    rest = started.stdout.read()
+    assert started.wait(timeout=120) == 130, seen + rest
+    assert "the same command continues it" in rest
+    stopped = int(rest.split("stopped after update ")[1].split(";")[0])
+    assert 0 < stopped < 300
+    assert (tmp_path / "run" / "work" / "minillm" / f"checkpoint-{stopped}").is_dir()
+    words[words.index("training.max_steps=300")] = f"training.max_steps={stopped + 2}"
+    done = subprocess.run([*words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2  # another length is another setting
+    words[words.index(f"training.max_steps={stopped + 2}")] = "training.max_steps=300"
+    done = subprocess.run([*words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == list(range(1, 301))  # no update lost, none done twice

@@ -27,12 +27,11 @@ def opt() -> OPTForCausalLM:
 
 
 def qwen2() -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=2,
-            max_position_embeddings=64,
-        )  # fmt: skip
-    ).eval()
+    config = Qwen2Config(
+        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=5, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
 
 
 FAMILIES = {"gpt2": gpt2, "opt": opt, "qwen2": qwen2, "llama": lambda: tiny_llama(0, layers=5)}
@@ -75,9 +74,9 @@ def test_the_bound_forward_scores_what_the_plain_one_predicts(family: str) -> No
 def test_the_blocks_that_change_least_go() -> None:
     model = tiny_llama(0, layers=6)
     with torch.no_grad():
-        for index in (2, 3):
-            for projection in (model.model.layers[index].self_attn.o_proj, model.model.layers[index].mlp.down_proj):
-                projection.weight.mul_(1e-3)
+        for name, parameter in model.named_parameters():
+            if name.startswith(("model.layers.2.", "model.layers.3.")) and ("o_proj" in name or "down_proj" in name):
+                parameter.mul_(1e-3)
     similarity = block_similarity(model, [[3, 4, 5], [6, 7]])
     assert similarity.shape == (6,)
     assert layers_to_keep(similarity, 4) == [0, 1, 4, 5]
