@@ -361,8 +361,8 @@ def _evaluate(this: Run) -> None:
 
 def _made_from(this: Run, folder: str) -> dict[str, Any]:
     """What a model's answers depend on: if it is the same, they need not be made again."""
-    weights = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
-    return {"folder": folder, "weights": weights, "settings": this.state.settings(("data", "evaluate"))}
+    weights: Any = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
+    return {"weights": weights or folder, "settings": this.state.settings(("data", "evaluate"))}
 
 
 def _report(this: Run) -> None:

@@ -128,9 +128,16 @@ def summands(tokens: SampledTokens, objective: Objective) -> Tensor:
 
 
 def return_sum(tokens: SampledTokens, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Sum and count of the sampled returns that a baseline averages: those that have a summand."""
+    """Sum and count of the sampled returns that a baseline averages: those that have a summand.
+
+    Expected rewards get the baseline of ρ_k r_k: tokens are drawn from p̃, under which the mean of r_k is not −KL_k but
+    that of ρ_k r_k is.
+    """
+    rewards = sampled_rewards(tokens, objective)
+    if objective.reward == "expected":
+        rewards = rewards * token_weights(tokens)
     has_future = summands(tokens, objective) > 0
-    values = returns(sampled_rewards(tokens, objective), tokens, objective)[has_future]
+    values = returns(rewards, tokens, objective)[has_future]
     return values.double().sum(), has_future.sum()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minillm.loss import credit
 from minillm.loss.credit import SampledTokens
 from minillm.loss.objective import OnPolicyLoss
 from minillm.loss.token_scores import Head, token_scores
@@ -161,3 +162,21 @@ def test_what_cannot_be_combined_cannot_be_written() -> None:
     for bad in ({"preset": "recommended", "weight_in_clip": True, "clip": None}, {"reward_scale": 2.0}, {"baseline": "whiten"}):
         with pytest.raises(ValueError, match=r"weight_in_clip|reward_scale|whiten"):
             Objective.model_validate(bad)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_the_baseline_has_the_mean_of_the_expected_returns(alpha: float) -> None:
+    """Tokens come from the mixture, so sampled rewards need their weights before their mean is that of −KL."""
+    world, objective = World.random(2), Objective.recommended(length_norm=False)
+    logq, logp = world.logq().detach(), world.logp()
+    kl = (logq.exp() * (logq - logp)).sum(-1)
+    sampled, expected = 0.0, 0.0
+    for y in world.responses():
+        rows, ids = torch.tensor(world.rows(y)), torch.tensor(y)
+        q, p = logq[rows, ids], logp[rows, ids]
+        behaviour = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
+        probability = float(behaviour.sum().exp())
+        total, _ = credit.return_sum(SampledTokens(q, behaviour, p, torch.tensor([len(y)])), objective)
+        sampled += probability * float(total)
+        expected += probability * float(sum(-kl[rows][t + 1 :].sum() for t in range(len(y))))
+    assert sampled == pytest.approx(expected, rel=1e-9)
