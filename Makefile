@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 TORCH ?= torch==2.13.0
-GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU || echo 0)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RUN ?= recipes/quickstart.yaml
 
 .PHONY: install quickstart test test-full lint format clean

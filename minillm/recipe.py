@@ -82,7 +82,7 @@ class RolloutConfig(Section):
     draft_tokens: Positive = 24
     """Student tokens drafted before the teacher checks them (teacher-mixed sampling)."""
     engine_memory: Annotated[float, Field(gt=0)] | None = None
-    """vLLM's key-value cache in GiB; default: 1 GiB on the CPU, vLLM's own choice on a GPU."""
+    """vLLM's key-value cache in GiB; default: 1 GiB on the CPU, 30 % of the card (weights included) on a GPU."""
 
 
 class Objective(Section):

@@ -85,13 +85,15 @@ class RunState:
                     f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first (--stage {earlier})"
                 )
 
-    def forget(self, stage: str) -> None:
-        """Drop a stage and those that build on it."""
+    def forget(self, stage: str) -> list[str]:
+        """Drop a stage and those that build on it; returns their names."""
+        dropped = [stage]
         for later, needs in _NEEDS.items():
             if stage in needs:
-                self.forget(later)
+                dropped += self.forget(later)
         if self._stages.pop(stage, None):
             self._write()
+        return dropped
 
     def begin(self, stage: str) -> None:
         self._stages[stage] = {"finished": False, "settings": self.settings(self._sections(stage))}

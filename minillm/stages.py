@@ -31,7 +31,8 @@ class Run:
     """One recipe in its run directory."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from minillm.models.load import find_gguf
+        from minillm.models.load import find_gguf, load_tokenizer
+        from minillm.models.vocabulary import check_same_tokens
 
         self.recipe = recipe
         self.dir = recipe.run_dir
@@ -43,6 +44,8 @@ class Run:
         if {"responses", "minillm", "evaluate"} & set(recipe.stages):
             choose_engine(recipe.rollout.engine)
         gguf = find_gguf(recipe.teacher.source)
+        if recipe.student.source != "prune":
+            check_same_tokens(load_tokenizer(recipe.student.source), load_tokenizer(recipe.teacher.source))
         self.teacher = str(self.dir / "teacher") if gguf else recipe.teacher.source
         self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
         self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
@@ -78,12 +81,15 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
     """
     this = Run(recipe)
     stages: list[str] = [only] if only else list(recipe.stages)
-    if redo:
-        this.state.forget(stages[0])
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if redo and rank == 0:
+        for forgotten in this.state.forget(stages[0]):
+            shutil.rmtree(this.dir / "work" / forgotten, ignore_errors=True)
+            if forgotten == "responses":
+                (this.dir / "responses.jsonl").unlink(missing_ok=True)
     for stage in stages:
         this.state.check(stage)
         this.state.needs(stage, stages[: stages.index(stage)])
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     for number, stage in enumerate(stages, 1):
         if this.state.finished(stage) and stage != "report":
             _say(rank, f"[{number}/{len(stages)}] {stage}: finished before")
@@ -93,8 +99,6 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
             continue
         _say(rank, f"[{number}/{len(stages)}] {stage}")
         if rank == 0:
-            if redo:
-                shutil.rmtree(this.dir / "work" / stage, ignore_errors=True)
             this.state.begin(stage)
         started = time.perf_counter()
         try:
@@ -144,13 +148,13 @@ def _teacher(this: Run) -> None:
 
 
 def _student(this: Run) -> None:
-    from minillm.models.load import load_model, load_tokenizer
+    from minillm.models.load import device, load_model, load_tokenizer
     from minillm.models.prune import block_similarity, layers_to_keep, prune
 
     settings = this.recipe.student
     if settings.source != "prune" or settings.keep_layers is None:
         return
-    teacher = load_model(this.teacher)
+    teacher: Any = load_model(this.teacher).to(device())  # pyright: ignore[reportArgumentType]
     prompts = this.prompts(this.train_examples, str(this.recipe.data.train))[: settings.probe_prompts]
     similarity = block_similarity(teacher, [prompt.ids for prompt in prompts])
     kept = layers_to_keep(similarity, settings.keep_layers)
@@ -304,7 +308,7 @@ def _evaluate(this: Run) -> None:
     import torch
 
     from minillm import evaluation
-    from minillm.models.load import load_model, load_tokenizer
+    from minillm.models.load import device, load_model, load_tokenizer
     from minillm.models.weights import plain_weights
     from minillm.teacher.local import LocalTeacher
 
@@ -328,7 +332,7 @@ def _evaluate(this: Run) -> None:
             rows[name] = read_jsonl(file)
             continue
         _say(0, f"  {name}")
-        model = load_model(folder)
+        model: Any = load_model(folder).to(device())  # pyright: ignore[reportArgumentType]
         if engine is not None and depth == (model.config.architectures, model.config.num_hidden_layers):
             engine.update_weights(plain_weights(model, torch.bfloat16), engine.version + 1)
         else:
@@ -338,7 +342,7 @@ def _evaluate(this: Run) -> None:
             depth = (model.config.architectures, model.config.num_hidden_layers)
         rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]
         if name != "teacher":
-            teacher = teacher or LocalTeacher(load_model(this.teacher))
+            teacher = teacher or LocalTeacher(load_model(this.teacher).to(device()))  # pyright: ignore[reportArgumentType]
             evaluation.add_reverse_kl(rows[name], prompts, model, teacher, sampling.vocab_size, settings.temperature)
         else:
             for row in rows[name]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from minillm import stages
 from minillm.recipe_file import load_recipe
 from minillm.run_state import RunError
+from tests.conftest import tiny_tokenizer
 
 RECIPE = """\
 run_dir: {run}
@@ -93,6 +94,15 @@ def test_a_stage_needs_what_it_builds_on(recipe: Path) -> None:
     (occupied / "thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty, and not the directory of a minillm run"):
         stages.run(load_recipe(recipe, [f"run_dir={occupied}"]))
+
+
+def test_another_tokenizer_is_refused_before_any_stage(recipe: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="id 32 is 'extra' for the student and None for the teacher"):
+        stages.run(load_recipe(recipe, [f"student.source={tmp_path / 'other'}", f"run_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
 
 
 def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:

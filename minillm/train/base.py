@@ -36,6 +36,8 @@ class DistillationTrainer(Trainer):
             if not isinstance(model, str):
                 raise ValueError("processing_class: a tokenizer is needed when the student is given as a model object")
             processing_class = load_tokenizer(model)
+        if args.n_gpu > 1:
+            raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
         # A different tokenizer is found before any weights load, where the teacher is still a name.
         if isinstance(teacher, str):
             check_same_tokens(processing_class, load_tokenizer(teacher))
