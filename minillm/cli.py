@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +123,7 @@ def main() -> None:
     except Exception as error:
         if not _is_for_people(error) or os.environ.get("MINILLM_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).strip()}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -130,4 +131,4 @@ def _is_for_people(error: Exception) -> bool:
     from minillm.rollout.build import EngineError
     from minillm.run_state import RunError
 
-    return isinstance(error, (ValueError, FileNotFoundError, EngineError, RunError))
+    return isinstance(error, (ValueError, OSError, subprocess.CalledProcessError, EngineError, RunError))

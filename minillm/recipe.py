@@ -147,6 +147,8 @@ class Objective(Section):
             raise ValueError("whitening needs every return beforehand: use reward: sampled, or baseline: centre")
         if self.importance == "prefix" and self.weight_in_clip:
             raise ValueError("weight_in_clip holds for importance: token")
+        if self.importance == "prefix" and self.baseline != "none":
+            raise ValueError("importance: prefix weighs rewards, not the score; a baseline would bias it: set baseline: none")
         if self.importance == "prefix" and self.length_norm:
             raise ValueError("importance: prefix weighs each future reward; it has no length-normalised form")
         return self
@@ -220,6 +222,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _pruning(self) -> Recipe:
+        if "max_prompt_tokens" in self.rollout.model_fields_set and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens:
+            raise ValueError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
         if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:
             raise ValueError("student.keep_layers is needed when student.source is prune")
         return self

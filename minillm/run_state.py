@@ -56,11 +56,13 @@ class RunState:
         return {stage: entry["seconds"] for stage, entry in self._stages.items() if "seconds" in entry}
 
     def check(self, stage: str) -> None:
-        """Refuse to go on from a stage that was begun or finished with other settings.
+        """Refuse to go on from a stage, or from one it builds on, that was begun or finished with other settings.
 
         Raises:
             RunError: naming the settings that differ.
         """
+        for earlier in _NEEDS[stage]:
+            self.check(earlier)
         entry = self._stages.get(stage)
         if entry is None:
             return
@@ -85,13 +87,13 @@ class RunState:
                     f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first (--stage {earlier})"
                 )
 
-    def forget(self, stage: str) -> list[str]:
-        """Drop a stage and those that build on it; returns their names."""
+    def forget(self, stage: str, write: bool = True) -> list[str]:
+        """Drop a stage and those that build on it; returns their names. `write`: in the file too."""
         dropped = [stage]
         for later, needs in _NEEDS.items():
             if stage in needs:
-                dropped += self.forget(later)
-        if self._stages.pop(stage, None):
+                dropped += self.forget(later, write)
+        if self._stages.pop(stage, None) and write:
             self._write()
         return dropped
 

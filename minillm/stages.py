@@ -43,13 +43,25 @@ class Run:
         self.heldout_examples = read_examples(recipe.data.heldout, recipe.data.limit)
         if {"responses", "minillm", "evaluate"} & set(recipe.stages):
             choose_engine(recipe.rollout.engine)
+        self._check_sizes()
         gguf = find_gguf(recipe.teacher.source)
+        teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here
         if recipe.student.source != "prune":
-            check_same_tokens(load_tokenizer(recipe.student.source), load_tokenizer(recipe.teacher.source))
+            check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
         self.teacher = str(self.dir / "teacher") if gguf else recipe.teacher.source
         self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
         self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
         self.student = str(self.dir / "student")
+
+    def _check_sizes(self) -> None:
+        training, rollouts = self.recipe.training, self.recipe.rollout.num_rollouts
+        micro, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if "minillm" in self.recipe.stages and rollouts % (micro * accumulation * processes):
+            raise ValueError(
+                f"rollout.num_rollouts ({rollouts}) must be a multiple of the responses of one update: "
+                f"per_device_train_batch_size × gradient_accumulation_steps × processes ({micro} × {accumulation} × {processes})"
+            )
 
     def prompts(self, examples: Sequence[Example], what: str) -> list[Prompt]:
         """Rendered prompts; those over the limit are left out and reported."""
@@ -82,11 +94,14 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
     this = Run(recipe)
     stages: list[str] = [only] if only else list(recipe.stages)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if redo and rank == 0:
-        for forgotten in this.state.forget(stages[0]):
+    forgotten_stages = this.state.forget(stages[0], write=rank == 0) if redo else []
+    if rank == 0:
+        for forgotten in forgotten_stages:
             shutil.rmtree(this.dir / "work" / forgotten, ignore_errors=True)
             if forgotten == "responses":
                 (this.dir / "responses.jsonl").unlink(missing_ok=True)
+        if forgotten_stages[:1] == ["evaluate"]:
+            shutil.rmtree(this.dir / "evaluate", ignore_errors=True)
     for stage in stages:
         this.state.check(stage)
         this.state.needs(stage, stages[: stages.index(stage)])
@@ -129,13 +144,23 @@ def _in_one_process(this: Run, stage: str, rank: int) -> None:
         kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
         this.dir.mkdir(parents=True, exist_ok=True)
         whole = this.dir / "recipe.json"
-        whole.write_text(this.recipe.model_dump_json(indent=1), encoding="utf-8")
+        whole.write_text(json.dumps(_without_relative_paths(this.recipe), indent=1), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "minillm", "run", str(whole), "--stage", stage], env=kept, check=True)
         this.state = RunState(this.recipe)
     else:
         while not this.state.finished(stage):
             time.sleep(1)
             this.state = RunState(this.recipe)
+
+
+def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as another file can say it: there, a path that starts with a dot would mean another place."""
+    tree = recipe.model_dump(mode="json")
+    for section, key in (("data", "train"), ("data", "heldout"), ("teacher", "source"), ("student", "source")):
+        if Path(tree[section][key]).exists():
+            tree[section][key] = os.path.abspath(tree[section][key])
+    tree["rollout"]["max_prompt_tokens"] = tree["data"]["max_prompt_tokens"]
+    return tree | {"run_dir": os.path.abspath(tree["run_dir"])}
 
 
 def _teacher(this: Run) -> None:
@@ -227,6 +252,8 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
 
 def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
     """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`."""
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
 
     this.processes = trainer.accelerator.num_processes
@@ -234,15 +261,25 @@ def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
     trainer.add_callback(stopping.callback())
     work = trainer.args.output_dir
     last = get_last_checkpoint(work) if os.path.isdir(work) else None
-    with stopping:
-        trainer.train(resume_from_checkpoint=last)
-    if stopping.asked:
+    if last is not None and _is_complete(last):
+        trainer.state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
+        trainer._load_from_checkpoint(last)
+    else:
+        with stopping:
+            trainer.train(resume_from_checkpoint=last)
+    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
     trainer.save_model(folder)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _is_complete(checkpoint: str) -> bool:
+    """The run ended between its last checkpoint and the saving of the student."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
 
 
 class _StopCleanly:
@@ -316,13 +353,14 @@ def _evaluate(this: Run) -> None:
     folders = {"teacher": this.teacher, "pruned": this.start, "warmed": this.warmed, "minillm": this.student}
     if this.recipe.student.source != "prune":
         folders["student"] = folders.pop("pruned")
-    if "warmup" not in this.recipe.stages:
-        del folders["warmed"]
+    for stage, name in (("warmup", "warmed"), ("minillm", "minillm")):
+        if stage not in this.recipe.stages:
+            del folders[name]
     prompts = this.prompts(this.heldout_examples, str(this.recipe.data.heldout))
     sampling = _sampling(this.teacher, settings.max_new_tokens, settings.temperature)
     tokenizer = load_tokenizer(this.teacher)
     teacher: LocalTeacher | None = None
-    engine, depth = None, None
+    engine, shape = None, None
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, folder in folders.items():
         file = this.dir / "evaluate" / f"{name}.jsonl"
@@ -333,13 +371,13 @@ def _evaluate(this: Run) -> None:
             continue
         _say(0, f"  {name}")
         model: Any = load_model(folder).to(device())  # pyright: ignore[reportArgumentType]
-        if engine is not None and depth == (model.config.architectures, model.config.num_hidden_layers):
+        if engine is not None and shape == _shape(model):
             engine.update_weights(plain_weights(model, torch.bfloat16), engine.version + 1)
         else:
             if engine is not None:
                 engine.close()
             engine = _engine(this, folder, settings.max_new_tokens)
-            depth = (model.config.architectures, model.config.num_hidden_layers)
+            shape = _shape(model)
         rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]
         if name != "teacher":
             teacher = teacher or LocalTeacher(load_model(this.teacher).to(device()))  # pyright: ignore[reportArgumentType]
@@ -357,16 +395,23 @@ def _evaluate(this: Run) -> None:
         "prompts": len(prompts),
         "seeds": settings.seeds,
     }
-    if "warmed" in scores:
+    if "warmed" in scores and "minillm" in scores:
         changes = evaluation.compare(scores["warmed"], scores["minillm"], settings.bootstrap)
         results |= {"minillm_against_warmed": changes, "check": evaluation.check(changes, settings)}
     (this.dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
+def _shape(model: Any) -> dict[str, Any]:
+    """What two models must have in common for one engine to take the weights of both."""
+    config = model.config.to_dict()
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in ("dtype", "transformers_version")}
+
+
 def _made_from(this: Run, folder: str) -> dict[str, Any]:
     """What a model's answers depend on: if it is the same, they need not be made again."""
     weights: Any = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
-    return {"weights": weights or folder, "settings": this.state.settings(("data", "evaluate"))}
+    settings = this.state.settings(("data", "evaluate", "teacher"))
+    return {"weights": weights or folder, "settings": settings, "engine": choose_engine(this.recipe.rollout.engine)}
 
 
 def _report(this: Run) -> None:

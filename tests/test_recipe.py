@@ -88,6 +88,13 @@ def test_missing_files_are_named(recipe: Path) -> None:
         load_recipe(recipe, ["steps"])
 
 
+def test_sizes_that_do_not_divide_are_refused_before_any_stage(recipe: Path) -> None:
+    from minillm import stages
+
+    with pytest.raises(ValueError, match=r"rollout.num_rollouts \(30\) must be a multiple .* \(8 × 2 × 1\)"):
+        stages.run(load_recipe(recipe, ["rollout.num_rollouts=30", "training.gradient_accumulation_steps=2"]))
+
+
 def test_a_preset_can_be_changed_piece_by_piece() -> None:
     changed = Objective.paper(clip=0.3)
     assert (changed.reward, changed.clip, changed.single_step_weight) == ("sampled", 0.3, "token")

@@ -116,6 +116,10 @@ def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:
     done = command("run", str(recipe), "--stage", "slep")
     assert done.returncode == 2
     assert "--stage slep: no such stage; allowed: teacher, student" in done.stderr
+    done = command("generate", str(recipe.parent / "nowhere"), "w1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
     done = command("report", str(recipe.parent))
     assert done.returncode == 2
     assert "not the directory of a run" in done.stderr

@@ -50,8 +50,12 @@ def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     examples = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8: byte {error.start + 1} of the line") from None
             if line.strip():
                 examples.append(_example(line, len(examples), f"{path}:{number}"))
             if len(examples) == limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,3 +24,19 @@ def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
                 yield name.replace(".base_layer", ""), value.detach().to(dtype, copy=True)
     finally:
         model.unmerge_adapter()
+
+
+def save_plain(model: Any, folder: str | Path) -> None:
+    """Save as a folder of the plain architecture, adapters merged."""
+    if not hasattr(model, "get_base_model"):
+        model.save_pretrained(folder)
+        return
+    base = model.get_base_model()
+    merged = dict(plain_weights(model, base.dtype))
+    base.config.save_pretrained(folder)
+    base.generation_config.save_pretrained(folder)
+    with torch.device("meta"):
+        plain = type(base)(base.config)
+    plain.load_state_dict(merged, assign=True)
+    plain.tie_weights()
+    plain.save_pretrained(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -47,11 +48,12 @@ def make_engine(
     config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype = torch.bfloat16,
     model: PreTrainedModel | None = None,
 ) -> Engine:  # fmt: skip
-    """An engine for the model in `folder`; the transformers engine uses `model` itself where it is given."""
+    """An engine for the model in `folder`; the transformers engine samples `model` itself, where a trained one is given."""
     if choose_engine(config.engine) == "vllm":
         return VLLMEngine(folder, max_length=max_length, memory=config.engine_memory, dtype=dtype)
-    if model is None:
-        from minillm.models.load import load_model
+    if model is not None:
+        return TransformersEngine(model, shared=True)
+    from minillm.models.load import device, load_model
 
-        model = load_model(folder, dtype)
-    return TransformersEngine(model)
+    loaded: Any = load_model(folder, dtype)
+    return TransformersEngine(loaded.to(device()))

@@ -19,7 +19,10 @@ from minillm.data.batches import seed_of
 from minillm.rollout.engine import Engine, Rollout, Sampling
 from minillm.teacher.local import LocalTeacher, TeacherStream
 
-_CANDIDATES = 16  # draws from p scored together for one residual
+# Draws from p scored together for one residual: few at first, then as many as an engine scores at once. After
+# _TRIES times the residual is so thin (mass below 1e-3) that the last draw is taken: it was needed with probability
+# α times that mass.
+_CANDIDATES, _MOST_CANDIDATES, _TRIES = 16, 128, 64
 
 
 @dataclass
@@ -110,8 +113,11 @@ class TeacherMixedSampler:
             return
         logps = self._teacher.distribution(torch.cat([state for _, state in rejected]), sampling).cpu()
         waiting = [(row, logp) for (row, _), logp in zip(rejected, logps, strict=True)]
-        while waiting:
-            draws = [torch.multinomial(logp.exp(), _CANDIDATES, True, generator=row.generator).tolist() for row, logp in waiting]
+        for attempt in range(_TRIES):
+            if not waiting:
+                break
+            count = _CANDIDATES if attempt < 2 else _MOST_CANDIDATES
+            draws = [torch.multinomial(logp.exp(), count, True, generator=row.generator).tolist() for row, logp in waiting]
             named = [sorted(set(some)) for some in draws]
             scored = self._engine.logprobs_of([row.prompt + row.ids for row, _ in waiting], named, sampling)
             still = []
@@ -119,7 +125,8 @@ class TeacherMixedSampler:
                 logq = dict(zip(ids, values.tolist(), strict=True))
                 uniform = torch.rand(len(some), generator=row.generator).tolist()
                 for token, u in zip(some, uniform, strict=True):
-                    if u < 1 - math.exp(min(0.0, logq[token] - float(logp[token]))):
+                    last = attempt == _TRIES - 1
+                    if last or u < 1 - math.exp(min(0.0, logq[token] - float(logp[token]))):
                         row.append(token, logq[token], float(logp[token]))
                         row.unread, row.tail = [token], None
                         break

@@ -17,11 +17,14 @@ from minillm.rollout.engine import NamedTensors, Rollout, Sampling, next_token_l
 class TransformersEngine:
     """Draws from `model`, in batches of like prompt lengths; rows that have ended leave the batch.
 
-    Sharing the trained model is the intended use: then `update_weights` has nothing to copy.
+    Args:
+        shared: `model` is the trained model itself. Its weights are current at any time and `update_weights` leaves them
+            alone: what it is handed may be rounded to bfloat16, and the masters must not be.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int = 64) -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: int = 64, *, shared: bool = False) -> None:
         self._model = model
+        self._shared = shared
         self._batch_size = batch_size
         self.version = 0
 
@@ -79,10 +82,10 @@ class TransformersEngine:
         return [row[torch.tensor(some, device=row.device)].cpu() for row, some in zip(rows, ids, strict=True)]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
-        own = self._model.state_dict()
-        with torch.no_grad():
-            for name, value in weights:
-                if own[name].data_ptr() != value.data_ptr():
+        if not self._shared:
+            own = self._model.state_dict()
+            with torch.no_grad():
+                for name, value in weights:
                     own[name].copy_(value)
         self.version = version
 

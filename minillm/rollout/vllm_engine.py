@@ -66,10 +66,11 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         from vllm import SamplingParams
 
+        allowed = self._allowed(sampling)
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=0,
-                stop_token_ids=list(sampling.eos_ids), detokenize=False, allowed_token_ids=self._allowed(sampling),
+                stop_token_ids=list(sampling.eos_ids), detokenize=False, allowed_token_ids=allowed,
             )
             for seed in seeds
         ]  # fmt: skip
@@ -83,10 +84,11 @@ class VLLMEngine:
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
         from vllm import SamplingParams
 
+        allowed = self._allowed(sampling)
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=1, logprob_token_ids=some, detokenize=False,
-                allowed_token_ids=self._allowed(sampling),
+                allowed_token_ids=allowed,
             )
             for some in ids
         ]  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from minillm.models.load import load_model, load_tokenizer
 from minillm.models.scoring import Scoring, bind_scoring, head_of, score
 from minillm.models.vocabulary import check_same_tokens, shared_width, token_count
 from minillm.teacher.local import LocalTeacher
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
@@ -39,11 +43,18 @@ class DistillationTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
         # A different tokenizer is found before any weights load, where the teacher is still a name.
-        if isinstance(teacher, str):
-            check_same_tokens(processing_class, load_tokenizer(teacher))
+        named = teacher if isinstance(teacher, str) else str(teacher.name_or_path)
+        if isinstance(teacher, str) or Path(named, "tokenizer_config.json").is_file():
+            check_same_tokens(processing_class, load_tokenizer(named))
         student = load_model(model, torch.float32) if isinstance(model, str) else model
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         teacher_model = load_model(teacher, compute) if isinstance(teacher, str) else teacher
+        trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
+        if trained & {torch.bfloat16, torch.float16}:
+            logger.warning("The student is trained in %s: at small learning rates most updates round away; load it in float32.", trained)
+        widths = shared_width(student, student), shared_width(teacher_model, teacher_model)
+        if widths[0] != widths[1]:
+            logger.warning("The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.", *widths, min(widths))
         self.width = min(shared_width(student, teacher_model), token_count(processing_class))
         self.temperature = temperature
         self.compute_dtype = compute
@@ -52,7 +63,7 @@ class DistillationTrainer(Trainer):
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.teacher = LocalTeacher(teacher_model.to(args.device), batch_size=max(args.per_device_train_batch_size, 16))  # pyright: ignore[reportArgumentType]
-        self._logged_at = 0
+        self._logged_at: int | None = None  # the update after which metrics were last logged
         self._sums: dict[str, float] = defaultdict(float)
         self._values: dict[str, tuple[float, float]] = {}
         self._seconds: dict[str, float] = defaultdict(float)
@@ -70,6 +81,8 @@ class DistillationTrainer(Trainer):
         return DataLoader(range(self.updates_per_epoch() * self.args.gradient_accumulation_steps))  # pyright: ignore[reportArgumentType]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        if self._logged_at is None:
+            self._logged_at = self.state.global_step
         return self.micro_batches(self.state.global_step), None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -129,7 +142,7 @@ class DistillationTrainer(Trainer):
         for name in sorted(sums):
             if name.endswith("_loss"):
                 # Already divided by the update's token count; logged per update.
-                out[name] = sums[name] / max(self.state.global_step - self._logged_at, 1)
+                out[name] = sums[name] / max(self.state.global_step - (self._logged_at or 0), 1)
             elif name not in ("tokens", "text_tokens", "advantage_squared"):
                 out[name] = sums[name] / max(sums["text_tokens" if name.startswith("text") else "tokens"], 1.0)
         if "advantage" in out:

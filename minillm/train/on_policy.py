@@ -17,7 +17,7 @@ from minillm.data.examples import chat_ids
 from minillm.loss.credit import SampledTokens, return_sum
 from minillm.loss.objective import OnPolicyLoss
 from minillm.models.load import context_length, eos_ids
-from minillm.models.weights import plain_weights
+from minillm.models.weights import plain_weights, save_plain
 from minillm.recipe import Objective, RolloutConfig
 from minillm.rollout.build import make_engine
 from minillm.rollout.engine import Engine, Rollout, Sampling
@@ -159,7 +159,9 @@ class MiniLLMTrainer(DistillationTrainer):
         self._sync()
         mine = self._prompt_rows(number)
         prompts = [self._prompts[row] for row in mine]
-        seeds = [seed_of(self.args.seed, number, row) for row in mine]
+        # The place tells apart a prompt that comes twice in one batch.
+        rank = self.accelerator.process_index
+        seeds = [seed_of(self.args.seed, number, rank + place * self._processes, row) for place, row in enumerate(mine)]
         with self.phase("rollout"):
             if self._sampler is not None:
                 drafted, accepted = self._sampler.drafted, self._sampler.accepted
@@ -210,7 +212,7 @@ class MiniLLMTrainer(DistillationTrainer):
                 folder = str(student.name_or_path)
                 if not Path(folder).is_dir():
                     folder = spare
-                    student.save_pretrained(folder)
+                    save_plain(student, folder)
                 length = config.max_prompt_tokens + config.max_new_tokens
                 self._engine = make_engine(config, folder, max_length=length, dtype=self.compute_dtype, model=student)
         if config.teacher_mix and self._sampler is None:
@@ -270,9 +272,12 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        file = Path(resume_from_checkpoint) / _ROLLOUTS.format(rank=self.accelerator.process_index)
-        if file.is_file():
-            live = torch.load(file, weights_only=True)
+        folder = Path(resume_from_checkpoint)
+        saved = len(list(folder.glob(_ROLLOUTS.format(rank="*"))))
+        if saved and saved != self._processes:
+            raise ValueError(f"{folder}: saved by {saved} process(es) amid a rollout batch; resume with as many, not {self._processes}")
+        if saved:
+            live = torch.load(folder / _ROLLOUTS.format(rank=self.accelerator.process_index), weights_only=True)
             self._adopt(live["number"], [Rollout(**fields) for fields in live["rollouts"]])
 
     def close(self) -> None:

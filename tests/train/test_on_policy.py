@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from minillm import MiniLLMTrainer, Objective, RolloutConfig
 from minillm.models.load import load_model
+from minillm.models.weights import save_plain
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
@@ -28,7 +30,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def train(pair: tuple[str, str], folder: Path, *, resume: str | None = None, stop: int | None = None, **changes: Any) -> MiniLLMTrainer:
-    keys = ("objective", "rollout", "train_dataset", "text_dataset")
+    keys = ("objective", "rollout", "train_dataset", "text_dataset", "processing_class")
     options = {key: changes.pop(key) for key in keys if key in changes}
     options = {"rollout": ROLLOUT, "train_dataset": PROMPTS} | options
     trainer = MiniLLMTrainer(*pair, arguments(folder, **changes), **options)
@@ -119,6 +121,28 @@ def test_text_joins_the_update(pair: tuple[str, str], tmp_path: Path) -> None:
     assert all(e["language_model_loss"] > 0 and e["text_nll"] > 0 for e in logged)
     total = logged[0]["policy_loss"] + logged[0]["single_step_loss"] + logged[0]["language_model_loss"]
     assert logged[0]["loss"] == pytest.approx(total, rel=1e-3)
+
+
+def test_bfloat16_sampling_leaves_the_float32_masters_alone(pair: tuple[str, str], tmp_path: Path) -> None:
+    trainer = MiniLLMTrainer(*pair, arguments(tmp_path, bf16=True), rollout=ROLLOUT, train_dataset=PROMPTS)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}  # pyright: ignore
+    trainer._sync()
+    after = trainer.model.state_dict()  # pyright: ignore
+    assert all(value.dtype == torch.float32 and torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_an_adapter_trains_and_its_base_does_not(pair: tuple[str, str], tmp_path: Path) -> None:
+    base = load_model(pair[0], torch.float32)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    student: Any = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))  # pyright: ignore
+    trainer = train((student, pair[1]), tmp_path / "run", processing_class=tiny_tokenizer())
+    save_plain(student, tmp_path / "plain")
+    merged = load_model(tmp_path / "plain", torch.float32).state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(value, merged[name])}
+    assert moved
+    assert all("q_proj" in name or "v_proj" in name for name in moved)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0]["engine_mismatch"] < 1e-5
 
 
 @pytest.mark.parametrize("preset", ["paper", "reference", "recommended", "exact"])
