@@ -120,8 +120,8 @@ def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]
 
     rows = -(-len(present) // 3)
     figure = Figure(figsize=(12, 3.1 * rows), layout="constrained")
-    axes = figure.subplots(rows, 3, squeeze=False).flat
-    for axis in list(axes)[len(present) :]:
+    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axis in axes[len(present) :]:
         axis.set_visible(False)
     for axis, (name, series) in zip(axes, present, strict=False):
         for key, label in series.items():
