@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RUN ?= recipes/quickstart.yaml
 
-.PHONY: install quickstart test test-full lint format clean
+.PHONY: install quickstart test test-full lint format mutations clean
 
 install: $(VENV)/.installed
 
@@ -47,3 +47,6 @@ format: install
 
 clean:
 	rm -rf runs build dist *.egg-info
+
+mutations: install
+	$(BIN)/python tests/mutations.py

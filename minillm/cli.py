@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def _is_for_people(error: Exception) -> bool:
-    from minillm.rollout.build import EngineError
+    from minillm.rollout.engine import EngineError
     from minillm.run_state import RunError
 
     return isinstance(error, (ValueError, OSError, subprocess.CalledProcessError, EngineError, RunError))

@@ -67,10 +67,19 @@ class WarmupConfig(Section):
 class RolloutConfig(Section):
     """How the student's responses are drawn."""
 
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
-    """`auto`: vLLM where it is installed, else transformers, saying so; the others insist."""
+    engine: Literal["auto", "vllm", "transformers", "server"] = "auto"
+    """`auto`: vLLM where it is installed, else transformers, saying so; `vllm` and `transformers` insist; `server`: the
+    `servers`, for the student's rollouts."""
+    servers: list[str] = []
+    """`http://host:port` of running `vllm serve` processes; see `minillm.rollout.vllm_server` for how to start them."""
+    server_patience: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds for which a server that is gone is tried again, before the run stops with a checkpoint."""
+    overlap: bool = False
+    """Draw the next batch of rollouts while this one trains, with the weights before it: one batch off policy."""
     num_rollouts: Positive = 32
     """Responses drawn, over all processes, between two weight updates of the engine."""
+    samples_per_prompt: Positive = 1
+    """Responses of each prompt in a batch; `num_rollouts` counts responses."""
     inner_epochs: Positive = 2
     """Passes over each batch of rollouts (`ppo_epochs` in the authors' code)."""
     teacher_mix: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
@@ -84,6 +93,25 @@ class RolloutConfig(Section):
     engine_memory: Annotated[float, Field(gt=0)] | None = None
     """vLLM's key-value cache in GiB; default: 1 GiB on the CPU, 30 % of the card (weights included) on a GPU."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _filters(cls, given: Any) -> Any:
+        for key in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"):
+            if isinstance(given, dict) and key in given:
+                raise ValueError(
+                    f"{key}: importance weights need every token that the student can draw, and the loss the very distribution "
+                    "that draws; a filter takes tokens away from one and not from the other. Use temperature"
+                )
+        return given
+
+    @model_validator(mode="after")
+    def _servers(self) -> RolloutConfig:
+        if self.num_rollouts % self.samples_per_prompt:
+            raise ValueError(f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})")
+        if (self.engine == "server") != bool(self.servers):
+            raise ValueError("engine: server needs servers (http://host:port, one or several), and servers need engine: server")
+        return self
+
 
 class Objective(Section):
     """What is minimised; see `minillm.loss.credit` for the equations. Start from a preset and change what differs."""
@@ -91,7 +119,7 @@ class Objective(Section):
     preset: Literal["paper", "reference", "recommended", "exact"] = "recommended"
     """Which preset the other fields start from."""
     reward: Literal["sampled", "expected"] = "expected"
-    """r_k = log p(y_k) − log q_old(y_k), or its expectation −KL_k."""
+    """r_k = log p(y_k) − log q_old(y_k), or its expectation −KL_k, as it was when the response was first trained on."""
     reward_scale: Annotated[float, Field(gt=0)] = 1.0
     """Sampled rewards are divided by this."""
     reward_clip: Annotated[float, Field(gt=0)] | None = None
@@ -106,7 +134,10 @@ class Objective(Section):
     """`centre`: subtract the mean sampled return of the rollout batch. `whiten`: mean and spread of the micro-batch;
     `whiten_padded`: its padding counted as zeros, as the authors' code does."""
     importance: Literal["none", "token", "prefix"] = "token"
-    """Long-term weight: none, ρ_t, or the per-decision product ρ_1…ρ_k (equation B of the README)."""
+    """Long-term weight: none, ρ_t, or the per-decision product ρ_1…ρ_k (equation B of `minillm.loss.credit`)."""
+    old_logprobs: Literal["engine", "trainer"] = "engine"
+    """Whose log q_old: the engine's, which drew the tokens, or those of one more forward of the student (the authors'
+    code), from which ρ is then taken too."""
     importance_truncation: Annotated[float, Field(ge=1)] | None = None
     """Upper bound of an importance weight."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
@@ -124,7 +155,7 @@ class Objective(Section):
     language_model_distill: Share = 0.0
     """Share of that term which is forward KL to the teacher (0.5 in the authors' code)."""
     language_model_block: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a block of text; a block never crosses a document's end."""
+    """Tokens in a block of text; documents that share a block do not see each other."""
     normalise: Literal["update_tokens", "micro_batch_tokens"] = "update_tokens"
     """Divide sums over tokens by the token count of the whole update over all processes, or of the micro-batch."""
 
@@ -145,6 +176,10 @@ class Objective(Section):
             raise ValueError("reward_scale and reward_clip apply to reward: sampled; the expected reward is -KL as it is")
         if self.reward == "expected" and self.baseline.startswith("whiten"):
             raise ValueError("whitening needs every return beforehand: use reward: sampled, or baseline: centre")
+        if self.importance == "none" and self.weight_in_clip:
+            raise ValueError("weight_in_clip has no weight to clip: set importance: token")
+        if self.importance_truncation is not None and self.importance == "none" and self.single_step_weight == "none":
+            raise ValueError("importance_truncation has no weight to truncate: set importance or single_step_weight")
         if self.importance == "prefix" and self.weight_in_clip:
             raise ValueError("weight_in_clip holds for importance: token")
         if self.importance == "prefix" and self.baseline != "none":
@@ -170,7 +205,11 @@ class Objective(Section):
 
     @classmethod
     def exact(cls, **changes: Any) -> Objective:
-        """The unbiased gradient of KL(q‖p), equation (B); its variance grows with length."""
+        """The unbiased gradient of KL(q‖p), equation (B), at the first update on a batch; its variance grows with length.
+
+        Later updates on the same batch have moved away from q_old, which W does not follow: for an exact gradient at every
+        update, one rollout batch an update and one inner epoch.
+        """
         return cls(preset="exact", **changes)
 
 
@@ -180,7 +219,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reference": {
         "reward": "sampled", "reward_scale": 0.5, "reward_clip": 100.0, "discount": 0.95, "return_from": "current",
         "baseline": "whiten_padded", "weight_in_clip": True, "language_model_distill": 0.5,
-        "normalise": "micro_batch_tokens",
+        "old_logprobs": "trainer", "normalise": "micro_batch_tokens",
     },
     "exact": {
         "length_norm": False, "baseline": "none", "importance": "prefix", "single_step_weight": "prefix", "clip": None,

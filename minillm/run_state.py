@@ -26,6 +26,9 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "minillm": ("warmup",), "evaluate": ("minillm",), "report": (),
 }  # fmt: skip
 
+# Of `rollout`: where and when responses are drawn, not from what. A run may go on with others.
+_OPERATIONAL = {"servers", "server_patience", "engine_memory", "overlap"}
+
 
 class RunError(RuntimeError):
     """A run directory that does not fit the recipe, or lacks what a stage needs."""
@@ -113,6 +116,8 @@ class RunState:
             for name in ("train", "heldout"):
                 content = Path(sections["data"][name]).read_bytes()
                 sections["data"] = {**sections["data"], name: hashlib.sha256(content).hexdigest()[:16]}
+        for name in _OPERATIONAL & sections.get("rollout", {}).keys():
+            del sections["rollout"][name]
         return {".".join(key): value for key, value in flatten(sections).items()}
 
     def _sections(self, stage: str) -> set[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -120,10 +123,29 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
             _STAGES[stage](this)
         except KeyboardInterrupt:
             raise Interrupted(f"stage {stage} was interrupted; the same command continues it") from None
+        _give_back_memory()
         if rank == 0:
             this.state.finish(stage, time.perf_counter() - started, this.processes)
         _say(rank, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.0f} s")
+    if processes > 1:
+        _leave_together()
     return this
+
+
+def _leave_together() -> None:
+    """Left to the interpreter's exit, the communication threads end in std::terminate now and then."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _give_back_memory() -> None:
+    """A finished stage's models and caches, which hold each other in cycles, go back to the system before the next begins."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
 
 
 def _say(rank: int, text: str) -> None:
@@ -260,6 +282,11 @@ def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
     stopping = _StopCleanly()
     trainer.add_callback(stopping.callback())
     work = trainer.args.output_dir
+    if os.path.isdir(work) and trainer.is_world_process_zero():
+        for left in Path(work).glob("checkpoint-*"):  # cut short while it was written
+            if not (left / TRAINER_STATE_NAME).is_file():
+                shutil.rmtree(left, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(work) if os.path.isdir(work) else None
     if last is not None and _is_complete(last):
         trainer.state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
@@ -376,6 +403,8 @@ def _evaluate(this: Run) -> None:
         else:
             if engine is not None:
                 engine.close()
+                engine = None
+                _give_back_memory()
             engine = _engine(this, folder, settings.max_new_tokens)
             shape = _shape(model)
         rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]

@@ -102,3 +102,14 @@ def test_a_preset_can_be_changed_piece_by_piece() -> None:
     assert Objective() == Objective.recommended()
     with pytest.raises(ValueError, match="teacher_mix"):
         RolloutConfig(teacher_mix=1.0)
+
+
+def test_rollouts_that_cannot_be_weighed_are_refused() -> None:
+    for bad, message in (
+        ({"top_p": 0.9}, "top_p: importance weights need every token"),
+        ({"engine": "server"}, "engine: server needs servers"),
+        ({"servers": ["http://127.0.0.1:8000"]}, "servers need engine: server"),
+        ({"num_rollouts": 8, "samples_per_prompt": 3}, r"num_rollouts \(8\) must be a multiple of samples_per_prompt \(3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RolloutConfig.model_validate(bad)

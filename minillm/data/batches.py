@@ -16,31 +16,49 @@ from torch import Tensor
 
 @dataclass
 class Padded:
-    """B sequences, right-padded.
+    """Sequences in R rows of L tokens, right-padded.
 
-    input_ids: [B, L]. positions: [N], indices into the flattened [B·L] whose hidden states predict the
-    N response tokens. targets: [N], those tokens. lengths: [B], response tokens per sequence.
+    input_ids: [R, L]. positions: [N], indices into the flattened [R·L] whose hidden states predict the
+    N response tokens. targets: [N], those tokens. lengths: response tokens per sequence. position_ids: [R, L], starting
+    from 0 at every sequence; None where no row holds more than one.
     """
 
     input_ids: Tensor
     positions: Tensor
     targets: Tensor
     lengths: Tensor
+    position_ids: Tensor | None = None
 
 
-def pad(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Padded:
-    """Join prompts (each at least one token) with their responses."""
-    lengths = [len(response) for response in responses]
-    width = max(len(p) + n for p, n in zip(prompts, lengths, strict=True))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+def pad(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str = "cpu", *,
+    rows: Sequence[int] | None = None,
+) -> Padded:  # fmt: skip
+    """Join prompts (each at least one token) with their responses.
+
+    Args:
+        rows: the row that each sequence is put in, after those already there; by default one each.
+    """
+    rows = range(len(prompts)) if rows is None else rows
+    ends = [0] * (max(rows) + 1)
+    starts = []
+    for row, prompt, response in zip(rows, prompts, responses, strict=True):
+        starts.append(ends[row])
+        ends[row] += len(prompt) + len(response)
+    width = max(ends)
+    ids = torch.zeros(len(ends), width, dtype=torch.long)
+    places = torch.arange(width).repeat(len(ends), 1)
     positions, targets = [], []
-    for b, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        ids[b, :end] = torch.tensor([*prompt, *response])
-        positions.append(torch.arange(len(prompt) - 1, end - 1) + b * width)
-        targets.append(ids[b, len(prompt) : end])
-    parts = Padded(ids, torch.cat(positions), torch.cat(targets), torch.tensor(lengths))
-    return Padded(**{name: value.to(device) for name, value in vars(parts).items()})
+    for row, start, prompt, response in zip(rows, starts, prompts, responses, strict=True):
+        first, end = start + len(prompt), start + len(prompt) + len(response)
+        ids[row, start:end] = torch.tensor([*prompt, *response])
+        places[row, start:] = torch.arange(width - start)
+        positions.append(torch.arange(first - 1, end - 1) + row * width)
+        targets.append(ids[row, first:end])
+    lengths = torch.tensor([len(response) for response in responses])
+    packed = len(ends) < len(prompts)
+    ids, places, at, drawn, lengths = (part.to(device) for part in (ids, places, torch.cat(positions), torch.cat(targets), lengths))
+    return Padded(ids, at, drawn, lengths, places if packed else None)
 
 
 def bucket(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -60,10 +78,23 @@ def permutation(n: int, *seed: int | str) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def pack_text(documents: Sequence[Sequence[int]], block: int, eos: int) -> list[list[int]]:
-    """Cut each document, ended by `eos`, into blocks of at most `block` tokens; a block holds one document only."""
-    blocks = []
+def pack_text(documents: Sequence[Sequence[int]], block: int, eos: int, *, several: bool = True) -> list[list[list[int]]]:
+    """Blocks of at most `block` tokens, each a list of pieces of documents, which `eos` ends.
+
+    A piece sees nothing of its neighbours. A piece of one token predicts nothing and is left out.
+
+    Args:
+        several: whether a block may hold pieces of more than one document.
+    """
+    blocks: list[list[list[int]]] = [[]]
+    room = block
     for document in documents:
         ids = [*document, eos]
-        blocks += [ids[start : start + block] for start in range(0, len(ids) - 1, block)]
-    return [ids for ids in blocks if len(ids) > 1]
+        while len(ids) > 1:
+            if room < 2 or (blocks[-1] and not several):
+                blocks.append([])
+                room = block
+            piece, ids = ids[:room], ids[room:]
+            blocks[-1].append(piece)
+            room -= len(piece)
+    return [pieces for pieces in blocks if pieces]

@@ -12,7 +12,9 @@ its expectation given the past, which cannot raise the variance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +29,19 @@ class SampledTokens:
     """What sampling left behind, flat over the responses of a batch.
 
     student_logprobs: log q_old(y). behaviour_logprobs: log p̃(y), of the distribution that drew y.
-    teacher_logprobs: log p(y). Each [N] float32. lengths: [B].
+    teacher_logprobs: log p(y). Each [N] float32. lengths: [B]. reverse_kl: KL(q_old‖p) where the token was drawn, [N];
+    None until the tokens have been scored once.
     """
 
     student_logprobs: Tensor
     behaviour_logprobs: Tensor
     teacher_logprobs: Tensor
     lengths: Tensor
+    reverse_kl: Tensor | None = None
 
     def to(self, device: torch.device) -> SampledTokens:
-        return SampledTokens(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return SampledTokens(**moved)
 
     @property
     def segments(self) -> Tensor:
@@ -56,6 +61,17 @@ def sampled_rewards(tokens: SampledTokens, objective: Objective) -> Tensor:
     if objective.reward_clip is not None:
         rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
     return rewards
+
+
+def known_rewards(tokens: SampledTokens, objective: Objective) -> Tensor | None:
+    """Rewards of each token [N]; None for expected rewards −KL_k of tokens not scored yet.
+
+    They belong to the rollout, not to the pass over it: on a later inner epoch the student's KL on these very prefixes
+    has fallen by rote, and a return of today's KL against yesterday's baseline would praise every token.
+    """
+    if objective.reward == "sampled":
+        return sampled_rewards(tokens, objective)
+    return None if tokens.reverse_kl is None else -tokens.reverse_kl
 
 
 def token_weights(tokens: SampledTokens, truncation: float | None = None) -> Tensor:
@@ -141,9 +157,17 @@ def return_sum(tokens: SampledTokens, objective: Objective) -> tuple[Tensor, Ten
     return values.double().sum(), has_future.sum()
 
 
-def whiten(values: Tensor, slots: int | None = None) -> Tensor:
-    """Mean 0, spread 1; with `slots`, over that many slots of which the missing ones are zeros (the authors' code)."""
-    count = len(values) if slots is None else slots
-    mean = values.sum() / count
-    variance = (((values - mean) ** 2).sum() + (count - len(values)) * mean**2) / count
-    return (values - mean) * torch.rsqrt(variance + 1e-8)
+def whiten(values: Tensor, slots: int | None = None, total: Callable[[Tensor], float] = float) -> Tensor:
+    """Mean 0, spread 1, over the values of all processes.
+
+    Args:
+        slots: count as many, the missing ones as zeros (the authors' code whitens over padding).
+        total: sum of a scalar over processes.
+    """
+    slots = len(values) if slots is None else slots
+    if slots < len(values):
+        raise ValueError(f"{len(values)} values do not fit into {slots} slots")
+    count = total(torch.tensor(float(slots)))
+    mean = total(values.double().sum()) / count
+    squares = ((values.double() - mean) ** 2).sum() + (slots - len(values)) * mean**2
+    return (values - mean) / (total(squares) / count + 1e-8) ** 0.5

@@ -7,6 +7,7 @@ divided by a token count. ρ̂ = q_θ/q_old; A, w and v come from `credit`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -38,11 +39,14 @@ class OnPolicyLoss:
         baseline: mean sampled return of the rollout batch (`baseline: centre`).
         count, text_count: divisors of the two kinds of token.
         slots: B × max_new_tokens, for `whiten_padded`.
+        total: sum of a scalar over processes, for whitening.
+
+    `reverse_kl` [N] holds KL(q_θ‖p) of the tokens once they are scored.
     """
 
     def __init__(
         self, objective: Objective, tokens: SampledTokens, *, baseline: float = 0.0, count: float | Tensor = 1.0,
-        text_count: float | Tensor = 1.0, slots: int | None = None,
+        text_count: float | Tensor = 1.0, slots: int | None = None, total: Callable[[Tensor], float] = float,
     ) -> None:  # fmt: skip
         self._objective, self._tokens = objective, tokens
         self._count, self._text_count = count, text_count
@@ -53,6 +57,7 @@ class OnPolicyLoss:
         truncation = objective.importance_truncation
         before, including = credit.prefix_weights(tokens, truncation)
         token = credit.token_weights(tokens, truncation)
+        self._rho = credit.token_weights(tokens)
         kinds = {"none": ones, "token": token}
         self._weights = kinds.get(objective.importance, ones)
         self._single_weights = {**kinds, "prefix": before}[objective.single_step_weight]
@@ -60,7 +65,9 @@ class OnPolicyLoss:
         by_reward = before if objective.reward == "expected" else including
         self._reward_weights = by_reward if objective.importance == "prefix" else ones
         self._walk = credit.ReturnWalk(tokens.segments, objective.discount, objective.return_from)
-        self._advantages = self._sampled_advantages(slots) if objective.reward == "sampled" else None
+        rewards = credit.known_rewards(tokens, objective)
+        self._advantages = None if rewards is None else self._known(rewards, slots, total)
+        self.reverse_kl = torch.zeros_like(tokens.student_logprobs)
         self.tally = Tally()
 
     def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
@@ -79,6 +86,7 @@ class OnPolicyLoss:
 
     def _policy(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
         objective, old = self._objective, self._tokens.student_logprobs[part]
+        self.reverse_kl[part] = scores.reverse_kl
         advantages = self._future(part, scores.reverse_kl) if self._advantages is None else self._advantages[part]
         weights = self._weights[part]
         ratio = (scores.logq - old).exp()
@@ -96,7 +104,8 @@ class OnPolicyLoss:
         loss = (single * scores.reverse_kl).sum() - (long * weights * surrogate).sum()
         self.tally.add(
             tokens=torch.ones_like(old), reverse_kl=scores.reverse_kl, forward_kl=scores.forward_kl, entropy=scores.entropy,
-            sampled_reverse_kl=old - scores.logp, log_ratio=(scores.logq - old).abs(), importance_weight=self._weights[part],
+            sampled_reverse_kl=self._rho[part] * (old - self._tokens.teacher_logprobs[part]), log_ratio=(scores.logq - old).abs(),
+            importance_weight=self._rho[part],
             advantage=advantages, advantage_squared=advantages.double() ** 2, clipped=~active,
             policy_loss=-(long * weights * surrogate), single_step_loss=single * scores.reverse_kl,
         )  # fmt: skip
@@ -112,16 +121,16 @@ class OnPolicyLoss:
         return loss.sum(), TokenWeights(logq=-scale * (1 - share), forward_kl=scale * share)
 
     def _future(self, part: slice, reverse_kl: Tensor) -> Tensor:
-        """Advantages from expected rewards −KL_k, computed on the walk."""
+        """Advantages from expected rewards −KL_k of tokens scored for the first time, on the walk."""
         value = self._walk(part, -reverse_kl * self._reward_weights[part])
         return self._finish(value, self._summands[part], self._objective.length_norm)
 
-    def _sampled_advantages(self, slots: int | None) -> Tensor:
-        objective, tokens = self._objective, self._tokens
-        rewards = credit.sampled_rewards(tokens, objective) * self._reward_weights
-        value = credit.returns(rewards, tokens, objective)
+    def _known(self, rewards: Tensor, slots: int | None, total: Callable[[Tensor], float]) -> Tensor:
+        """Advantages from rewards that are all there beforehand."""
+        objective = self._objective
+        value = credit.returns(rewards * self._reward_weights, self._tokens, objective)
         if objective.baseline.startswith("whiten"):
-            return credit.whiten(value, slots if objective.baseline == "whiten_padded" else None)
+            return credit.whiten(value, slots if objective.baseline == "whiten_padded" else None, total)
         return self._finish(value, self._summands, divide=False)
 
     def _finish(self, value: Tensor, summands: Tensor, divide: bool) -> Tensor:

@@ -2,14 +2,18 @@
 
 No [N, V] tensor lives longer than its chunk. The gradients of the student's hidden states and head are computed in
 the forward pass, because everything they depend on is at hand there: four matmuls a token (student logits, teacher
-logits, two for the gradients) where autograd over recomputed chunks takes six. What stays until the backward is one
-gradient [N, H] and, for a trained head, one float32 gradient of its weight [V, H].
+logits, two for the gradients; three with a frozen head) where autograd over recomputed chunks takes six. What stays
+until the backward is one gradient [N, H] and, for a trained head, one float32 gradient of its weight [V, H], which the
+backward hands over as it is and autograd adds in place to what earlier micro-batches left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +39,11 @@ class Head:
             return self
         bias = None if self.bias is None else self.bias[:width]
         return Head(self.weight[:width], bias, self.scale, self.softcap)
+
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """All of them, [N, V], in float32 or better: for a few rows at a time."""
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return _Curve.of(self, temperature, wide).logits(_project(hidden, self.weight.to(hidden.dtype)), wide)
 
 
 @dataclass
@@ -78,45 +87,49 @@ def token_scores(
     *,
     weigh: Weigh | None = None,
     temperature: float = 1.0,
+    width: int | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, TokenScores]:
     """Score N tokens, and differentiate a loss of the scores.
 
     Args:
         hidden: [N, H] student states that predict `targets` [N].
-        teacher_hidden: [N, H_p], without gradient. Heads must have one width (`Head.narrow`).
+        teacher_hidden: [N, H_p], without gradient.
+        width: the vocabulary is the first so many rows of both heads, and the rest padding; by default all of them, of
+            which both heads must have as many.
         weigh: the loss; None scores only.
+        temperature: divides the logits of both.
 
     Returns:
         The loss, a scalar that backpropagates into `hidden`, `head.weight` and `head.bias`; and the scores.
     """
     outs: list[TokenScores] = []
     loss = _GradientInForward.apply(
-        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, weigh, temperature, chunk, outs
+        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs
     )
     return loss, outs[0]
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, weigh, temperature, chunk, outs):
+    def forward(ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):
             return _forward(
                 ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, weigh,
-                temperature, chunk, outs, dtype,
+                temperature, width, chunk, outs, dtype,
             )  # fmt: skip
 
     @staticmethod
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
-        return *grads, *(None,) * 8
+        return *grads, *(None,) * 9
 
 
-def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, temperature, chunk, outs, dtype) -> Tensor:
+def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs, dtype) -> Tensor:
     n = len(targets)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     scores = TokenScores(*(hidden.new_zeros(n, dtype=wide) for _ in fields(TokenScores)))
@@ -128,22 +141,27 @@ def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, te
     grad_weight = torch.zeros_like(head.weight, dtype=wide) if wants_grad and needs_weight else None
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if wants_grad and needs_bias else None
 
-    weight = head.weight.detach().to(dtype)
+    width = head.weight.shape[0] if width is None else width
+    # Gradients are of the whole head, so that nothing has to be widened after; padded rows keep their zeros.
+    used_weight = None if grad_weight is None else grad_weight[:width]
+    used_bias = None if grad_bias is None else grad_bias[:width]
+    head = head.narrow(width)
+    weight, curve = head.weight.detach().to(dtype), _Curve.of(head, temperature, wide)
     states = hidden.detach().to(dtype)
+    teacher_curve = curve
     if teacher_hidden is not None:
-        teacher_head = Head(teacher_head.weight.detach().to(dtype), teacher_head.bias, teacher_head.scale, teacher_head.softcap)
+        teacher_head = teacher_head.narrow(width)
+        teacher_weight, teacher_curve = teacher_head.weight.detach().to(dtype), _Curve.of(teacher_head, temperature, wide)
         teacher_hidden = teacher_hidden.to(dtype)
 
-    measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], dtype, wide)
+    measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], hidden.device, dtype, wide)
     for start in range((max(n, 1) - 1) // chunk * chunk, -1, -chunk):
         part = slice(start, min(start + chunk, n))
         if part.start == part.stop:
             break
-        student = _logits(states[part], weight, head, temperature)
-        teacher = student if teacher_hidden is None else _logits(
-            teacher_hidden[part], teacher_head.weight, teacher_head, temperature
-        )  # fmt: skip
-        normaliser, teacher_normaliser, *values = measure(student, teacher, targets[part])
+        student = _project(states[part], weight)
+        teacher = student if teacher_hidden is None else _project(teacher_hidden[part], teacher_weight)
+        normaliser, teacher_normaliser, *values = measure(student, teacher, targets[part], curve, teacher_curve, wide)
         here = TokenScores(*values)
         for field in fields(TokenScores):
             getattr(scores, field.name)[part] = getattr(here, field.name)
@@ -157,19 +175,22 @@ def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, te
         by_logq, by_reverse, by_forward = (
             zero if w is None else w.to(wide) for w in (weights.logq, weights.reverse_kl, weights.forward_kl)
         )
+        unit = None
+        if dtype == torch.float16:
+            # Shares of a token count are too small for float16, and no loss scale has reached them yet.
+            unit = torch.stack([by_logq.abs().max(), by_reverse.abs().max(), by_forward.abs().max()]).max().clamp(min=1e-30)
+            by_logq, by_reverse, by_forward = by_logq / unit, by_reverse / unit, by_forward / unit
         grad = differentiate(
-            student, teacher, normaliser, teacher_normaliser, here.reverse_kl, targets[part], by_logq, by_reverse, by_forward
-        )
-        if head.softcap is not None:
-            # d softcap(x)/dx = 1 − (y/cap)², and y is the capped logit before the temperature.
-            grad = grad * (1 - (student.to(wide) * temperature / head.softcap) ** 2)
-        grad = (grad * (head.scale / temperature)).to(dtype)
+            student, teacher, normaliser, teacher_normaliser, here.reverse_kl, targets[part], by_logq, by_reverse,
+            by_forward, curve, teacher_curve, wide, dtype,
+        )  # fmt: skip
+        del student, teacher
         if grad_hidden is not None:
-            grad_hidden[part] = grad @ weight
-        if grad_weight is not None:
-            grad_weight += grad.t() @ states[part]
-        if grad_bias is not None:
-            grad_bias += grad.to(wide).sum(0)
+            grad_hidden[part] = _scaled(grad @ weight, unit)
+        if used_weight is not None:
+            used_weight += _scaled(grad.t() @ states[part], unit)
+        if used_bias is not None:
+            used_bias += _scaled(grad.to(wide).sum(0), unit)
     ctx.grads = [
         (grad, None if tensor is None else tensor.dtype)
         for grad, tensor in ((grad_hidden, hidden), (grad_weight, head.weight), (grad_bias, head.bias))
@@ -177,54 +198,90 @@ def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, te
     return loss
 
 
-def _logits(states: Tensor, weight: Tensor, head: Head, temperature: float) -> Tensor:
-    logits = states @ weight.t()
-    if head.bias is not None:
-        logits = logits + head.bias.to(logits.dtype)
-    factor = head.scale if head.softcap is not None else head.scale / temperature
-    if factor != 1.0:
-        logits = logits * factor
-    if head.softcap is not None:
-        logits = torch.tanh(logits / head.softcap) * (head.softcap / temperature)
-    return logits
+def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
+    return value if unit is None else value.to(unit.dtype) * unit
 
 
-def _measure(student: Tensor, teacher: Tensor, targets: Tensor, wide: torch.dtype):
-    s, z = student.to(wide), teacher.to(wide)
-    lse_s, lse_z = torch.logsumexp(s, -1), torch.logsumexp(z, -1)
-    q, p = torch.exp(s - lse_s[:, None]), torch.exp(z - lse_z[:, None])
-    qs, qz, pz, ps = (q * s).sum(-1), (q * z).sum(-1), (p * z).sum(-1), (p * s).sum(-1)
+class _Curve(NamedTuple):
+    """What turns h Wᵀ into the logits that are compared; applied in float32, after the matmul's own rounding."""
+
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    temperature: float
+
+    @classmethod
+    def of(cls, head: Head, temperature: float, wide: torch.dtype) -> _Curve:
+        bias = None if head.bias is None else head.bias.detach().to(wide)
+        return cls(bias, float(head.scale), None if head.softcap is None else float(head.softcap), float(temperature))
+
+    def logits(self, projected: Tensor, wide: torch.dtype) -> Tensor:
+        logits = projected.to(wide)
+        if self.bias is not None:
+            logits = logits + self.bias
+        if self.softcap is None:
+            return logits * (self.scale / self.temperature)
+        return torch.tanh(logits * (self.scale / self.softcap)) * (self.softcap / self.temperature)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of the logits by the projection, from the logits themselves."""
+        if self.softcap is None:
+            return self.scale / self.temperature
+        # d cap·tanh(x/cap)/dx = 1 − tanh²
+        return (1 - (logits * (self.temperature / self.softcap)) ** 2) * (self.scale / self.temperature)
+
+
+def _project(states: Tensor, weight: Tensor) -> Tensor:
+    """h Wᵀ, in float32 where the backend can give it: rounding logits to 16 bits costs gradient accuracy."""
+    if states.is_cuda and states.dtype.itemsize == 2:
+        return torch.mm(states, weight.t(), out_dtype=torch.float32)
+    return states @ weight.t()
+
+
+def _measure(student: Tensor, teacher: Tensor, targets: Tensor, curve: _Curve, teacher_curve: _Curve, wide: torch.dtype):
+    """The two normalisers, then the fields of `TokenScores`; one exponential a logit."""
+    s, z = curve.logits(student, wide), teacher_curve.logits(teacher, wide)
+    top_s, top_z = s.amax(-1), z.amax(-1)
     at = targets[:, None]
-    logq = student.gather(1, at)[:, 0].to(wide) - lse_s
-    logp = teacher.gather(1, at)[:, 0].to(wide) - lse_z
-    gap = lse_s - lse_z
-    return lse_s, lse_z, logq, logp, qs - qz - gap, pz - ps + gap, lse_s - qs
+    chosen_s, chosen_z = s.gather(1, at)[:, 0] - top_s, z.gather(1, at)[:, 0] - top_z
+    s, z = s - top_s[:, None], z - top_z[:, None]  # sums of small numbers
+    q, p = torch.exp(s), torch.exp(z)
+    mass_q, mass_p = q.sum(-1), p.sum(-1)
+    log_q, log_p = mass_q.log(), mass_p.log()
+    gap = s - z
+    reverse = (q * gap).sum(-1) / mass_q - log_q + log_p
+    forward = log_q - log_p - (p * gap).sum(-1) / mass_p
+    entropy = log_q - (q * s).sum(-1) / mass_q
+    return top_s + log_q, top_z + log_p, chosen_s - log_q, chosen_z - log_p, reverse, forward, entropy
 
 
 def _differentiate(
-    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_z: Tensor, reverse_kl: Tensor, targets: Tensor,
-    by_logq: Tensor, by_reverse: Tensor, by_forward: Tensor, wide: torch.dtype,
+    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_z: Tensor, reverse_kl: Tensor, targets: Tensor, by_logq: Tensor,
+    by_reverse: Tensor, by_forward: Tensor, curve: _Curve, teacher_curve: _Curve, wide: torch.dtype, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Gradient by the student's logits [n, V] of Σ by_logq·log q(y) + by_reverse·KL(q‖p) + by_forward·KL(p‖q).
+    """Gradient by the student's projection [n, V] of Σ by_logq·log q(y) + by_reverse·KL(q‖p) + by_forward·KL(p‖q).
 
     d log q(y) = 1[y] − q;  d KL(q‖p) = q (log q − log p − KL(q‖p));  d KL(p‖q) = q − p.
     """
-    logq, logp = student.to(wide) - lse_s[:, None], teacher.to(wide) - lse_z[:, None]
+    s = curve.logits(student, wide)
+    logq, logp = s - lse_s[:, None], teacher_curve.logits(teacher, wide) - lse_z[:, None]
     factor = by_reverse[:, None] * (logq - logp - reverse_kl[:, None]) + (by_forward - by_logq)[:, None]
     grad = torch.exp(logq) * factor - by_forward[:, None] * torch.exp(logp)
-    return grad.scatter_add(1, targets[:, None], by_logq[:, None])
+    drawn = torch.arange(s.shape[1], device=s.device)[None, :] == targets[:, None]
+    grad = torch.where(drawn, grad + by_logq[:, None], grad)
+    return (grad * curve.slope(s)).to(dtype)
 
 
-_compiled: dict[str, Callable] = {}
+@cache
+def _compiled() -> tuple[Callable, Callable]:
+    return torch.compile(_measure, dynamic=True), torch.compile(_differentiate, dynamic=True)
 
 
-def _elementwise(size: int, dtype: torch.dtype, wide: torch.dtype) -> tuple[Callable, Callable]:
-    def bind(function: Callable) -> Callable:
-        return lambda *args: function(*args, wide)
+def _elementwise(size: int, device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> tuple[Callable, Callable]:
+    if device.type == "cuda" and wide == torch.float32 and find_spec("triton") is not None:
+        from minillm.loss import triton_kernels
 
+        return triton_kernels.measure, triton_kernels.differentiate
     if size < _COMPILE_FROM or dtype.itemsize > 2:
-        return bind(_measure), bind(_differentiate)
-    if not _compiled:
-        _compiled["measure"] = torch.compile(_measure, dynamic=True)
-        _compiled["differentiate"] = torch.compile(_differentiate, dynamic=True)
-    return bind(_compiled["measure"]), bind(_compiled["differentiate"])
+        return _measure, _differentiate
+    return _compiled()

@@ -80,3 +80,19 @@ def context_length(model: PreTrainedModel) -> int | None:
     """Positions the model was built for, where its config says."""
     config: Any = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to 0, in place, as the authors train.
+
+    The student that is scored must be the student that sampled: with dropout on, log q of a token would differ from its
+    log q_old before any update.
+    """
+    config = getattr(model, "config", None)
+    for thing in (*model.modules(), *([] if config is None else [config, config.get_text_config()])):
+        if isinstance(thing, torch.nn.modules.dropout._DropoutNd):
+            thing.p = 0.0
+        for name, value in list(vars(thing).items()):
+            # Families keep shares for functional dropout under many names: attention_dropout, attn_pdrop, layerdrop, …
+            if isinstance(value, float) and ("drop" in name) and 0 < value < 1:
+                setattr(thing, name, 0.0)

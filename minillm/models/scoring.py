@@ -11,10 +11,12 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from minillm.data.batches import Padded
+from minillm.data.batches import Padded, pad
 from minillm.loss.token_scores import Head, TokenScores, Weigh, token_scores
 
 
@@ -42,7 +44,7 @@ def _unwrap_adapter(model: Any) -> Any:
 def head_of(model: PreTrainedModel) -> Head:
     """The head's weights and the constants that its family applies to logits."""
     module: Any = _unwrap_adapter(model).get_output_embeddings()
-    if hasattr(module, "base_layer"):
+    if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
         raise ValueError("an adapter on the output head is not scored; leave lm_head out of target_modules and modules_to_save")
     config: Any = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None)  # Cohere
@@ -56,8 +58,43 @@ def hidden_states(model: PreTrainedModel, batch: Padded) -> Tensor:
 
     Padding is on the right and attention causal, so no mask is needed, and the fast attention kernels take none.
     """
-    states = body(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    states = body(model)(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Make sure, on a few tokens, that `head_of` gives the model's own logits.
+
+    Raises:
+        ValueError: a family does to its logits what is not known here.
+    """
+    ids = torch.tensor([[1, 2, 3, 1]], device=model.device)
+    was_training = model.training
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    ours = head_of(model).logits(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
+    model.train(was_training)
+    if not (own - ours.to(own.dtype)).norm() <= 0.05 * own.norm() + 1e-6:  # far above what rounding does
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) makes its logits in a way that is not scored here: only a linear head with a "
+            "bias, a scale (logit_scale, logits_scaling) and a soft cap (final_logit_softcapping) is"
+        )
+
+
+@torch.no_grad()
+def keeps_sequences_apart(model: PreTrainedModel) -> bool:
+    """Whether sequences that share a row do not see each other, tried on this very model."""
+    pieces = [[1, 2, 3], [3, 2, 1, 2], [2, 1, 3]]
+    prompts, responses = [ids[:1] for ids in pieces], [ids[1:] for ids in pieces]
+    was_training = model.training
+    model.eval()
+    apart, together = (
+        hidden_states(model, pad(prompts, responses, model.device, rows=rows)).float() for rows in ([0, 1, 2], [0, 0, 1])
+    )  # fmt: skip
+    model.train(was_training)
+    return bool((apart - together).norm() <= 0.02 * apart.norm())  # seeing each other changes far more than rounding does
 
 
 def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
@@ -70,10 +107,12 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         if scoring is None:
             return plain(*args, **kwargs)
         hidden = hidden_states(self, scoring.batch)
-        teacher_head = None if scoring.teacher_head is None else scoring.teacher_head.narrow(scoring.width)
+        head: Any = _unwrap_adapter(self).get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()  # a unit of its own: its weights are gathered when it is called, and here it is not
         loss, scores = token_scores(
-            hidden, head_of(self).narrow(scoring.width), scoring.batch.targets, scoring.teacher_hidden, teacher_head,
-            weigh=scoring.weigh, temperature=scoring.temperature,
+            hidden, head_of(self), scoring.batch.targets, scoring.teacher_hidden, scoring.teacher_head, weigh=scoring.weigh,
+            temperature=scoring.temperature, width=scoring.width,
         )  # fmt: skip
         return {"loss": loss, "scores": scores}
 
@@ -82,7 +121,7 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def score(model: PreTrainedModel, scoring: Scoring) -> tuple[Tensor, TokenScores]:
+def score(model: Any, scoring: Scoring) -> tuple[Tensor, TokenScores]:
     """Loss and scores of a bound model, which may be wrapped by DDP or FSDP."""
     out = model(scoring=scoring)
     return out["loss"], out["scores"]

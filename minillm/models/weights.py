@@ -8,22 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, tied ones under each of their names; adapters are merged for the time being, then taken out again."""
-    if not hasattr(model, "merge_adapter"):
+    """Every weight in full, tied ones under each of their names, adapters merged on the way out.
+
+    The model itself is left alone: merging in place and taking out again would round the frozen base a little each time.
+    Shards (FSDP2) are gathered one tensor at a time, which every process must take part in.
+    """
+    if not hasattr(model, "get_base_model"):
         for name, value in model.state_dict().items():
-            yield name, value.detach().to(dtype)
+            yield name, _whole(value).detach().to(dtype)
         return
-    model.merge_adapter()
-    try:
-        for name, value in model.get_base_model().state_dict().items():
-            if "lora_" not in name:
-                # A copy: the reader may keep it until after the adapter has been taken out again.
-                yield name.replace(".base_layer", ""), value.detach().to(dtype, copy=True)
-    finally:
-        model.unmerge_adapter()
+    deltas = {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
+            if getattr(module, "use_dora", {}) and any(module.use_dora.values()):
+                raise ValueError(f"{name}: a DoRA adapter cannot be merged on the way to the engine; use plain LoRA")
+            deltas[f"{name}.weight"] = [module.get_delta_weight(adapter) for adapter in module.active_adapters if adapter in module.scaling]
+    for name, value in model.get_base_model().state_dict().items():
+        if "lora_" not in name:
+            plain = name.replace(".base_layer", "")
+            whole = _whole(value).detach()
+            for delta in deltas.get(plain, []):
+                whole = whole + delta.detach().to(whole.dtype)
+            yield plain, whole.to(dtype)
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def save_plain(model: Any, folder: str | Path) -> None:

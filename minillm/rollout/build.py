@@ -11,19 +11,17 @@ import torch
 from transformers import PreTrainedModel
 
 from minillm.recipe import RolloutConfig
-from minillm.rollout.engine import Engine
+from minillm.rollout.engine import Engine, EngineError
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed
 
 logger = logging.getLogger(__name__)
 
 
-class EngineError(RuntimeError):
-    """The engine that was asked for is not to be had."""
-
-
 def choose_engine(wanted: str) -> str:
-    """`vllm` or `transformers`; says so in one line where `auto` has to fall back.
+    """`vllm` or `transformers`, in this process; says so in one line where `auto` has to fall back.
+
+    Servers (`wanted: server`) draw the student's rollouts only; the other stages do as with `auto`.
 
     Raises:
         EngineError: `vllm` was insisted on and is not installed.
@@ -46,9 +44,21 @@ def _say_fallback() -> None:
 
 def make_engine(
     config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype = torch.bfloat16,
-    model: PreTrainedModel | None = None,
+    model: PreTrainedModel | None = None, sync_folder: str | Path = "weights",
 ) -> Engine:  # fmt: skip
-    """An engine for the model in `folder`; the transformers engine samples `model` itself, where a trained one is given."""
+    """An engine for the model in `folder`.
+
+    Args:
+        model: the trained model, where there is one: the transformers engine samples it as it is, and servers, which
+            hold a student whose weights are sent to them by way of `sync_folder`, serve nothing else.
+    """
+    if config.engine == "server" and model is not None:
+        from minillm.rollout.vllm_server import VLLMServerEngine
+
+        head: Any = model.get_output_embeddings()
+        return VLLMServerEngine(
+            config.servers, sync_folder, max_length=max_length, head_width=head.weight.shape[0], patience=config.server_patience
+        )
     if choose_engine(config.engine) == "vllm":
         return VLLMEngine(folder, max_length=max_length, memory=config.engine_memory, dtype=dtype)
     if model is not None:

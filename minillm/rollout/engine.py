@@ -13,17 +13,23 @@ from torch import Tensor
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
+class EngineError(RuntimeError):
+    """An engine that is not to be had, or that has stopped answering."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: softmax(logits / temperature) over the first `vocab_size` ids.
 
-    A response ends with the first of `eos_ids`, which belongs to it, or after `max_new_tokens`.
+    A response ends with the first of `eos_ids`, which belongs to it, or after `max_new_tokens`. With `likeliest`, the
+    log-probabilities of at least as many likeliest tokens come back for each place.
     """
 
     max_new_tokens: int
     eos_ids: tuple[int, ...]
     vocab_size: int
     temperature: float = 1.0
+    likeliest: int = 0
 
 
 @dataclass
@@ -38,6 +44,8 @@ class Rollout:
         finished: it ended with an EOS rather than at the limit.
         teacher_logprobs: [T] float32, log p(y_t); None until scored.
         teacher_hidden: [T, H_p], the teacher's final states that predict y_t; None until scored.
+        likeliest: for each place, log q of the likeliest tokens by id; None unless asked for.
+        reverse_kl: [T] float32, KL(q‖p) after each prefix, of the student that first trained on it; None until then.
     """
 
     prompt_ids: list[int]
@@ -48,6 +56,8 @@ class Rollout:
     finished: bool
     teacher_logprobs: Tensor | None = None
     teacher_hidden: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    likeliest: list[dict[int, float]] | None = None
 
 
 class Engine(Protocol):

@@ -22,7 +22,8 @@ from minillm.teacher.local import LocalTeacher, TeacherStream
 # Draws from p scored together for one residual: few at first, then as many as an engine scores at once. After
 # _TRIES times the residual is so thin (mass below 1e-3) that the last draw is taken: it was needed with probability
 # α times that mass.
-_CANDIDATES, _MOST_CANDIDATES, _TRIES = 16, 128, 64
+_CANDIDATES, _MOST_CANDIDATES, _TRIES = 16, 96, 64
+_LIKELIEST = 20  # tokens of each draft place whose q comes along; vLLM servers give no more unless told to
 
 
 @dataclass
@@ -41,6 +42,28 @@ class _Row:
         self.ids.append(token)
         self.logq.append(logq)
         self.logp.append(logp)
+
+
+@dataclass
+class _Rejected:
+    """A place whose draft was refused and whose token comes from the residual."""
+
+    row: _Row
+    state: Tensor  # [1, H], the teacher's, that predicts the token
+    known: dict[int, float]  # log q of some tokens; of all others it is at most `ceiling`
+    logp: Tensor = field(default_factory=lambda: torch.zeros(0))
+    candidates: list[tuple[int, float]] = field(default_factory=list)  # drawn from p, each with its uniform number
+    ceiling: float = 0.0
+    draws: int = 0
+
+    def __post_init__(self) -> None:
+        self.ceiling = min(self.known.values(), default=0.0)
+
+    def draw(self, count: int) -> None:
+        tokens = torch.multinomial(self.logp.exp(), count, True, generator=self.row.generator).tolist()
+        numbers = torch.rand(count, generator=self.row.generator).tolist()
+        self.candidates += zip(tokens, numbers, strict=True)
+        self.draws += 1
 
 
 class TeacherMixedSampler:
@@ -70,13 +93,14 @@ class TeacherMixedSampler:
             if going:
                 stream.keep(keep)
         self.rounds += number
+        self._fill_in(rows, sampling)
         return [self._rollout(row, sampling) for row in rows]
 
     def _round(self, rows: list[_Row], stream: TeacherStream, sampling: Sampling, number: int) -> None:
         room = [sampling.max_new_tokens - len(row.ids) for row in rows]
         drafts = self._engine.generate(
             [row.prompt + row.ids for row in rows],
-            replace(sampling, max_new_tokens=min(self._draft_tokens, max(room))),
+            replace(sampling, max_new_tokens=min(self._draft_tokens, max(room)), likeliest=_LIKELIEST),
             [seed_of(row.seed, "draft", number) for row in rows],
         )
         drawn = [draft.response_ids[:n] for draft, n in zip(drafts, room, strict=True)]
@@ -88,7 +112,7 @@ class TeacherMixedSampler:
         ]
         predicting = [s[: len(ids)] for s, ids in zip(states, drawn, strict=True)]
         logp = self._teacher.token_logprobs(torch.cat(predicting), [t for ids in drawn for t in ids], sampling)
-        rejected: list[tuple[_Row, Tensor]] = []
+        rejected: list[_Rejected] = []
         for i, (row, ids, draft, row_logp) in enumerate(zip(rows, drawn, drafts, logp.split([len(ids) for ids in drawn]), strict=True)):
             logq = draft.student_logprobs[: len(ids)]
             keep = (self._mixture(logq, row_logp) - logq).exp()
@@ -101,38 +125,57 @@ class TeacherMixedSampler:
             if kept < len(ids):
                 stream.retract(i, len(ids) - kept)
                 row.states.append(states[i][: kept + 1])
-                rejected.append((row, states[i][kept : kept + 1]))
+                rejected.append(_Rejected(row, states[i][kept : kept + 1], dict(draft.likeliest[kept]) if draft.likeliest else {}))
             else:
                 row.states.append(states[i][:kept])
                 row.unread, row.tail = [], states[i][kept : kept + 1]
         self._redraw(rejected, sampling)
 
-    def _redraw(self, rejected: list[tuple[_Row, Tensor]], sampling: Sampling) -> None:
-        """Append a token from (p−q)+ to each row."""
+    def _redraw(self, rejected: list[_Rejected], sampling: Sampling) -> None:
+        """Append a token from (p−q)+ to each row.
+
+        z ~ p stays with probability 1 − q(z)/p(z). Most z are among the draft's likeliest tokens, whose q is at hand; of
+        the others q is at most the least of those, which mostly decides too. The engine is asked where it does not.
+        """
         if not rejected:
             return
-        logps = self._teacher.distribution(torch.cat([state for _, state in rejected]), sampling).cpu()
-        waiting = [(row, logp) for (row, _), logp in zip(rejected, logps, strict=True)]
-        for attempt in range(_TRIES):
-            if not waiting:
-                break
-            count = _CANDIDATES if attempt < 2 else _MOST_CANDIDATES
-            draws = [torch.multinomial(logp.exp(), count, True, generator=row.generator).tolist() for row, logp in waiting]
-            named = [sorted(set(some)) for some in draws]
-            scored = self._engine.logprobs_of([row.prompt + row.ids for row, _ in waiting], named, sampling)
-            still = []
-            for (row, logp), some, ids, values in zip(waiting, draws, named, scored, strict=True):
-                logq = dict(zip(ids, values.tolist(), strict=True))
-                uniform = torch.rand(len(some), generator=row.generator).tolist()
-                for token, u in zip(some, uniform, strict=True):
-                    last = attempt == _TRIES - 1
-                    if last or u < 1 - math.exp(min(0.0, logq[token] - float(logp[token]))):
-                        row.append(token, logq[token], float(logp[token]))
-                        row.unread, row.tail = [token], None
-                        break
-                else:
-                    still.append((row, logp))
-            waiting = still
+        logps = self._teacher.distribution(torch.cat([r.state for r in rejected]), sampling).cpu()
+        for r, logp in zip(rejected, logps, strict=True):
+            r.logp = logp
+        waiting = [r for r in rejected if not self._settled(r)]
+        while waiting:
+            asked = [sorted({token for token, _ in r.candidates} - r.known.keys()) for r in waiting]
+            scored = self._engine.logprobs_of([r.row.prompt + r.row.ids for r in waiting], asked, sampling)
+            for r, ids, values in zip(waiting, asked, scored, strict=True):
+                r.known |= zip(ids, values.tolist(), strict=True)
+            waiting = [r for r in waiting if not self._settled(r)]
+
+    @staticmethod
+    def _settled(r: _Rejected) -> bool:
+        """Try candidates in order until one stays; False where one's log q has to be asked for."""
+        while True:
+            if not r.candidates:
+                r.draw(_CANDIDATES if r.draws < 2 else _MOST_CANDIDATES)
+            token, u = r.candidates[0]
+            logp, logq = float(r.logp[token]), r.known.get(token)
+            # The probability to stay; where log q is not known, the least it can be.
+            stays = 1 - math.exp(min(0.0, (r.ceiling if logq is None else logq) - logp))
+            if u < stays or r.draws > _TRIES:
+                r.row.append(token, math.nan if logq is None else logq, logp)
+                r.row.unread, r.row.tail = [token], None
+                return True
+            if logq is None:
+                return False
+            r.candidates.pop(0)
+
+    def _fill_in(self, rows: Sequence[_Row], sampling: Sampling) -> None:
+        """Log q of the tokens that could be kept without it, all at once."""
+        missing = [(row, place) for row in rows for place, value in enumerate(row.logq) if math.isnan(value)]
+        if missing:
+            prefixes = [row.prompt + row.ids[:place] for row, place in missing]
+            scored = self._engine.logprobs_of(prefixes, [[row.ids[place]] for row, place in missing], sampling)
+            for (row, place), value in zip(missing, scored, strict=True):
+                row.logq[place] = float(value[0])
 
     def _mixture(self, logq: Tensor, logp: Tensor) -> Tensor:
         return torch.logaddexp(logq + math.log1p(-self._alpha), logp + math.log(self._alpha))

@@ -43,6 +43,7 @@ class TransformersEngine:
         rows = list(range(len(prompts)))
         ids: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
+        likeliest: list[list[dict[int, float]]] = [[] for _ in prompts]
         feed, mask = _left_pad(prompts, device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache: Any = None
@@ -58,6 +59,10 @@ class TransformersEngine:
             for i, token, value in zip(rows, tokens.tolist(), logq.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
                 ids[i].append(token)
                 logprobs[i].append(value)
+            if sampling.likeliest:
+                values, tops = (x.tolist() for x in logq.topk(min(sampling.likeliest, logq.shape[-1])))
+                for i, value, top in zip(rows, values, tops, strict=True):
+                    likeliest[i].append(dict(zip(top, value, strict=True)))
             going = torch.tensor([ids[i][-1] not in sampling.eos_ids for i in rows], device=device)
             if not going.all():
                 rows = [i for i, keep in zip(rows, going.tolist(), strict=True) if keep]
@@ -68,8 +73,10 @@ class TransformersEngine:
             feed, positions = tokens[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         model.train(was_training)
+        values = [torch.tensor(row) for row in logprobs]
+        tables = [row if sampling.likeliest else None for row in likeliest]
         return [
-            Rollout(prompt, ids[i], torch.tensor(logprobs[i]), torch.tensor(logprobs[i]), self.version, ids[i][-1] in sampling.eos_ids)
+            Rollout(prompt, ids[i], values[i], values[i], self.version, ids[i][-1] in sampling.eos_ids, likeliest=tables[i])
             for i, prompt in enumerate(prompts)
         ]
 
@@ -77,7 +84,10 @@ class TransformersEngine:
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
         feed, mask = _left_pad(prefixes, self._model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        was_training = self._model.training
+        self._model.eval()
         logits = self._model(feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+        self._model.train(was_training)
         rows = next_token_logprobs(logits, sampling)
         return [row[torch.tensor(some, device=row.device)].cpu() for row, some in zip(rows, ids, strict=True)]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.rollout.engine import NamedTensors, Rollout, Sampling
+from minillm.rollout.engine import EngineError, NamedTensors, Rollout, Sampling
 
 GIB = 1 << 30
 # On the CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
@@ -69,7 +69,7 @@ class VLLMEngine:
         allowed = self._allowed(sampling)
         params = [
             SamplingParams(
-                temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=0,
+                temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.likeliest,
                 stop_token_ids=list(sampling.eos_ids), detokenize=False, allowed_token_ids=allowed,
             )
             for seed in seeds
@@ -78,7 +78,10 @@ class VLLMEngine:
         for prompt, completion in zip(prompts, self._run(prompts, params, progress), strict=True):
             ids = list(completion.token_ids)
             logprobs = torch.tensor([step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)])
-            rollouts.append(Rollout(prompt, ids, logprobs, logprobs, self.version, ids[-1] in sampling.eos_ids))
+            rollout = Rollout(prompt, ids, logprobs, logprobs, self.version, ids[-1] in sampling.eos_ids)
+            if sampling.likeliest:
+                rollout.likeliest = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
+            rollouts.append(rollout)
         return rollouts
 
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
@@ -99,7 +102,8 @@ class VLLMEngine:
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights)})
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM's prefix cache could not be dropped: keys and values of the weights before would be used")
         self.version = version
 
     def close(self) -> None:

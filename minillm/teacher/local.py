@@ -60,13 +60,7 @@ class LocalTeacher:
     def distribution(self, hidden: Tensor, sampling: Sampling) -> Tensor:
         """log p over the shared vocabulary [T, V], float32."""
         head = head_of(self.model).narrow(sampling.vocab_size)
-        logits = (hidden @ head.weight.t()).float()
-        if head.bias is not None:
-            logits = logits + head.bias.float()
-        logits = logits * head.scale
-        if head.softcap is not None:
-            logits = torch.tanh(logits / head.softcap) * head.softcap
-        return torch.log_softmax(logits / sampling.temperature, dim=-1)
+        return torch.log_softmax(head.logits(hidden, sampling.temperature), dim=-1)
 
 
 def _split(ids: Sequence[int]) -> list[Sequence[int]]:
@@ -86,8 +80,12 @@ class TeacherStream:
 
     def __init__(self, teacher: LocalTeacher, lengths: Sequence[int]) -> None:
         config: Any = teacher.model.config.get_text_config()
-        if any("sliding" in kind for kind in getattr(config, "layer_types", None) or []):
-            raise ValueError("teacher-mixed sampling with a sliding-window teacher is not supported; set teacher_mix: 0")
+        kinds = set(getattr(config, "layer_types", None) or [])
+        if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
+            raise ValueError(
+                f"teacher-mixed sampling needs a teacher whose every layer is full attention ({type(teacher.model).__name__} has "
+                f"{', '.join(sorted(kinds - {'full_attention'})) or 'a sliding window'}): set rollout.teacher_mix: 0"
+            )
         self._groups = [_Group(teacher.model, rows) for rows in bucket(lengths, teacher.batch_size)]
 
     def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:

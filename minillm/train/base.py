@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from minillm.data.batches import Padded
 from minillm.loss.token_scores import Weigh
-from minillm.models.load import load_model, load_tokenizer
-from minillm.models.scoring import Scoring, bind_scoring, head_of, score
+from minillm.models.load import load_model, load_tokenizer, without_dropout
+from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
 from minillm.models.vocabulary import check_same_tokens, shared_width, token_count
 from minillm.teacher.local import LocalTeacher
 
@@ -58,6 +58,9 @@ class DistillationTrainer(Trainer):
         self.width = min(shared_width(student, teacher_model), token_count(processing_class))
         self.temperature = temperature
         self.compute_dtype = compute
+        without_dropout(student)
+        check_head(student, "student")  # pyright: ignore[reportArgumentType]
+        check_head(teacher_model, "teacher")  # pyright: ignore[reportArgumentType]
         bind_scoring(student)
         super().__init__(model=student, args=args, processing_class=processing_class, **kwargs)
         # The loss is divided by token counts here; the Trainer must not divide it again.
@@ -117,6 +120,8 @@ class DistillationTrainer(Trainer):
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels are only queued; the time is theirs
         self._seconds[name] += time.perf_counter() - start
         self._phase_tokens[name] += tokens
 

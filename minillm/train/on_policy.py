@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,15 @@ from minillm.data.examples import chat_ids
 from minillm.loss.credit import SampledTokens, return_sum
 from minillm.loss.objective import OnPolicyLoss
 from minillm.models.load import context_length, eos_ids
+from minillm.models.scoring import Scoring, keeps_sequences_apart, score
 from minillm.models.weights import plain_weights, save_plain
 from minillm.recipe import Objective, RolloutConfig
 from minillm.rollout.build import make_engine
-from minillm.rollout.engine import Engine, Rollout, Sampling
+from minillm.rollout.engine import Engine, EngineError, Rollout, Sampling
 from minillm.rollout.teacher_mixed import TeacherMixedSampler
 from minillm.train.base import DistillationTrainer
+
+logger = logging.getLogger(__name__)
 
 _ROLLOUTS = "rollouts-{rank}.pt"
 
@@ -34,6 +42,14 @@ class _MicroBatch:
     count: float  # response tokens of the update, over all processes
     text_count: float
     first_use: bool  # these weights drew these rollouts
+
+
+@dataclass
+class _Drawn:
+    rollouts: list[Rollout]
+    seconds: float
+    drafted: int
+    accepted: int
 
 
 class MiniLLMTrainer(DistillationTrainer):
@@ -88,6 +104,15 @@ class MiniLLMTrainer(DistillationTrainer):
         self.sampling = Sampling(config.max_new_tokens, eos, self.width, config.temperature)
         self._engine = engine
         self._sampler: TeacherMixedSampler | None = None
+        if config.overlap and config.engine != "server" and engine is None:
+            raise ValueError("rollout.overlap draws beside the updates, with the weights before them: it needs rollout.engine: server")
+        if config.overlap and (self.objective.old_logprobs == "trainer" or self.objective.importance == "prefix"):
+            raise ValueError(
+                "rollout.overlap trains one batch off policy, which token weights can take: objective.old_logprobs must be engine "
+                "and objective.importance none or token"
+            )
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._ahead: tuple[int, Future[_Drawn]] | None = None  # the batch that is being drawn meanwhile
         self._batch_number = -1
         self._rollouts: list[Rollout] = []
         self._baseline = 0.0
@@ -95,7 +120,8 @@ class MiniLLMTrainer(DistillationTrainer):
     # What an update trains on
 
     def updates_per_epoch(self) -> int:
-        return max(1, len(self._prompts) // self.rollout_config.num_rollouts) * self._updates_per_batch
+        drawn = len(self._prompts) * self.rollout_config.samples_per_prompt
+        return max(1, drawn // self.rollout_config.num_rollouts) * self._updates_per_batch
 
     @property
     def _updates_per_batch(self) -> int:
@@ -115,12 +141,12 @@ class MiniLLMTrainer(DistillationTrainer):
         text = self._text_rows(update, len(groups))
         if self.objective.normalise == "update_tokens":
             count = self.global_sum(float(sum(lengths)))
-            text_count = self.global_sum(float(sum(len(self._text[i]) - 1 for rows in text for i in rows)))
+            text_count = self.global_sum(float(sum(self._text_tokens(rows) for rows in text)))
             counts = [(count, text_count)] * len(groups)
         else:  # each micro-batch by itself, then the mean of them
             share = len(groups) * self._processes
             counts = [
-                (share * float(sum(lengths[i] for i in group)), share * float(sum(len(self._text[i]) - 1 for i in rows)))
+                (share * float(sum(lengths[i] for i in group)), share * float(self._text_tokens(rows)))
                 for group, rows in zip(groups, text, strict=True)
             ]
         return [
@@ -131,10 +157,13 @@ class MiniLLMTrainer(DistillationTrainer):
     def training_step(self, model: Any, inputs: _MicroBatch, num_items_in_batch: Any = None) -> Tensor:
         device = self.args.device
         rollouts = [self._rollouts[i] for i in inputs.rollouts]
-        text = [self._text[i] for i in inputs.text]
+        rows, text = list(range(len(rollouts))), []
+        for row, block in enumerate(inputs.text, start=len(rollouts)):
+            rows += [row] * len(self._text[block])
+            text += self._text[block]
         prompts = [r.prompt_ids for r in rollouts] + [ids[:1] for ids in text]
         responses = [r.response_ids for r in rollouts] + [ids[1:] for ids in text]
-        batch = pad(prompts, responses, device)
+        batch = pad(prompts, responses, device, rows=rows)
         hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]
         if text:
             if self.objective.language_model_distill:
@@ -143,11 +172,15 @@ class MiniLLMTrainer(DistillationTrainer):
                 hidden += [hidden[0].new_zeros(len(ids) - 1, hidden[0].shape[1]) for ids in text]
         loss = OnPolicyLoss(
             self.objective, self._sampled(rollouts).to(device), baseline=self._baseline, count=inputs.count,
-            text_count=inputs.text_count, slots=len(rollouts) * self.sampling.max_new_tokens,
+            text_count=inputs.text_count, slots=len(rollouts) * self.sampling.max_new_tokens, total=self.global_sum,
         )  # fmt: skip
         value = self.update_on(model, batch, loss, torch.cat(hidden), self._processes)
+        for rollout, reverse_kl in zip(rollouts, loss.reverse_kl.cpu().split([len(r.response_ids) for r in rollouts]), strict=True):
+            if rollout.reverse_kl is None:
+                rollout.reverse_kl = reverse_kl.clone()
         sums = loss.tally.sums
-        if inputs.first_use:
+        current = all(rollout.weights_version == self.state.global_step for rollout in rollouts)
+        if inputs.first_use and current and self.objective.old_logprobs == "engine":
             self.note("engine_mismatch", float(sums["log_ratio"]), float(sums["tokens"]))
         self.tally({name: total for name, total in sums.items() if name != "log_ratio"})
         return value
@@ -156,29 +189,80 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _draw(self, number: int) -> None:
         """The rollouts of batch `number`, for this process: sampled, read by the teacher, credited."""
-        self._sync()
+        ahead, self._ahead = self._ahead, None
+        with self._or_checkpoint():
+            if ahead is not None and ahead[0] == number:
+                with self.phase("waiting"):
+                    drawn = ahead[1].result()
+            else:
+                self._sync()
+                drawn = self._sample(number)
+        rollouts = drawn.rollouts
+        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        self._seconds["rollout"] += drawn.seconds
+        self._phase_tokens["rollout"] += tokens
+        if drawn.drafted:
+            self.note("acceptance", drawn.accepted, drawn.drafted)
+        self.note("response_length", tokens, len(rollouts))
+        self.note("finished", sum(rollout.finished for rollout in rollouts), len(rollouts))
+        self.note("version_lag", sum(self.state.global_step - rollout.weights_version for rollout in rollouts), len(rollouts))
+        self._score(rollouts)
+        if self.objective.old_logprobs == "trainer":
+            with self.phase("rescoring", tokens):
+                self._rescore(rollouts)
+        self._adopt(number, rollouts)
+        if self.rollout_config.overlap and (number + 1) * self._updates_per_batch < self.state.max_steps:
+            with self._or_checkpoint():
+                self._sync()
+            self._ahead = number + 1, self._background.submit(self._sample, number + 1)
+
+    @contextmanager
+    def _or_checkpoint(self) -> Iterator[None]:
+        """What was trained is not lost with the engine: a resume draws the batch again."""
+        try:
+            yield
+        except EngineError:
+            if self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+            raise
+
+    def _sample(self, number: int) -> _Drawn:
+        """Touches nothing but the engine and the teacher: with `overlap` it runs beside the updates."""
         mine = self._prompt_rows(number)
         prompts = [self._prompts[row] for row in mine]
         # The place tells apart a prompt that comes twice in one batch.
         rank = self.accelerator.process_index
         seeds = [seed_of(self.args.seed, number, rank + place * self._processes, row) for place, row in enumerate(mine)]
-        with self.phase("rollout"):
-            if self._sampler is not None:
-                drafted, accepted = self._sampler.drafted, self._sampler.accepted
-                rollouts = self._sampler.generate(prompts, self.sampling, seeds)
-                self.note("acceptance", self._sampler.accepted - accepted, self._sampler.drafted - drafted)
-            else:
-                assert self._engine is not None
-                rollouts = self._engine.generate(prompts, self.sampling, seeds)
-        lengths = [len(rollout.response_ids) for rollout in rollouts]
-        self._phase_tokens["rollout"] += sum(lengths)
-        self.note("response_length", sum(lengths), len(rollouts))
-        self.note("finished", sum(rollout.finished for rollout in rollouts), len(rollouts))
-        self._adopt(number, rollouts)
+        start = time.perf_counter()
+        if self._sampler is not None:
+            drafted, accepted = self._sampler.drafted, self._sampler.accepted
+            rollouts = self._sampler.generate(prompts, self.sampling, seeds)
+            drafted, accepted = self._sampler.drafted - drafted, self._sampler.accepted - accepted
+        else:
+            assert self._engine is not None
+            rollouts, drafted, accepted = self._engine.generate(prompts, self.sampling, seeds), 0, 0
+        return _Drawn(rollouts, time.perf_counter() - start, drafted, accepted)
 
-    def _adopt(self, number: int, rollouts: list[Rollout]) -> None:
+    def _score(self, rollouts: list[Rollout]) -> None:
         with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_hidden is None)):
             self.teacher.score(rollouts, self.sampling)
+
+    def _rescore(self, rollouts: list[Rollout]) -> None:
+        """q_old, and with it p̃, by a forward of the student instead of the engine's numbers."""
+        alpha = self.rollout_config.teacher_mix
+        for group in bucket([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], self.args.per_device_train_batch_size):
+            batch = pad([rollouts[i].prompt_ids for i in group], [rollouts[i].response_ids for i in group], self.args.device)
+            with torch.no_grad():
+                _, scores = score(self.model_wrapped, Scoring(batch, self.width, temperature=self.temperature))
+            for i, logq in zip(group, scores.logq.float().cpu().split(batch.lengths.tolist()), strict=True):
+                rollout = rollouts[i]
+                self.note("engine_mismatch", float((logq - rollout.student_logprobs).abs().sum()), len(logq))
+                rollout.student_logprobs = rollout.behaviour_logprobs = logq
+                if alpha and rollout.teacher_logprobs is not None:
+                    mixed = torch.logaddexp(logq + math.log1p(-alpha), rollout.teacher_logprobs + math.log(alpha))
+                    rollout.behaviour_logprobs = mixed
+
+    def _adopt(self, number: int, rollouts: list[Rollout]) -> None:
         self._batch_number, self._rollouts = number, rollouts
         total, count = (self.global_sum(x) for x in return_sum(self._sampled(rollouts), self.objective))
         self._baseline = total / max(count, 1.0)
@@ -190,17 +274,19 @@ class MiniLLMTrainer(DistillationTrainer):
             torch.cat([r.behaviour_logprobs for r in rollouts]),
             torch.cat([r.teacher_logprobs for r in rollouts if r.teacher_logprobs is not None]),
             torch.tensor([len(r.response_ids) for r in rollouts]),
+            torch.cat(known) if len(known := [r.reverse_kl for r in rollouts if r.reverse_kl is not None]) == len(rollouts) else None,
         )
 
     def _prompt_rows(self, number: int) -> list[int]:
         """This process's prompts of rollout batch `number`: passes over the prompts, each in its own seeded order."""
-        size, n = self.rollout_config.num_rollouts, len(self._prompts)
+        samples, n = self.rollout_config.samples_per_prompt, len(self._prompts)
+        size = self.rollout_config.num_rollouts // samples
         rows = []
         for place in range(number * size, (number + 1) * size):
             lap, at = divmod(place, n)
             if not rows or at == 0:
                 order = permutation(n, self.args.seed, "prompts", lap)
-            rows.append(order[at])
+            rows += [order[at]] * samples
         return rows[self.accelerator.process_index :: self._processes]
 
     def _sync(self) -> None:
@@ -214,7 +300,10 @@ class MiniLLMTrainer(DistillationTrainer):
                     folder = spare
                     save_plain(student, folder)
                 length = config.max_prompt_tokens + config.max_new_tokens
-                self._engine = make_engine(config, folder, max_length=length, dtype=self.compute_dtype, model=student)
+                self._engine = make_engine(
+                    config, folder, max_length=length, dtype=self.compute_dtype, model=student,
+                    sync_folder=Path(str(self.args.output_dir)) / "weights",
+                )  # fmt: skip
         if config.teacher_mix and self._sampler is None:
             self._sampler = TeacherMixedSampler(self._engine, self.teacher, config.teacher_mix, config.draft_tokens)
         with self.phase("sync"):
@@ -242,12 +331,20 @@ class MiniLLMTrainer(DistillationTrainer):
             return list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
         return chat_ids(row["prompt"], tokenizer)
 
-    def _pack(self, dataset: Sequence[dict[str, Any]] | None) -> list[list[int]]:
+    def _pack(self, dataset: Sequence[dict[str, Any]] | None) -> list[list[list[int]]]:
         if dataset is None or not self.objective.language_model:
             return []
         tokenizer: Any = self.processing_class
         documents = [tokenizer(dataset[i]["text"], add_special_tokens=False)["input_ids"] for i in range(len(dataset))]
-        return pack_text(documents, self.objective.language_model_block, tokenizer.eos_token_id)
+        student: Any = self.model
+        several = keeps_sequences_apart(student)
+        if not several:
+            logger.warning("%s lets packed documents see each other: a block of text holds one document.", type(student).__name__)
+        return pack_text(documents, self.objective.language_model_block, tokenizer.eos_token_id, several=several)
+
+    def _text_tokens(self, blocks: list[int]) -> int:
+        """Tokens that are predicted in some blocks of text."""
+        return sum(len(piece) - 1 for block in blocks for piece in self._text[block])
 
     def _text_rows(self, update: int, micro_batches: int) -> list[list[int]]:
         """This process's blocks of text for each micro-batch of an update."""
@@ -264,11 +361,12 @@ class MiniLLMTrainer(DistillationTrainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)  # rollouts first: a checkpoint is one when the trainer's state is there
         if self.state.global_step % self._updates_per_batch:
             kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None} for r in self._rollouts]
             torch.save({"number": self._batch_number, "rollouts": kept}, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -278,10 +376,13 @@ class MiniLLMTrainer(DistillationTrainer):
             raise ValueError(f"{folder}: saved by {saved} process(es) amid a rollout batch; resume with as many, not {self._processes}")
         if saved:
             live = torch.load(folder / _ROLLOUTS.format(rank=self.accelerator.process_index), weights_only=True)
-            self._adopt(live["number"], [Rollout(**fields) for fields in live["rollouts"]])
+            rollouts = [Rollout(**fields) for fields in live["rollouts"]]
+            self._score(rollouts)
+            self._adopt(live["number"], rollouts)
 
     def close(self) -> None:
         """Shut the engine down."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        self._background.shutdown(wait=False, cancel_futures=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ def problem(dtype: torch.dtype = torch.float64, bias: bool = False, softcap: flo
     hidden, teacher_hidden = make(N, H).requires_grad_(), make(N, HP)
     head = Head(make(V, H).requires_grad_(), make(V).requires_grad_() if bias else None, scale, softcap)
     teacher_head = Head(make(V, HP), None, 1.0, None)
-    targets = torch.randint(V, (N,), generator=g)
+    targets = torch.randint(30, (N,), generator=g)
     return hidden, head, targets, teacher_hidden, teacher_head, (make(N), make(N), make(N))
 
 
@@ -124,3 +126,96 @@ def test_the_compiled_elementwise_part_is_the_eager_one() -> None:
             module._COMPILE_FROM = before
         grads.append(states.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=2e-2, atol=2e-3)
+
+
+def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
+    """Weights of 1e-5 times probabilities of 1e-3 are nothing in float16 unless they are scaled first."""
+    errors = {}
+    for dtype in (torch.float16, torch.float64):
+        hidden, head, targets, teacher_hidden, teacher_head, _ = problem(torch.float64)
+        hidden, teacher_hidden = hidden.detach().to(dtype).requires_grad_(), teacher_hidden.to(dtype)
+        head, teacher_head = Head(head.weight.detach().to(dtype).requires_grad_()), Head(teacher_head.weight.to(dtype))
+        share = torch.full((N,), 1e-5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        loss, _ = token_scores(
+            hidden, head, targets, teacher_hidden, teacher_head, chunk=5,
+            weigh=lambda part, s, share=share: ((share[part] * s.reverse_kl).sum(), TokenWeights(None, share[part])),
+        )  # fmt: skip
+        (loss * 65536).backward()  # a loss scaler's
+        assert head.weight.grad is not None
+        errors[dtype] = head.weight.grad.double()
+    assert (errors[torch.float16] - errors[torch.float64]).norm() < 0.01 * errors[torch.float64].norm()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_matmuls_and_live_memory(frozen: bool) -> None:
+    """Four matmuls a chunk, three with a frozen head, and nothing as large as [N, V]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    g = torch.Generator().manual_seed(0)
+    n, v, h = 64, 1000, 8
+    hidden = torch.randn(n, h, generator=g).requires_grad_()
+    head = Head(torch.randn(v, h, generator=g).requires_grad_(not frozen))
+    teacher_hidden, teacher_head = torch.randn(n, h, generator=g), Head(torch.randn(v, h, generator=g))
+    targets, one = torch.randint(v, (n,), generator=g), torch.ones(n)
+
+    class Watch(TorchDispatchMode):
+        matmuls, largest = 0, 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.matmuls += func is torch.ops.aten.mm.default
+            if isinstance(out, Tensor):
+                self.largest = max(self.largest, out.numel())
+            return out
+
+    with Watch() as watch:
+        loss, _ = token_scores(
+            hidden, head, targets, teacher_hidden, teacher_head, chunk=16,
+            weigh=lambda part, s: (s.reverse_kl.sum(), TokenWeights(None, one[part])),
+        )  # fmt: skip
+        loss.backward()
+    assert watch.matmuls == (3 if frozen else 4) * n // 16
+    assert watch.largest == 16 * v
+
+
+def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
+    """At the quickstart's vocabulary, through the compiled elementwise part."""
+    g = torch.Generator().manual_seed(2)
+    n, v, h = 96, 49152, 64
+    hidden, teacher_hidden = torch.randn(n, h, generator=g).bfloat16(), torch.randn(n, h, generator=g).bfloat16()
+    weight, teacher_weight = ((3 * torch.randn(v, h, generator=g) / h**0.5).bfloat16() for _ in range(2))
+    targets, share = torch.randint(v, (n,), generator=g), torch.full((n,), 1 / n)
+
+    def full(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        student, teacher = leaves[0] @ leaves[1].t(), teacher_hidden.to(dtype) @ teacher_weight.to(dtype).t()
+        wide = torch.float32 if dtype == torch.bfloat16 else dtype
+        grads = torch.autograd.grad(divergences.reverse_kl(student.to(wide), teacher.to(wide)).mean(), leaves)
+        return grads[0].double(), grads[1].double()
+
+    states, head = hidden.clone().requires_grad_(), Head(weight.clone().requires_grad_())
+    loss, _ = token_scores(
+        states, head, targets, teacher_hidden, Head(teacher_weight),
+        weigh=lambda part, s: ((share[part] * s.reverse_kl).sum(), TokenWeights(None, share[part])),
+    )  # fmt: skip
+    ours = torch.autograd.grad(loss, [states, head.weight])
+    for got, rounded, exact in zip(ours, full(torch.bfloat16), full(torch.float64), strict=True):
+        assert (got.double() - exact).norm() <= 1.05 * (rounded - exact).norm()
+
+
+def test_the_heads_gradient_accumulates_in_place() -> None:
+    """What the backward hands over becomes the gradient itself, and the next micro-batch is added to it."""
+    hidden, head, targets, teacher_hidden, teacher_head, (a, _, _) = problem(torch.float32)
+    places, sums = [], []
+    for _ in range(3):
+        loss, _ = token_scores(
+            hidden, head, targets, teacher_hidden, teacher_head, width=30, chunk=7,
+            weigh=lambda part, s: ((a[part] * s.reverse_kl).sum(), TokenWeights(None, a[part])),
+        )  # fmt: skip
+        loss.backward()
+        assert head.weight.grad is not None
+        places.append(head.weight.grad.data_ptr())
+        sums.append(head.weight.grad.clone())
+        assert not head.weight.grad[30:].any()
+    assert len(set(places)) == 1
+    torch.testing.assert_close(sums[2], 3 * sums[0])

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from minillm.data.batches import pad
-from minillm.models.load import find_gguf
+from minillm.loss.divergences import forward_kl
+from minillm.loss.objective import SupervisedLoss
+from minillm.models.load import find_gguf, without_dropout
 from minillm.models.prune import block_similarity, decoder_layers, layers_to_keep, prune
-from minillm.models.scoring import Scoring, bind_scoring, head_of, score
+from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
 from minillm.models.vocabulary import VocabularyError, check_same_tokens, token_count
 from minillm.models.weights import plain_weights
+from minillm.teacher.local import LocalTeacher
 from tests.conftest import tiny_llama, tiny_tokenizer
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -112,6 +135,9 @@ def test_an_adapter_is_merged_on_its_way_out_and_refused_on_the_head() -> None:
     headed = get_peft_model(tiny_llama(2, tied=False), LoraConfig(r=4, target_modules=["lm_head"]))  # pyright: ignore
     with pytest.raises(ValueError, match="an adapter on the output head is not scored"):
         head_of(headed)  # pyright: ignore
+    copied = get_peft_model(tiny_llama(2, tied=False), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))  # pyright: ignore
+    with pytest.raises(ValueError, match="an adapter on the output head is not scored"):
+        head_of(copied)  # pyright: ignore
 
 
 def test_missing_sources_are_named(tmp_path: object) -> None:
@@ -120,3 +146,88 @@ def test_missing_sources_are_named(tmp_path: object) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.gguf: no such file"):
         find_gguf("nowhere.gguf")
     assert find_gguf("some/hub-id") is None
+
+
+def test_padded_rows_of_a_head_take_no_part() -> None:
+    """Heads of 40 and 48 rows over a vocabulary of 32: scores and gradients are those of heads cut to 32."""
+    results = []
+    for cut in (False, True):
+        student, teacher = tiny_llama(0, vocab=40, tied=False), tiny_llama(1, vocab=48, tied=False)
+        if cut:
+            for model in (student, teacher):
+                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:32].detach().clone())
+        bind_scoring(student)
+        batch = pad([[3, 4], [5]], [[6, 7, 1], [31]])
+        hidden = torch.cat(LocalTeacher(teacher).hidden([[3, 4], [5]], [[6, 7, 1], [31]]))
+        loss, scores = score(student, Scoring(batch, 32, hidden, head_of(teacher), SupervisedLoss(0.5, 4), temperature=0.7))
+        loss.backward()
+        grad = student.lm_head.weight.grad
+        assert grad is not None
+        assert cut or not grad[32:].any()
+        results.append((scores.reverse_kl, scores.logq, scores.entropy, grad[:32], loss.detach()))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+HEADS = {
+    "tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "untied": LlamaConfig(**SMALL, tie_word_embeddings=False),
+    "soft-capped": Gemma2Config(**SMALL, head_dim=32, final_logit_softcapping=2.0),
+    "scaled up": CohereConfig(**SMALL, logit_scale=0.25),
+    "scaled down": GraniteConfig(**SMALL, logits_scaling=3.0),
+    "with a bias": PhiConfig(**SMALL),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_bound_models_gradient_is_autograds_through_its_own_logits(kind: str) -> None:
+    """What a family does to its logits is done here too, and the gradients of embedding and head add up where tied."""
+    torch.manual_seed(0)
+    student: Any = AutoModelForCausalLM.from_config(HEADS[kind]).double().eval()
+    teacher: Any = AutoModelForCausalLM.from_config(HEADS[kind]).double().eval()
+    if kind == "with a bias":
+        torch.nn.init.normal_(student.lm_head.bias)
+    prompts, responses = [[3, 4], [5]], [[6, 7, 1], [31]]
+    loss_of = SupervisedLoss(0.3, 4)
+    hidden = torch.cat(LocalTeacher(teacher).hidden(prompts, responses))
+    loss, _ = score(bind_scoring(student), Scoring(pad(prompts, responses), 32, hidden, head_of(teacher), loss_of, temperature=0.7))
+    got = torch.autograd.grad(loss, list(student.parameters()))
+
+    want_loss: Any = 0.0
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids, rows = torch.tensor([prompt + response]), slice(len(prompt) - 1, -1)
+        s, t = student(ids).logits[0, rows], teacher(ids).logits[0, rows]
+        logq = torch.log_softmax(s / 0.7, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        want_loss = want_loss + (0.3 * -logq + 0.7 * forward_kl(s, t, 0.7)).sum() / 4
+    want = torch.autograd.grad(want_loss, list(student.parameters()))
+    assert float(loss) == pytest.approx(float(want_loss), rel=1e-9)
+    for (name, _), ours, theirs in zip(student.named_parameters(), got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_a_head_that_is_not_understood_is_refused_by_name() -> None:
+    model = tiny_llama(0, tied=False)
+    check_head(model, "student")
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda input: 2 * plain(input)  # a multiplier under a name of its own, as some families have
+    with pytest.raises(ValueError, match=r"the student \(LlamaForCausalLM\) makes its logits in a way that is not scored"):
+        check_head(model, "student")
+
+
+def test_dropout_is_off_wherever_a_family_keeps_it() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.5, target_modules=["c_attn"], fan_in_fan_out=True))  # pyright: ignore
+    llama = LlamaConfig(**SMALL, attention_dropout=0.5)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    for student in (adapted, AutoModelForCausalLM.from_config(llama)):
+        without_dropout(student)
+        student.train()
+        with torch.no_grad():
+            assert torch.equal(student(ids).logits, student(ids).logits)
+
+
+def test_handing_out_merged_weights_leaves_the_base_bit_by_bit() -> None:
+    student: Any = get_peft_model(tiny_llama(0).bfloat16(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))  # pyright: ignore
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    dict(plain_weights(student, torch.bfloat16))
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

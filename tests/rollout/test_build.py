@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from minillm.rollout import build
+from minillm.rollout.engine import EngineError
 
 
 def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
@@ -18,7 +19,7 @@ def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
     assert [record.message for record in caplog.records] == [
         "vLLM is not installed: sampling with transformers instead, several times slower."
     ]
-    with pytest.raises(build.EngineError, match=r"vllm is not installed; pip install 'minillm\[vllm\]'"):
+    with pytest.raises(EngineError, match=r"vllm is not installed; pip install 'minillm\[vllm\]'"):
         build.choose_engine("vllm")
     assert build.choose_engine("transformers") == "transformers"
     monkeypatch.setattr(build, "vllm_is_installed", lambda: True)

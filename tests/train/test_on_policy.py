@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,10 @@ from transformers import TrainingArguments
 from minillm import MiniLLMTrainer, Objective, RolloutConfig
 from minillm.models.load import load_model
 from minillm.models.weights import save_plain
+from minillm.rollout.engine import EngineError
+from minillm.rollout.transformers_engine import TransformersEngine
 from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.train.two_processes import run
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 ROLLOUT = RolloutConfig(
@@ -114,6 +121,36 @@ def test_an_epoch_is_a_pass_over_the_prompts(pair: tuple[str, str], tmp_path: Pa
     assert trainer.updates_per_epoch() == 3 * 1 * ROLLOUT.inner_epochs
 
 
+def test_advantages_are_centred(pair: tuple[str, str], tmp_path: Path) -> None:
+    """The baseline is the rollouts' own mean return, so what is left has none."""
+    rollout = ROLLOUT.model_copy(update={"num_rollouts": 64, "inner_epochs": 1})
+    settings: dict[str, Any] = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "max_steps": 1}
+    for centre in ("centre", "none"):
+        trainer = train(pair, tmp_path / centre, rollout=rollout, objective=Objective.paper(baseline=centre, length_norm=False), **settings)
+        logged = trainer.state.log_history[0]
+        size = abs(logged["advantage"]) / logged["advantage_std"]
+        assert (size < 0.2) is (centre == "centre")  # tokens without a future have a return of 0 and no part in the mean
+
+
+def test_text_is_distilled_from_the_teachers_own_states(pair: tuple[str, str], tmp_path: Path) -> None:
+    text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(4)]
+    objective = Objective.recommended(language_model=1.0, language_model_distill=1.0, language_model_block=64)
+    trainer = train((pair[1], pair[1]), tmp_path, objective=objective, text_dataset=text, max_steps=1)
+    assert trainer.state.log_history[0]["language_model_loss"] == pytest.approx(0.0, abs=1e-5)  # the student is the teacher
+
+
+def test_several_samples_of_a_prompt_differ(pair: tuple[str, str], tmp_path: Path) -> None:
+    rollout = ROLLOUT.model_copy(update={"samples_per_prompt": 4, "teacher_mix": 0.0})
+    trainer = MiniLLMTrainer(*pair, arguments(tmp_path), rollout=rollout, train_dataset=PROMPTS)
+    rows = [trainer._prompt_rows(number) for number in range(6)]
+    assert all(len(batch) == 8 and len(set(batch)) == 2 for batch in rows)
+    assert sorted(row for batch in rows for row in batch) == sorted([*range(12)] * 4)  # six batches are one pass
+    assert trainer.updates_per_epoch() == 6 * 2 * ROLLOUT.inner_epochs
+    trainer._sync()
+    drawn = trainer._sample(0).rollouts
+    assert len({tuple(r.response_ids) for r in drawn}) > 4
+
+
 def test_text_joins_the_update(pair: tuple[str, str], tmp_path: Path) -> None:
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(30))} for i in range(6)]
     objective = Objective.recommended(language_model=0.5, language_model_distill=0.5, language_model_block=16)
@@ -155,15 +192,172 @@ def test_every_preset_trains(pair: tuple[str, str], tmp_path: Path, preset: str)
     assert all(torch.isfinite(torch.tensor(e["grad_norm"])) and e["grad_norm"] > 0 for e in logged)
 
 
-def test_the_teacher_reads_a_rollout_once(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Without mixing: one forward of the teacher a batch of rollouts, whatever the inner epochs."""
-    rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0, "inner_epochs": 3, "num_rollouts": 4})
-    trainer = MiniLLMTrainer(*pair, arguments(tmp_path, max_steps=3), rollout=rollout, train_dataset=PROMPTS)
-    trainer.teacher.batch_size = 4
-    calls = []
-    trainer.teacher.model.model.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore
+@pytest.mark.parametrize(("preset", "rescoring"), [("recommended", 0), ("paper", 0), ("exact", 0), ("reference", 4)])
+def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str, rescoring: int) -> None:
+    """Tokens through each body: the teacher's once a rollout whatever the inner epochs, the student's once an update,
+    on the rollouts' own tokens; only `reference` scores every rollout once more."""
+    rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0, "inner_epochs": 3})
+    separate: Any = load_model(pair[0], torch.float32)
+    trainer = MiniLLMTrainer(
+        *pair, arguments(tmp_path, max_steps=6), rollout=rollout, train_dataset=PROMPTS, engine=TransformersEngine(separate),
+        objective=Objective.model_validate({"preset": preset}),
+    )  # fmt: skip
+    read: dict[str, list[int]] = {"student": [], "teacher": []}
+    for name, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
+        count: Any = lambda _, args, kwargs, name=name: read[name].append(kwargs["input_ids"].numel())  # noqa: E731
+        model.base_model.register_forward_pre_hook(count, with_kwargs=True)  # pyright: ignore
     trainer.train()
-    assert len(calls) == 1
+    # One batch of 8 rollouts; six updates of 4, each in two micro-batches of 2.
+    rows = [len(r.prompt_ids) + len(r.response_ids) for r in trainer._rollouts]
+    assert len(read["teacher"]) == 1
+    assert read["teacher"] == [8 * max(rows)]
+    assert len(read["student"]) == 12 + rescoring
+    # Each rollout is in one micro-batch of each epoch, padded to its longer neighbour at most.
+    epochs = 3 + (rescoring > 0)
+    assert epochs * sum(rows) <= sum(read["student"]) <= epochs * len(rows) * max(rows)
+
+
+def test_a_mixed_rollout_is_read_by_the_teacher_while_it_is_drawn(pair: tuple[str, str], tmp_path: Path) -> None:
+    trainer = MiniLLMTrainer(*pair, arguments(tmp_path, max_steps=4), rollout=ROLLOUT, train_dataset=PROMPTS)
+    calls: list[str] = []
+    trainer.teacher.model.base_model.register_forward_hook(lambda *_: calls.append("teacher"))  # pyright: ignore
+    original = trainer.update_on
+    trainer.update_on = lambda *args: calls.append("update") or original(*args)  # pyright: ignore
+    trainer.train()
+    assert calls.count("update") == 8
+    assert "teacher" not in calls[calls.index("update") :]
+
+
+def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_path: Path) -> None:
+    """With an engine that is a little off, as vLLM's bfloat16 is, the authors' code never sees it."""
+    off: Any = load_model(pair[0], torch.float32)
+    engine = TransformersEngine(off)
+    engine.update_weights = lambda weights, version: None  # pyright: ignore
+    with torch.no_grad():
+        off.model.norm.weight.mul_(1.05)
+    seen = {}
+    for preset in ("paper", "reference"):
+        trainer = MiniLLMTrainer(
+            *pair, arguments(tmp_path / preset, max_steps=1, learning_rate=0.0), rollout=ROLLOUT, train_dataset=PROMPTS, engine=engine,
+            objective=Objective.model_validate({"preset": preset}),
+        )  # fmt: skip
+        trainer.train()
+        logged = trainer.state.log_history[0]
+        rollout = trainer._rollouts[0]
+        own = load_model(pair[0], torch.float32)
+        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        with torch.no_grad():
+            logq = torch.log_softmax(own(ids).logits[0, len(rollout.prompt_ids) - 1 : -1], -1)
+        logq = logq.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        seen[preset] = float((rollout.student_logprobs - logq).abs().max())
+        assert logged["engine_mismatch"] > 1e-3
+        assert rollout.teacher_logprobs is not None
+        mixture = (0.7 * rollout.student_logprobs.exp() + 0.3 * rollout.teacher_logprobs.exp()).log()
+        torch.testing.assert_close(rollout.behaviour_logprobs, mixture, rtol=1e-5, atol=1e-6)
+    assert seen["reference"] < 1e-5 < 1e-3 < seen["paper"]
+
+
+def test_rewards_are_those_of_the_first_reading(pair: tuple[str, str], tmp_path: Path) -> None:
+    """On later inner epochs KL(q‖p) has fallen on these very prefixes; the advantages stay centred all the same."""
+    rollout = ROLLOUT.model_copy(update={"inner_epochs": 6, "num_rollouts": 12})
+    settings = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "max_steps": 6, "learning_rate": 3e-3}
+    trainer = train(pair, tmp_path, rollout=rollout, objective=Objective.recommended(long_term=0.1), **settings)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[-1]["reverse_kl"] < 0.9 * logged[0]["reverse_kl"]
+    for entry in logged[1:]:
+        assert entry["advantage"] == pytest.approx(logged[0]["advantage"], rel=1e-4, abs=1e-6)
+
+
+class OwnEngine(TransformersEngine):
+    """Samples weights of its own, as a server does; `trace` holds what happened, and when."""
+
+    def __init__(self, folder: str, trace: list[tuple[str, float, float]], fail_at: int | None = None) -> None:
+        model: Any = load_model(folder, torch.float32)
+        super().__init__(model)
+        self._trace, self._fail_at, self.calls = trace, fail_at, 0
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == self._fail_at:
+            raise EngineError("http://gone: ConnectError")
+        start = time.monotonic()
+        out = super().generate(*args, **kwargs)
+        time.sleep(0.2)
+        self._trace.append(("generate", start, time.monotonic()))
+        return out
+
+
+def test_the_next_batch_is_drawn_while_this_one_trains(pair: tuple[str, str], tmp_path: Path) -> None:
+    trace: list[tuple[str, float, float]] = []
+    rollout = ROLLOUT.model_copy(update={"overlap": True})
+    trainer = MiniLLMTrainer(
+        *pair, arguments(tmp_path, max_steps=12), rollout=rollout, train_dataset=PROMPTS, engine=OwnEngine(pair[0], trace)
+    )
+    original = trainer.update_on
+
+    def traced(*args: Any) -> Any:
+        start = time.monotonic()
+        out = original(*args)
+        trace.append(("update", start, time.monotonic()))
+        return out
+
+    trainer.update_on = traced  # pyright: ignore
+    trainer.train()
+    drawn = [(start, end) for kind, start, end in trace if kind == "generate"]
+    updates = [(start, end) for kind, start, end in trace if kind == "update"]
+    assert any(a <= start and end <= b for a, b in drawn for start, end in updates)  # a backward inside a generation
+    assert len(updates) == 24
+    assert trainer.state.global_step == 12
+    logged = [entry for entry in trainer.state.log_history if "version_lag" in entry]
+    assert [entry["version_lag"] for entry in logged] == [0, 4, 4]  # updates, of which a batch has four
+    # What drew the tokens is what the weights are taken against, so only the first batch is on policy.
+    assert "engine_mismatch" in logged[0]
+    assert "engine_mismatch" not in logged[1]
+    first = next(r for r in trainer._rollouts)
+    assert first.weights_version == 4
+
+
+def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"token weights can take: objective.old_logprobs must be engine"):
+        MiniLLMTrainer(
+            *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS,
+            objective=Objective.reference(), engine=OwnEngine(pair[0], []),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match=r"rollout.overlap draws beside the updates"):
+        MiniLLMTrainer(*pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS)
+
+
+def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp_path: Path) -> None:
+    rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0})
+    whole = train(pair, tmp_path / "whole", max_steps=8, rollout=rollout)
+    trainer = MiniLLMTrainer(
+        *pair, arguments(tmp_path / "cut", max_steps=8), rollout=rollout, train_dataset=PROMPTS, engine=OwnEngine(pair[0], [], fail_at=2)
+    )
+    with pytest.raises(EngineError, match="http://gone"):
+        trainer.train()
+    resumed = train(pair, tmp_path / "cut", max_steps=8, rollout=rollout, resume=str(tmp_path / "cut" / "checkpoint-4"))
+    assert resumed.state.global_step == 8
+    for (name, x), y in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):  # pyright: ignore
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path) -> None:
+    """The same rollouts, whichever process draws them, and the same weights after two updates."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
+    ]  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=300, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(*pair, str(tmp_path / "one")) == 1
+    one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
+    start = load_model(pair[0], torch.float32).state_dict()
+    for name, value in one["weights"].items():
+        moved = float((value - start[name]).norm())
+        assert float((value - two["weights"][name]).norm()) <= 1e-3 * moved, name
+    assert (one["world"], two["world"]) == (1, 2)
 
 
 def test_wrong_sizes_are_refused_by_name(pair: tuple[str, str], tmp_path: Path) -> None:

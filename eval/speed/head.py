@@ -1,0 +1,162 @@
+"""The head: reverse KL and its gradient from hidden states, ours against full logits, TRL's chunked kernel and, on a
+GPU, Liger's; same inputs, in turns, gradients compared. The floor is the four matmuls that nobody can do without.
+
+    python eval/speed/head.py [--json]
+    python eval/speed/head.py --tokens 8192 --vocab 151936 --width 1536 --teacher-width 3584   # a GPU's shape
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from measure import alternate, in_fresh_process, machine, median, peak_extra_bytes
+from torch import Tensor
+
+from minillm.loss.token_scores import Head, TokenScores, TokenWeights, token_scores
+
+
+@dataclass
+class Problem:
+    hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    targets: Tensor
+
+    @classmethod
+    def make(cls, options: argparse.Namespace) -> Problem:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        g = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int, scale: float) -> Tensor:
+            return (torch.randn(*shape, generator=g, device=device) * scale).to(getattr(torch, options.dtype))
+
+        n, v, h, hp = options.tokens, options.vocab, options.width, options.teacher_width
+        # Logits of spread 3: entropies and divergences of the size that language models have.
+        return cls(
+            draw(n, h, scale=1.0).requires_grad_(), draw(v, h, scale=3 * h**-0.5).requires_grad_(), draw(n, hp, scale=1.0),
+            draw(v, hp, scale=3 * hp**-0.5), torch.randint(v, (n,), generator=g, device=device),
+        )  # fmt: skip
+
+    def forget(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+
+def ours(p: Problem) -> None:
+    weight = torch.full((len(p.targets),), 1 / len(p.targets), device=p.targets.device)
+
+    def weigh(part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+        return (weight[part] * scores.reverse_kl).sum(), TokenWeights(reverse_kl=weight[part])
+
+    loss, _ = token_scores(p.hidden, Head(p.weight), p.targets, p.teacher_hidden, Head(p.teacher_weight), weigh=weigh)
+    loss.backward()
+
+
+def full(p: Problem) -> None:
+    logq = torch.log_softmax((p.hidden @ p.weight.t()).float(), -1)
+    with torch.no_grad():
+        logp = torch.log_softmax((p.teacher_hidden @ p.teacher_weight.t()).float(), -1)
+    (logq.exp() * (logq - logp)).sum(-1).mean().backward()
+
+
+def trl(p: Problem) -> None:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    divergence: Any = ChunkedDivergenceFunction.apply(p.hidden, p.weight, None, p.teacher_hidden, p.teacher_weight, None, 1.0)
+    divergence[0].mean().backward()
+
+
+def liger(p: Problem) -> None:
+    from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
+
+    LigerFusedLinearJSD(jsd_beta=1.0)(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight).backward()
+
+
+def floor(p: Problem) -> None:
+    """Student logits, teacher logits, and the two matmuls of the gradient, in the chunks that ours takes."""
+    weight, teacher_weight = p.weight.detach(), p.teacher_weight
+    for states, teacher_states in zip(p.hidden.detach().split(512), p.teacher_hidden.split(512), strict=True):
+        logits = states @ weight.t()
+        torch.mm(teacher_states, teacher_weight.t())
+        torch.mm(logits, weight)
+        torch.mm(logits.t(), states)
+
+
+def contenders() -> dict[str, Callable[[Problem], None]]:
+    out = {"ours": ours, "full": full, "trl": trl, "floor": floor}
+    if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+        out["liger"] = liger
+    return out
+
+
+def gradient_errors(p: Problem) -> dict[str, float]:
+    """Error of each contender's head gradient relative to float32 full logits of the same inputs."""
+    exact = Problem(
+        p.hidden.detach().float().requires_grad_(), p.weight.detach().float().requires_grad_(), p.teacher_hidden.float(),
+        p.teacher_weight.float(), p.targets,
+    )  # fmt: skip
+    full(exact)
+    want = exact.weight.grad
+    assert want is not None
+    out = {}
+    for name, run in contenders().items():
+        if name != "floor":
+            p.forget()
+            run(p)
+            assert p.weight.grad is not None
+            out[name] = float((p.weight.grad.float() - want).norm() / want.norm())
+    p.forget()
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--teacher-width", type=int, default=576)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    problem = Problem.make(options)
+
+    def fresh(run: Callable[[Problem], None]) -> Callable[[], None]:
+        return lambda: (problem.forget(), run(problem))[1]
+
+    if options.memory_of:
+        print(peak_extra_bytes(fresh(contenders()[options.memory_of])))
+        return
+    errors = gradient_errors(problem)
+    times = {name: median(taken) for name, taken in alternate({n: fresh(r) for n, r in contenders().items()}, options.repeats).items()}
+    shape = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items() if key not in ("json", "memory_of", "repeats")]
+    memory = {name: in_fresh_process(__file__, *shape, f"--memory-of={name}") for name in times if name != "floor"}
+    result = {
+        "vs_trl": times["trl"] / times["ours"], "vs_full": times["full"] / times["ours"], "vs_floor": times["ours"] / times["floor"],
+        "memory_vs_trl": memory["ours"] / memory["trl"], "memory_vs_full": memory["ours"] / memory["full"],
+        "seconds": times, "peak_extra_bytes": memory, "gradient_error": errors,
+        "tokens": options.tokens, "vocab": options.vocab, "widths": [options.width, options.teacher_width], "dtype": options.dtype,
+        "machine": machine(), "torch": torch.__version__,
+    }  # fmt: skip
+    if "liger" in times:
+        result |= {"vs_liger": times["liger"] / times["ours"], "memory_vs_liger": memory["ours"] / memory["liger"]}
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"{options.tokens} tokens × {options.vocab}, widths {options.width} and {options.teacher_width}, {options.dtype}, {machine()}")
+    print(f"{'':8}{'seconds':>10}{'ours is':>12}{'peak MB':>10}{'gradient error':>16}")
+    for name, taken in times.items():
+        peak = f"{memory[name] / 1e6:.0f}" if name in memory else ""
+        error = f"{errors[name]:.4f}" if name in errors else ""
+        print(f"{name:8}{taken:>10.3f}{taken / times['ours']:>11.2f}x{peak:>10}{error:>16}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The same update from one process and from two: DDP, and FSDP2 with the head's weights in shards."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from minillm.data.batches import pad
+from minillm.loss.credit import SampledTokens
+from minillm.loss.objective import OnPolicyLoss
+from minillm.models.scoring import Scoring, bind_scoring, head_of, score
+from minillm.recipe import Objective
+from minillm.teacher.local import LocalTeacher
+from tests.conftest import tiny_llama
+
+PROMPTS = [[3, 1, 4], [5], [6, 7], [8, 9, 10, 11]]
+RESPONSES = [[5, 1], [6, 7, 8, 9, 10, 11, 12], [4], [13, 0, 0, 14, 1]]
+OBJECTIVES = {"exact": Objective.exact(), "paper": Objective.paper(), "recommended": Objective.recommended()}
+
+
+def update(model: Any, teacher: LocalTeacher, objective: Objective, mine: list[int], scale: float) -> float:
+    """Backward of the responses `mine`, which are a part of the update over all of them."""
+    prompts, responses = [PROMPTS[i] for i in mine], [RESPONSES[i] for i in mine]
+    g = torch.Generator().manual_seed(0)
+    drawn = [[-4 * torch.rand(len(r), generator=g) for _ in range(3)] for r in RESPONSES]
+    old, behaviour, logp = (torch.cat([drawn[i][k] for i in mine]) for k in range(3))
+    sampled = SampledTokens(old, torch.maximum(old, behaviour), logp, torch.tensor([len(r) for r in responses]))
+    loss_of = OnPolicyLoss(objective, sampled, baseline=-0.4, count=float(sum(map(len, RESPONSES))))
+    hidden = torch.cat(teacher.hidden(prompts, responses))
+    loss, _ = score(model, Scoring(pad(prompts, responses), 32, hidden, head_of(teacher.model), loss_of))
+    (loss * scale).backward()
+    return float(loss)
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    out = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        out[name.removeprefix("module.")] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+    return out
+
+
+def worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    report: dict[str, Any] = {"world": dist.get_world_size(), "errors": {}}
+    teacher = LocalTeacher(tiny_llama(2, layers=3))
+    for tied in (True, False):
+        student = tiny_llama(1, tied=tied)
+        for name, objective in OBJECTIVES.items():
+            alone = copy.deepcopy(student)
+            update(bind_scoring(alone), teacher, objective, [0, 1, 2, 3], 1.0)
+            want = gradients(alone)
+            for kind in ("ddp", "fsdp2", "fsdp2, head apart"):
+                model: Any = bind_scoring(copy.deepcopy(student))
+                if kind == "ddp":
+                    model = DistributedDataParallel(model)
+                else:
+                    for layer in model.model.layers:
+                        fully_shard(layer)
+                    if "apart" in kind and tied:  # as accelerate groups them
+                        fully_shard([model.model.norm, model.lm_head, model.model.embed_tokens])
+                    elif "apart" in kind:
+                        fully_shard(model.lm_head)
+                    fully_shard(model)
+                    assert all(isinstance(p, DTensor) for p in model.parameters())
+                # Both average gradients over processes; two micro-batches accumulate in each.
+                for part in ([rank], [rank + 2]):
+                    update(model, teacher, objective, part, float(world))
+                if kind == "fsdp2":
+                    report["sharded"] = list(model.get_output_embeddings().weight.to_local().shape)
+                got = gradients(model)
+                assert got.keys() == want.keys()
+                error = max(float((got[k] - want[k]).norm() / want[k].norm()) for k in want)
+                report["errors"][f"{name} {kind} {'tied' if tied else 'untied'}"] = error
+    if rank == 0:
+        Path(folder, "report.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no distributed package")
+def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(worker, args=(2, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["world"] == 2
+    assert report["sharded"] == [16, 64]  # half of the head's 32 rows
+    assert len(report["errors"]) == 18
+    assert max(report["errors"].values()) < 1e-5, report["errors"]

@@ -1,0 +1,68 @@
+"""The GPU kernels' arithmetic, run by Triton's interpreter on the CPU, against the functions they stand for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from minillm.loss import token_scores as plain
+from minillm.loss.token_scores import Head
+
+N, V = 5, 300  # three blocks of 128, the last one part empty
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")
+def test_the_kernels_in_the_interpreter() -> None:
+    """In a process of its own: Triton reads the variable when it is first imported, and torch.compile imports it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "8 passed" in done.stdout
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if not (INTERPRETED or torch.cuda.is_available()):
+        pytest.skip("runs in the interpreter's process")
+    from minillm.loss import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_BLOCK", 128)
+    return triton_kernels
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "teacher_kind"), [("plain", "bias"), ("bias", "softcap"), ("softcap", "scale"), ("scale", "plain")])
+def test_kernels_are_the_plain_functions(kernels: ModuleType, kind: str, teacher_kind: str, storage: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    draw: Any = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
+    student, teacher = (4 * draw(N, V)).to(storage), (4 * draw(N, V)).to(storage)
+    student[0] += 60.0  # far from zero, in rising order, so that the running maximum moves in every block
+    student[0] = student[0].sort().values
+    targets = torch.tensor([0, 127, 128, 299, 5], device=device)
+
+    def curve_of(kind: str) -> Any:
+        bias = draw(V) if kind == "bias" else None
+        head = Head(draw(V, 2), bias, 0.3 if kind == "scale" else 1.0, 9.0 if kind == "softcap" else None)
+        return plain._Curve.of(head, 0.7, torch.float32)
+
+    curve, teacher_curve = curve_of(kind), curve_of(teacher_kind)
+    arguments = (student, teacher, targets, curve, teacher_curve, torch.float32)
+    want, got = plain._measure(*arguments), kernels.measure(*arguments)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    by = (draw(N), draw(N), draw(N))
+    rest = (want[0], want[1], want[4], targets, *by, curve, teacher_curve, torch.float32, torch.float32)
+    torch.testing.assert_close(
+        kernels.differentiate(student, teacher, *rest), plain._differentiate(student, teacher, *rest), rtol=2e-5, atol=1e-6
+    )

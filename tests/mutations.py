@@ -1,0 +1,193 @@
+"""Breaks the shipped source, one defect at a time, and names the test that notices: `make mutations`.
+
+A test suite is worth what it would catch. Each defect below has been made by somebody, here or in a peer's code. The
+suite runs on a copy, so the working tree is never touched; a defect that no test notices fails the whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Quick ones first: most defects are found within seconds.
+SUITE = [
+    "tests/loss/test_credit.py",
+    "tests/data/test_batches.py",
+    "tests/loss/test_reference.py",
+    "tests/models",
+    "tests/loss/test_objective.py",
+    "tests/loss/test_token_scores.py",
+    "tests/rollout/test_teacher_mixed.py",
+    "tests/train",
+    "tests/loss/test_distributed.py",
+]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`before`, which occurs once in `file`, becomes `after`."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+
+
+MUTATIONS = [
+    Mutation(
+        "mask dropped: a return runs on into the next response",
+        "loss/credit.py",
+        "(same & (ahead >= self._shift))",
+        "(ahead >= self._shift)",
+    ),
+    Mutation(
+        "mask dropped: carried over from the next response",
+        "loss/credit.py",
+        "joined = segments == self._segments[start]",
+        "joined = segments >= 0",
+    ),
+    Mutation("return shifted by one", "loss/credit.py", "1 if return_from ==", "2 if return_from =="),
+    Mutation("immediate reward counted twice", "loss/credit.py", 'self._shift = 1 if return_from == "next" else 0', "self._shift = 0"),
+    Mutation("discount left out", "loss/credit.py", "steps.clamp(min=0) * self._log_discount", "steps.clamp(min=0) * 0.0"),
+    Mutation(
+        "reward not detached", "loss/objective.py", "logq=-long * weights * gain * active", "logq=-long * weights * (gain - ratio) * active"
+    ),
+    Mutation(
+        "expected reward not detached",
+        "loss/objective.py",
+        "active, reverse_kl=single)",
+        "active, reverse_kl=single + long * weights * ratio)",
+    ),
+    Mutation("weight inside the clip", "loss/objective.py", "if objective.weight_in_clip:", "if objective.clip is not None:"),
+    Mutation("clipped tokens keep their gradient", "loss/objective.py", "gain * active, reverse_kl", "gain, reverse_kl"),
+    Mutation(
+        "mean per response instead of per token",
+        "loss/objective.py",
+        "long = objective.long_term / self._count",
+        "n = self._tokens.lengths; long = objective.long_term / self._count * n.double().mean() / n[self._tokens.segments][part]",
+    ),
+    Mutation(
+        "mean per micro-batch instead of per update",
+        "train/on_policy.py",
+        "counts = [(count, text_count)] * len(groups)",
+        "counts = [(len(groups) * sum(lengths[i] for i in g), text_count) for g in groups]",
+    ),
+    Mutation(
+        "importance weight left out", "loss/objective.py", 'kinds = {"none": ones, "token": token}', 'kinds = {"none": ones, "token": ones}'
+    ),
+    Mutation("prefix weight one token late", "loss/credit.py", "before = (total - logs - base).exp()", "before = (total - base).exp()"),
+    Mutation("baseline of unweighted rewards", "loss/credit.py", "rewards = rewards * token_weights(tokens)", "rewards = rewards * 1.0"),
+    Mutation("rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"),
+    Mutation("whitened without the padding", "loss/objective.py", 'slots if objective.baseline == "whiten_padded" else None', "None"),
+    Mutation(
+        "whitened per process",
+        "loss/credit.py",
+        "mean = total(values.double().sum()) / count",
+        "mean = float(values.double().sum()) / slots",
+    ),
+    Mutation(
+        "end token left out",
+        "rollout/transformers_engine.py",
+        "Rollout(prompt, ids[i], values[i], values[i],",
+        "Rollout(prompt, ids[i][: len(ids[i]) - 1 or 1], *[values[i][: len(ids[i]) - 1 or 1]] * 2,",
+    ),
+    Mutation(
+        "padded vocabulary rows scored", "loss/token_scores.py", "if width == self.weight.shape[0]:", "if width <= self.weight.shape[0]:"
+    ),
+    Mutation("padded vocabulary rows drawn", "rollout/engine.py", "logits[..., : sampling.vocab_size]", "logits"),
+    Mutation("targets off by one", "data/batches.py", "torch.arange(first - 1, end - 1)", "torch.arange(first, end)"),
+    Mutation("packed documents see each other", "data/batches.py", "places[row, start:] = torch.arange(width - start)", "pass"),
+    Mutation(
+        "temperature missing in the gradient",
+        "loss/token_scores.py",
+        "            return self.scale / self.temperature\n",
+        "            return self.scale\n",
+    ),
+    Mutation(
+        "soft cap missing in the gradient", "loss/token_scores.py", "(1 - (logits * (self.temperature / self.softcap)) ** 2) * ", "1.0 * "
+    ),
+    Mutation("reverse KL's gradient without its mean", "loss/token_scores.py", "(logq - logp - reverse_kl[:, None])", "(logq - logp)"),
+    Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
+    Mutation(
+        "head gradient of the last chunk only",
+        "loss/token_scores.py",
+        "used_weight += _scaled(grad.t() @ states[part], unit)",
+        "used_weight.copy_(_scaled(grad.t() @ states[part], unit))",
+    ),
+    Mutation(
+        "tied or trained head forgotten by the adapter check",
+        "models/scoring.py",
+        'hasattr(module, "base_layer") or hasattr(module, "modules_to_save")',
+        "False",
+    ),
+    Mutation(
+        "residual drawn from p instead of (p-q)+",
+        "rollout/teacher_mixed.py",
+        "if u < stays or r.draws > _TRIES:",
+        "if True:",
+    ),
+    Mutation(
+        "every draft kept",
+        "rollout/teacher_mixed.py",
+        "generator=row.generator) >= keep).nonzero()",
+        "generator=row.generator) >= 2 + keep).nonzero()",
+    ),
+    Mutation(
+        "behaviour log-probs of the student alone",
+        "rollout/teacher_mixed.py",
+        "row.prompt, row.ids, logq, self._mixture(logq, logp),",
+        "row.prompt, row.ids, logq, logq,",
+    ),
+    Mutation(
+        "teacher read anew in every epoch",
+        "train/on_policy.py",
+        "        hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]",
+        "        hidden = self.teacher.hidden([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])",
+    ),
+    Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
+]
+
+
+def survivors(mutations: list[Mutation]) -> list[str]:
+    """Names of the defects that no test noticed; prints the first failing test of each of the others."""
+    alive = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("minillm", "tests", "recipes", "pyproject.toml"):
+            source = ROOT / name
+            shutil.copytree(source, copy / name) if source.is_dir() else shutil.copy(source, copy / name)
+        if _suite(copy).returncode:
+            raise SystemExit("the suite fails on the source as it is: nothing can be learnt from it")
+        for mutation in mutations:
+            path = copy / "minillm" / mutation.file
+            source = path.read_text()
+            if source.count(mutation.before) != 1:
+                raise SystemExit(f"{mutation.name}: {mutation.file} holds its text {source.count(mutation.before)} times, not once")
+            path.write_text(source.replace(mutation.before, mutation.after))
+            done = _suite(copy)
+            path.write_text(source)
+            failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+            if done.returncode == 0 or not failed:
+                alive.append(mutation.name)
+            verdict = failed[0].split(" - ")[0].removeprefix("FAILED ") if failed else "SURVIVES"
+            print(f"{mutation.name:55} {verdict}", flush=True)
+    return alive
+
+
+def _suite(copy: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not full and not vllm", *SUITE]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
+
+
+if __name__ == "__main__":
+    chosen = [m for m in MUTATIONS if all(word in m.name for word in sys.argv[1:])]
+    left = survivors(chosen)
+    print(f"{len(chosen) - len(left)} of {len(chosen)} defects noticed")
+    sys.exit(1 if left else 0)

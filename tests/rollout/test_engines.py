@@ -1,0 +1,216 @@
+"""One conformance test over every engine: the model itself, vLLM in this process, and a real vLLM server.
+
+Each is started once for this file, on a tiny model of which every response can be enumerated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from minillm.models.weights import plain_weights
+from minillm.rollout.engine import Engine, EngineError, Sampling
+from minillm.rollout.teacher_mixed import TeacherMixedSampler
+from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed
+from minillm.rollout.vllm_server import VLLMServerEngine
+from minillm.teacher.local import LocalTeacher
+from tests.conftest import save, tiny_llama
+from tests.rollout.test_teacher_mixed import chi_square, enumerate_mixture
+
+SAMPLING = Sampling(3, (1,), 5, temperature=1.3)
+PROMPT = [2, 4, 3]
+LENGTH = 96
+needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")]
+
+
+def start_server(folder: str, log: Path, *flags: str, port: int = 0, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A stock server on a free loopback port; it is not up yet."""
+    if not port:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--host", "127.0.0.1", "--port", str(port),
+        "--max-model-len", str(LENGTH), "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "64",
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096", "--kv-cache-memory-bytes", str(1 << 28), *flags,
+    ]  # fmt: skip
+    settings = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", **environment}
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, env=settings, stdout=out, stderr=out, start_new_session=True)
+    return process, f"http://127.0.0.1:{port}"
+
+
+def stop_server(process: subprocess.Popen[bytes]) -> None:
+    """At once, and the engine's own processes with it, which would outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def student() -> Any:
+    return tiny_llama(3, layers=1, vocab=32, scale=0.4)
+
+
+@pytest.fixture(scope="module")
+def folder(student: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With generation settings of its own, as instruct models have them; nobody may take them up."""
+    student.generation_config.update(do_sample=True, top_p=0.5, top_k=2, repetition_penalty=1.5)
+    return save(student, tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=["transformers", pytest.param("vllm", marks=needs_vllm), pytest.param("server", marks=needs_vllm)],
+)
+def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    if request.param == "transformers":
+        yield TransformersEngine(tiny_llama(3, layers=1, vocab=32, scale=0.4))
+    elif request.param == "vllm":
+        inside = VLLMEngine(folder, max_length=LENGTH, memory=0.25, dtype=torch.float32)
+        yield inside
+        inside.close()
+    else:
+        spare = tmp_path_factory.mktemp("server")
+        process, url = start_server(folder, spare / "log", "--logprobs-mode", "processed_logprobs", VLLM_API_KEY="secret")
+        os.environ["VLLM_API_KEY"] = "secret"
+        try:
+            served = VLLMServerEngine([url], spare / "weights", max_length=LENGTH, head_width=32, patience=240)
+            yield served
+            served.close()
+        except EngineError as error:
+            raise AssertionError(f"{error}\n{(spare / 'log').read_text()[-2000:]}") from error
+        finally:
+            del os.environ["VLLM_API_KEY"]
+            stop_server(process)
+
+
+@pytest.fixture
+def as_saved(engine: Engine, student: Any) -> Engine:
+    engine.update_weights(plain_weights(student, torch.float32), engine.version + 1)
+    return engine
+
+
+def own_logprobs(model: Any, prompt: list[int], response: list[int], sampling: Sampling) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, : sampling.vocab_size]
+    return torch.log_softmax(logits / sampling.temperature, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def test_logprobs_are_of_what_drew_the_token(as_saved: Engine, student: Any) -> None:
+    sampling = Sampling(12, (1, 7), 20, temperature=0.8)
+    prompts = [[2], [3, 5, 4, 2], [9] * 40, [1, 0, 1]]  # padding and end tokens in a prompt are tokens like others
+    rollouts = as_saved.generate(prompts, sampling, [1, 2, 3, 4])
+    for prompt, r in zip(prompts, rollouts, strict=True):
+        assert r.prompt_ids == prompt
+        torch.testing.assert_close(r.student_logprobs, own_logprobs(student, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4)
+        assert max(r.response_ids) < 20  # the rest of the head counts as padding
+        assert r.finished == (r.response_ids[-1] in (1, 7))
+        assert not any(token in (1, 7) for token in r.response_ids[:-1])
+        assert r.finished or len(r.response_ids) == 12
+    assert [r.response_ids for r in as_saved.generate(prompts, sampling, [1, 2, 3, 4])] == [r.response_ids for r in rollouts]
+    assert [r.response_ids for r in as_saved.generate(prompts, sampling, [5, 6, 7, 8])] != [r.response_ids for r in rollouts]
+
+
+def test_the_likeliest_tokens_come_along(as_saved: Engine, student: Any) -> None:
+    [r] = as_saved.generate([[2, 3]], Sampling(6, (1,), 20, temperature=0.8, likeliest=4), [0])
+    assert r.likeliest is not None
+    assert len(r.likeliest) == len(r.response_ids)
+    for place, table in enumerate(r.likeliest):
+        prefix = [2, 3, *r.response_ids[:place]]
+        want = torch.stack([own_logprobs(student, prefix, [token], Sampling(6, (1,), 20, 0.8))[0] for token in range(20)])
+        assert set(want.topk(4).indices.tolist()) <= table.keys()
+        for token, value in table.items():
+            assert value == pytest.approx(float(want[token]), abs=1e-3)
+
+
+def test_named_tokens_are_scored(as_saved: Engine, student: Any) -> None:
+    got = as_saved.logprobs_of([[2, 3], [4]], [[0, 3, 4], [2]], SAMPLING)
+    for prefix, ids, values in zip([[2, 3], [4]], [[0, 3, 4], [2]], got, strict=True):
+        want = torch.stack([own_logprobs(student, prefix, [token], SAMPLING)[0] for token in ids])
+        torch.testing.assert_close(values, want, atol=1e-4, rtol=1e-4)
+
+
+def test_new_weights_arrive_even_when_the_tied_embedding_alone_moves(as_saved: Engine) -> None:
+    moved = tiny_llama(3, layers=1, vocab=32, scale=0.4)
+    with torch.no_grad():
+        moved.model.embed_tokens.weight.mul_(1.5)
+    sampling, before = Sampling(8, (1,), 32), as_saved.version
+    prompt = [2, 3, 4] * 25  # full blocks of 32 tokens are what a prefix cache keeps
+    as_saved.generate([prompt], sampling, [0])
+    as_saved.update_weights(plain_weights(moved, torch.float32), before + 7)
+    [r] = as_saved.generate([prompt], sampling, [0])
+    assert r.weights_version == before + 7
+    torch.testing.assert_close(r.student_logprobs, own_logprobs(moved, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4)
+
+
+def test_more_prompt_tokens_than_one_scheduler_step_takes(as_saved: Engine) -> None:
+    """A seeded request prefilled in parts fails on vLLM's CPU build; none must be."""
+    rollouts = as_saved.generate([[2] * 90] * 100, Sampling(2, (1,), 32), list(range(100)))
+    assert len(rollouts) == 100
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_frequencies(as_saved: Engine, student: Any, alpha: float) -> None:
+    check_frequencies(as_saved, student, alpha, 2000)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5])
+def test_frequencies_of_many(as_saved: Engine, student: Any, alpha: float) -> None:
+    check_frequencies(as_saved, student, alpha, 200_000 if isinstance(as_saved, TransformersEngine) else 20_000)
+
+
+def check_frequencies(engine: Engine, student: Any, alpha: float, n: int) -> None:
+    """Against the enumerated mixture: χ² within four standard deviations, and a mean importance weight of one."""
+    teacher, counts, weights = tiny_llama(4, layers=2, vocab=32, scale=0.4), Counter(), []
+    for start in range(0, n, 2000):
+        seeds = list(range(start, min(start + 2000, n)))
+        if alpha:
+            sampler = TeacherMixedSampler(engine, LocalTeacher(teacher, 500), alpha, draft_tokens=3)
+            rollouts = sampler.generate([PROMPT] * len(seeds), SAMPLING, seeds)
+        else:
+            rollouts = engine.generate([PROMPT] * len(seeds), SAMPLING, seeds)
+        counts.update(tuple(r.response_ids) for r in rollouts)
+        weights += [float((r.student_logprobs - r.behaviour_logprobs).sum().exp()) for r in rollouts]
+    statistic, freedom = chi_square(counts, enumerate_mixture(student, teacher, alpha), n)
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    spread = torch.tensor(weights, dtype=torch.float64)
+    assert abs(float(spread.mean()) - 1) <= 4 * float(spread.std()) / n**0.5 + 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.vllm
+@pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
+def test_a_server_that_cannot_do_the_job_is_refused(folder: str, tmp_path: Path) -> None:
+    """Raw log-probabilities are not those that draw, and no dev mode means no new weights."""
+    process, url = start_server(folder, tmp_path / "log", VLLM_SERVER_DEV_MODE="0")
+    try:
+        with pytest.raises(EngineError, match="log-probabilities before temperature: start it with --logprobs-mode processed_logprobs"):
+            VLLMServerEngine([url], tmp_path / "weights", max_length=LENGTH, head_width=32, patience=240)
+        with pytest.raises(EngineError, match=f"serves {LENGTH} tokens; prompt and response need {LENGTH + 1}"):
+            VLLMServerEngine([url], tmp_path / "weights", max_length=LENGTH + 1, head_width=32, patience=10)
+        assert httpx.post(url + "/collective_rpc", json={}).status_code == 404
+    finally:
+        stop_server(process)
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(EngineError, match=r"http://127.0.0.1:9: ConnectError.*tried for 2 s \(rollout.server_patience\)"):
+        VLLMServerEngine(["http://127.0.0.1:9/v1"], tmp_path, max_length=8, head_width=32, patience=2)
+    assert time.monotonic() - start < 10

@@ -1,0 +1,221 @@
+"""What a server may do wrong, forced by servers of our own: the requests, the retries, and the weights they hold."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minillm.rollout import vllm_server
+from minillm.rollout.engine import EngineError, Sampling
+from minillm.rollout.vllm_server import VLLMServerEngine
+
+SAMPLING = Sampling(4, (1,), 30)
+
+
+class FakeServer:
+    """Answers with tokens that tell the weights and the seed; `faults` come first, one a completion."""
+
+    def __init__(self) -> None:
+        self.weights, self.seeds, self.faults = -1.0, Counter(), []
+        self.bodies: list[dict[str, Any]] = []
+        self.resets: list[bool] = []
+        self.lock, self.down_until = threading.Lock(), 0.0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+                if self.path == "/collective_rpc":
+                    outer.weights = float(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")["w"])
+                    self.say(200, {"results": [None]})
+                elif self.path == "/reset_prefix_cache":
+                    self.say(200, {"success": outer.resets.pop(0) if outer.resets else True})
+                elif time.monotonic() < outer.down_until:
+                    hanging_up(self, body)
+                else:
+                    with outer.lock:
+                        fault = outer.faults.pop(0) if outer.faults and "logprob_token_ids" not in body else None
+                    if fault is not None:
+                        fault(self, body)
+                    else:
+                        outer.complete(self, body)
+
+            def say(self, status: int, body: Any) -> None:
+                raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def complete(self, handler: Any, body: dict[str, Any]) -> None:
+        table = {f"token_id:{token}": -token / body["temperature"] for token in body.get("logprob_token_ids") or []}
+        with self.lock:
+            if "seed" in body:
+                self.seeds[body["seed"]] += 1
+                self.bodies.append(body)
+        ids = [2, int(self.weights) + 10, body.get("seed", 0) % 7 + 3, 1]
+        handler.say(200, answer(ids, [-0.5] * 4, table))
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def answer(ids: list[int], logprobs: list[float], table: dict[str, float] | None = None, why: str = "stop") -> dict[str, Any]:
+    tables = [table or {}] * len(ids)
+    return {"choices": [{"token_ids": ids, "finish_reason": why, "logprobs": {"token_logprobs": logprobs, "top_logprobs": tables}}]}
+
+
+def failing(status: int) -> Callable[[Any, Any], None]:
+    return lambda handler, body: handler.say(status, {"error": "no"})
+
+
+def saying(body: Any) -> Callable[[Any, Any], None]:
+    return lambda handler, _: handler.say(200, body)
+
+
+def hanging_up(handler: Any, body: Any) -> None:
+    handler.connection.close()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(vllm_server, "_LONGEST_PAUSE", 0.05)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    two = [FakeServer(), FakeServer()]
+    yield two
+    for server in two:
+        server.close()
+
+
+def attach(servers: list[FakeServer], folder: Path, **settings: Any) -> VLLMServerEngine:
+    options: dict[str, Any] = {"max_length": 64, "head_width": 32, "patience": 5} | settings
+    return VLLMServerEngine([server.url for server in servers], folder, **options)
+
+
+def weights(value: float) -> list[tuple[str, torch.Tensor]]:
+    return [("w", torch.tensor(value))]
+
+
+def test_requests_are_spread_and_every_server_gets_the_weights(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers, tmp_path)
+    engine.update_weights(weights(3.0), 7)
+    rollouts = engine.generate([[i] for i in range(40)], SAMPLING, range(40))
+    assert [r.response_ids for r in rollouts] == [[2, 13, i % 7 + 3, 1] for i in range(40)]
+    assert {r.weights_version for r in rollouts} == {7}
+    assert all(r.finished for r in rollouts)
+    assert all(sum(server.seeds.values()) >= 5 for server in servers)
+    body = servers[0].bodies[0]
+    assert body["logit_bias"] == {"30": -100.0, "31": -100.0}  # the head's padding
+    assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (1.0, 0, 1.0)  # whatever the served folder says
+    assert (body["max_tokens"], body["stop_token_ids"], body["temperature"]) == (4, [1], 1.0)
+    engine.update_weights(weights(4.0), 8)
+    assert [server.weights for server in servers] == [4.0, 4.0]
+    assert [path.name for path in tmp_path.iterdir()] == ["weights-8"]  # the ones before are gone
+    engine.close()
+    assert not list(tmp_path.iterdir())
+
+
+BAD = {
+    "an error": failing(500),
+    "too busy": failing(429),
+    "a closed connection": hanging_up,
+    "no JSON": saying(b"<html>"),
+    "other JSON": saying({"hello": 1}),
+    "fewer log-probabilities than tokens": saying(answer([2, 3], [-0.5])),
+    "a log-probability that is none": saying(answer([2], [float("nan")])),
+    "an aborted answer": saying(answer([2, 3], [-0.5, -0.5], why="abort")),
+    "no tokens": saying(answer([], [])),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_fault_is_retried_and_nothing_is_drawn_twice(servers: list[FakeServer], tmp_path: Path, fault: str) -> None:
+    engine = attach(servers[:1], tmp_path)
+    engine.update_weights(weights(1.0), 1)
+    servers[0].faults = [BAD[fault]] * 3
+    rollouts = engine.generate([[i] for i in range(10)], SAMPLING, range(10))
+    assert [r.response_ids[2] for r in rollouts] == [i % 7 + 3 for i in range(10)]
+    assert set(servers[0].seeds.values()) == {1}
+    assert len(servers[0].seeds) == 10
+
+
+def test_a_restarted_server_gets_the_weights_before_it_answers_again(servers: list[FakeServer], tmp_path: Path) -> None:
+    """It comes back with the weights it was started with; what it draws with those must not be taken for the student's."""
+    engine = attach(servers, tmp_path)
+    engine.update_weights(weights(5.0), 1)
+
+    def restart(handler: Any, body: Any) -> None:
+        servers[0].weights, servers[0].down_until = -1.0, time.monotonic() + 0.3
+        hanging_up(handler, body)
+
+    servers[0].faults = [restart]
+    rollouts = engine.generate([[i] for i in range(60)], SAMPLING, range(60))
+    assert {r.response_ids[1] for r in rollouts} == {15}
+    assert servers[0].weights == 5.0
+
+
+def test_a_server_that_stays_away_leaves_its_work_to_the_other(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers, tmp_path)
+    engine.update_weights(weights(1.0), 1)
+    servers[0].faults = [hanging_up] * 10_000
+    rollouts = engine.generate([[i] for i in range(30)], SAMPLING, range(30))
+    assert len(rollouts) == 30
+    assert sum(servers[1].seeds.values()) == 30
+    servers[0].close()
+    engine.update_weights(weights(2.0), 2)  # nor does it hold up new weights
+    assert {r.response_ids[1] for r in engine.generate([[i] for i in range(8)], SAMPLING, range(8))} == {12}
+
+
+def test_a_prefix_cache_that_was_not_dropped_is_not_used(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers[:1], tmp_path)
+    servers[0].resets = [False, False]
+    engine.update_weights(weights(2.0), 1)
+    assert servers[0].resets == []
+
+
+def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="localhost:8000 is no address of a server"):
+        VLLMServerEngine(["localhost:8000"], tmp_path, max_length=8, head_width=32, patience=60)
+
+
+def test_patience_ends_with_the_server_and_its_last_words(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers[:1], tmp_path, patience=0.3)
+    servers[0].faults = [saying({"hello": 1})] * 10_000
+    with pytest.raises(EngineError, match=rf"{servers[0].url}: /v1/completions answered garbage \(KeyError: 'choices'\); tried for 0.3 s"):
+        engine.generate([[1]], SAMPLING, [0])
+
+
+def test_what_will_not_pass_is_not_retried(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers[:1], tmp_path, patience=60)
+    servers[0].faults = [failing(401)]
+    with pytest.raises(EngineError, match=r"answered 401.*\(set VLLM_API_KEY to the server's key\)"):
+        engine.generate([[1]], SAMPLING, [0])
+    servers[0].faults = [failing(400)]
+    with pytest.raises(EngineError, match="answered 400"):
+        engine.generate([[1]], SAMPLING, [0])
