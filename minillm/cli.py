@@ -64,7 +64,7 @@ def generate(
 ) -> None:
     """Sample one answer."""
     from minillm.data.examples import Example, render
-    from minillm.models.load import device, eos_ids, load_model, load_tokenizer
+    from minillm.models.load import device, eos_ids, load_model, load_tokenizer, working_dtype
     from minillm.models.vocabulary import token_count
     from minillm.rollout.engine import Sampling
     from minillm.rollout.transformers_engine import TransformersEngine
@@ -72,7 +72,7 @@ def generate(
     if template not in ("chat", "alpaca", "plain"):
         raise ValueError(f"--template {template}: allowed: chat, alpaca, plain")
     tokenizer = load_tokenizer(model)
-    loaded: Any = load_model(model).to(device())  # pyright: ignore[reportArgumentType]
+    loaded: Any = load_model(model, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
     sampling = Sampling(max_new_tokens, eos_ids(loaded.generation_config, tokenizer), token_count(tokenizer), temperature)
     ids = render(Example(0, prompt), template, tokenizer)
     [rollout] = TransformersEngine(loaded).generate([ids], sampling, [seed])

@@ -195,17 +195,19 @@ def _teacher(this: Run) -> None:
 
 
 def _student(this: Run) -> None:
-    from minillm.models.load import device, load_model, load_tokenizer
+    import torch
+
+    from minillm.models.load import device, load_model, load_tokenizer, working_dtype
     from minillm.models.prune import block_similarity, layers_to_keep, prune
 
     settings = this.recipe.student
     if settings.source != "prune" or settings.keep_layers is None:
         return
-    teacher: Any = load_model(this.teacher).to(device())  # pyright: ignore[reportArgumentType]
+    teacher: Any = load_model(this.teacher, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
     prompts = this.prompts(this.train_examples, str(this.recipe.data.train))[: settings.probe_prompts]
     similarity = block_similarity(teacher, [prompt.ids for prompt in prompts])
     kept = layers_to_keep(similarity, settings.keep_layers)
-    prune(teacher, kept).save_pretrained(this.start)
+    prune(teacher.to(torch.bfloat16), kept).save_pretrained(this.start)
     load_tokenizer(this.teacher).save_pretrained(this.start)
     notes = {"kept": kept, "block_similarity": [round(float(x), 4) for x in similarity]}
     (Path(this.start) / "pruning.json").write_text(json.dumps(notes), encoding="utf-8")
@@ -262,6 +264,11 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
     import torch
     from transformers import TrainingArguments
 
+    from minillm.models.load import fast_bfloat16
+
+    if given.get("bf16") and not fast_bfloat16():
+        logger.warning("This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage)
+        given = {**given, "bf16": False}
     defaults: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),
         "report_to": "none",
@@ -369,10 +376,8 @@ def _minillm(this: Run) -> None:
 
 
 def _evaluate(this: Run) -> None:
-    import torch
-
     from minillm import evaluation
-    from minillm.models.load import device, load_model, load_tokenizer
+    from minillm.models.load import device, load_model, load_tokenizer, working_dtype
     from minillm.models.weights import plain_weights
     from minillm.teacher.local import LocalTeacher
 
@@ -397,9 +402,9 @@ def _evaluate(this: Run) -> None:
             rows[name] = read_jsonl(file)
             continue
         _say(0, f"  {name}")
-        model: Any = load_model(folder).to(device())  # pyright: ignore[reportArgumentType]
+        model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
         if engine is not None and shape == _shape(model):
-            engine.update_weights(plain_weights(model, torch.bfloat16), engine.version + 1)
+            engine.update_weights(plain_weights(model, working_dtype()), engine.version + 1)
         else:
             if engine is not None:
                 engine.close()
@@ -409,7 +414,7 @@ def _evaluate(this: Run) -> None:
             shape = _shape(model)
         rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]
         if name != "teacher":
-            teacher = teacher or LocalTeacher(load_model(this.teacher).to(device()))  # pyright: ignore[reportArgumentType]
+            teacher = teacher or LocalTeacher(load_model(this.teacher, working_dtype()).to(device()))  # pyright: ignore[reportArgumentType]
             evaluation.add_reverse_kl(rows[name], prompts, model, teacher, sampling.vocab_size, settings.temperature)
         else:
             for row in rows[name]:

@@ -43,12 +43,13 @@ def _say_fallback() -> None:
 
 
 def make_engine(
-    config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype = torch.bfloat16,
+    config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype | None = None,
     model: PreTrainedModel | None = None, sync_folder: str | Path = "weights",
 ) -> Engine:  # fmt: skip
     """An engine for the model in `folder`.
 
     Args:
+        dtype: what the model runs in; by default what this machine is quick in.
         model: the trained model, where there is one: the transformers engine samples it as it is, and servers, which
             hold a student whose weights are sent to them by way of `sync_folder`, serve nothing else.
     """
@@ -59,11 +60,12 @@ def make_engine(
         return VLLMServerEngine(
             config.servers, sync_folder, max_length=max_length, head_width=head.weight.shape[0], patience=config.server_patience
         )
+    from minillm.models.load import device, load_model, working_dtype
+
+    dtype = dtype or working_dtype()
     if choose_engine(config.engine) == "vllm":
         return VLLMEngine(folder, max_length=max_length, memory=config.engine_memory, dtype=dtype)
     if model is not None:
         return TransformersEngine(model, shared=True)
-    from minillm.models.load import device, load_model
-
     loaded: Any = load_model(folder, dtype)
     return TransformersEngine(loaded.to(device()))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from minillm.data.batches import Padded
 from minillm.loss.token_scores import Weigh
-from minillm.models.load import load_model, load_tokenizer, without_dropout
+from minillm.models.load import fast_bfloat16, load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
 from minillm.models.vocabulary import check_same_tokens, shared_width, token_count
 from minillm.teacher.local import LocalTeacher
@@ -49,6 +49,8 @@ class DistillationTrainer(Trainer):
         student = load_model(model, torch.float32) if isinstance(model, str) else model
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         teacher_model = load_model(teacher, compute) if isinstance(teacher, str) else teacher
+        if args.bf16 and args.device.type == "cpu" and not fast_bfloat16():
+            logger.warning("bf16=True on a CPU that emulates bfloat16, many times slower than float32: leave it out.")
         trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
         if trained & {torch.bfloat16, torch.float16}:
             logger.warning("The student is trained in %s: at small learning rates most updates round away; load it in float32.", trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def update(model: Any, teacher: LocalTeacher, objective: Objective, mine: list[i
     hidden = torch.cat(teacher.hidden(prompts, responses))
     loss, _ = score(model, Scoring(pad(prompts, responses), 32, hidden, head_of(teacher.model), loss_of))
     (loss * scale).backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -86,7 +87,10 @@ def worker(rank: int, world: int, folder: str) -> None:
                 report["errors"][f"{name} {kind} {'tied' if tied else 'untied'}"] = error
     if rank == 0:
         Path(folder, "report.json").write_text(json.dumps(report))
+    dist.barrier()
     dist.destroy_process_group()
+    # The wrapped models still hold the group, and its threads end in std::terminate now and then at the interpreter's exit.
+    os._exit(0)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no distributed package")
