@@ -64,7 +64,8 @@ def generate(
 ) -> None:
     """Sample one answer."""
     from minillm.data.examples import Example, render
-    from minillm.models.load import device, eos_ids, load_model, load_tokenizer, working_dtype
+    from minillm.hardware import device, working_dtype
+    from minillm.models.load import eos_ids, load_model, load_tokenizer
     from minillm.models.vocabulary import token_count
     from minillm.rollout.engine import Sampling
     from minillm.rollout.transformers_engine import TransformersEngine

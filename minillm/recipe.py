@@ -88,8 +88,9 @@ class RolloutConfig(Section):
     max_prompt_tokens: Positive = 256
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits of student and teacher, in sampling and in the loss alike."""
-    draft_tokens: Positive = 24
-    """Student tokens drafted before the teacher checks them (teacher-mixed sampling)."""
+    draft_tokens: Positive | Literal["auto"] = "auto"
+    """Student tokens drafted before the teacher checks them (teacher-mixed sampling); `auto`: for each batch of rollouts what
+    the acceptance of the batch before makes best."""
     engine_memory: Annotated[float, Field(gt=0)] | None = None
     """vLLM's key-value cache in GiB; default: 1 GiB on the CPU, 30 % of the card (weights included) on a GPU."""
 

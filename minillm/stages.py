@@ -197,7 +197,8 @@ def _teacher(this: Run) -> None:
 def _student(this: Run) -> None:
     import torch
 
-    from minillm.models.load import device, load_model, load_tokenizer, working_dtype
+    from minillm.hardware import device, working_dtype
+    from minillm.models.load import load_model, load_tokenizer
     from minillm.models.prune import block_similarity, layers_to_keep, prune
 
     settings = this.recipe.student
@@ -264,7 +265,7 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    from minillm.models.load import fast_bfloat16
+    from minillm.hardware import fast_bfloat16
 
     if given.get("bf16") and not fast_bfloat16():
         logger.warning("This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage)
@@ -377,7 +378,8 @@ def _minillm(this: Run) -> None:
 
 def _evaluate(this: Run) -> None:
     from minillm import evaluation
-    from minillm.models.load import device, load_model, load_tokenizer, working_dtype
+    from minillm.hardware import device, working_dtype
+    from minillm.models.load import load_model, load_tokenizer
     from minillm.models.weights import plain_weights
     from minillm.teacher.local import LocalTeacher
 

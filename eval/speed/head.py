@@ -18,6 +18,7 @@ import torch
 from measure import alternate, in_fresh_process, machine, median, peak_extra_bytes
 from torch import Tensor
 
+from minillm.hardware import cpu_multiplies_bfloat16
 from minillm.loss.token_scores import Head, TokenScores, TokenWeights, token_scores
 
 
@@ -58,10 +59,15 @@ def ours(p: Problem) -> None:
     loss.backward()
 
 
+def multiplied(tensor: Tensor) -> Tensor:
+    """In the dtype that this machine multiplies: ours, and TRL's kernel on any CPU, go to float32 where bfloat16 is emulated."""
+    return tensor.float() if not tensor.is_cuda and not cpu_multiplies_bfloat16() else tensor
+
+
 def full(p: Problem) -> None:
-    logq = torch.log_softmax((p.hidden @ p.weight.t()).float(), -1)
+    logq = torch.log_softmax((multiplied(p.hidden) @ multiplied(p.weight).t()).float(), -1)
     with torch.no_grad():
-        logp = torch.log_softmax((p.teacher_hidden @ p.teacher_weight.t()).float(), -1)
+        logp = torch.log_softmax((multiplied(p.teacher_hidden) @ multiplied(p.teacher_weight).t()).float(), -1)
     (logq.exp() * (logq - logp)).sum(-1).mean().backward()
 
 
@@ -80,8 +86,9 @@ def liger(p: Problem) -> None:
 
 def floor(p: Problem) -> None:
     """Student logits, teacher logits, and the two matmuls of the gradient, in the chunks that ours takes."""
-    weight, teacher_weight = p.weight.detach(), p.teacher_weight
-    for states, teacher_states in zip(p.hidden.detach().split(512), p.teacher_hidden.split(512), strict=True):
+    weight, teacher_weight = multiplied(p.weight.detach()), multiplied(p.teacher_weight)
+    hidden, teacher_hidden = multiplied(p.hidden.detach()), multiplied(p.teacher_hidden)
+    for states, teacher_states in zip(hidden.split(512), teacher_hidden.split(512), strict=True):
         logits = states @ weight.t()
         torch.mm(teacher_states, teacher_weight.t())
         torch.mm(logits, weight)

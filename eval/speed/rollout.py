@@ -19,6 +19,7 @@ import torch
 from measure import machine, median, seconds
 
 from minillm.data.examples import read_examples, render
+from minillm.hardware import working_dtype
 from minillm.models.load import load_model, load_tokenizer
 from minillm.rollout.engine import Rollout, Sampling, next_token_logprobs
 from minillm.rollout.teacher_mixed import TeacherMixedSampler
@@ -91,7 +92,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.student)
     examples = read_examples(options.prompts, limit=options.sequences)
     prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
-    dtype = torch.bfloat16
+    dtype = working_dtype()
     student, teacher_model = load_model(options.student, dtype).eval(), load_model(options.teacher, dtype).eval()
     sampling = Sampling(options.max_new_tokens, (tokenizer.eos_token_id,), len(tokenizer), options.temperature)
     limit = max(map(len, prompts)) + options.max_new_tokens

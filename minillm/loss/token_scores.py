@@ -18,9 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minillm.hardware import cpu_multiplies_bfloat16
+
 CHUNK = 512
-# Below this many logits a chunk is not worth compiling for. Float32 logits stay eager: the compiled sums over a
-# vocabulary carry 4e-5 of relative error, which bfloat16 logits hide and float32 ones would not.
+# Below this many logits a chunk is not worth compiling for. Float32 states stay eager: the compiled sums over a
+# vocabulary carry 4e-5 of relative error, which bfloat16 states hide and float32 ones would not.
 _COMPILE_FROM = 1 << 22
 
 
@@ -116,10 +118,13 @@ class _GradientInForward(torch.autograd.Function):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
+        rounded = dtype.itemsize <= 2
+        if dtype == torch.bfloat16 and hidden.device.type == "cpu" and not cpu_multiplies_bfloat16():
+            dtype = torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             return _forward(
                 ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, weigh,
-                temperature, width, chunk, outs, dtype,
+                temperature, width, chunk, outs, dtype, rounded,
             )  # fmt: skip
 
     @staticmethod
@@ -129,7 +134,7 @@ class _GradientInForward(torch.autograd.Function):
         return *grads, *(None,) * 9
 
 
-def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs, dtype) -> Tensor:
+def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs, dtype, rounded) -> Tensor:
     n = len(targets)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     scores = TokenScores(*(hidden.new_zeros(n, dtype=wide) for _ in fields(TokenScores)))
@@ -154,7 +159,7 @@ def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, te
         teacher_weight, teacher_curve = teacher_head.weight.detach().to(dtype), _Curve.of(teacher_head, temperature, wide)
         teacher_hidden = teacher_hidden.to(dtype)
 
-    measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], hidden.device, dtype, wide)
+    measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], hidden.device, wide, rounded)
     for start in range((max(n, 1) - 1) // chunk * chunk, -1, -chunk):
         part = slice(start, min(start + chunk, n))
         if part.start == part.stop:
@@ -277,11 +282,11 @@ def _compiled() -> tuple[Callable, Callable]:
     return torch.compile(_measure, dynamic=True), torch.compile(_differentiate, dynamic=True)
 
 
-def _elementwise(size: int, device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> tuple[Callable, Callable]:
+def _elementwise(size: int, device: torch.device, wide: torch.dtype, rounded: bool) -> tuple[Callable, Callable]:
     if device.type == "cuda" and wide == torch.float32 and find_spec("triton") is not None:
         from minillm.loss import triton_kernels
 
         return triton_kernels.measure, triton_kernels.differentiate
-    if size < _COMPILE_FROM or dtype.itemsize > 2:
+    if size < _COMPILE_FROM or not rounded:
         return _measure, _differentiate
     return _compiled()

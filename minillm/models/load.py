@@ -53,24 +53,6 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
     return model.eval()
 
 
-def fast_bfloat16() -> bool:
-    """Whether this machine multiplies bfloat16; a CPU without AVX-512 or its like emulates it, 5 to 180 times slower than float32."""
-    if device().type != "cpu":
-        return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def working_dtype() -> torch.dtype:
-    """What models run in where nothing else is asked for: bfloat16, or float32 where that is emulated."""
-    return torch.bfloat16 if fast_bfloat16() else torch.float32
-
-
-def device() -> torch.device:
-    """Where a model that is not trained runs: the accelerator, if there is one."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
-
-
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer, with a pad token (the EOS token where there was none)."""
     gguf = find_gguf(str(source))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from minillm.hardware import device, working_dtype
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine, EngineError
 from minillm.rollout.transformers_engine import TransformersEngine
@@ -60,7 +61,7 @@ def make_engine(
         return VLLMServerEngine(
             config.servers, sync_folder, max_length=max_length, head_width=head.weight.shape[0], patience=config.server_patience
         )
-    from minillm.models.load import device, load_model, working_dtype
+    from minillm.models.load import load_model
 
     dtype = dtype or working_dtype()
     if choose_engine(config.engine) == "vllm":

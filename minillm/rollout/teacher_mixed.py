@@ -25,6 +25,19 @@ from minillm.teacher.local import LocalTeacher, TeacherStream
 _CANDIDATES, _MOST_CANDIDATES, _TRIES = 16, 96, 64
 _LIKELIEST = 20  # tokens of each draft place whose q comes along; vLLM servers give no more unless told to
 
+# What a round costs beside its drafts, in steps of drafting: a call of the engine, the teacher's forward, some redrawing.
+_ROUND_COST = 3.0
+FIRST_DRAFT, _LONGEST_DRAFT = 10, 64
+
+
+def draft_length(acceptance: float) -> int:
+    """Tokens to draft, K, that give most tokens for their cost when each is accepted with probability a.
+
+    Token j of a draft comes to something if the j−1 before it were accepted, so a round yields (1−a^K)/(1−a) tokens, the
+    redrawn one included; it costs K steps and what every round costs.
+    """
+    return max(range(1, _LONGEST_DRAFT + 1), key=lambda k: sum(acceptance**j for j in range(k)) / (k + _ROUND_COST))
+
 
 @dataclass
 class _Row:
@@ -69,11 +82,12 @@ class _Rejected:
 class TeacherMixedSampler:
     """Samples the mixture over any engine; rollouts come back with the teacher's states and log-probabilities.
 
-    `drafted`, `accepted` and `rounds` count since construction.
+    `draft_tokens` may be set between calls: it changes which tokens are drawn, not their distribution. `drafted`,
+    `accepted` and `rounds` count since construction.
     """
 
     def __init__(self, engine: Engine, teacher: LocalTeacher, alpha: float, draft_tokens: int) -> None:
-        self._engine, self._teacher, self._alpha, self._draft_tokens = engine, teacher, alpha, draft_tokens
+        self._engine, self._teacher, self._alpha, self.draft_tokens = engine, teacher, alpha, draft_tokens
         self.drafted = self.accepted = self.rounds = 0
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
@@ -100,7 +114,7 @@ class TeacherMixedSampler:
         room = [sampling.max_new_tokens - len(row.ids) for row in rows]
         drafts = self._engine.generate(
             [row.prompt + row.ids for row in rows],
-            replace(sampling, max_new_tokens=min(self._draft_tokens, max(room)), likeliest=_LIKELIEST),
+            replace(sampling, max_new_tokens=min(self.draft_tokens, max(room)), likeliest=_LIKELIEST),
             [seed_of(row.seed, "draft", number) for row in rows],
         )
         drawn = [draft.response_ids[:n] for draft, n in zip(drafts, room, strict=True)]

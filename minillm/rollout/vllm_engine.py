@@ -70,7 +70,7 @@ class VLLMEngine:
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.likeliest,
-                stop_token_ids=list(sampling.eos_ids), detokenize=False, allowed_token_ids=allowed,
+                stop_token_ids=list(sampling.eos_ids), ignore_eos=True, detokenize=False, allowed_token_ids=allowed,
             )
             for seed in seeds
         ]  # fmt: skip

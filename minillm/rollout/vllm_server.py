@@ -125,6 +125,7 @@ class VLLMServerEngine:
         shared = self._settings(sampling) | {
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.eos_ids),
+            "ignore_eos": True,  # the served folder may name others
             "logprobs": sampling.likeliest,
         }
 

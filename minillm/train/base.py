@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from minillm.data.batches import Padded
+from minillm.hardware import fast_bfloat16
 from minillm.loss.token_scores import Weigh
-from minillm.models.load import fast_bfloat16, load_model, load_tokenizer, without_dropout
+from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
 from minillm.models.vocabulary import check_same_tokens, shared_width, token_count
 from minillm.teacher.local import LocalTeacher

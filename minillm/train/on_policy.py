@@ -27,7 +27,7 @@ from minillm.models.weights import plain_weights, save_plain
 from minillm.recipe import Objective, RolloutConfig
 from minillm.rollout.build import make_engine
 from minillm.rollout.engine import Engine, EngineError, Rollout, Sampling
-from minillm.rollout.teacher_mixed import TeacherMixedSampler
+from minillm.rollout.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
 from minillm.train.base import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ class MiniLLMTrainer(DistillationTrainer):
         self._batch_number = -1
         self._rollouts: list[Rollout] = []
         self._baseline = 0.0
+        self._draft_tokens = FIRST_DRAFT if config.draft_tokens == "auto" else config.draft_tokens
 
     # What an update trains on
 
@@ -203,6 +204,11 @@ class MiniLLMTrainer(DistillationTrainer):
         self._phase_tokens["rollout"] += tokens
         if drawn.drafted:
             self.note("acceptance", drawn.accepted, drawn.drafted)
+            self.note("draft_length", self._draft_tokens, 1)
+        if self.rollout_config.draft_tokens == "auto" and self.rollout_config.teacher_mix:
+            # Of all processes, so that the same tokens are drawn however many there are.
+            accepted, drafted = self.global_sum(drawn.accepted), self.global_sum(drawn.drafted)
+            self._draft_tokens = draft_length(accepted / max(drafted, 1.0))
         self.note("response_length", tokens, len(rollouts))
         self.note("finished", sum(rollout.finished for rollout in rollouts), len(rollouts))
         self.note("version_lag", sum(self.state.global_step - rollout.weights_version for rollout in rollouts), len(rollouts))
@@ -235,6 +241,7 @@ class MiniLLMTrainer(DistillationTrainer):
         seeds = [seed_of(self.args.seed, number, rank + place * self._processes, row) for place, row in enumerate(mine)]
         start = time.perf_counter()
         if self._sampler is not None:
+            self._sampler.draft_tokens = self._draft_tokens
             drafted, accepted = self._sampler.drafted, self._sampler.accepted
             rollouts = self._sampler.generate(prompts, self.sampling, seeds)
             drafted, accepted = self._sampler.drafted - drafted, self._sampler.accepted - accepted
@@ -305,7 +312,7 @@ class MiniLLMTrainer(DistillationTrainer):
                     sync_folder=Path(str(self.args.output_dir)) / "weights",
                 )  # fmt: skip
         if config.teacher_mix and self._sampler is None:
-            self._sampler = TeacherMixedSampler(self._engine, self.teacher, config.teacher_mix, config.draft_tokens)
+            self._sampler = TeacherMixedSampler(self._engine, self.teacher, config.teacher_mix, self._draft_tokens)
         with self.phase("sync"):
             self._engine.update_weights(plain_weights(student, self.compute_dtype), self.state.global_step)
 
@@ -363,22 +370,30 @@ class MiniLLMTrainer(DistillationTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)  # rollouts first: a checkpoint is one when the trainer's state is there
-        if self.state.global_step % self._updates_per_batch:
-            kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None} for r in self._rollouts]
-            torch.save({"number": self._batch_number, "rollouts": kept}, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
+        amid = self.state.global_step % self._updates_per_batch > 0
+        kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None} for r in self._rollouts] if amid else []
+        live = {"number": self._batch_number, "rollouts": kept, "draft_tokens": self._draft_tokens}
+        torch.save(live, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        saved = len(list(folder.glob(_ROLLOUTS.format(rank="*"))))
-        if saved and saved != self._processes:
-            raise ValueError(f"{folder}: saved by {saved} process(es) amid a rollout batch; resume with as many, not {self._processes}")
-        if saved:
-            live = torch.load(folder / _ROLLOUTS.format(rank=self.accelerator.process_index), weights_only=True)
-            rollouts = [Rollout(**fields) for fields in live["rollouts"]]
-            self._score(rollouts)
-            self._adopt(live["number"], rollouts)
+        files = sorted(Path(resume_from_checkpoint).glob(_ROLLOUTS.format(rank="*")))
+        own = Path(resume_from_checkpoint) / _ROLLOUTS.format(rank=self.accelerator.process_index)
+        if not files:
+            return
+        live = torch.load(own if own in files else files[0], weights_only=True)
+        self._draft_tokens = live["draft_tokens"]
+        if not live["rollouts"]:
+            return
+        if len(files) != self._processes:
+            raise ValueError(
+                f"{resume_from_checkpoint}: saved by {len(files)} process(es) amid a rollout batch; resume with as many, "
+                f"not {self._processes}"
+            )
+        rollouts = [Rollout(**fields) for fields in live["rollouts"]]
+        self._score(rollouts)
+        self._adopt(live["number"], rollouts)
 
     def close(self) -> None:
         """Shut the engine down."""

@@ -126,6 +126,13 @@ def test_logprobs_are_of_what_drew_the_token(as_saved: Engine, student: Any) -> 
     assert [r.response_ids for r in as_saved.generate(prompts, sampling, [5, 6, 7, 8])] != [r.response_ids for r in rollouts]
 
 
+def test_an_end_token_that_was_not_asked_for_is_a_token_like_others(as_saved: Engine) -> None:
+    """1 ends a response by the model's own config; here only 7 does."""
+    rollouts = as_saved.generate([[2]] * 30, Sampling(12, (7,), 20), list(range(30)))
+    assert any(1 in r.response_ids[:-1] for r in rollouts)
+    assert all(len(r.response_ids) == 12 or r.response_ids[-1] == 7 for r in rollouts)
+
+
 def test_the_likeliest_tokens_come_along(as_saved: Engine, student: Any) -> None:
     [r] = as_saved.generate([[2, 3]], Sampling(6, (1,), 20, temperature=0.8, likeliest=4), [0])
     assert r.likeliest is not None

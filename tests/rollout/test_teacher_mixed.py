@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minillm.rollout.engine import Sampling
-from minillm.rollout.teacher_mixed import TeacherMixedSampler
+from minillm.rollout.teacher_mixed import _ROUND_COST, TeacherMixedSampler, draft_length
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import tiny_llama
@@ -132,6 +132,16 @@ def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
         assert max(r.response_ids) < V  # padded vocabulary rows are never drawn
         ends[r.finished] += 1
     assert min(ends.values()) > 0
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.9, 0.97])
+def test_the_draft_length_wastes_least(acceptance: float) -> None:
+    """Against rounds played out: tokens that came of them, for the steps they cost."""
+    draw, rounds, longest = torch.Generator().manual_seed(0), 100_000, 40
+    refused = torch.rand(rounds, longest, generator=draw) >= acceptance
+    first = torch.where(refused.any(1), refused.int().argmax(1), longest)  # accepted tokens before the first refusal
+    gain = {k: float((first + 1).clamp(max=k).double().mean()) / (k + _ROUND_COST) for k in range(1, longest + 1)}
+    assert gain[draft_length(acceptance)] == pytest.approx(max(gain.values()), rel=2e-3)
 
 
 def test_itertools_of_the_world_is_complete(models: tuple[Any, Any]) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minillm import MiniLLMTrainer, Objective, RolloutConfig
 from minillm.models.load import load_model
 from minillm.models.weights import save_plain
 from minillm.rollout.engine import EngineError
+from minillm.rollout.teacher_mixed import FIRST_DRAFT, draft_length
 from minillm.rollout.transformers_engine import TransformersEngine
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.train.two_processes import run
@@ -100,6 +102,23 @@ def test_batch_split_and_padding_do_not_change_the_update(pair: tuple[str, str],
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     for (name, x), y in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values(), strict=True):  # pyright: ignore
         torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_drafts_follow_the_acceptance(pair: tuple[str, str], tmp_path: Path) -> None:
+    """And a resumed run drafts as the whole one did, which decides its very tokens."""
+    rollout = ROLLOUT.model_copy(update={"draft_tokens": "auto", "teacher_mix": 0.6, "inner_epochs": 1})
+    whole = train(pair, tmp_path / "whole", max_steps=6, rollout=rollout)
+    logged = [entry for entry in whole.state.log_history if "draft_length" in entry]
+    assert len(logged) == 3
+    assert logged[0]["draft_length"] == FIRST_DRAFT
+    for before, after in pairwise(logged):
+        assert after["draft_length"] == draft_length(before["acceptance"]) != FIRST_DRAFT
+    for stop in (3, 4):  # amid a batch and between two
+        train(pair, tmp_path / f"cut-{stop}", max_steps=6, rollout=rollout, stop=stop)
+        resumed = train(
+            pair, tmp_path / f"cut-{stop}", max_steps=6, rollout=rollout, resume=str(tmp_path / f"cut-{stop}" / f"checkpoint-{stop}")
+        )
+        assert [r.response_ids for r in resumed._rollouts] == [r.response_ids for r in whole._rollouts]
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])

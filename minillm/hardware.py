@@ -1,0 +1,29 @@
+"""What this machine computes on, and in which dtype it is quick."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+
+def device() -> torch.device:
+    """Where a model that is not trained runs: the accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """A CPU without AVX-512 or its like emulates it, 5 to 180 times slower than it multiplies float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fast_bfloat16() -> bool:
+    """Whether bfloat16 is worth computing in here."""
+    return device().type != "cpu" or cpu_multiplies_bfloat16()
+
+
+def working_dtype() -> torch.dtype:
+    """What models run in where nothing else is asked for: bfloat16, or float32 where that is emulated."""
+    return torch.bfloat16 if fast_bfloat16() else torch.float32
