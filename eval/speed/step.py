@@ -113,7 +113,8 @@ def ours(options: argparse.Namespace) -> None:
 
 def trl(options: argparse.Namespace) -> None:
     from datasets import Dataset
-    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer.distillation_config import DistillationConfig
+    from trl.trainer.distillation_trainer import DistillationTrainer
 
     student: Any = load_model(options.student, torch.float32)
     teacher: Any = load_model(options.teacher, working_dtype())
@@ -134,7 +135,7 @@ def trl(options: argparse.Namespace) -> None:
             lengths.update(inputs["completion_mask"].sum(1).tolist())
             return original(model, inputs, *rest)
 
-        trainer._compute_loss = keep
+        trainer._compute_loss = keep  # pyright: ignore[reportAttributeAccessIssue]
         trainer.train()
         say({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
 
@@ -150,7 +151,9 @@ def floor(options: argparse.Namespace) -> None:
     prompts = [chat_ids(m, tokenizer) for m in messages(options)]
     g = torch.Generator().manual_seed(0)
     responses = torch.randint(3, 1000, (len(prompts), options.tokens), generator=g).tolist()
-    student, teacher_model = load_model(options.student, torch.float32).to(device), load_model(options.teacher, dtype).to(device)  # pyright: ignore
+    student: Any = load_model(options.student, torch.float32)
+    teacher_model: Any = load_model(options.teacher, dtype)
+    student, teacher_model = student.to(device), teacher_model.to(device)
     teacher, engine = LocalTeacher(teacher_model), VLLMEngine(options.student, max_length=192 + options.tokens, dtype=dtype)
     sampling = Sampling(options.tokens, (), len(tokenizer))
     micro = min(options.sequences, options.micro_batch)
