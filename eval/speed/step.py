@@ -63,8 +63,9 @@ class Obey(TrainerCallback):
         self._wait(control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self._log = logs or {}
-        self._wait(control, self._report())
+        if logs and "loss" in logs:  # and not the totals of the whole run
+            self._log = logs
+            self._wait(control, self._report())
 
     def _report(self) -> dict[str, Any]:
         taken = time.perf_counter() - self._started
@@ -200,7 +201,8 @@ def same_loss() -> float:
     )  # fmt: skip
     theirs: Any = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 1.0)
     grads = [torch.autograd.grad(loss, hidden)[0] for loss in (mine, theirs[0].mean())]
-    return max(float(abs(mine - theirs[0].mean()) / mine), float((grads[0] - grads[1]).norm() / grads[0].norm()))
+    values = [float(loss.detach()) for loss in (mine, theirs[0].mean())]
+    return max(abs(values[0] - values[1]) / values[0], float((grads[0] - grads[1]).norm() / grads[0].norm()))
 
 
 class Worker:

@@ -32,6 +32,8 @@ from minillm.train.base import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
+# Nats a token. bfloat16 engines differ from the trainer by some hundredths; this far off they sample another student.
+_MISMATCH_ALARM = 0.3
 _ROLLOUTS = "rollouts-{rank}.pt"
 
 
@@ -113,6 +115,7 @@ class MiniLLMTrainer(DistillationTrainer):
             )
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._ahead: tuple[int, Future[_Drawn]] | None = None  # the batch that is being drawn meanwhile
+        self._alarmed = False
         self._batch_number = -1
         self._rollouts: list[Rollout] = []
         self._baseline = 0.0
@@ -182,9 +185,20 @@ class MiniLLMTrainer(DistillationTrainer):
         sums = loss.tally.sums
         current = all(rollout.weights_version == self.state.global_step for rollout in rollouts)
         if inputs.first_use and current and self.objective.old_logprobs == "engine":
-            self.note("engine_mismatch", float(sums["log_ratio"]), float(sums["tokens"]))
+            self._note_mismatch(float(sums["log_ratio"]), float(sums["tokens"]))
         self.tally({name: total for name, total in sums.items() if name != "log_ratio"})
         return value
+
+    def _note_mismatch(self, total: float, count: float) -> None:
+        """Log how far the engine's log q is from the trainer's, and say so, once, where it is too far to train on."""
+        self.note("engine_mismatch", total, count)
+        if total > _MISMATCH_ALARM * count and not self._alarmed:
+            self._alarmed = True
+            logger.warning(
+                "log q of the drawn tokens differs by %.2f nats a token between the sampling engine and the trainer, which hold the same "
+                "weights: importance weights are off by as much. Have both compute in one dtype, or set objective.old_logprobs: trainer.",
+                total / count,
+            )  # fmt: skip
 
     # Rollouts
 
@@ -263,7 +277,7 @@ class MiniLLMTrainer(DistillationTrainer):
                 _, scores = score(self.model_wrapped, Scoring(batch, self.width, temperature=self.temperature))
             for i, logq in zip(group, scores.logq.float().cpu().split(batch.lengths.tolist()), strict=True):
                 rollout = rollouts[i]
-                self.note("engine_mismatch", float((logq - rollout.student_logprobs).abs().sum()), len(logq))
+                self._note_mismatch(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
                 rollout.student_logprobs = rollout.behaviour_logprobs = logq
                 if alpha and rollout.teacher_logprobs is not None:
                     mixed = torch.logaddexp(logq + math.log1p(-alpha), rollout.teacher_logprobs + math.log(alpha))

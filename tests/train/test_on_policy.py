@@ -276,6 +276,22 @@ def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_pa
     assert seen["reference"] < 1e-5 < 1e-3 < seen["paper"]
 
 
+def test_an_engine_that_samples_another_student_is_reported_once(
+    pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for factor, alarms in ((1.05, 0), (4.0, 1)):
+        off: Any = load_model(pair[0], torch.float32)
+        engine = TransformersEngine(off)
+        engine.update_weights = lambda weights, version: None  # pyright: ignore
+        with torch.no_grad():
+            off.model.norm.weight.mul_(factor)
+        trainer = MiniLLMTrainer(
+            *pair, arguments(tmp_path, max_steps=5, learning_rate=0.0), rollout=ROLLOUT, train_dataset=PROMPTS, engine=engine
+        )
+        trainer.train()
+        assert sum("between the sampling engine and the trainer" in record.message for record in caplog.records) == alarms
+
+
 def test_rewards_are_those_of_the_first_reading(pair: tuple[str, str], tmp_path: Path) -> None:
     """On later inner epochs KL(q‖p) has fallen on these very prefixes; the advantages stay centred all the same."""
     rollout = ROLLOUT.model_copy(update={"inner_epochs": 6, "num_rollouts": 12})
