@@ -1,0 +1,45 @@
+"""A CPU that emulates bfloat16 computes in float32, whatever the recipe says."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minillm import hardware, stages
+from minillm.loss import token_scores as scores
+from minillm.loss.token_scores import Head, token_scores
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_recipe_that_asks_for_bfloat16(
+    quick: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "fast_bfloat16", lambda: quick)
+    run: Any = SimpleNamespace(dir=tmp_path, recipe=SimpleNamespace(seed=0))
+    given = {"bf16": True}
+    with caplog.at_level(logging.WARNING):
+        assert stages._training_arguments(run, "warmup", given).bf16 is quick
+    assert any("stage warmup computes in float32" in record.message for record in caplog.records) is not quick
+    assert given == {"bf16": True}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_bfloat16_states_are_multiplied_in_what_is_quick(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "cpu_multiplies_bfloat16", lambda: quick)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 16, generator=g).bfloat16(), torch.randn(50, 16, generator=g).bfloat16()
+    targets = torch.randint(50, (40,), generator=g)
+    _, got = token_scores(hidden, Head(weight), targets, hidden, Head(weight))
+    want = torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(1, targets[:, None])[:, 0]
+    assert (float((got.logq - want).abs().max()) < 1e-5) is not quick  # bfloat16 products are rounded, float32 ones are not
+
+
+def test_the_working_dtype_is_one_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quick, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(hardware, "fast_bfloat16", lambda quick=quick: quick)
+        assert hardware.working_dtype() == dtype
