@@ -64,10 +64,10 @@ def generate(
 ) -> None:
     """Sample one answer."""
     from minillm.data.examples import Example, render
+    from minillm.data.rollouts import Sampling
     from minillm.hardware import device, working_dtype
     from minillm.models.load import eos_ids, load_model, load_tokenizer
     from minillm.models.vocabulary import token_count
-    from minillm.rollout.engine import Sampling
     from minillm.rollout.transformers_engine import TransformersEngine
 
     if template not in ("chat", "alpaca", "plain"):
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def _is_for_people(error: Exception) -> bool:
-    from minillm.rollout.engine import EngineError
+    from minillm.data.rollouts import EngineError
     from minillm.run_state import RunError
 
     return isinstance(error, (ValueError, OSError, subprocess.CalledProcessError, EngineError, RunError))

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from minillm import metrics
 from minillm.data.batches import bucket, pad, seed_of
 from minillm.data.examples import Prompt
+from minillm.data.rollouts import Sampling
 from minillm.metrics import Floats, Interval
 from minillm.models.scoring import Scoring, bind_scoring, head_of, score
 from minillm.recipe import EvaluateConfig
-from minillm.rollout.engine import Engine, Sampling
+from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher
 
 Row = dict[str, Any]

@@ -38,6 +38,11 @@ class DataConfig(Section):
 class TeacherConfig(Section):
     source: str
     """A Hugging Face folder or hub id, a `.gguf` file, or `package:NAME` for a GGUF file inside an installed package."""
+    servers: list[str] = []
+    """`http://host:port` of `vllm serve` processes that hold the teacher: in the minillm stage they score the rollouts, and
+    only `source`'s tokenizer and config are read. See `minillm.teacher.served` for what that costs in exactness."""
+    top_k: Annotated[int, Field(ge=1, le=19)] = 16
+    """The student's likeliest tokens of which a served teacher tells log p, for the single-step term."""
 
 
 class StudentConfig(Section):
@@ -70,8 +75,9 @@ class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "transformers", "server"] = "auto"
     """`auto`: vLLM where it is installed, else transformers, saying so; `vllm` and `transformers` insist; `server`: the
     `servers`, for the student's rollouts."""
-    servers: list[str] = []
-    """`http://host:port` of running `vllm serve` processes; see `minillm.rollout.vllm_server` for how to start them."""
+    servers: list[str] | Literal["auto"] = []
+    """`http://host:port` of running `vllm serve` processes; see `minillm.rollout.vllm_server` for how to start them. `auto`:
+    process 0 starts one on this machine, which all training processes share (with `engine: vllm` each has its own)."""
     server_patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for which a server that is gone is tried again, before the run stops with a checkpoint."""
     overlap: bool = False
@@ -91,8 +97,10 @@ class RolloutConfig(Section):
     draft_tokens: Positive | Literal["auto"] = "auto"
     """Student tokens drafted before the teacher checks them (teacher-mixed sampling); `auto`: for each batch of rollouts what
     the acceptance of the batch before makes best."""
+    stop: list[str] = []
+    """Strings of which the first to appear in a response's text ends it; the token that completes it belongs to it."""
     engine_memory: Annotated[float, Field(gt=0)] | None = None
-    """vLLM's key-value cache in GiB; default: 1 GiB on the CPU, 30 % of the card (weights included) on a GPU."""
+    """vLLM's key-value cache in GiB; by default what the rollouts of a batch need at full length, as far as there is room."""
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +120,23 @@ class RolloutConfig(Section):
         if (self.engine == "server") != bool(self.servers):
             raise ValueError("engine: server needs servers (http://host:port, one or several), and servers need engine: server")
         return self
+
+
+def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
+    """What a teacher that is only asked for log-probabilities cannot do.
+
+    Raises:
+        ValueError: naming the setting to change.
+    """
+    if rollout.temperature != 1.0:
+        raise ValueError(
+            f"rollout.temperature: {rollout.temperature:g} with a served teacher: its log-probabilities are of temperature 1, and "
+            "those of another need every logit for their sum; set 1"
+        )
+    if rollout.teacher_mix:
+        raise ValueError("rollout.teacher_mix with a served teacher: mixing draws from the teacher's whole rows; set 0")
+    if objective.language_model and objective.language_model_distill:
+        raise ValueError("objective.language_model_distill with a served teacher: text is not scored by it; set 0")
 
 
 class Objective(Section):
@@ -140,7 +165,8 @@ class Objective(Section):
     """Whose log q_old: the engine's, which drew the tokens, or those of one more forward of the student (the authors'
     code), from which ρ is then taken too."""
     importance_truncation: Annotated[float, Field(ge=1)] | None = None
-    """Upper bound of an importance weight."""
+    """Upper bound of an importance weight and, without `clip`, of the ratio q_θ/q_old, in which the numbers of the engine
+    that drew and of the trainer may differ."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
     """ε of the clipped ratio q_θ/q_old; none: the plain ratio."""
     weight_in_clip: bool = False
@@ -179,8 +205,8 @@ class Objective(Section):
             raise ValueError("whitening needs every return beforehand: use reward: sampled, or baseline: centre")
         if self.importance == "none" and self.weight_in_clip:
             raise ValueError("weight_in_clip has no weight to clip: set importance: token")
-        if self.importance_truncation is not None and self.importance == "none" and self.single_step_weight == "none":
-            raise ValueError("importance_truncation has no weight to truncate: set importance or single_step_weight")
+        if self.importance_truncation is not None and self.clip and self.importance == "none" and self.single_step_weight == "none":
+            raise ValueError("importance_truncation has no weight to truncate: set importance or single_step_weight, or clip: null")
         if self.importance == "prefix" and self.weight_in_clip:
             raise ValueError("weight_in_clip holds for importance: token")
         if self.importance == "prefix" and self.baseline != "none":
@@ -264,6 +290,8 @@ class Recipe(Section):
     def _pruning(self) -> Recipe:
         if "max_prompt_tokens" in self.rollout.model_fields_set and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens:
             raise ValueError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
+        if self.teacher.servers:
+            check_served_teacher(self.rollout, self.objective)
         if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:
             raise ValueError("student.keep_layers is needed when student.source is prune")
         return self

@@ -218,23 +218,26 @@ def _student(this: Run) -> None:
 def _engine(this: Run, folder: str, new_tokens: int) -> Any:
     from minillm.rollout.build import make_engine
 
-    return make_engine(this.recipe.rollout, folder, max_length=this.max_length(new_tokens))
+    return make_engine(this.recipe.rollout, folder, max_length=this.max_length(new_tokens), tokenizer=folder)
 
 
-def _sampling(folder: str, new_tokens: int, temperature: float) -> Any:
+def _sampling(this: Run, new_tokens: int, temperature: float) -> Any:
+    """As the teacher's folder has it, which all models of a run share a vocabulary with."""
     from transformers import AutoConfig, GenerationConfig
 
+    from minillm.data.rollouts import Sampling, StopStrings
     from minillm.models.load import eos_ids, load_tokenizer
     from minillm.models.vocabulary import token_count
-    from minillm.rollout.engine import Sampling
 
+    folder, stop = this.teacher, this.recipe.rollout.stop
     tokenizer = load_tokenizer(folder)
     try:
         generation = GenerationConfig.from_pretrained(folder)
     except OSError:
         generation = GenerationConfig()
     width = min(AutoConfig.from_pretrained(folder).get_text_config().vocab_size, token_count(tokenizer))
-    return Sampling(new_tokens, eos_ids(generation, tokenizer), width, temperature)
+    strings = StopStrings(tokenizer, stop) if stop else None
+    return Sampling(new_tokens, eos_ids(generation, tokenizer), width, temperature, stop=strings)
 
 
 def _responses(this: Run) -> None:
@@ -245,7 +248,7 @@ def _responses(this: Run) -> None:
     prompts = this.prompts(this.train_examples, str(this.recipe.data.train))
     wanted = [(prompt, sample) for sample in range(settings.samples_per_prompt) for prompt in prompts]
     rows = read_jsonl(file) if file.is_file() else []
-    sampling = _sampling(this.teacher, settings.max_new_tokens, settings.temperature)
+    sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
     engine = None
     for start in range(len(rows), len(wanted), _WAVE):
         engine = engine or _engine(this, this.teacher, settings.max_new_tokens)
@@ -361,13 +364,21 @@ def _warmup(this: Run) -> None:
 
 
 def _minillm(this: Run) -> None:
+    from minillm.teacher.served import ServedTeacher
     from minillm.train.on_policy import MiniLLMTrainer
 
     recipe = this.recipe
     prompts = this.prompts(this.train_examples, str(recipe.data.train))
     rollout = recipe.rollout.model_copy(update={"max_prompt_tokens": recipe.data.max_prompt_tokens})
+    teacher: Any = this.teacher
+    if recipe.teacher.servers:
+        # Without a single step and with sampled rewards only the drawn tokens count.
+        rows = recipe.objective.single_step or recipe.objective.reward == "expected"
+        teacher = ServedTeacher(
+            recipe.teacher.servers, this.teacher, top_k=recipe.teacher.top_k if rows else 0, patience=rollout.server_patience
+        )
     trainer = MiniLLMTrainer(
-        this.warmed, this.teacher, _training_arguments(this, "minillm", recipe.training), objective=recipe.objective,
+        this.warmed, teacher, _training_arguments(this, "minillm", recipe.training), objective=recipe.objective,
         rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts],
     )  # fmt: skip
     try:
@@ -391,7 +402,7 @@ def _evaluate(this: Run) -> None:
         if stage not in this.recipe.stages:
             del folders[name]
     prompts = this.prompts(this.heldout_examples, str(this.recipe.data.heldout))
-    sampling = _sampling(this.teacher, settings.max_new_tokens, settings.temperature)
+    sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
     tokenizer = load_tokenizer(this.teacher)
     teacher: LocalTeacher | None = None
     engine, shape = None, None

@@ -19,9 +19,9 @@ import torch
 from measure import machine, median, seconds
 
 from minillm.data.examples import read_examples, render
+from minillm.data.rollouts import Rollout, Sampling, next_token_logprobs
 from minillm.hardware import working_dtype
 from minillm.models.load import load_model, load_tokenizer
-from minillm.rollout.engine import Rollout, Sampling, next_token_logprobs
 from minillm.rollout.teacher_mixed import TeacherMixedSampler
 from minillm.rollout.vllm_engine import VLLMEngine
 from minillm.teacher.local import LocalTeacher

@@ -142,7 +142,7 @@ def trl(options: argparse.Namespace) -> None:
 
 
 def floor(options: argparse.Namespace) -> None:
-    from minillm.rollout.engine import Sampling
+    from minillm.data.rollouts import Sampling
     from minillm.rollout.vllm_engine import VLLMEngine
     from minillm.teacher.local import LocalTeacher
 

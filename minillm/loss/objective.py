@@ -98,7 +98,8 @@ class OnPolicyLoss:
             active = gain <= clipped
             surrogate = torch.minimum(gain, clipped)
         else:
-            surrogate = gain
+            # Truncated, not cut off: a token far off policy still counts, as much as the bound.
+            gain = surrogate = ratio.clamp(max=objective.importance_truncation or torch.inf) * advantages
         single = objective.single_step * self._single_weights[part] / self._count
         long = objective.long_term / self._count
         loss = (single * scores.reverse_kl).sum() - (long * weights * surrogate).sum()

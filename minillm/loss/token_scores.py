@@ -18,12 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minillm.data.rollouts import TeacherRows
 from minillm.hardware import cpu_multiplies_bfloat16
 
 CHUNK = 512
 # Below this many logits a chunk is not worth compiling for. Float32 states stay eager: the compiled sums over a
 # vocabulary carry 4e-5 of relative error, which bfloat16 states hide and float32 ones would not.
 _COMPILE_FROM = 1 << 22
+_LEAST = -80.0  # log of a mass that is none
 
 
 @dataclass
@@ -87,6 +89,7 @@ def token_scores(
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
     *,
+    teacher_rows: TeacherRows | None = None,
     weigh: Weigh | None = None,
     temperature: float = 1.0,
     width: int | None = None,
@@ -97,6 +100,9 @@ def token_scores(
     Args:
         hidden: [N, H] student states that predict `targets` [N].
         teacher_hidden: [N, H_p], without gradient.
+        teacher_rows: log p of a few tokens at each place, at the same temperature, instead of the teacher's states. All
+            others count as one event, which makes both divergences those of a coarser partition: at most the true ones,
+            short of KL(q‖p) by q(others) · KL within the others. Their gradients are the partition's own, exactly.
         width: the vocabulary is the first so many rows of both heads, and the rest padding; by default all of them, of
             which both heads must have as many.
         weigh: the loss; None scores only.
@@ -107,14 +113,16 @@ def token_scores(
     """
     outs: list[TokenScores] = []
     loss = _GradientInForward.apply(
-        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs
+        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, temperature, width, chunk, outs
     )
     return loss, outs[0]
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs):
+    def forward(
+        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, temperature, width, chunk, outs
+    ):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -123,7 +131,7 @@ class _GradientInForward(torch.autograd.Function):
             dtype = torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             return _forward(
-                ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, weigh,
+                ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, teacher_rows, weigh,
                 temperature, width, chunk, outs, dtype, rounded,
             )  # fmt: skip
 
@@ -131,10 +139,12 @@ class _GradientInForward(torch.autograd.Function):
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
-        return *grads, *(None,) * 9
+        return *grads, *(None,) * 10
 
 
-def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, temperature, width, chunk, outs, dtype, rounded) -> Tensor:
+def _forward(
+    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, temperature, width, chunk, outs, dtype, rounded
+) -> Tensor:
     n = len(targets)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     scores = TokenScores(*(hidden.new_zeros(n, dtype=wide) for _ in fields(TokenScores)))
@@ -158,6 +168,8 @@ def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, te
         teacher_head = teacher_head.narrow(width)
         teacher_weight, teacher_curve = teacher_head.weight.detach().to(dtype), _Curve.of(teacher_head, temperature, wide)
         teacher_hidden = teacher_hidden.to(dtype)
+    elif teacher_rows is not None:
+        teacher_curve = _Curve(None, 1.0, None, 1.0)
 
     measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], hidden.device, wide, rounded)
     for start in range((max(n, 1) - 1) // chunk * chunk, -1, -chunk):
@@ -165,7 +177,12 @@ def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, te
         if part.start == part.stop:
             break
         student = _project(states[part], weight)
-        teacher = student if teacher_hidden is None else _project(teacher_hidden[part], teacher_weight)
+        if teacher_hidden is not None:
+            teacher = _project(teacher_hidden[part], teacher_weight)
+        elif teacher_rows is not None:
+            teacher = _filled_in(curve.logits(student, wide), teacher_rows.ids[part], teacher_rows.logprobs[part])
+        else:
+            teacher = student
         normaliser, teacher_normaliser, *values = measure(student, teacher, targets[part], curve, teacher_curve, wide)
         here = TokenScores(*values)
         for field in fields(TokenScores):
@@ -201,6 +218,20 @@ def _forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, weigh, te
         for grad, tensor in ((grad_hidden, hidden), (grad_weight, head.weight), (grad_bias, head.bias))
     ]
     return loss
+
+
+def _filled_in(student: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
+    """Rows of log p [n, V] that are known at `ids` [n, K] and elsewhere q's own, scaled to the mass that is left.
+
+    KL(q‖·) to such a row is that of the partition {ids, all others}, and so is its gradient.
+    """
+    logq = torch.log_softmax(student, -1)
+    others_q = logq.scatter(1, ids, -torch.inf).logsumexp(-1).clamp(min=_LEAST)
+    repeated = ids == ids[:, :1]
+    repeated[:, 0] = False
+    known = logp.double().exp().masked_fill(repeated, 0.0).sum(-1)
+    others_p = torch.log1p(-known.clamp(max=1 - 1e-7)).to(logq.dtype)  # float32 log-probabilities add up no closer to one
+    return (logq + (others_p - others_q)[:, None]).scatter(1, ids, logp.to(logq.dtype))
 
 
 def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:

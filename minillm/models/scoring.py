@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, pad
+from minillm.data.rollouts import TeacherRows
 from minillm.loss.token_scores import Head, TokenScores, Weigh, token_scores
 
 
@@ -30,6 +31,7 @@ class Scoring:
     teacher_head: Head | None = None
     weigh: Weigh | None = None
     temperature: float = 1.0
+    teacher_rows: TeacherRows | None = None
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -111,8 +113,8 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(head, FSDPModule):
             head.unshard()  # a unit of its own: its weights are gathered when it is called, and here it is not
         loss, scores = token_scores(
-            hidden, head_of(self), scoring.batch.targets, scoring.teacher_hidden, scoring.teacher_head, weigh=scoring.weigh,
-            temperature=scoring.temperature, width=scoring.width,
+            hidden, head_of(self), scoring.batch.targets, scoring.teacher_hidden, scoring.teacher_head,
+            teacher_rows=scoring.teacher_rows, weigh=scoring.weigh, temperature=scoring.temperature, width=scoring.width,
         )  # fmt: skip
         return {"loss": loss, "scores": scores}
 

@@ -11,9 +11,10 @@ class VocabularyError(ValueError):
     """Student and teacher do not share a vocabulary."""
 
 
-def shared_width(student: PreTrainedModel, teacher: PreTrainedModel) -> int:
-    """Columns that both heads have. A family may pad its heads to different widths."""
-    return min(_width(student), _width(teacher))
+def head_width(model: PreTrainedModel) -> int:
+    """Rows of the output head. A family may pad its heads to different widths."""
+    head: Any = model.get_output_embeddings()
+    return head.weight.shape[0]
 
 
 def token_count(tokenizer: Any) -> int:
@@ -36,8 +37,3 @@ def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
                 f"{theirs!r} for the teacher. Reverse KL needs one vocabulary; train the student on the teacher's "
                 "answers as text instead (sequence-level distillation), which needs none in common."
             )
-
-
-def _width(model: PreTrainedModel) -> int:
-    head: Any = model.get_output_embeddings()
-    return head.weight.shape[0]

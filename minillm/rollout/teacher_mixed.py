@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from minillm.data.batches import seed_of
-from minillm.rollout.engine import Engine, Rollout, Sampling
+from minillm.data.rollouts import Rollout, Sampling
+from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher, TeacherStream
 
 # Draws from p scored together for one residual: few at first, then as many as an engine scores at once. After
@@ -49,6 +50,7 @@ class _Row:
     logp: list[float] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)  # [n, H], one entry a round
     unread: list[int] = field(default_factory=list)  # tokens the teacher has yet to read
+    length: int | None = None  # tokens up to the one that ends it, once there is one
     tail: Tensor | None = None  # [1, H], the state that predicts the next token, where it is known already
 
     def append(self, token: int, logq: float, logp: float) -> None:
@@ -108,7 +110,7 @@ class TeacherMixedSampler:
                 stream.keep(keep)
         self.rounds += number
         self._fill_in(rows, sampling)
-        return [self._rollout(row, sampling) for row in rows]
+        return [self._rollout(row) for row in rows]
 
     def _round(self, rows: list[_Row], stream: TeacherStream, sampling: Sampling, number: int) -> None:
         room = [sampling.max_new_tokens - len(row.ids) for row in rows]
@@ -196,11 +198,14 @@ class TeacherMixedSampler:
 
     @staticmethod
     def _ended(row: _Row, sampling: Sampling) -> bool:
-        return row.ids[-1] in sampling.eos_ids or len(row.ids) >= sampling.max_new_tokens
+        # Drafts end with an end token, so that only a stop string, which may span two of them, can be amid the last tokens.
+        row.length = sampling.length(row.ids) if sampling.stop is not None or row.ids[-1] in sampling.eos_ids else None
+        return row.length is not None or len(row.ids) >= sampling.max_new_tokens
 
-    def _rollout(self, row: _Row, sampling: Sampling) -> Rollout:
-        logq, logp = torch.tensor(row.logq), torch.tensor(row.logp)
+    def _rollout(self, row: _Row) -> Rollout:
+        n = row.length or len(row.ids)
+        logq, logp = torch.tensor(row.logq[:n]), torch.tensor(row.logp[:n])
         return Rollout(
-            row.prompt, row.ids, logq, self._mixture(logq, logp), self._engine.version, row.ids[-1] in sampling.eos_ids,
-            teacher_logprobs=logp, teacher_hidden=torch.cat(row.states),
+            row.prompt, row.ids[:n], logq, self._mixture(logq, logp), self._engine.version, row.length is not None,
+            teacher_logprobs=logp, teacher_hidden=torch.cat(row.states)[:n],
         )  # fmt: skip

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket
-from minillm.rollout.engine import NamedTensors, Rollout, Sampling, next_token_logprobs
+from minillm.data.rollouts import Rollout, Sampling, next_token_logprobs
+from minillm.rollout.engine import NamedTensors
 
 
 class TransformersEngine:
@@ -63,7 +64,7 @@ class TransformersEngine:
                 values, tops = (x.tolist() for x in logq.topk(min(sampling.likeliest, logq.shape[-1])))
                 for i, value, top in zip(rows, values, tops, strict=True):
                     likeliest[i].append(dict(zip(top, value, strict=True)))
-            going = torch.tensor([ids[i][-1] not in sampling.eos_ids for i in rows], device=device)
+            going = torch.tensor([not sampling.ended(ids[i]) for i in rows], device=device)
             if not going.all():
                 rows = [i for i, keep in zip(rows, going.tolist(), strict=True) if keep]
                 if not rows:
@@ -73,10 +74,8 @@ class TransformersEngine:
             feed, positions = tokens[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         model.train(was_training)
-        values = [torch.tensor(row) for row in logprobs]
-        tables = [row if sampling.likeliest else None for row in likeliest]
         return [
-            Rollout(prompt, ids[i], values[i], values[i], self.version, ids[i][-1] in sampling.eos_ids, likeliest=tables[i])
+            Rollout.drawn(prompt, ids[i], logprobs[i], sampling, self.version, likeliest=likeliest[i] or None)
             for i, prompt in enumerate(prompts)
         ]
 
@@ -98,6 +97,9 @@ class TransformersEngine:
                 for name, value in weights:
                     own[name].copy_(value)
         self.version = version
+
+    def rest(self) -> None:
+        """It holds no memory of its own."""
 
     def close(self) -> None:
         pass

@@ -10,18 +10,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from minillm.rollout.engine import EngineError, NamedTensors, Rollout, Sampling
+from minillm.data.rollouts import EngineError, Rollout, Sampling
+from minillm.rollout.engine import NamedTensors
 
 GIB = 1 << 30
 # On the CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
 _CPU_BLOCK = 32
-# The card is shared with the trained model, its optimiser and the teacher.
-_GPU_SHARE = 0.3
+# A GPU is shared with the trained model, its optimiser and the teacher; vLLM's own buffers beside weights and cache.
+_MOST_ON_CPU, _BUFFERS = 4 * GIB, 2 * GIB
 
 
 def vllm_is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
+
+
+def cache_bytes(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of so many sequences of full length (at most: windows of attention are not seen)."""
+    config: Any = AutoConfig.from_pretrained(folder).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    blocks = sequences * (-(-max_length // _CPU_BLOCK) + 1)
+    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize * _CPU_BLOCK * blocks
+
+
+def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype, memory: float | None) -> dict[str, Any]:
+    """vLLM's settings of its memory, from what it will hold.
+
+    On a CPU the cache of `sequences` at full length, 4 GiB at most. On a GPU the share of the card for that, the weights
+    and its buffers, and at most nine tenths of what is free now.
+    """
+    needed = cache_bytes(folder, max_length=max_length, sequences=sequences, dtype=dtype)
+    wanted = needed if memory is None else int(memory * GIB)
+    if not torch.cuda.is_available():
+        return {"kv_cache_memory_bytes": wanted if memory is not None else max(min(wanted, _MOST_ON_CPU), GIB // 8)}
+    free, total = torch.cuda.mem_get_info()
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).num_parameters() * dtype.itemsize
+    share = round(min(wanted + weights + _BUFFERS, 0.9 * free) / total, 3)
+    return {"gpu_memory_utilization": share} | ({"kv_cache_memory_bytes": wanted} if memory is not None else {})
 
 
 class VLLMEngine:
@@ -30,12 +58,17 @@ class VLLMEngine:
     Args:
         folder: a Hugging Face model folder or hub id; later weights come by `update_weights`.
         max_length: prompt and response together.
-        memory: GiB of key-value cache; by default 1 on the CPU, and on a GPU what 30 % of the card leaves beside the weights.
+        sequences: rollouts in a batch, whose keys and values should all find room (a draft goes on where the one before
+            ended); see `memory_settings`.
+        memory: GiB of key-value cache instead.
+        tokenizer: folder of the tokenizer, for stop strings to end a response early; without it they cut it afterwards.
+
+    On a GPU `rest` gives back weights and cache until new weights come (vLLM's sleep).
     """
 
     def __init__(
-        self, folder: str | Path, *, max_length: int, memory: float | None = None, max_sequences: int = 64,
-        dtype: torch.dtype = torch.bfloat16, version: int = 0,
+        self, folder: str | Path, *, max_length: int, sequences: int = 64, memory: float | None = None, max_sequences: int = 64,
+        dtype: torch.dtype = torch.bfloat16, version: int = 0, tokenizer: str | Path | None = None,
     ) -> None:  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -44,22 +77,23 @@ class VLLMEngine:
 
         cpu = not torch.cuda.is_available()
         settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        settings |= memory_settings(folder, max_length=max_length, sequences=sequences, dtype=dtype, memory=memory)
         if cpu:
-            settings |= {"block_size": _CPU_BLOCK, "enforce_eager": True, "kv_cache_memory_bytes": int((memory or 1) * GIB)}
+            settings |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
             # A seeded request whose prompt is prefilled in parts fails on the CPU: it has no generator offset to rewind.
             settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_length)}
-        elif memory is not None:
-            settings |= {"kv_cache_memory_bytes": int(memory * GIB)}
         else:
-            settings |= {"gpu_memory_utilization": _GPU_SHARE}
+            settings |= {"enable_sleep_mode": True}
         if torch.distributed.is_initialized():
             # Every training process has its own engine; without this vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
         self._llm = LLM(
             str(folder), max_model_len=max_length, max_num_seqs=max_sequences,
-            logprobs_mode="processed_logprobs", skip_tokenizer_init=True, enable_prefix_caching=True, seed=0, **settings,
+            logprobs_mode="processed_logprobs", tokenizer=None if tokenizer is None else str(tokenizer),
+            skip_tokenizer_init=tokenizer is None, enable_prefix_caching=True, seed=0, **settings,
         )  # fmt: skip
         torch.set_num_threads = set_threads
+        self._sleeps, self._asleep, self._decodes = not cpu, False, tokenizer is not None
         self._width = self._llm.model_config.get_vocab_size()
         self.version = version
 
@@ -67,21 +101,25 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         allowed = self._allowed(sampling)
+        text: dict[str, Any] = {"detokenize": False}
+        if sampling.stop is not None and self._decodes:
+            text = {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True, "skip_special_tokens": False}
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.likeliest,
-                stop_token_ids=list(sampling.eos_ids), ignore_eos=True, detokenize=False, allowed_token_ids=allowed,
+                stop_token_ids=list(sampling.eos_ids), ignore_eos=True, allowed_token_ids=allowed, **text,
             )
             for seed in seeds
         ]  # fmt: skip
         rollouts = []
         for prompt, completion in zip(prompts, self._run(prompts, params, progress), strict=True):
             ids = list(completion.token_ids)
-            logprobs = torch.tensor([step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)])
-            rollout = Rollout(prompt, ids, logprobs, logprobs, self.version, ids[-1] in sampling.eos_ids)
+            logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
+            tables = None
             if sampling.likeliest:
-                rollout.likeliest = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
-            rollouts.append(rollout)
+                tables = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
+            stopped = completion.finish_reason == "stop"
+            rollouts.append(Rollout.drawn(prompt, ids, logprobs, sampling, self.version, stopped=stopped, likeliest=tables))
         return rollouts
 
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
@@ -101,10 +139,20 @@ class VLLMEngine:
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights)})
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM's prefix cache could not be dropped: keys and values of the weights before would be used")
         self.version = version
+
+    def rest(self) -> None:
+        if self._sleeps and not self._asleep:
+            self._llm.sleep(level=2)  # the weights need not be kept: new ones come
+            self._asleep = True
 
     def close(self) -> None:
         if hasattr(self, "_llm"):

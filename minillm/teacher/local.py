@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket, pad
+from minillm.data.rollouts import Rollout, Sampling
 from minillm.models.scoring import body, head_of, hidden_states
-from minillm.rollout.engine import Rollout, Sampling
 
 _ROWS = 256  # rows of logits alive at once
 

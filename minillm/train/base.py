@@ -16,12 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from minillm.data.batches import Padded
+from minillm.data.rollouts import TeacherRows
 from minillm.hardware import fast_bfloat16
 from minillm.loss.token_scores import Weigh
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
-from minillm.models.vocabulary import check_same_tokens, shared_width, token_count
+from minillm.models.vocabulary import check_same_tokens, head_width, token_count
 from minillm.teacher.local import LocalTeacher
+from minillm.teacher.served import ServedTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class DistillationTrainer(Trainer):
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel, args: TrainingArguments, *,
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
         processing_class: Any = None, temperature: float = 1.0, **kwargs: Any,
     ) -> None:  # fmt: skip
         if processing_class is None:
@@ -44,31 +46,34 @@ class DistillationTrainer(Trainer):
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
         # A different tokenizer is found before any weights load, where the teacher is still a name.
-        named = teacher if isinstance(teacher, str) else str(teacher.name_or_path)
-        if isinstance(teacher, str) or Path(named, "tokenizer_config.json").is_file():
+        served = teacher if isinstance(teacher, ServedTeacher) else None
+        named = served.source if served else teacher if isinstance(teacher, str) else str(teacher.name_or_path)  # pyright: ignore[reportAttributeAccessIssue]
+        if served or isinstance(teacher, str) or Path(named, "tokenizer_config.json").is_file():
             check_same_tokens(processing_class, load_tokenizer(named))
         student = load_model(model, torch.float32) if isinstance(model, str) else model
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        teacher_model = load_model(teacher, compute) if isinstance(teacher, str) else teacher
+        teacher_model: Any = None if served else load_model(teacher, compute) if isinstance(teacher, str) else teacher
         if args.bf16 and args.device.type == "cpu" and not fast_bfloat16():
             logger.warning("bf16=True on a CPU that emulates bfloat16, many times slower than float32: leave it out.")
         trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
         if trained & {torch.bfloat16, torch.float16}:
             logger.warning("The student is trained in %s: at small learning rates most updates round away; load it in float32.", trained)
-        widths = shared_width(student, student), shared_width(teacher_model, teacher_model)
+        widths = head_width(student), served.vocab_size if served else head_width(teacher_model)
         if widths[0] != widths[1]:
             logger.warning("The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.", *widths, min(widths))
-        self.width = min(shared_width(student, teacher_model), token_count(processing_class))
+        self.width = min(*widths, token_count(processing_class))
         self.temperature = temperature
         self.compute_dtype = compute
         without_dropout(student)
         check_head(student, "student")  # pyright: ignore[reportArgumentType]
-        check_head(teacher_model, "teacher")  # pyright: ignore[reportArgumentType]
+        if teacher_model is not None:
+            check_head(teacher_model, "teacher")
         bind_scoring(student)
         super().__init__(model=student, args=args, processing_class=processing_class, **kwargs)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.teacher = LocalTeacher(teacher_model.to(args.device), batch_size=max(args.per_device_train_batch_size, 16))  # pyright: ignore[reportArgumentType]
+        batch_size = max(args.per_device_train_batch_size, 16)
+        self.teacher = served if served is not None else LocalTeacher(teacher_model.to(args.device), batch_size=batch_size)
         self._logged_at: int | None = None  # the update after which metrics were last logged
         self._sums: dict[str, float] = defaultdict(float)
         self._values: dict[str, tuple[float, float]] = {}
@@ -83,6 +88,17 @@ class DistillationTrainer(Trainer):
         """What this process's `training_step` gets for each micro-batch of an update."""
         raise TypeError("a subclass says what an update trains on")
 
+    @property
+    def local_teacher(self) -> LocalTeacher:
+        """The teacher where it is a model in this process.
+
+        Raises:
+            ValueError: it is served.
+        """
+        if isinstance(self.teacher, ServedTeacher):
+            raise ValueError("a served teacher tells log-probabilities of some tokens only: this needs the teacher's model in this process")
+        return self.teacher
+
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(range(self.updates_per_epoch() * self.args.gradient_accumulation_steps))  # pyright: ignore[reportArgumentType]
 
@@ -92,14 +108,14 @@ class DistillationTrainer(Trainer):
         return self.micro_batches(self.state.global_step), None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Score the batch in the student's forward. `inputs`: batch, weigh, teacher_hidden, scale."""
-        loss, scores = score(
-            model,
-            Scoring(
-                inputs["batch"], self.width, inputs["teacher_hidden"], head_of(self.teacher.model), inputs["weigh"],
-                self.temperature,
-            ),
-        )  # fmt: skip
+        """Score the batch in the student's forward. `inputs`: batch, weigh, teacher (its states or its rows), scale."""
+        teacher = inputs["teacher"]
+        if isinstance(teacher, TeacherRows):
+            scoring = Scoring(inputs["batch"], self.width, None, None, inputs["weigh"], self.temperature, teacher)
+        else:
+            head = head_of(self.local_teacher.model)
+            scoring = Scoring(inputs["batch"], self.width, teacher, head, inputs["weigh"], self.temperature)
+        loss, scores = score(model, scoring)
         return (loss * inputs["scale"], scores) if return_outputs else loss * inputs["scale"]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -108,9 +124,9 @@ class DistillationTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
 
-    def update_on(self, model: Any, batch: Padded, weigh: Weigh, teacher_hidden: Tensor, scale: float) -> Tensor:
-        """Forward and backward of one micro-batch; returns the loss."""
-        inputs = {"batch": batch, "weigh": weigh, "teacher_hidden": teacher_hidden, "scale": scale}
+    def update_on(self, model: Any, batch: Padded, weigh: Weigh, teacher: Tensor | TeacherRows, scale: float) -> Tensor:
+        """Forward and backward of one micro-batch; returns the loss. `teacher`: its final states, or its rows."""
+        inputs = {"batch": batch, "weigh": weigh, "teacher": teacher, "scale": scale}
         with self.phase("update", len(batch.targets)):
             return super().training_step(model, inputs, num_items_in_batch=1)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import bucket, pack_text, pad, permutation, seed_of
 from minillm.data.examples import chat_ids
+from minillm.data.rollouts import EngineError, Rollout, Sampling, StopStrings, TeacherRows
 from minillm.loss.credit import SampledTokens, return_sum
 from minillm.loss.objective import OnPolicyLoss
 from minillm.models.load import context_length, eos_ids
 from minillm.models.scoring import Scoring, keeps_sequences_apart, score
 from minillm.models.weights import plain_weights, save_plain
-from minillm.recipe import Objective, RolloutConfig
+from minillm.recipe import Objective, RolloutConfig, check_served_teacher
 from minillm.rollout.build import make_engine
-from minillm.rollout.engine import Engine, EngineError, Rollout, Sampling
+from minillm.rollout.engine import Engine
 from minillm.rollout.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
+from minillm.teacher.served import ServedTeacher, join
 from minillm.train.base import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,8 @@ class MiniLLMTrainer(DistillationTrainer):
     responses: an update trains on `per_device_train_batch_size · gradient_accumulation_steps · processes` of them.
 
     Args:
-        model, teacher: folders, hub ids or loaded models of one vocabulary. A student given by name is loaded in
-            float32.
+        model, teacher: folders, hub ids or loaded models of one vocabulary; the teacher may also be a `ServedTeacher`. A
+            student given by name is loaded in float32.
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are drawn.
         train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
@@ -75,13 +77,15 @@ class MiniLLMTrainer(DistillationTrainer):
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel, args: TrainingArguments, *,
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
         objective: Objective | None = None, rollout: RolloutConfig | None = None,
         train_dataset: Sequence[dict[str, Any]], text_dataset: Sequence[dict[str, Any]] | None = None,
         processing_class: Any = None, engine: Engine | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.objective = objective or Objective.recommended()
         self.rollout_config = config = rollout or RolloutConfig()
+        if isinstance(teacher, ServedTeacher):
+            check_served_teacher(config, self.objective)
         super().__init__(
             model, teacher, args, processing_class=processing_class, temperature=config.temperature,
             train_dataset=train_dataset, **kwargs,
@@ -103,7 +107,11 @@ class MiniLLMTrainer(DistillationTrainer):
             )
         self._text = self._pack(text_dataset)
         eos = eos_ids(student.generation_config, self.processing_class)
-        self.sampling = Sampling(config.max_new_tokens, eos, self.width, config.temperature)
+        stop = StopStrings(self.processing_class, config.stop) if config.stop else None
+        self.sampling = Sampling(config.max_new_tokens, eos, self.width, config.temperature, stop=stop)
+        if isinstance(self.teacher, ServedTeacher):
+            self.sampling = replace(self.sampling, likeliest=self.teacher.top_k)
+            self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
         self._engine = engine
         self._sampler: TeacherMixedSampler | None = None
         if config.overlap and config.engine != "server" and engine is None:
@@ -168,17 +176,12 @@ class MiniLLMTrainer(DistillationTrainer):
         prompts = [r.prompt_ids for r in rollouts] + [ids[:1] for ids in text]
         responses = [r.response_ids for r in rollouts] + [ids[1:] for ids in text]
         batch = pad(prompts, responses, device, rows=rows)
-        hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]
-        if text:
-            if self.objective.language_model_distill:
-                hidden += self.teacher.hidden(prompts[len(rollouts) :], responses[len(rollouts) :])
-            else:
-                hidden += [hidden[0].new_zeros(len(ids) - 1, hidden[0].shape[1]) for ids in text]
+        teacher = self._read_by_teacher(rollouts, text, device)
         loss = OnPolicyLoss(
             self.objective, self._sampled(rollouts).to(device), baseline=self._baseline, count=inputs.count,
             text_count=inputs.text_count, slots=len(rollouts) * self.sampling.max_new_tokens, total=self.global_sum,
         )  # fmt: skip
-        value = self.update_on(model, batch, loss, torch.cat(hidden), self._processes)
+        value = self.update_on(model, batch, loss, teacher, self._processes)
         for rollout, reverse_kl in zip(rollouts, loss.reverse_kl.cpu().split([len(r.response_ids) for r in rollouts]), strict=True):
             if rollout.reverse_kl is None:
                 rollout.reverse_kl = reverse_kl.clone()
@@ -188,6 +191,22 @@ class MiniLLMTrainer(DistillationTrainer):
             self._note_mismatch(float(sums["log_ratio"]), float(sums["tokens"]))
         self.tally({name: total for name, total in sums.items() if name != "log_ratio"})
         return value
+
+    def _read_by_teacher(self, rollouts: Sequence[Rollout], text: Sequence[list[int]], device: torch.device) -> Tensor | TeacherRows:
+        """The teacher's states, or what it tells of some tokens, for rollouts followed by text."""
+        if isinstance(self.teacher, ServedTeacher):
+            rows = [r.teacher_rows for r in rollouts if r.teacher_rows is not None]
+            for ids in text:  # without a say in it
+                drawn = torch.tensor(ids[1:])[:, None]
+                rows.append(TeacherRows(drawn, torch.full(drawn.shape, -1.0)))
+            rows = join(rows)
+            return TeacherRows(rows.ids.to(device), rows.logprobs.to(device))
+        hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]
+        if text and self.objective.language_model_distill:
+            hidden += self.teacher.hidden([ids[:1] for ids in text], [ids[1:] for ids in text])
+        else:
+            hidden += [hidden[0].new_zeros(len(ids) - 1, hidden[0].shape[1]) for ids in text]
+        return torch.cat(hidden)
 
     def _note_mismatch(self, total: float, count: float) -> None:
         """Log how far the engine's log q is from the trainer's, and say so, once, where it is too far to train on."""
@@ -212,6 +231,7 @@ class MiniLLMTrainer(DistillationTrainer):
             else:
                 self._sync()
                 drawn = self._sample(number)
+                self._engine.rest()  # pyright: ignore[reportOptionalMemberAccess]
         rollouts = drawn.rollouts
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         self._seconds["rollout"] += drawn.seconds
@@ -226,7 +246,8 @@ class MiniLLMTrainer(DistillationTrainer):
         self.note("response_length", tokens, len(rollouts))
         self.note("finished", sum(rollout.finished for rollout in rollouts), len(rollouts))
         self.note("version_lag", sum(self.state.global_step - rollout.weights_version for rollout in rollouts), len(rollouts))
-        self._score(rollouts)
+        with self._or_checkpoint():
+            self._score(rollouts)
         if self.objective.old_logprobs == "trainer":
             with self.phase("rescoring", tokens):
                 self._rescore(rollouts)
@@ -265,7 +286,7 @@ class MiniLLMTrainer(DistillationTrainer):
         return _Drawn(rollouts, time.perf_counter() - start, drafted, accepted)
 
     def _score(self, rollouts: list[Rollout]) -> None:
-        with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_hidden is None)):
+        with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_logprobs is None)):
             self.teacher.score(rollouts, self.sampling)
 
     def _rescore(self, rollouts: list[Rollout]) -> None:
@@ -316,19 +337,25 @@ class MiniLLMTrainer(DistillationTrainer):
         config = self.rollout_config
         if self._engine is None:
             with self.phase("engine_start"), tempfile.TemporaryDirectory() as spare:
-                folder = str(student.name_or_path)
-                if not Path(folder).is_dir():
-                    folder = spare
-                    save_plain(student, folder)
-                length = config.max_prompt_tokens + config.max_new_tokens
+                folder = self._folder_of(student, spare)
                 self._engine = make_engine(
-                    config, folder, max_length=length, dtype=self.compute_dtype, model=student,
-                    sync_folder=Path(str(self.args.output_dir)) / "weights",
+                    config, folder, max_length=config.max_prompt_tokens + config.max_new_tokens, dtype=self.compute_dtype,
+                    sequences=config.num_rollouts // self._processes, tokenizer=folder, model=student, work=str(self.args.output_dir),
                 )  # fmt: skip
         if config.teacher_mix and self._sampler is None:
-            self._sampler = TeacherMixedSampler(self._engine, self.teacher, config.teacher_mix, self._draft_tokens)
+            self._sampler = TeacherMixedSampler(self._engine, self.local_teacher, config.teacher_mix, self._draft_tokens)
         with self.phase("sync"):
             self._engine.update_weights(plain_weights(student, self.compute_dtype), self.state.global_step)
+
+    def _folder_of(self, student: Any, spare: str) -> str:
+        """Where an engine can read the student and its tokenizer from: its own folder, or `spare`, where they are put."""
+        own = Path(str(student.name_or_path))
+        if (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
+            return str(own)
+        save_plain(student, spare)
+        tokenizer: Any = self.processing_class
+        tokenizer.save_pretrained(spare)
+        return spare
 
     # Data
 
@@ -385,7 +412,7 @@ class MiniLLMTrainer(DistillationTrainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)  # rollouts first: a checkpoint is one when the trainer's state is there
         amid = self.state.global_step % self._updates_per_batch > 0
-        kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None} for r in self._rollouts] if amid else []
+        kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None} for r in self._rollouts] if amid else []
         live = {"number": self._batch_number, "rollouts": kept, "draft_tokens": self._draft_tokens}
         torch.save(live, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
         super()._save_checkpoint(model, trial)
@@ -414,4 +441,6 @@ class MiniLLMTrainer(DistillationTrainer):
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        if isinstance(self.teacher, ServedTeacher):
+            self.teacher.close()
         self._background.shutdown(wait=False, cancel_futures=True)

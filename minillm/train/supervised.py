@@ -58,7 +58,7 @@ class SupervisedTrainer(DistillationTrainer):
         prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
         batch = pad(prompts, responses, self.args.device)
         with self.phase("teacher", len(batch.targets)):
-            hidden = self.teacher.hidden(prompts, responses)
+            hidden = self.local_teacher.hidden(prompts, responses)
         loss = SupervisedLoss(self._cross_entropy, count)
         value = self.update_on(model, batch, loss, torch.cat(hidden), self._processes)
         self.tally(loss.tally.sums)

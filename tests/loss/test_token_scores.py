@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minillm.data.rollouts import TeacherRows
 from minillm.loss import divergences
 from minillm.loss.token_scores import Head, TokenScores, TokenWeights, token_scores
 
@@ -63,6 +64,71 @@ def test_scores_and_gradients_are_those_of_full_logits(kind: str, chunk: int, te
     torch.testing.assert_close(scores.entropy, divergences.entropy(student.detach(), temperature))
     logp = torch.log_softmax(teacher / temperature, -1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(scores.logp, logp)
+
+
+def known_rows(teacher: Tensor, targets: Tensor, k: int) -> TeacherRows:
+    """Log p [N, 1+k] of the drawn token and of k others, some of which repeat it."""
+    g = torch.Generator().manual_seed(1)
+    others = torch.stack([torch.randperm(V, generator=g)[:k] for _ in targets])
+    ids = torch.cat([targets[:, None], others], 1)
+    return TeacherRows(ids, torch.log_softmax(teacher, -1).gather(1, ids))
+
+
+def partition(log_probs: Tensor, ids: Tensor) -> list[Tensor]:
+    """For each place, the masses of the tokens named there and of all others."""
+    cells = []
+    for row, named in zip(log_probs.exp(), ids, strict=True):
+        named = sorted(set(named.tolist()))
+        rest = [token for token in range(V) if token not in named]
+        cells.append(torch.cat([row[named], row[rest].sum()[None]]))
+    return cells
+
+
+@pytest.mark.parametrize("kind", ["plain", "softcap"])
+@pytest.mark.parametrize("chunk", [5, 64])
+def test_of_a_teacher_that_tells_some_tokens_the_others_are_one_event(kind: str, chunk: int) -> None:
+    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = problem(softcap=3.0 if kind == "softcap" else None)
+    student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
+    rows = known_rows(teacher, targets, 6)
+    loss, scores = token_scores(
+        hidden, head, targets, teacher_rows=rows, chunk=chunk,
+        weigh=lambda part, s: (
+            (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), TokenWeights(a[part], b[part], c[part])
+        ),
+    )  # fmt: skip
+    loss.backward()
+    q, p = partition(torch.log_softmax(student, -1), rows.ids), partition(torch.log_softmax(teacher, -1), rows.ids)
+    reverse = torch.stack([(x * (x.log() - y.log())).sum() for x, y in zip(q, p, strict=True)])
+    forward = torch.stack([(y * (y.log() - x.log())).sum() for x, y in zip(q, p, strict=True)])
+    logq = torch.log_softmax(student, -1).gather(1, targets[:, None])[:, 0]
+    want = torch.autograd.grad((a * logq + b * reverse + c * forward).sum(), [hidden, head.weight])
+    torch.testing.assert_close(scores.reverse_kl, reverse.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(scores.forward_kl, forward.detach(), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(scores.logp, rows.logprobs[:, 0])
+    for ours, theirs in zip([hidden.grad, head.weight.grad], want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    # What the partition misses, as the docstring has it: q(others) · KL within the others.
+    whole = divergences.reverse_kl(student, teacher)
+    within = torch.zeros(N, dtype=torch.float64)
+    for i, named in enumerate(rows.ids):
+        rest = [token for token in range(V) if token not in named.tolist()]
+        mass = torch.softmax(student[i], -1)[rest].sum()
+        within[i] = mass * divergences.reverse_kl(student[i : i + 1, rest], teacher[i : i + 1, rest])[0]
+    torch.testing.assert_close((whole - reverse).detach(), within.detach(), rtol=1e-8, atol=1e-10)
+
+
+def test_a_teacher_that_tells_every_token_is_a_teacher_at_hand() -> None:
+    hidden, head, targets, teacher_hidden, teacher_head, (_, b, _) = problem()
+    teacher = full_logits(teacher_hidden, teacher_head)
+    everything = torch.stack([torch.tensor([y, *(v for v in range(V) if v != y)]) for y in targets.tolist()])
+    rows = TeacherRows(everything, torch.log_softmax(teacher, -1).gather(1, everything))
+    weigh = lambda part, s: ((b[part] * s.reverse_kl).sum(), TokenWeights(reverse_kl=b[part]))  # noqa: E731
+    grads = []
+    for told in ({"teacher_rows": rows}, {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}):
+        loss, scores = token_scores(hidden, head, targets, weigh=weigh, **told)
+        grads.append((*torch.autograd.grad(loss, [hidden, head.weight]), scores.reverse_kl, scores.forward_kl))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_chunks_come_from_the_last_to_the_first() -> None:

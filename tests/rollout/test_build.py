@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
+from minillm.data.rollouts import EngineError
 from minillm.rollout import build
-from minillm.rollout.engine import EngineError
 
 
 def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(

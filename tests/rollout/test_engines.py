@@ -14,20 +14,27 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from transformers import TrainingArguments
 
+from minillm import MiniLLMTrainer, Objective, RolloutConfig
+from minillm.data.rollouts import EngineError, Sampling, StopStrings
+from minillm.models.load import load_model
 from minillm.models.weights import plain_weights
-from minillm.rollout.engine import Engine, EngineError, Sampling
+from minillm.rollout.engine import Engine
+from minillm.rollout.local_server import LocalServer
 from minillm.rollout.teacher_mixed import TeacherMixedSampler
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed
 from minillm.rollout.vllm_server import VLLMServerEngine
 from minillm.teacher.local import LocalTeacher
+from minillm.teacher.served import ServedTeacher
 from tests.conftest import save, tiny_llama
 from tests.rollout.test_teacher_mixed import chi_square, enumerate_mixture
 
@@ -81,22 +88,23 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
     if request.param == "transformers":
         yield TransformersEngine(tiny_llama(3, layers=1, vocab=32, scale=0.4))
     elif request.param == "vllm":
-        inside = VLLMEngine(folder, max_length=LENGTH, memory=0.25, dtype=torch.float32)
+        inside = VLLMEngine(folder, max_length=LENGTH, dtype=torch.float32, tokenizer=folder)
         yield inside
         inside.close()
     else:
         spare = tmp_path_factory.mktemp("server")
-        process, url = start_server(folder, spare / "log", "--logprobs-mode", "processed_logprobs", VLLM_API_KEY="secret")
         os.environ["VLLM_API_KEY"] = "secret"
+        own = LocalServer(folder, spare / "log", max_length=LENGTH, dtype=torch.float32)
         try:
-            served = VLLMServerEngine([url], spare / "weights", max_length=LENGTH, head_width=32, patience=240)
+            served = VLLMServerEngine([own.url], spare / "weights", max_length=LENGTH, head_width=32, patience=240, own=own)
             yield served
             served.close()
+            assert own.process.poll() is not None
         except EngineError as error:
-            raise AssertionError(f"{error}\n{(spare / 'log').read_text()[-2000:]}") from error
+            raise AssertionError(f"{error}\n{own.last_words()}") from error
         finally:
             del os.environ["VLLM_API_KEY"]
-            stop_server(process)
+            own.stop()
 
 
 @pytest.fixture
@@ -131,6 +139,31 @@ def test_an_end_token_that_was_not_asked_for_is_a_token_like_others(as_saved: En
     rollouts = as_saved.generate([[2]] * 30, Sampling(12, (7,), 20), list(range(30)))
     assert any(1 in r.response_ids[:-1] for r in rollouts)
     assert all(len(r.response_ids) == 12 or r.response_ids[-1] == 7 for r in rollouts)
+
+
+def test_stop_strings_end_a_response(as_saved: Engine, student: Any, tokenizer: Any) -> None:
+    """One of a single token is like one more end token; one of two tokens spans them, and drafts."""
+    local, prompts, seeds = LocalTeacher(tiny_llama(4, layers=2, vocab=32, scale=0.4)), [[2], [3, 4]] * 8, list(range(16))
+    for draw in (as_saved.generate, TeacherMixedSampler(as_saved, local, 0.5, draft_tokens=3).generate):
+        stopped, ended = (
+            draw(prompts, sampling, seeds)
+            for sampling in (Sampling(12, (1,), 20, stop=StopStrings(tokenizer, ["w9"])), Sampling(12, (1, 13), 20))
+        )
+        assert [r.response_ids for r in stopped] == [r.response_ids for r in ended]
+        assert [r.finished for r in stopped] == [r.finished for r in ended]
+        assert {r.response_ids[-1] for r in stopped} >= {13}
+        for a, b in zip(stopped, ended, strict=True):
+            torch.testing.assert_close(a.behaviour_logprobs, b.behaviour_logprobs, atol=1e-5, rtol=1e-5)
+            assert b.teacher_hidden is None or torch.allclose(a.teacher_hidden, b.teacher_hidden, atol=1e-5)  # pyright: ignore
+        # Whatever pair of tokens these responses happen to hold: they end where it is complete.
+        longest = max((r.response_ids for r in draw(prompts, Sampling(12, (1,), 20), seeds)), key=len)
+        pair = tokenizer.decode(longest[3:5])
+        cut = draw(prompts, Sampling(12, (1,), 20, stop=StopStrings(tokenizer, [pair])), seeds)
+        assert longest[:5] in [r.response_ids for r in cut] or any(r.response_ids == longest[: len(r.response_ids)] for r in cut)
+        for r in cut:
+            assert pair not in tokenizer.decode(r.response_ids[:-1])
+            assert r.finished == (pair in tokenizer.decode(r.response_ids) or r.response_ids[-1] == 1)
+    assert student is not None
 
 
 def test_the_likeliest_tokens_come_along(as_saved: Engine, student: Any) -> None:
@@ -169,6 +202,56 @@ def test_more_prompt_tokens_than_one_scheduler_step_takes(as_saved: Engine) -> N
     """A seeded request prefilled in parts fails on vLLM's CPU build; none must be."""
     rollouts = as_saved.generate([[2] * 90] * 100, Sampling(2, (1,), 32), list(range(100)))
     assert len(rollouts) == 100
+
+
+def test_a_served_teacher_tells_what_one_at_hand_knows(as_saved: Engine, student: Any, tmp_path: Path, folder: str) -> None:
+    """The server of this file, taken for a teacher; then training on what it says of the drawn tokens alone."""
+    if not isinstance(as_saved, VLLMServerEngine):
+        pytest.skip("a teacher is served by a server")
+    url = as_saved._servers.each[0].url
+    sampling = Sampling(12, (1,), 32, likeliest=5)
+    other = TransformersEngine(tiny_llama(5, layers=1, vocab=32, scale=0.4))
+    rollouts = other.generate([[2], [3, 4, 5], [9] * 40], sampling, [1, 2, 3])
+    here = LocalTeacher(student)
+    for k in (5, 0):
+        scored = [replace(r) for r in rollouts]
+        teacher = ServedTeacher([url], folder, top_k=k, patience=10)
+        teacher.attach(80)
+        teacher.score(scored, sampling)
+        for r in scored:
+            rows = r.teacher_rows
+            assert rows is not None
+            want = here.distribution(here.hidden([r.prompt_ids], [r.response_ids])[0], sampling)
+            torch.testing.assert_close(rows.logprobs, want.gather(1, rows.ids), atol=1e-4, rtol=1e-4)
+            assert rows.ids[:, 0].tolist() == r.response_ids
+            assert r.likeliest is not None
+            for place, (ids, table) in enumerate(zip(rows.ids.tolist(), r.likeliest, strict=True)):
+                likeliest = sorted(table, key=lambda token: -table[token])[:k]
+                assert set(ids) == {r.response_ids[place], *likeliest}
+        teacher.close()
+    with pytest.raises(ValueError, match=r"of temperature 1, not 0\.7"):
+        ServedTeacher([url], folder).score(rollouts, replace(sampling, temperature=0.7))
+    with pytest.raises(EngineError, match="serves 96 tokens; prompt and response need 97"):
+        ServedTeacher([url], folder, patience=5).attach(96)
+    # Training: the long-term term of sampled rewards is exact.
+    pupil, weights = save(tiny_llama(6), tmp_path / "pupil"), []
+    rollout = RolloutConfig(engine="transformers", num_rollouts=8, teacher_mix=0.0, max_new_tokens=10, max_prompt_tokens=8)
+    text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(8)]
+    objective = Objective.paper(single_step=0.0, language_model=0.1, language_model_block=16)
+    for teacher in (student, ServedTeacher([url], folder, top_k=0)):
+        arguments = TrainingArguments(
+            str(tmp_path / "run"), max_steps=3, learning_rate=1e-2, per_device_train_batch_size=4, optim="sgd", report_to="none",
+            use_cpu=True, save_strategy="no", disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant",
+        )  # fmt: skip
+        prompts = [{"prompt_ids": [2, i, 3]} for i in range(4, 20)]
+        trainer = MiniLLMTrainer(pupil, teacher, arguments, objective=objective, rollout=rollout, train_dataset=prompts, text_dataset=text)
+        trainer.train()
+        trainer.close()
+        weights.append(trainer.model.state_dict())  # pyright: ignore[reportOptionalMemberAccess]
+    before = load_model(pupil, torch.float32).state_dict()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=2e-6)
+        assert "layernorm" in name or not torch.equal(before[name], value), name
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

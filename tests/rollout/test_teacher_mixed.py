@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.rollout.engine import Sampling
+from minillm.data.rollouts import Sampling
 from minillm.rollout.teacher_mixed import _ROUND_COST, TeacherMixedSampler, draft_length
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.teacher.local import LocalTeacher

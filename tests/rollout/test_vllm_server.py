@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm.rollout import vllm_server
-from minillm.rollout.engine import EngineError, Sampling
+from minillm import serving
+from minillm.data.rollouts import EngineError, Sampling
 from minillm.rollout.vllm_server import VLLMServerEngine
 
 SAMPLING = Sampling(4, (1,), 30)
@@ -101,8 +101,8 @@ def hanging_up(handler: Any, body: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_server, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(vllm_server, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(serving, "_FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(serving, "_LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from minillm import MiniLLMTrainer, Objective, RolloutConfig
+from minillm.data.rollouts import EngineError
 from minillm.models.load import load_model
 from minillm.models.weights import save_plain
-from minillm.rollout.engine import EngineError
 from minillm.rollout.teacher_mixed import FIRST_DRAFT, draft_length
 from minillm.rollout.transformers_engine import TransformersEngine
 from tests.conftest import tiny_llama, tiny_tokenizer
@@ -64,7 +64,7 @@ def test_every_layer_moves_and_the_teacher_does_not(pair: tuple[str, str], tmp_p
     unmoved = [name for name, value in before.items() if torch.equal(value, after[name]) and "rotary" not in name]
     assert not unmoved
     teacher = load_model(pair[1], torch.float32).state_dict()
-    for name, value in trainer.teacher.model.state_dict().items():
+    for name, value in trainer.local_teacher.model.state_dict().items():
         assert torch.equal(value, teacher[name])
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 4
@@ -222,7 +222,7 @@ def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str
         objective=Objective.model_validate({"preset": preset}),
     )  # fmt: skip
     read: dict[str, list[int]] = {"student": [], "teacher": []}
-    for name, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
+    for name, model in (("student", trainer.model), ("teacher", trainer.local_teacher.model)):
         count: Any = lambda _, args, kwargs, name=name: read[name].append(kwargs["input_ids"].numel())  # noqa: E731
         model.base_model.register_forward_pre_hook(count, with_kwargs=True)  # pyright: ignore
     trainer.train()
@@ -239,7 +239,7 @@ def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str
 def test_a_mixed_rollout_is_read_by_the_teacher_while_it_is_drawn(pair: tuple[str, str], tmp_path: Path) -> None:
     trainer = MiniLLMTrainer(*pair, arguments(tmp_path, max_steps=4), rollout=ROLLOUT, train_dataset=PROMPTS)
     calls: list[str] = []
-    trainer.teacher.model.base_model.register_forward_hook(lambda *_: calls.append("teacher"))  # pyright: ignore
+    trainer.local_teacher.model.base_model.register_forward_hook(lambda *_: calls.append("teacher"))  # pyright: ignore
     original = trainer.update_on
     trainer.update_on = lambda *args: calls.append("update") or original(*args)  # pyright: ignore
     trainer.train()

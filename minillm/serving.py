@@ -1,0 +1,227 @@
+"""Requests to stock `vllm serve` processes: spread over them, tried again, and refused where the answer is none.
+
+A request goes to whichever server has the fewest. A server that is gone, slow or talks nonsense is left alone for a
+while and tried again. Nothing is drawn twice: a request that failed is asked again as it was, its seed included.
+`VLLM_API_KEY`, where it is set, is sent along.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from tqdm.auto import tqdm
+
+from minillm.data.rollouts import EngineError
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+T = TypeVar("T")
+
+
+class Trouble(Exception):
+    """A server failed in a way that may pass."""
+
+
+class Server:
+    """One address, what it serves, and how it is doing."""
+
+    def __init__(self, url: str, client: httpx.Client) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model = ""
+        self.busy = 0
+        self.fresh = True  # nothing has to be sent before it is asked
+        self.well = True  # its last answer was one
+        self.trouble: Trouble | None = None
+        self.pause, self.retry_at = _FIRST_PAUSE, 0.0
+        self.lock = threading.Lock()
+        self._client = client
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The answer's JSON. Raises Trouble where another try may help, else EngineError."""
+        try:
+            answer = self._client.request(method, self.url + path, json=body)
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise EngineError(f"{self.url} is no address of a server: http://host:port ({error})") from error
+        except httpx.RequestError as error:
+            raise Trouble(f"{type(error).__name__}: {error}") from error
+        if answer.status_code >= 500 or answer.status_code in (408, 429):
+            raise Trouble(f"{path} answered {answer.status_code}: {answer.text[:200]}")
+        if answer.status_code >= 400:
+            raise EngineError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}{_hint(path, answer.status_code)}")
+        try:
+            return answer.json() if answer.content else None
+        except ValueError as error:
+            raise Trouble(f"{path} answered no JSON: {answer.text[:80]!r}") from error
+
+    def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        """A completion; Trouble where `read` can make nothing of the answer."""
+        answer = self.ask("POST", "/v1/completions", body | {"model": self.model})
+        try:
+            return read(answer)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise Trouble(f"/v1/completions answered garbage ({type(error).__name__}: {error})") from error
+
+    def attach(self, max_length: int) -> None:
+        """Learn what is served.
+
+        Raises:
+            EngineError: it does not take sequences of `max_length` tokens.
+        """
+        [model, *_] = self.ask("GET", "/v1/models")["data"]
+        self.model = model["id"]
+        if model.get("max_model_len", max_length) < max_length:
+            raise EngineError(f"{self.url} serves {model['max_model_len']} tokens; prompt and response need {max_length}: --max-model-len")
+
+
+def _hint(path: str, status: int) -> str:
+    if status == 401:
+        return " (set VLLM_API_KEY to the server's key)"
+    if status == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+        return " (start the server with VLLM_SERVER_DEV_MODE=1, so that it takes new weights)"
+    return ""
+
+
+class Servers:
+    """Several servers as one.
+
+    Args:
+        urls: `http://host:port` of each.
+        refresh: called with a server that is not `fresh` before it is asked.
+        patience: seconds for which what has gone is tried again.
+        setting: the setting behind `patience`, for the error at its end.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], *, refresh: Callable[[Server], None] | None = None, patience: float = 600.0,
+        timeout: float = 300.0, concurrency: int = 64, setting: str = "rollout.server_patience",
+    ) -> None:  # fmt: skip
+        key = os.environ.get("VLLM_API_KEY")
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency * len(urls))
+        self._client = httpx.Client(
+            timeout=httpx.Timeout(timeout, connect=5.0),
+            limits=limits,
+            trust_env=False,
+            headers={"Authorization": f"Bearer {key}"} if key else None,
+        )
+        self.each = [Server(url, self._client) for url in urls]
+        self._refresh, self._patience, self._setting = refresh, patience, setting
+        self._pool = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="vllm")
+        self._picking = threading.Lock()
+        self._closed = False
+
+    def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
+        """One completion from some server."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            server = self._pick(deadline)
+            try:
+                if not server.fresh and self._refresh is not None:
+                    self._refresh(server)
+                answer = server.complete(body, read)
+                server.well, server.pause = True, _FIRST_PAUSE
+                return answer
+            except Trouble as trouble:
+                server.trouble, server.well, server.fresh = trouble, False, self._refresh is None
+                server.retry_at = time.monotonic() + server.pause
+                server.pause = min(2 * server.pause, _LONGEST_PAUSE)
+            finally:
+                with self._picking:
+                    server.busy -= 1
+
+    def insist(self, action: Callable[[], None], server: Server) -> None:
+        """Do something with this very server, trying again while patience lasts."""
+        deadline, pause = time.monotonic() + self._patience, _FIRST_PAUSE
+        while True:
+            try:
+                return action()
+            except Trouble as trouble:
+                self._wait(pause, deadline, server, trouble)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            except (KeyError, TypeError, ValueError) as error:
+                raise EngineError(f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})") from error
+
+    def all(self, actions: Sequence[Callable[[], T]], progress: bool | str = False) -> list[T]:
+        """Results of actions done at the same time, in order; the first error ends them all."""
+        futures = [self._pool.submit(action) for action in actions]
+        title = progress if isinstance(progress, str) else "generating"
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not progress):
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Let go of the servers; they go on running."""
+        self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _pick(self, deadline: float) -> Server:
+        """A server whose pause is over gets one request to prove itself by; otherwise the one with the least to do."""
+        while True:
+            with self._picking:
+                now = time.monotonic()
+                back = next((server for server in self.each if not server.well and now >= server.retry_at), None)
+                well = [server for server in self.each if server.well]
+                if back is not None:
+                    back.retry_at = now + _LONGEST_PAUSE
+                chosen = back or min(well, key=lambda server: server.busy, default=None)
+                if chosen is not None:
+                    chosen.busy += 1
+                    return chosen
+                soonest = min(self.each, key=lambda server: server.retry_at)
+            # Not longer than the first pause: whichever request proves the server again, the others go on at once.
+            self._wait(_FIRST_PAUSE, deadline, soonest, soonest.trouble)
+
+    def _wait(self, pause: float, deadline: float, server: Server, trouble: Trouble | None) -> None:
+        if self._closed or time.monotonic() >= deadline:
+            raise EngineError(f"{server.url}: {trouble}; tried for {self._patience:g} s ({self._setting})") from trouble
+        time.sleep(max(min(pause, deadline - time.monotonic()), 0.0))
+
+
+@dataclass
+class Completion:
+    """Token ids, their log-probabilities, and for each place those of other tokens by id."""
+
+    ids: list[int]
+    logprobs: list[float]
+    tables: list[dict[int, float]]
+    stopped: bool  # before the limit
+
+
+def read_completion(answer: Any, named: Sequence[int] = (), tables: bool = True) -> Completion:
+    """What a server's answer holds, checked; `named`: tokens that the first place's table must have."""
+    [choice] = answer["choices"]
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise ValueError(f"finish_reason {choice['finish_reason']!r}")
+    ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
+    if not ids or len(ids) != len(logprobs) or not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"{len(ids)} tokens with {len(logprobs)} log-probabilities")
+    if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
+        raise ValueError("log-probabilities that are none")
+    stopped = choice["finish_reason"] == "stop"
+    if not tables:
+        return Completion(ids, logprobs, [], stopped)
+    found = [
+        {int(name.removeprefix("token_id:")): float(value) for name, value in table.items()} for table in choice["logprobs"]["top_logprobs"]
+    ]
+    if len(found) != len(ids) or not set(named) <= found[0].keys():
+        raise ValueError("log-probabilities that were asked for are missing")
+    return Completion(ids, logprobs, found, stopped)
+
+
+# What every completion asks for: token ids as numbers, and none of the served folder's own sampling settings.
+PLAIN: dict[str, Any] = {
+    "return_token_ids": True, "return_tokens_as_token_ids": True, "skip_special_tokens": False, "top_p": 1.0, "top_k": 0,
+    "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip

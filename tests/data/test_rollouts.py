@@ -1,0 +1,43 @@
+"""Where a response ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minillm.data.rollouts import Rollout, Sampling, StopStrings
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("w2 w3 w4", None),
+        ("w2 w9 w4", 2),
+        ("w9", 1),
+        ("w2 w7 w8 w3", 3),  # a string of several tokens ends with its last
+        ("w7 w2 w8", None),
+        ("w7 w8 w9", 2),  # the first that appears, whichever it is
+        ("w2 <eos>", 2),
+        ("w2 <eos> w9", 2),  # what an engine drew beyond the end
+        ("w9 <eos>", 1),
+    ],
+)
+def test_a_response_ends_with_the_token_that_completes_a_string(tokenizer: Any, text: str, kept: int | None) -> None:
+    sampling = Sampling(8, (1,), 32, stop=StopStrings(tokenizer, ["w9", "w7 w8"]))
+    ids = ids_of(tokenizer, text)
+    assert sampling.length(ids) == kept
+    rollout = Rollout.drawn([2], ids, [-0.1 * i for i in range(len(ids))], sampling, 3, likeliest=[{} for _ in ids])
+    n = kept or len(ids)
+    assert rollout.response_ids == ids[:n]
+    assert len(rollout.student_logprobs) == len(rollout.likeliest or []) == n
+    assert rollout.finished == (kept is not None)
+
+
+def test_no_stop_string_is_empty(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="stop: an empty string"):
+        StopStrings(tokenizer, ["w1", ""])
