@@ -48,9 +48,74 @@ def run(
 
 
 @app.command()
-def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Answer the recipe's held-out prompts with every model of its run, and score the answers."""
-    run(recipe, overrides, stage="evaluate")
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A suite of test sets, e.g. eval/local.yaml, or a recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[model=FOLDER]... [key=value]...",
+            help="A suite's models (model=NAME:FOLDER names one; the first is what others are compared with), and settings.",
+        ),
+    ] = None,
+) -> None:
+    """Answer prompts with several models, and score the answers: a suite's sets, or the held-out prompts of a recipe's run."""
+    from minillm.recipe_file import is_suite, load_suite
+
+    if not is_suite(file):
+        run(file, overrides, stage="evaluate")
+        return
+    from minillm.report import write_suite_report
+    from minillm.suite import run_suite
+
+    given = overrides or []
+    models = _models([text.removeprefix("model=") for text in given if text.startswith("model=")])
+    suite = load_suite(file, [text for text in given if not text.startswith("model=")])
+    results = run_suite(suite, models)
+    _show_suite(results)
+    _console().print(f"Results: {write_suite_report(suite.out)}, {suite.out / 'results.json'}", soft_wrap=True)
+
+
+def _models(given: list[str]) -> dict[str, str]:
+    """NAME:FOLDER, or a folder that is called by its own name."""
+    models: dict[str, str] = {}
+    for text in given:
+        name, colon, folder = text.partition(":")
+        if not colon:
+            name, folder = Path(text).name, text
+        if not name or not folder or "/" in name:
+            raise ValueError(f"model={text}: model=FOLDER or model=NAME:FOLDER is needed")
+        if name in models:
+            raise ValueError(f"model={text}: {name} is the name of two models; say model=NAME:FOLDER")
+        models[name] = folder
+    if not models:
+        raise ValueError("no model to evaluate: add model=FOLDER, several times if you like")
+    return models
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _show_suite(results: dict[str, Any]) -> None:
+    """Rouge-L of every model on every set, mean ± spread over seeds, and how it compares."""
+    from rich.table import Table
+
+    names = [*results["prompts"], "average"]
+    table = Table(title=f"Rouge-L, {len(results['seeds'])} seeds: mean ± spread; difference to {results['compared_with']} [95 % interval]")
+    for column in ("model", *names):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for model, sets in results["models"].items():
+        cells = []
+        for name in names:
+            score, change = sets.get(name, {}).get("rouge_l"), results["differences"].get(model, {}).get(name)
+            text = "" if score is None else f"{score['mean']:.2f} ± {score['spread']:.2f}"
+            if change is not None:
+                text += f"\n{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
+            cells.append(text)
+        table.add_row(model, *cells)
+    _console().print(table)
 
 
 @app.command()
@@ -89,11 +154,10 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g.
 
 
 def _show_results(run_dir: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     file = run_dir / "results.json"
-    console = Console()
+    console = _console()
     if file.is_file():
         results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         table = Table(title=f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -37,25 +38,39 @@ def answer(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seed: 
     ]  # fmt: skip
 
 
+def token_divergences(
+    student: Any, teacher: LocalTeacher, prompts: Sequence[list[int]], responses: Sequence[list[int]], width: int, temperature: float,
+    progress: bool = False,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """For each response KL(q‖p) and KL(p‖q) at its tokens [T], in nats: full distributions at the states it leads through.
+
+    Args:
+        student: bound (`bind_scoring`); it may be wrapped.
+    """
+    out: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))] * len(prompts)
+    device = next(student.parameters()).device
+    for group in tqdm(bucket([len(ids) for ids in responses], teacher.batch_size), desc="scoring", disable=not progress):
+        own, theirs = [prompts[i] for i in group], [responses[i] for i in group]
+        batch = pad(own, theirs, device)
+        hidden = torch.cat(teacher.hidden(own, theirs)).to(device)
+        with torch.no_grad():
+            _, scores = score(student, Scoring(batch, width, hidden, head_of(teacher.model), temperature=temperature))
+        parts = (values.double().cpu().split(batch.lengths.tolist()) for values in (scores.reverse_kl, scores.forward_kl))
+        for i, reverse, forward in zip(group, *parts, strict=True):
+            out[i] = reverse, forward
+    return out
+
+
 def add_reverse_kl(
     rows: Sequence[Row], prompts: Sequence[Prompt], student: PreTrainedModel, teacher: LocalTeacher, width: int, temperature: float
 ) -> None:
-    """Write `reverse_kl`, the sum of KL(q‖p) over an answer's tokens in nats, into each row.
-
-    The sum is over full distributions at the states that the student's own answer leads through.
-    """
+    """Write `reverse_kl`, the sum of KL(q‖p) over an answer's tokens in nats, into each row."""
     bind_scoring(student)
     by_row = {prompt.example.row: prompt.ids for prompt in prompts}
-    for group in tqdm(bucket([len(row["ids"]) for row in rows], teacher.batch_size), desc="scoring"):
-        some = [rows[i] for i in group]
-        responses = [row["ids"] for row in some]
-        own = [by_row[row["row"]] for row in some]
-        batch = pad(own, responses, student.device)
-        hidden = torch.cat(teacher.hidden(own, responses)).to(student.device)
-        with torch.no_grad():
-            _, scores = score(student, Scoring(batch, width, hidden, head_of(teacher.model), temperature=temperature))
-        for row, values in zip(some, scores.reverse_kl.split(batch.lengths.tolist()), strict=True):
-            row["reverse_kl"] = float(values.double().sum())
+    own = [by_row[row["row"]] for row in rows]
+    found = token_divergences(student, teacher, own, [row["ids"] for row in rows], width, temperature, progress=True)
+    for row, (reverse, _) in zip(rows, found, strict=True):
+        row["reverse_kl"] = float(reverse.sum())
 
 
 @dataclass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from functools import cache
 
 import torch
@@ -27,3 +30,10 @@ def fast_bfloat16() -> bool:
 def working_dtype() -> torch.dtype:
     """What models run in where nothing else is asked for: bfloat16, or float32 where that is emulated."""
     return torch.bfloat16 if fast_bfloat16() else torch.float32
+
+
+def give_back_memory() -> None:
+    """Models and caches that are done with, which hold each other in cycles, go back to the system."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import string
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,21 +16,173 @@ from numpy.typing import NDArray
 Interval = dict[str, float]
 Floats = NDArray[np.float64]
 
+PERCENTILES = [2.5, 97.5]  # of a 95 % interval
+# Scripts written without spaces: Thai and Lao, Myanmar, Khmer, Hiragana and Katakana, Chinese characters.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\uaa60-\uaa7f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff"
+    "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+STRIPPED = str.maketrans("", "", string.punctuation)
+
+
+def is_latin(text: str) -> bool:
+    """True if rouge-score's own tokenizer, which keeps only [a-z0-9] of lower-cased text, keeps half of the letters or more.
+
+    So it is of text without letters and of most text with accents, and not of Chinese, Russian or Arabic text.
+    """
+    letters = [letter for letter in text.lower() if letter.isalpha()]
+    return 2 * sum(letter.isascii() for letter in letters) >= len(letters)
+
+
+class UnicodeTokenizer:
+    """Words of any script, lower-cased, for RougeScorer; scripts without spaces give one token a character.
+
+    Words of [a-z0-9] alone are stemmed as the package stems them, so English within such text counts as it does elsewhere.
+    """
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._ascii = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        tokens: list[str] = []
+        # Compatibility forms first: é is one character or two, and digits beside Chinese are often full-width.
+        for kind, run in groupby(unicodedata.normalize("NFKC", text).lower(), _kind):
+            if kind == "character":
+                tokens += run
+            elif kind == "word":
+                word = "".join(run)
+                if word.isascii():
+                    tokens += self._ascii.tokenize(word)
+                elif any(map(str.isalnum, word)):  # else marks alone, such as an emoji's variation selector
+                    tokens.append(word)
+        return tokens
+
 
 @cache
-def _scorer() -> Any:
+def _kind(character: str) -> str:
+    """`character`: a token by itself; `word`: part of a word; empty: between tokens."""
+    # Marks (category M) are vowels and accents within words; `\w` would split Hindi or pointed Arabic at each.
+    if not character.isalnum() and unicodedata.category(character)[0] != "M":
+        return ""
+    return "character" if UNSPACED.match(character) else "word"
+
+
+@cache
+def _scorer(latin: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=None if latin else UnicodeTokenizer())
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """Rouge-L F1 in percent, the best over the references (the paper's setting: rouge-score with stemming)."""
-    return 100 * max(_scorer().score(reference, prediction)["rougeL"].fmeasure for reference in references)
+    """Rouge-L F1 in percent, the best over the references (the paper's setting: rouge-score with stemming).
+
+    Where `is_latin` fails for the prediction or a reference, the package would score 0 or what little it can read; all
+    of them are then split by `UnicodeTokenizer`. Such numbers compare with one another, not with those of Latin text.
+    """
+    _some(references=references)
+    scorer = _scorer(all(map(is_latin, (prediction, *references))))
+    return 100 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """100 if the prediction equals a reference, else 0.
+
+    Equal in lower case, without ASCII punctuation and with single spaces, as in MiniLLM's evaluation; unlike SQuAD's
+    own script it keeps articles.
+    """
+    _some(references=references)
+    return 100.0 * (_plain(prediction) in map(_plain, references))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().translate(STRIPPED).split())
+
+
+def distinct_n(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Percent of distinct n-grams among all n-grams of the sequences (token ids) together; nan if there is none.
+
+    It tends to fall as sequences are added, so compare equal numbers of tokens.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, not {n}")
+    grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
+    return 100 * len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def excess_error(own: Sequence[Sequence[float]], oracle: Sequence[Sequence[float]], length: int) -> Floats:
+    """Exposure bias: ExAccErr(l) = 100 (R(l) − lε(l)) / lε(l) in percent, l = 1..length (MiniLLM, arXiv 2306.08543;
+    Arora and others, 2022).
+
+    R(l) is the sum over t ≤ l of the mean over samples of KL(p‖q) at position t of the student's own responses, lε(l)
+    the same along the teacher's. l = 1 is the first response token. The mean at a position is over all samples: a
+    response that has ended adds 0. Where lε(l) is 0 the value is nan or inf.
+
+    The authors' script (evaluate_exposure_bias.py) starts at the second token, divides a prompt's sum at a position by
+    the number of its samples still going plus 1e-3, and averages over the prompts of one process.
+
+    Args:
+        own, oracle: [samples][tokens], KL(p‖q) in nats along responses drawn from the student and from the teacher; the
+            two may differ in number.
+    """
+    _some(own=own, oracle=oracle)
+    return _excess(*(_accumulated(errors, length).mean(0) for errors in (own, oracle)))
+
+
+def excess_error_spread(
+    own: Sequence[Sequence[float]], oracle: Sequence[Sequence[float]], length: int, times: int = 1000, seed: int = 0
+) -> Floats:
+    """95 % percentile bootstrap intervals [length, 2] of `excess_error`; own and oracle are resampled independently."""
+    _some(own=own, oracle=oracle)
+    means = []
+    # Equal seeds would draw the same indices for both.
+    for errors, each in zip((own, oracle), np.random.SeedSequence(seed).generate_state(2), strict=True):
+        n = len(errors)
+        counts = np.stack([np.bincount(index, minlength=n) for index in resample(n, times, int(each))])
+        means.append(counts @ _accumulated(errors, length) / n)  # [times, length], without [times, n, length]
+    return np.percentile(_excess(*means), PERCENTILES, axis=0).T
+
+
+def _accumulated(errors: Sequence[Sequence[float]], length: int) -> Floats:
+    """Sums up to each position [samples, length]."""
+    if length < 1:
+        raise ValueError(f"length must be at least 1, not {length}")
+    table = np.zeros((len(errors), length))
+    for row, values in zip(table, errors, strict=True):
+        row[: len(values)] = values[:length]
+    return table.cumsum(-1)
+
+
+def _excess(own: Floats, oracle: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 100 * (own - oracle) / oracle
+
+
+def calibration_error(confidences: Sequence[float] | Floats, correct: Sequence[bool] | Floats, bins: int = 10) -> float:
+    """Expected calibration error, 0..1: |accuracy − mean confidence| of a bin, weighted by its share (Guo and others, 2017).
+
+    Bins are of equal width and closed on the right; a confidence of 0 belongs to the first.
+    """
+    _some(confidences=confidences)
+    if len(confidences) != len(correct):
+        raise ValueError(f"{len(confidences)} confidences but {len(correct)} answers marked correct or not")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
+    confidence = np.asarray(confidences, np.float64)
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError("confidences must lie between 0 and 1")
+    # k / bins is the nearest number to the edge, so a confidence of 0.3 lies on it; linspace gives 0.30000000000000004.
+    place = np.searchsorted(np.arange(1, bins) / bins, confidence)
+    gaps = np.bincount(place, np.asarray(correct, np.float64) - confidence)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def resample(n: int, times: int, seed: int = 0) -> NDArray[np.int64]:
     """Indices [times, n] of bootstrap samples."""
+    if n < 1 or times < 1:
+        raise ValueError(f"a bootstrap needs at least one unit and one resample, not {n} and {times}")
     return np.random.default_rng(seed).integers(0, n, size=(times, n))
 
 
@@ -36,9 +192,28 @@ def interval(statistic: Callable[[NDArray[np.int64]], Floats], n: int, times: in
     Args:
         statistic: from indices [m, n] of resampled units (prompts) to values [m].
     """
-    value = statistic(np.arange(n)[None])[0]
-    low, high = np.percentile(statistic(resample(n, times)), [2.5, 97.5])
+    return _interval(statistic(np.arange(n)[None])[0], statistic(resample(n, times)))
+
+
+def _interval(value: float, draws: Floats) -> Interval:
+    low, high = np.percentile(draws, PERCENTILES)
     return {"mean": float(value), "low": float(low), "high": float(high)}
+
+
+def paired_bootstrap(a: Floats, b: Floats, times: int, seed: int = 0) -> Interval:
+    """Mean difference b − a over the same prompts, its 95 % interval, and `p_worse`: the share of resamples in which
+    it is 0 or less.
+
+    Args:
+        a, b: one value a prompt [n], higher is better.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"a and b need one value for each of the same prompts [n], not shapes {a.shape} and {b.shape}")
+    _some(a=a)
+    difference = mean_of(b - a)
+    draws = difference(resample(len(a), times, seed))
+    return {**_interval((b - a).mean(), draws), "p_worse": float((draws <= 0).mean())}
 
 
 def mean_of(values: Floats) -> Callable[[NDArray[np.int64]], Floats]:
@@ -49,3 +224,9 @@ def mean_of(values: Floats) -> Callable[[NDArray[np.int64]], Floats]:
 def ratio_of(totals: Floats, counts: Floats) -> Callable[[NDArray[np.int64]], Floats]:
     """Statistic: a mean over tokens, from a sum and a count a prompt [n]."""
     return lambda index: totals[index].sum(-1) / np.maximum(counts[index].sum(-1), 1)
+
+
+def _some(**named: Sequence[Any] | Floats) -> None:
+    for name, values in named.items():
+        if len(values) == 0:
+            raise ValueError(f"{name} is empty: there is nothing to score")

@@ -60,9 +60,50 @@ class ResponsesConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
+class DivergenceConfig(Section):
+    """A divergence between the student's q and the teacher's p at each token; see `minillm.loss.divergences`."""
+
+    name: Literal[
+        "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation", "adaptive_kl", "alpha_beta"
+    ]
+    alpha: float | None = None
+    """Of `alpha_beta`."""
+    beta: float | None = None
+    """Of `jensen_shannon` (GKD's β: towards 0 the forward, towards 1 the reverse KL) and of `alpha_beta`."""
+    skew: float | None = None
+    """λ of the skew divergences (DistiLLM: 0.1)."""
+    head_mass: float | None = None
+    """Of `adaptive_kl`: mass of p that counts as its head."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _just_a_name(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _parameters(self) -> DivergenceConfig:
+        takes = {
+            "jensen_shannon": {"beta"}, "skew_forward_kl": {"skew"}, "skew_reverse_kl": {"skew"}, "adaptive_kl": {"head_mass"},
+            "alpha_beta": {"alpha", "beta"},
+        }.get(self.name, set())  # fmt: skip
+        if spare := set(self.parameters) - takes:
+            raise ValueError(f"{self.name} takes {' and '.join(sorted(takes)) or 'no parameter'}, not {', '.join(sorted(spare))}")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Those that were given."""
+        named = {"alpha": self.alpha, "beta": self.beta, "skew": self.skew, "head_mass": self.head_mass}
+        return {name: value for name, value in named.items() if value is not None}
+
+
 class WarmupConfig(Section):
     cross_entropy: Share = 0.5
-    """λ in λ·CE + (1−λ)·KL(p‖q) on the teacher's answers (the paper's word-level KD uses 0.5)."""
+    """λ in λ·CE + (1−λ)·D on given answers (the paper's word-level KD uses 0.5; 1 is fine-tuning)."""
+    divergence: DivergenceConfig = DivergenceConfig(name="forward_kl")
+    """D; its name alone, or with its parameters."""
+    targets: Literal["teacher", "references"] = "teacher"
+    """Answers of the teacher (SeqKD), or those in the data (SFT, word-level KD)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits of student and teacher in the loss."""
     training: dict[str, Any] = {}
@@ -88,6 +129,13 @@ class RolloutConfig(Section):
     """Responses of each prompt in a batch; `num_rollouts` counts responses."""
     inner_epochs: Positive = 2
     """Passes over each batch of rollouts (`ppo_epochs` in the authors' code)."""
+    on_policy: Share = 1.0
+    """Share of each batch that is drawn from the student; the rest are the given responses (GKD's λ). Below 1 only without a
+    long-term term, which counts on the student's own samples."""
+    replay: Share = 0.0
+    """Of what is drawn from the student, the share that comes from earlier batches again (DistiLLM)."""
+    replay_size: Positive = 1000
+    """Responses that are kept for that, over all processes; the oldest go first."""
     teacher_mix: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """α: tokens are drawn from (1−α)·q + α·p (paper section 2.2)."""
     max_new_tokens: Positive = 128
@@ -122,6 +170,20 @@ class RolloutConfig(Section):
         return self
 
 
+def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
+    """Responses that the student did not draw, or not as it is, carry no long-term term.
+
+    Raises:
+        ValueError: naming the setting to change.
+    """
+    for name, value in (("on_policy", rollout.on_policy < 1), ("replay", rollout.replay > 0)):
+        if value and (objective.long_term or objective.single_step_weight != "none"):
+            raise ValueError(
+                f"rollout.{name} trains on responses that the student did not draw as it is, which the long-term term and its "
+                "weights cannot take: set objective.long_term: 0 and objective.single_step_weight: none"
+            )
+
+
 def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
     """What a teacher that is only asked for log-probabilities cannot do.
 
@@ -147,15 +209,15 @@ class Objective(Section):
     reward: Literal["sampled", "expected"] = "expected"
     """r_k = log p(y_k) − log q_old(y_k), or its expectation −KL_k, as it was when the response was first trained on."""
     reward_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Sampled rewards are divided by this."""
+    """Sampled rewards are divided by this (the authors' code: 0.5). It scales the long-term term alone, against the single step."""
     reward_clip: Annotated[float, Field(gt=0)] | None = None
-    """Then clipped to ± this."""
+    """Then clipped to ± this: one token that the teacher all but excludes must not outweigh the rest."""
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """γ of the return."""
+    """γ: R_t = Σ_k γ^{k−s} r_k. 1, as in the paper, is the gradient of KL; less trades bias for variance."""
     return_from: Literal["next", "current"] = "next"
     """R_{t+1} (the paper; the single step holds the immediate reward) or R_t."""
     length_norm: bool = True
-    """Divide a return by its number of summands."""
+    """Divide a return by its number of summands (equation 6 of the paper): sums favour short responses."""
     baseline: Literal["none", "centre", "whiten", "whiten_padded"] = "centre"
     """`centre`: subtract the mean sampled return of the rollout batch. `whiten`: mean and spread of the micro-batch;
     `whiten_padded`: its padding counted as zeros, as the authors' code does."""
@@ -168,17 +230,19 @@ class Objective(Section):
     """Upper bound of an importance weight and, without `clip`, of the ratio q_θ/q_old, in which the numbers of the engine
     that drew and of the trainer may differ."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
-    """ε of the clipped ratio q_θ/q_old; none: the plain ratio."""
+    """ε of min(ρ̂·A, clip(ρ̂, 1±ε)·A), ρ̂ = q_θ/q_old (the paper after PPO); none: the plain ratio."""
     weight_in_clip: bool = False
     """Clip w·ρ̂ (the authors' code) rather than ρ̂ (the paper)."""
+    divergence: DivergenceConfig = DivergenceConfig(name="reverse_kl")
+    """What the single step takes the exact gradient of; the long-term term knows the reverse KL alone."""
     single_step: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of the exact KL_t."""
+    """Coefficient of the exact KL_t, the first part of (B) and of the paper's equation 7."""
     single_step_weight: Literal["none", "token", "prefix"] = "none"
     """Weight of KL_t: none, ρ_t (the paper), or ρ_1…ρ_{t−1}."""
     long_term: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of the policy-gradient term."""
+    """Coefficient of the policy-gradient term, the second part of (B) and of the paper's equation 7."""
     language_model: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of the language-model term; it counts only where a text corpus is given."""
+    """Coefficient of −log q on text (L_PT of algorithm 1), which keeps what pre-training taught; only where text is given."""
     language_model_distill: Share = 0.0
     """Share of that term which is forward KL to the teacher (0.5 in the authors' code)."""
     language_model_block: Annotated[int, Field(ge=2)] = 512
@@ -211,6 +275,8 @@ class Objective(Section):
             raise ValueError("weight_in_clip holds for importance: token")
         if self.importance == "prefix" and self.baseline != "none":
             raise ValueError("importance: prefix weighs rewards, not the score; a baseline would bias it: set baseline: none")
+        if self.divergence.name != "reverse_kl" and self.long_term:
+            raise ValueError(f"divergence: {self.divergence.name} has no long-term term; set long_term: 0")
         if self.importance == "prefix" and self.length_norm:
             raise ValueError("importance: prefix weighs each future reward; it has no length-normalised form")
         return self
@@ -290,8 +356,68 @@ class Recipe(Section):
     def _pruning(self) -> Recipe:
         if "max_prompt_tokens" in self.rollout.model_fields_set and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens:
             raise ValueError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
+        check_off_policy(self.rollout, self.objective)
         if self.teacher.servers:
             check_served_teacher(self.rollout, self.objective)
         if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:
             raise ValueError("student.keep_layers is needed when student.source is prune")
+        return self
+
+
+class TestSet(Section):
+    """Prompts to answer, with references or without."""
+
+    __test__ = False  # not one of pytest's
+
+    file: str | None = None
+    """A JSONL file, below the suite's `data_dir` unless it begins with `/` or a dot."""
+    dataset: str | None = None
+    """A source for `datasets.load_dataset` instead, e.g. a hub id."""
+    config: str | None = None
+    """Its configuration."""
+    split: str = "test"
+    columns: dict[str, str] = {}
+    """Names of its columns, where they are not `instruction`, `input` and `output`."""
+    min_reference_words: Positive | None = None
+    """Only rows of which a reference has at least so many words (the paper's bins of S-NI and UnNI)."""
+    max_reference_words: Positive | None = None
+    choices: list[str] = []
+    """Answers of a classification task: the model's probabilities over them are calibrated against the reference (ECE)."""
+    limit: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TestSet:
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError("a set has either file or dataset")
+        return self
+
+
+class Suite(Section):
+    """Test sets, and how every model answers them."""
+
+    out: Path = Path("runs/evaluate")
+    """Where answers, scores and the report are kept; what is there already is not made again."""
+    data_dir: str | None = None
+    """The folder of the sets' files."""
+    sets: Annotated[dict[str, TestSet], Field(min_length=1)]
+    template: Literal["chat", "alpaca", "plain"] = "chat"
+    system: str | None = None
+    max_prompt_tokens: Positive = 256
+    max_new_tokens: Positive = 256
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
+    """Tokens that would repeat an n-gram of this length are not drawn (6 in the authors' final evaluation, and worth more
+    than a point of Rouge-L there); 0: all are. It takes the transformers engine."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [10, 20, 30, 40, 50]
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    teacher: str | None = None
+    """A model to take KL(q‖p) and KL(p‖q) to, on every model's own answers of the first seed."""
+    exposure_bias: bool = False
+    """Excess error by position (ExAccErr), which needs the teacher."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+
+    @model_validator(mode="after")
+    def _needs(self) -> Suite:
+        if self.exposure_bias and self.teacher is None:
+            raise ValueError("exposure_bias compares with a teacher's samples: name the teacher")
         return self

@@ -11,14 +11,15 @@ import difflib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from minillm.recipe import Recipe
+from minillm.recipe import Recipe, Suite
 
 Key = tuple[str, ...]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class RecipeError(ValueError):
@@ -40,14 +41,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: naming the file and line (or the override), the key, the value and what is allowed.
     """
     path = Path(path)
-    where: dict[Key, str] = {}
-    tree = _read(path, where, ())
-    for text in overrides:
-        _override(tree, text, where)
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError("\n".join(_explain(fault, where, path) for fault in error.errors())) from None
+    recipe, tree, where = _load(path, overrides, Recipe)
     faults = [
         f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
         for section, given in ((("training",), recipe.training), (("warmup", "training"), recipe.warmup.training))
@@ -60,6 +54,27 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if faults:
         raise RecipeError("\n".join(faults))
     return recipe
+
+
+def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
+    """A suite of test sets; see `load_recipe`. Files are looked for when the suite is run."""
+    return _load(Path(path), overrides, Suite)[0]
+
+
+def is_suite(path: str | Path) -> bool:
+    """Whether a file, or one that it extends, has test sets."""
+    return "sets" in _read(Path(path), {}, ())
+
+
+def _load(path: Path, overrides: Iterable[str], kind: type[Kind]) -> tuple[Kind, dict[str, Any], dict[Key, str]]:
+    where: dict[Key, str] = {}
+    tree = _read(path, where, ())
+    for text in overrides:
+        _override(tree, text, where)
+    try:
+        return kind.model_validate(tree), tree, where
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(fault, where, path, kind) for fault in error.errors())) from None
 
 
 def flatten(tree: Any, prefix: Key = ()) -> dict[Key, Any]:
@@ -148,11 +163,11 @@ def _place(where: dict[Key, str], key: Key, path: Path) -> str:
     return where.get(key, str(path))
 
 
-def _explain(fault: Any, where: dict[Key, str], path: Path) -> str:
+def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel]) -> str:
     key = tuple(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        message = "unknown key; " + _allowed(key[-1], _fields(key[:-1]))
+        message = "unknown key; " + _allowed(key[-1], _fields(key[:-1], kind))
     elif fault["type"] == "missing":
         message = "needed, and not given"
     elif not isinstance(fault["input"], dict):
@@ -168,10 +183,11 @@ def _allowed(name: str, names: Iterable[str]) -> str:
     return "allowed: " + (", ".join(names) if len(names) < 40 else "the fields of transformers.TrainingArguments")
 
 
-def _fields(key: Key) -> list[str]:
-    model: Any = Recipe
+def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
+    model: Any = kind
     for part in key:
-        model = model.model_fields[part].annotation
+        # A mapping holds a section for each name.
+        model = typing.get_args(model)[1] if typing.get_origin(model) is dict else model.model_fields[part].annotation
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 

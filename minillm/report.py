@@ -26,6 +26,10 @@ _WARMUP_PANELS: list[tuple[str, dict[str, str]]] = [
     ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
     ("Gradient norm", {"grad_norm": "before clipping"}),
 ]
+_SUITE_COLUMNS = {
+    "rouge_l": "Rouge-L", "exact_match": "exact match, %", "distinct_4": "distinct-4, %", "finished": "finished, %",
+    "length": "length, tokens", "reverse_kl": "KL(q‖p), nats a token", "forward_kl": "KL(p‖q), nats a token", "ece": "ECE",
+}  # fmt: skip
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#1c2330}
 table{border-collapse:collapse;width:100%;margin:1rem 0}td,th{border:1px solid #d5dae3;padding:.4rem .6rem;vertical-align:top}
@@ -61,13 +65,81 @@ def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Pat
         _answers(run_dir / "evaluate", results, prompts or {}),
         _times(_read(run_dir / "state.json")["stages"]),
     ]
-    page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(run_dir.name)} · minillm</title>"
+    out = run_dir / "report.html"
+    out.write_text(_page(run_dir.name, parts), encoding="utf-8")
+    return out
+
+
+def write_suite_report(out: Path) -> Path:
+    """Write `out/report.html` from the results and answers of a suite that lie there."""
+    results = _read(out / "results.json")
+    parts = [f"<h1>{html.escape(out.name)}</h1>", *(_set_table(results, name) for name in [*results["prompts"], "average"])]
+    parts.append(_by_words(results))
+    for name in results["prompts"]:
+        answers = {model: out / model / f"{name}-{results['seeds'][0]}.jsonl" for model in results["models"]}
+        parts.append(_side_by_side(f"Answers: {name}", {model: read_jsonl(file) for model, file in answers.items() if file.is_file()}))
+    page = out / "report.html"
+    page.write_text(_page(out.name, parts), encoding="utf-8")
+    return page
+
+
+def _set_table(results: dict[str, Any], name: str) -> str:
+    columns = {key: title for key, title in _SUITE_COLUMNS.items() if any(key in sets.get(name, {}) for sets in results["models"].values())}
+    if not columns:
+        return ""
+    rows = ""
+    for model, sets in results["models"].items():
+        change = results["differences"].get(model, {}).get(name)
+        rows += f"<tr><td>{html.escape(model)}</td>"
+        for key in columns:
+            score = sets[name].get(key)
+            spread = f" <span class=small>± {score['spread']:.2f}</span>" if score and "spread" in score else ""
+            rows += "<td class=n></td>" if score is None else f"<td class=n>{score['mean']:.2f}{spread}</td>"
+        rows += f"{_cell(change)}</tr>"
+    heads = "".join(f"<th>{title}</th>" for title in columns.values())
+    count = f", {results['prompts'][name]} prompts" if name in results["prompts"] else " of the sets"
+    return (
+        f"<h2>{html.escape(name)}{count}</h2><table><tr><th>model</th>{heads}"
+        f"<th>Rouge-L, difference to {html.escape(results['compared_with'])}</th></tr>{rows}</table>"
+        f"<p class=small>Mean ± spread over seeds {', '.join(map(str, results['seeds']))}; differences are paired over prompts, with a "
+        "95 % bootstrap interval.</p>"
+    )
+
+
+def _by_words(results: dict[str, Any]) -> str:
+    """Rouge-L by the length of the reference."""
+    out = ""
+    for name in results["prompts"]:
+        found = {model: sets[name].get("rouge_l_by_reference_words", {}) for model, sets in results["models"].items()}
+        bins = list(dict.fromkeys(key for values in found.values() for key in values))
+        if bins:
+            heads = "".join(f"<th>{key} words</th>" for key in bins)
+            rows = ""
+            for model, values in found.items():
+                cells = "".join(f"<td class=n>{values.get(key, float('nan')):.2f}</td>" for key in bins)
+                rows += f"<tr><td>{html.escape(model)}</td>{cells}</tr>"
+            title = f"{html.escape(name)}: Rouge-L by the length of the reference"
+            out += f"<h3>{title}</h3><table><tr><th>model</th>{heads}</tr>{rows}</table>"
+    return out
+
+
+def _side_by_side(title: str, answers: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    if not answers:
+        return ""
+    heads = "".join(f"<th>{html.escape(model)}</th>" for model in answers)
+    body = "".join(
+        "<tr>" + f"<td class=answer>{html.escape(' / '.join(rows[0].get('references', [])))}</td>"
+        + "".join(f"<td class=answer>{html.escape(row['text'])}</td>" for row in rows) + "</tr>"
+        for rows in list(zip(*answers.values(), strict=False))[:_SHOWN]
+    )  # fmt: skip
+    return f"<h2>{html.escape(title)}</h2><table><tr><th>reference</th>{heads}</tr>{body}</table>"
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)} · minillm</title>"
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>"
     )
-    out = run_dir / "report.html"
-    out.write_text(page, encoding="utf-8")
-    return out
 
 
 def _read(file: Path) -> Any:

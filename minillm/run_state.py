@@ -26,8 +26,8 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "minillm": ("warmup",), "evaluate": ("minillm",), "report": (),
 }  # fmt: skip
 
-# Of `rollout`: where and when responses are drawn, not from what. A run may go on with others.
-_OPERATIONAL = {"servers", "server_patience", "engine_memory", "overlap"}
+# Where and when responses are drawn and scored, not from what. A run may go on with others.
+_OPERATIONAL = {"rollout": {"servers", "server_patience", "engine_memory", "overlap"}, "teacher": {"servers"}}
 
 
 class RunError(RuntimeError):
@@ -116,8 +116,9 @@ class RunState:
             for name in ("train", "heldout"):
                 content = Path(sections["data"][name]).read_bytes()
                 sections["data"] = {**sections["data"], name: hashlib.sha256(content).hexdigest()[:16]}
-        for name in _OPERATIONAL & sections.get("rollout", {}).keys():
-            del sections["rollout"][name]
+        for section, names in _OPERATIONAL.items():
+            if section in sections:
+                sections[section] = {name: value for name, value in sections[section].items() if name not in names}
         return {".".join(key): value for key, value in flatten(sections).items()}
 
     def _sections(self, stage: str) -> set[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import json
 import logging
 import os
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.examples import Example, Prompt, read_examples, read_jsonl, render_all, write_jsonl
+from minillm.hardware import give_back_memory
 from minillm.recipe import Recipe
 from minillm.rollout.build import choose_engine
 from minillm.run_state import RunState
@@ -123,7 +121,7 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
             _STAGES[stage](this)
         except KeyboardInterrupt:
             raise Interrupted(f"stage {stage} was interrupted; the same command continues it") from None
-        _give_back_memory()
+        give_back_memory()
         if rank == 0:
             this.state.finish(stage, time.perf_counter() - started, this.processes)
         _say(rank, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.0f} s")
@@ -139,13 +137,6 @@ def _leave_together() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _give_back_memory() -> None:
-    """A finished stage's models and caches, which hold each other in cycles, go back to the system before the next begins."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
 
 
 def _say(rank: int, text: str) -> None:
@@ -391,7 +382,7 @@ def _evaluate(this: Run) -> None:
     from minillm import evaluation
     from minillm.hardware import device, working_dtype
     from minillm.models.load import load_model, load_tokenizer
-    from minillm.models.weights import plain_weights
+    from minillm.rollout.build import OneEngine
     from minillm.teacher.local import LocalTeacher
 
     settings = this.recipe.evaluate
@@ -405,7 +396,7 @@ def _evaluate(this: Run) -> None:
     sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
     tokenizer = load_tokenizer(this.teacher)
     teacher: LocalTeacher | None = None
-    engine, shape = None, None
+    engines = OneEngine(this.recipe.rollout, this.max_length(settings.max_new_tokens))
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, folder in folders.items():
         file = this.dir / "evaluate" / f"{name}.jsonl"
@@ -416,15 +407,7 @@ def _evaluate(this: Run) -> None:
             continue
         _say(0, f"  {name}")
         model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-        if engine is not None and shape == _shape(model):
-            engine.update_weights(plain_weights(model, working_dtype()), engine.version + 1)
-        else:
-            if engine is not None:
-                engine.close()
-                engine = None
-                _give_back_memory()
-            engine = _engine(this, folder, settings.max_new_tokens)
-            shape = _shape(model)
+        engine = engines.of(model, folder)
         rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]
         if name != "teacher":
             teacher = teacher or LocalTeacher(load_model(this.teacher, working_dtype()).to(device()))  # pyright: ignore[reportArgumentType]
@@ -434,8 +417,7 @@ def _evaluate(this: Run) -> None:
                 row["reverse_kl"] = 0.0  # of a model to itself
         write_jsonl(file, rows[name])
         note.write_text(json.dumps(made_from), encoding="utf-8")
-    if engine is not None:
-        engine.close()
+    engines.close()
     scores = {name: evaluation.collect(some, rows["teacher"]) for name, some in rows.items()}
     results: dict[str, Any] = {
         "models": {name: evaluation.summarise(some, settings.bootstrap) for name, some in scores.items()},
@@ -446,12 +428,6 @@ def _evaluate(this: Run) -> None:
         changes = evaluation.compare(scores["warmed"], scores["minillm"], settings.bootstrap)
         results |= {"minillm_against_warmed": changes, "check": evaluation.check(changes, settings)}
     (this.dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-
-
-def _shape(model: Any) -> dict[str, Any]:
-    """What two models must have in common for one engine to take the weights of both."""
-    config = model.config.to_dict()
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in ("dtype", "transformers_version")}
 
 
 def _made_from(this: Run, folder: str) -> dict[str, Any]:

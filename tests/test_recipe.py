@@ -113,3 +113,17 @@ def test_rollouts_that_cannot_be_weighed_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             RolloutConfig.model_validate(bad)
+
+
+def test_what_a_served_teacher_cannot_do_is_refused_before_anything_runs(recipe: Path) -> None:
+    served = ["teacher.servers=[http://127.0.0.1:8000]"]
+    for changes, message in (
+        ([], "rollout.teacher_mix with a served teacher: mixing draws from the teacher's whole rows; set 0"),
+        (["rollout.teacher_mix=0", "rollout.temperature=0.7"], "rollout.temperature: 0.7 with a served teacher"),
+        (["rollout.teacher_mix=0", "objective.language_model_distill=0.5"], "language_model_distill with a served teacher"),
+        (["rollout.teacher_mix=0", "teacher.top_k=20"], "teacher.top_k"),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(recipe, [*served, *changes])
+        assert message in str(caught.value)
+    assert load_recipe(recipe, [*served, "rollout.teacher_mix=0"]).teacher.top_k == 16

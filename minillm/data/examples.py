@@ -25,7 +25,12 @@ class Example:
     row: int
     instruction: str
     input: str = ""
-    output: str = ""
+    references: tuple[str, ...] = ()
+
+    @property
+    def output(self) -> str:
+        """The first reference; empty where there is none."""
+        return self.references[0] if self.references else ""
 
     @property
     def text(self) -> str:
@@ -41,7 +46,7 @@ class Prompt:
 
 
 def read_examples(path: str | Path, limit: int | None = None) -> list[Example]:
-    """Read `instruction`/`input`/`output` or `prompt`/`response` rows.
+    """Read `instruction`/`input`/`output` or `prompt`/`response` rows; an output may be a list of references.
 
     Raises:
         DataError: the file is missing or empty, or a line is not such a row.
@@ -70,17 +75,25 @@ def _example(line: str, row: int, place: str) -> Example:
         fields: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    return example_of(fields, row, place)
+
+
+def example_of(fields: Any, row: int, place: str) -> Example:
+    """A row of a file or of a data set; `place` names it in errors."""
     if not isinstance(fields, dict):
         raise DataError(f"{place}: a JSON object is needed, not {type(fields).__name__}")
     instruction = fields.get("instruction", fields.get("prompt"))
-    parts = {"instruction": instruction, "input": fields.get("input", ""), "output": fields.get("output", fields.get("response", ""))}
+    output = fields.get("output", fields.get("response", ""))
+    parts = {"instruction": instruction, "input": fields.get("input", "")}
+    parts |= {"output": output} if not isinstance(output, list) else {f"output[{i}]": text for i, text in enumerate(output)}
     for name, value in parts.items():
         if not isinstance(value, str):
             given = "is missing" if value is None else f"is {type(value).__name__}"
             raise DataError(f"{place}: {name} {given}; a string is needed")
-    if not parts["instruction"].strip():
+    if not instruction.strip():
         raise DataError(f"{place}: instruction is blank")
-    return Example(row, **parts)
+    references = output if isinstance(output, list) else [output]
+    return Example(row, instruction, parts["input"], tuple(text for text in references if text.strip()))
 
 
 def render(example: Example, template: Template, tokenizer: Any, system: str | None = None) -> list[int]:

@@ -20,7 +20,8 @@ class Sampling:
 
     A response ends with the first of `eos_ids`, which belongs to it; with the token that completes one of the `stop`
     strings in its text; or after `max_new_tokens`. With `likeliest`, the log-probabilities of at least as many likeliest
-    tokens come back for each place.
+    tokens come back for each place. With `no_repeat_ngram`, for evaluation, tokens that would repeat an n-gram of that
+    length, prompt included, are not drawn (transformers engine only).
     """
 
     max_new_tokens: int
@@ -29,6 +30,7 @@ class Sampling:
     temperature: float = 1.0
     likeliest: int = 0
     stop: StopStrings | None = None
+    no_repeat_ngram: int = 0
 
     def length(self, ids: list[int]) -> int | None:
         """Tokens of a response that begins with `ids`, up to the one that ends it; None while none does.
@@ -40,6 +42,11 @@ class Sampling:
             stopped = self.stop.length(ids if ends is None else ids[:ends])
             ends = ends if stopped is None else stopped
         return ends
+
+    def needs_no_filter(self, engine: str) -> None:
+        """Refuse, for an engine that would not heed it."""
+        if self.no_repeat_ngram:
+            raise EngineError(f"{engine} does not block n-grams: no_repeat_ngram takes engine: transformers")
 
     def ended(self, ids: list[int]) -> bool:
         """Whether the last of `ids` ends the response, given that none before it did."""

@@ -8,9 +8,18 @@ by temperature².
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from minillm.recipe import DivergenceConfig
+
+
+def named(config: DivergenceConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of student's and teacher's logits that a recipe asks for."""
+    return partial(globals()[config.name], **config.parameters)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:

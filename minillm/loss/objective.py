@@ -8,15 +8,16 @@ divided by a token count. ρ̂ = q_θ/q_old; A, w and v come from `credit`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from minillm.loss import credit
 from minillm.loss.credit import SampledTokens
-from minillm.loss.token_scores import TokenScores, TokenWeights
-from minillm.recipe import Objective
+from minillm.loss.divergences import named
+from minillm.loss.token_scores import Divergence, TokenScores, TokenWeights
+from minillm.recipe import DivergenceConfig, Objective
 
 
 @dataclass
@@ -76,12 +77,15 @@ class OnPolicyLoss:
         if part.start >= self._n:
             return self._text(scores)
         cut = self._n - part.start
-        split = lambda s: TokenScores(*(getattr(scores, f)[s] for f in vars(scores)))  # noqa: E731
+        split = lambda s: TokenScores(*(None if v is None else v[s] for v in vars(scores).values()))  # pyright: ignore  # noqa: E731
         text_loss, text = self._text(split(slice(cut, None)))
         loss, policy = self._policy(slice(part.start, self._n), split(slice(cut)))
         zeros = torch.zeros_like(scores.logq)
         pairs = {name: (getattr(policy, name), getattr(text, name)) for name in vars(policy)}
-        joined = {name: torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b]) for name, (a, b) in pairs.items()}
+        joined = {
+            name: None if a is b is None else torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b])
+            for name, (a, b) in pairs.items()
+        }
         return loss + text_loss, TokenWeights(**joined)
 
     def _policy(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
@@ -102,15 +106,19 @@ class OnPolicyLoss:
             gain = surrogate = ratio.clamp(max=objective.importance_truncation or torch.inf) * advantages
         single = objective.single_step * self._single_weights[part] / self._count
         long = objective.long_term / self._count
-        loss = (single * scores.reverse_kl).sum() - (long * weights * surrogate).sum()
+        field, exact = single_step_score(objective.divergence, scores)
+        loss = (single * exact).sum() - (long * weights * surrogate).sum()
         self.tally.add(
             tokens=torch.ones_like(old), reverse_kl=scores.reverse_kl, forward_kl=scores.forward_kl, entropy=scores.entropy,
             sampled_reverse_kl=self._rho[part] * (old - self._tokens.teacher_logprobs[part]), log_ratio=(scores.logq - old).abs(),
             importance_weight=self._rho[part],
             advantage=advantages, advantage_squared=advantages.double() ** 2, clipped=~active,
-            policy_loss=-(long * weights * surrogate), single_step_loss=single * scores.reverse_kl,
+            policy_loss=-(long * weights * surrogate), single_step_loss=single * exact,
         )  # fmt: skip
-        return loss, TokenWeights(logq=-long * weights * gain * active, reverse_kl=single)
+        if field == "divergence":
+            self.tally.add(divergence=exact)
+        by_logq = -long * weights * gain * active
+        return loss, replace(TokenWeights(logq=by_logq), **{field: single})
 
     def _text(self, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
         """λ·[(1−s)·(−log q(y)) + s·KL(p‖q)] over text tokens."""
@@ -145,18 +153,41 @@ class OnPolicyLoss:
         return centred
 
 
-class SupervisedLoss:
-    """λ·CE + (1−λ)·KL(p‖q) on fixed responses: the paper's word-level distillation."""
+def single_step_score(divergence: DivergenceConfig, scores: TokenScores) -> tuple[str, Tensor]:
+    """The divergence among a token's scores, and the field of `TokenWeights` that it is weighed by.
 
-    def __init__(self, cross_entropy: float, count: float | Tensor) -> None:
+    The two KLs are there in any case; another kind is what `token_scores` was given as `divergence`.
+    """
+    if divergence.name in ("reverse_kl", "forward_kl"):
+        return divergence.name, getattr(scores, divergence.name)
+    assert scores.divergence is not None
+    return "divergence", scores.divergence
+
+
+def extra_divergence(divergence: DivergenceConfig) -> Divergence | None:
+    """What `token_scores` must be given for `single_step_score`."""
+    return None if divergence.name in ("reverse_kl", "forward_kl") else named(divergence)
+
+
+class SupervisedLoss:
+    """λ·CE + (1−λ)·D on fixed responses: with D = KL(p‖q) the paper's word-level distillation."""
+
+    def __init__(self, cross_entropy: float, count: float | Tensor, divergence: DivergenceConfig | None = None) -> None:
         self._share, self._count = cross_entropy, count
+        self._divergence = divergence or DivergenceConfig(name="forward_kl")
         self.tally = Tally()
 
     def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
         ones = torch.ones_like(scores.logq) / self._count
-        loss = ones * (self._share * -scores.logq + (1 - self._share) * scores.forward_kl)
+        if self._share == 1:  # fine-tuning, where there need be no teacher
+            self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.logq, entropy=scores.entropy)
+            return (ones * -scores.logq).sum(), TokenWeights(logq=-ones)
+        field, value = single_step_score(self._divergence, scores)
+        loss = ones * (self._share * -scores.logq + (1 - self._share) * value)
+        if field == "divergence":
+            self.tally.add(divergence=value)
         self.tally.add(
             tokens=torch.ones_like(ones), cross_entropy=-scores.logq, forward_kl=scores.forward_kl,
             reverse_kl=scores.reverse_kl, entropy=scores.entropy,
         )  # fmt: skip
-        return loss.sum(), TokenWeights(logq=-ones * self._share, forward_kl=ones * (1 - self._share))
+        return loss.sum(), replace(TokenWeights(logq=-ones * self._share), **{field: ones * (1 - self._share)})

@@ -55,7 +55,7 @@ class TokenScores:
     """Float32, one value per response token [N], no gradient.
 
     logq, logp: log-probability of the token itself. reverse_kl: KL(q‖p). forward_kl: KL(p‖q). entropy: of q.
-    Without a teacher logp is logq, and both divergences are zero.
+    Without a teacher logp is logq, and both divergences are zero. divergence: of another kind, where one was given.
     """
 
     logq: Tensor
@@ -63,23 +63,27 @@ class TokenScores:
     reverse_kl: Tensor
     forward_kl: Tensor
     entropy: Tensor
+    divergence: Tensor | None = None
 
 
 @dataclass
 class TokenWeights:
     """Derivatives of the loss by a token's scores [N]; each may be None for zero.
 
-    logq: by log q(y). reverse_kl: by KL(q‖p). forward_kl: by KL(p‖q).
+    logq: by log q(y). reverse_kl: by KL(q‖p). forward_kl: by KL(p‖q). divergence: by the one that was given.
     """
 
     logq: Tensor | None = None
     reverse_kl: Tensor | None = None
     forward_kl: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 # Given a chunk's place and scores, the loss it contributes and the loss's derivatives. Called from the last chunk to
 # the first, so that a return, which sums over the future, is complete when a token's turn comes.
 Weigh = Callable[[slice, TokenScores], tuple[Tensor, TokenWeights]]
+# Logits of student and teacher [n, V], divided by the temperature, to one value a token [n]; see `minillm.loss.divergences`.
+Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 def token_scores(
@@ -91,6 +95,7 @@ def token_scores(
     *,
     teacher_rows: TeacherRows | None = None,
     weigh: Weigh | None = None,
+    divergence: Divergence | None = None,
     temperature: float = 1.0,
     width: int | None = None,
     chunk: int = CHUNK,
@@ -106,6 +111,8 @@ def token_scores(
         width: the vocabulary is the first so many rows of both heads, and the rest padding; by default all of them, of
             which both heads must have as many.
         weigh: the loss; None scores only.
+        divergence: one more to score by, besides the two KLs: any function that autograd can differentiate. It costs some
+            passes over a chunk's logits, and no matmul.
         temperature: divides the logits of both.
 
     Returns:
@@ -113,16 +120,18 @@ def token_scores(
     """
     outs: list[TokenScores] = []
     loss = _GradientInForward.apply(
-        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, temperature, width, chunk, outs
-    )
+        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, width,
+        chunk, outs,
+    )  # fmt: skip
     return loss, outs[0]
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, temperature, width, chunk, outs
-    ):
+        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, width,
+        chunk, outs,
+    ):  # fmt: skip
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -132,22 +141,24 @@ class _GradientInForward(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             return _forward(
                 ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, teacher_rows, weigh,
-                temperature, width, chunk, outs, dtype, rounded,
+                divergence, temperature, width, chunk, outs, dtype, rounded,
             )  # fmt: skip
 
     @staticmethod
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
-        return *grads, *(None,) * 10
+        return *grads, *(None,) * 11
 
 
 def _forward(
-    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, temperature, width, chunk, outs, dtype, rounded
-) -> Tensor:
+    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, width, chunk, outs, dtype,
+    rounded,
+) -> Tensor:  # fmt: skip
     n = len(targets)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    scores = TokenScores(*(hidden.new_zeros(n, dtype=wide) for _ in fields(TokenScores)))
+    kept = [field.name for field in fields(TokenScores) if field.name != "divergence" or divergence is not None]
+    scores = TokenScores(*(hidden.new_zeros(n, dtype=wide) for _ in kept))
     outs.append(scores)
     loss = hidden.new_zeros((), dtype=wide)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -185,8 +196,13 @@ def _forward(
             teacher = student
         normaliser, teacher_normaliser, *values = measure(student, teacher, targets[part], curve, teacher_curve, wide)
         here = TokenScores(*values)
-        for field in fields(TokenScores):
-            getattr(scores, field.name)[part] = getattr(here, field.name)
+        if divergence is not None:
+            with torch.enable_grad():
+                logits = curve.logits(student, wide).requires_grad_()
+                other = divergence(logits, teacher_curve.logits(teacher, wide))
+            here.divergence = other.detach()
+        for name in kept:
+            getattr(scores, name)[part] = getattr(here, name)
         if weigh is None:
             continue
         value, weights = weigh(part, here)
@@ -200,12 +216,17 @@ def _forward(
         unit = None
         if dtype == torch.float16:
             # Shares of a token count are too small for float16, and no loss scale has reached them yet.
-            unit = torch.stack([by_logq.abs().max(), by_reverse.abs().max(), by_forward.abs().max()]).max().clamp(min=1e-30)
+            largest = [w.abs().max() for w in (by_logq, by_reverse, by_forward, weights.divergence) if w is not None]
+            unit = torch.stack(largest).max().to(wide).clamp(min=1e-30)
             by_logq, by_reverse, by_forward = by_logq / unit, by_reverse / unit, by_forward / unit
         grad = differentiate(
             student, teacher, normaliser, teacher_normaliser, here.reverse_kl, targets[part], by_logq, by_reverse,
             by_forward, curve, teacher_curve, wide, dtype,
         )  # fmt: skip
+        if divergence is not None and weights.divergence is not None:
+            [by_logits] = torch.autograd.grad(other, logits, weights.divergence.to(wide))
+            share = by_logits * curve.slope(logits.detach())
+            grad = grad + (share if unit is None else share / unit).to(dtype)
         del student, teacher
         if grad_hidden is not None:
             grad_hidden[part] = _scaled(grad @ weight, unit)

@@ -1,7 +1,8 @@
 """Scoring bound as a model's own forward.
 
-DDP, FSDP2 and ZeRO-3 gather the head's weights, and hook their gradients, inside the forward of the module they wrap.
-Scoring from outside would read shards. A bound model called with `scoring=` returns the loss and the scores; called
+DDP and FSDP2 gather the head's weights, and hook their gradients, inside the forward of the module they wrap. Scoring
+from outside would read shards. (ZeRO-3 gathers a module's weights when that very module is called, which the head is not:
+it has not been run.) A bound model called with `scoring=` returns the loss and the scores; called
 otherwise it is what it was. Nothing is wrapped and no checkpoint key changes.
 """
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, pad
 from minillm.data.rollouts import TeacherRows
-from minillm.loss.token_scores import Head, TokenScores, Weigh, token_scores
+from minillm.loss.token_scores import Divergence, Head, TokenScores, Weigh, token_scores
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Scoring:
     weigh: Weigh | None = None
     temperature: float = 1.0
     teacher_rows: TeacherRows | None = None
+    divergence: Divergence | None = None
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -101,20 +103,24 @@ def keeps_sequences_apart(model: PreTrainedModel) -> bool:
 
 def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
     """Teach `model.forward` the argument `scoring`. Binding twice changes nothing."""
-    plain = model.forward
-    if getattr(plain, "takes_scoring", False):
+    if getattr(model.forward, "takes_scoring", False):
         return model
+    # Of the class, so that a copy of the model does not call the original's; another's patch is kept as it is.
+    plain: Any = (
+        (lambda self, *args, **kwargs: patched(*args, **kwargs)) if (patched := vars(model).get("forward")) else type(model).forward
+    )
 
     def forward(self: Any, *args: Any, scoring: Scoring | None = None, **kwargs: Any) -> Any:
         if scoring is None:
-            return plain(*args, **kwargs)
+            return plain(self, *args, **kwargs)
         hidden = hidden_states(self, scoring.batch)
         head: Any = _unwrap_adapter(self).get_output_embeddings()
         if isinstance(head, FSDPModule):
             head.unshard()  # a unit of its own: its weights are gathered when it is called, and here it is not
         loss, scores = token_scores(
             hidden, head_of(self), scoring.batch.targets, scoring.teacher_hidden, scoring.teacher_head,
-            teacher_rows=scoring.teacher_rows, weigh=scoring.weigh, temperature=scoring.temperature, width=scoring.width,
+            teacher_rows=scoring.teacher_rows, weigh=scoring.weigh, divergence=scoring.divergence, temperature=scoring.temperature,
+            width=scoring.width,
         )  # fmt: skip
         return {"loss": loss, "scores": scores}
 

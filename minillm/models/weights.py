@@ -11,6 +11,35 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
+def check_adapter(model: Any) -> None:
+    """Refuse adapters that `plain_weights` could not hand over: the engine would sample another student than is trained.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    if not hasattr(model, "get_base_model"):
+        return
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    base = model.get_base_model()
+    embeddings = base.get_input_embeddings()
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"{name}: modules_to_save and trainable tokens are not handed to the engine; use LoRA layers alone")
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if not (isinstance(module, LoraLayer) and hasattr(module, "get_delta_weight")):
+            raise ValueError(f"{name}: an adapter of kind {type(module).__name__} is not handed to the engine; use LoRA")
+        if any(getattr(module, "use_dora", {}).values()):
+            raise ValueError(f"{name}: a DoRA adapter cannot be merged on the way to the engine; use plain LoRA")
+        if any(getattr(module, "lora_bias", {}).values()):
+            raise ValueError(f"{name}: the bias of a LoRA adapter is not handed to the engine; set lora_bias=False")
+        if module is embeddings and getattr(base.config, "tie_word_embeddings", False):
+            raise ValueError(f"{name}: a LoRA adapter on an embedding that is also the head changes one of the two only; leave it out")
+
+
 def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every weight in full, tied ones under each of their names, adapters merged on the way out.
 
@@ -21,11 +50,10 @@ def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
         for name, value in model.state_dict().items():
             yield name, _whole(value).detach().to(dtype)
         return
+    check_adapter(model)
     deltas = {}
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
-            if getattr(module, "use_dora", {}) and any(module.use_dora.values()):
-                raise ValueError(f"{name}: a DoRA adapter cannot be merged on the way to the engine; use plain LoRA")
             deltas[f"{name}.weight"] = [module.get_delta_weight(adapter) for adapter in module.active_adapters if adapter in module.scaling]
     for name, value in model.get_base_model().state_dict().items():
         if "lora_" not in name:

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from minillm.data.rollouts import EngineError
-from minillm.hardware import device, working_dtype
+from minillm.hardware import device, give_back_memory, working_dtype
+from minillm.models.weights import plain_weights
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.rollout.transformers_engine import TransformersEngine
@@ -71,6 +72,38 @@ def make_engine(
         return TransformersEngine(model, shared=True)
     loaded: Any = load_model(folder, dtype)
     return TransformersEngine(loaded.to(device()))
+
+
+class OneEngine:
+    """An engine for models that come one after another: it takes the next one's weights where that has the same shape.
+
+    Args:
+        config: `engine: server` samples here as `auto` does.
+        max_length: prompt and response together.
+    """
+
+    def __init__(self, config: RolloutConfig, max_length: int) -> None:
+        self._config, self._max_length = config, max_length
+        self._engine: Engine | None = None
+        self._shape: dict[str, Any] = {}
+
+    def of(self, model: PreTrainedModel, folder: str | Path) -> Engine:
+        """The engine, sampling `model`, which was loaded from `folder`."""
+        given: dict[str, Any] = model.config.to_dict()
+        shape = {key: value for key, value in given.items() if not key.startswith("_") and key not in ("dtype", "transformers_version")}
+        if self._engine is not None and shape == self._shape:
+            self._engine.update_weights(plain_weights(model, working_dtype()), self._engine.version + 1)
+        else:
+            self.close()
+            self._engine = make_engine(self._config, folder, max_length=self._max_length, tokenizer=folder)
+            self._shape = shape
+        return self._engine
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+            give_back_memory()
 
 
 def _served(config: RolloutConfig, folder: str | Path, max_length: int, dtype: torch.dtype, model: Any, work: Path) -> Engine:

@@ -54,6 +54,8 @@ class TransformersEngine:
             out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             logq = next_token_logprobs(out.logits[:, -1], sampling)
+            if sampling.no_repeat_ngram:
+                logq = _without_repeats(logq, [[*prompts[i], *ids[i]] for i in rows], sampling.no_repeat_ngram)
             # Exponential races: argmax of q/e with e ~ Exp(1) is a draw from q, one generator a row.
             noise = torch.stack([torch.empty_like(row).exponential_(generator=generators[i]) for i, row in zip(rows, logq, strict=True)])
             tokens = (logq - noise.log()).argmax(-1)
@@ -103,6 +105,17 @@ class TransformersEngine:
 
     def close(self) -> None:
         pass
+
+
+def _without_repeats(logq: Tensor, sequences: Sequence[list[int]], n: int) -> Tensor:
+    """Log-probabilities where no token completes an n-gram that its sequence has already."""
+    logq = logq.clone()
+    for row, ids in zip(logq, sequences, strict=True):
+        last = ids[len(ids) - n + 1 :]
+        seen = [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == last]
+        if seen and len(ids) >= n - 1:
+            row[torch.tensor(seen, device=row.device)] = -torch.inf
+    return torch.log_softmax(logq, -1)
 
 
 def _left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,7 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         from vllm import SamplingParams
 
+        sampling.needs_no_filter("vLLM")
         allowed = self._allowed(sampling)
         text: dict[str, Any] = {"detokenize": False}
         if sampling.stop is not None and self._decodes:

@@ -55,6 +55,7 @@ class VLLMServerEngine:
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         """See `Engine.generate`."""
+        sampling.needs_no_filter("vLLM's server")
         shared = self._settings(sampling) | {
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.eos_ids),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,32 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from minillm.data.batches import Padded
 from minillm.data.rollouts import TeacherRows
 from minillm.hardware import fast_bfloat16
-from minillm.loss.token_scores import Weigh
+from minillm.loss.token_scores import Divergence, Weigh
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
 from minillm.models.vocabulary import check_same_tokens, head_width, token_count
+from minillm.recipe import RolloutConfig
+from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.train.validation import Validated
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(Validated, Trainer):
     """A `transformers.Trainer` that holds a frozen teacher and scores tokens inside the student's forward.
 
     What an update trains on is a function of its number (`micro_batches`), the same in every process and after a
     resume; the dataloader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
+
+    Rows of `eval_dataset` are what `Validated` says.
     """
 
     def __init__(
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
-        processing_class: Any = None, temperature: float = 1.0, **kwargs: Any,
+        processing_class: Any = None, temperature: float = 1.0, rollout: RolloutConfig | None = None, engine: Engine | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         if processing_class is None:
             if not isinstance(model, str):
@@ -63,22 +68,22 @@ class DistillationTrainer(Trainer):
             logger.warning("The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.", *widths, min(widths))
         self.width = min(*widths, token_count(processing_class))
         self.temperature = temperature
-        self.compute_dtype = compute
         without_dropout(student)
         check_head(student, "student")  # pyright: ignore[reportArgumentType]
         if teacher_model is not None:
             check_head(teacher_model, "teacher")
         bind_scoring(student)
-        super().__init__(model=student, args=args, processing_class=processing_class, **kwargs)
+        super().__init__(model=student, args=args, processing_class=processing_class, eval_dataset=eval_dataset, **kwargs)  # pyright: ignore[reportArgumentType]
+        self.sample_with(rollout or RolloutConfig(), self.width, compute, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        batch_size = max(args.per_device_train_batch_size, 16)
-        self.teacher = served if served is not None else LocalTeacher(teacher_model.to(args.device), batch_size=batch_size)
+        if served is not None:
+            self.teacher = served
+        else:
+            self.teacher = LocalTeacher(teacher_model.to(args.device), batch_size=max(args.per_device_train_batch_size, 16))  # pyright: ignore[reportOptionalMemberAccess]
         self._logged_at: int | None = None  # the update after which metrics were last logged
         self._sums: dict[str, float] = defaultdict(float)
         self._values: dict[str, tuple[float, float]] = {}
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._phase_tokens: dict[str, float] = defaultdict(float)
 
     def updates_per_epoch(self) -> int:
         """Updates in one pass over the training data."""
@@ -95,7 +100,7 @@ class DistillationTrainer(Trainer):
         Raises:
             ValueError: it is served.
         """
-        if isinstance(self.teacher, ServedTeacher):
+        if not isinstance(self.teacher, LocalTeacher):
             raise ValueError("a served teacher tells log-probabilities of some tokens only: this needs the teacher's model in this process")
         return self.teacher
 
@@ -108,13 +113,14 @@ class DistillationTrainer(Trainer):
         return self.micro_batches(self.state.global_step), None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Score the batch in the student's forward. `inputs`: batch, weigh, teacher (its states or its rows), scale."""
+        """Score the batch in the student's forward. `inputs`: what `update_on` is given."""
         teacher = inputs["teacher"]
-        if isinstance(teacher, TeacherRows):
-            scoring = Scoring(inputs["batch"], self.width, None, None, inputs["weigh"], self.temperature, teacher)
-        else:
-            head = head_of(self.local_teacher.model)
-            scoring = Scoring(inputs["batch"], self.width, teacher, head, inputs["weigh"], self.temperature)
+        scoring = Scoring(
+            inputs["batch"], self.width, weigh=inputs["weigh"], temperature=self.temperature, divergence=inputs["divergence"],
+            teacher_rows=teacher if isinstance(teacher, TeacherRows) else None,
+        )  # fmt: skip
+        if isinstance(teacher, Tensor):
+            scoring = replace(scoring, teacher_hidden=teacher, teacher_head=head_of(self.local_teacher.model))
         loss, scores = score(model, scoring)
         return (loss * inputs["scale"], scores) if return_outputs else loss * inputs["scale"]
 
@@ -124,25 +130,14 @@ class DistillationTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
 
-    def update_on(self, model: Any, batch: Padded, weigh: Weigh, teacher: Tensor | TeacherRows, scale: float) -> Tensor:
+    def update_on(
+        self, model: Any, batch: Padded, weigh: Weigh, teacher: Tensor | TeacherRows | None, scale: float,
+        divergence: Divergence | None = None,
+    ) -> Tensor:  # fmt: skip
         """Forward and backward of one micro-batch; returns the loss. `teacher`: its final states, or its rows."""
-        inputs = {"batch": batch, "weigh": weigh, "teacher": teacher, "scale": scale}
+        inputs = {"batch": batch, "weigh": weigh, "teacher": teacher, "scale": scale, "divergence": divergence}
         with self.phase("update", len(batch.targets)):
             return super().training_step(model, inputs, num_items_in_batch=1)
-
-    def global_sum(self, value: Tensor | float) -> float:
-        """Sum over processes."""
-        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.args.device)
-        return float(self.accelerator.reduce(tensor, reduction="sum"))  # pyright: ignore[reportArgumentType]
-
-    @contextmanager
-    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # kernels are only queued; the time is theirs
-        self._seconds[name] += time.perf_counter() - start
-        self._phase_tokens[name] += tokens
 
     def tally(self, sums: dict[str, Tensor]) -> None:
         """Add sums over tokens to what the next log reports as means."""
@@ -177,8 +172,9 @@ class DistillationTrainer(Trainer):
             out[name] = total / count if count else 0.0
         for name in sorted(self._seconds):
             out[f"{name}_seconds"] = self._seconds[name]
-            if self._phase_tokens[name] and self._seconds[name]:
-                out[f"{name}_tokens_per_second"] = self._phase_tokens[name] / self._seconds[name]
+            tokens = self.global_sum(self._phase_tokens[name])
+            if tokens and self._seconds[name]:
+                out[f"{name}_tokens_per_second"] = tokens / self._seconds[name]
         for store in (self._sums, self._values, self._seconds, self._phase_tokens):
             store.clear()
         self._logged_at = self.state.global_step

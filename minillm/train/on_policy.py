@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,14 +18,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import bucket, pack_text, pad, permutation, seed_of
 from minillm.data.examples import chat_ids
-from minillm.data.rollouts import EngineError, Rollout, Sampling, StopStrings, TeacherRows
+from minillm.data.rollouts import EngineError, Rollout, TeacherRows
 from minillm.loss.credit import SampledTokens, return_sum
-from minillm.loss.objective import OnPolicyLoss
-from minillm.models.load import context_length, eos_ids
+from minillm.loss.objective import OnPolicyLoss, extra_divergence
+from minillm.models.load import context_length
 from minillm.models.scoring import Scoring, keeps_sequences_apart, score
-from minillm.models.weights import plain_weights, save_plain
-from minillm.recipe import Objective, RolloutConfig, check_served_teacher
-from minillm.rollout.build import make_engine
+from minillm.models.weights import check_adapter
+from minillm.recipe import Objective, RolloutConfig, check_off_policy, check_served_teacher
 from minillm.rollout.engine import Engine
 from minillm.rollout.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
 from minillm.teacher.served import ServedTeacher, join
@@ -70,6 +68,7 @@ class MiniLLMTrainer(DistillationTrainer):
         rollout: how responses are drawn.
         train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
         text_dataset: rows with `text`, for the language-model term; as many blocks as responses join each update.
+        responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
         processing_class: the student's tokenizer; by default the one in its folder.
 
     Raises:
@@ -80,14 +79,18 @@ class MiniLLMTrainer(DistillationTrainer):
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
         objective: Objective | None = None, rollout: RolloutConfig | None = None,
         train_dataset: Sequence[dict[str, Any]], text_dataset: Sequence[dict[str, Any]] | None = None,
-        processing_class: Any = None, engine: Engine | None = None, **kwargs: Any,
+        responses: Sequence[dict[str, Any]] | None = None, processing_class: Any = None, engine: Engine | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.objective = objective or Objective.recommended()
-        self.rollout_config = config = rollout or RolloutConfig()
+        config = rollout or RolloutConfig()
         if isinstance(teacher, ServedTeacher):
             check_served_teacher(config, self.objective)
+        check_off_policy(config, self.objective)
+        if config.on_policy < 1 and not responses:
+            raise ValueError(f"rollout.on_policy: {config.on_policy:g} trains on given responses too, and there are none (responses)")
+        self._given = responses or []
         super().__init__(
-            model, teacher, args, processing_class=processing_class, temperature=config.temperature,
+            model, teacher, args, processing_class=processing_class, temperature=config.temperature, rollout=config, engine=engine,
             train_dataset=train_dataset, **kwargs,
         )  # fmt: skip
         self._processes = self.accelerator.num_processes
@@ -99,6 +102,7 @@ class MiniLLMTrainer(DistillationTrainer):
             )
         self._prompts = self._tokenize(train_dataset)
         student: Any = self.model
+        check_adapter(student)
         limit = context_length(student)
         if limit is not None and config.max_prompt_tokens + config.max_new_tokens > limit:
             raise ValueError(
@@ -106,13 +110,9 @@ class MiniLLMTrainer(DistillationTrainer):
                 f"exceed the student's context of {limit}"
             )
         self._text = self._pack(text_dataset)
-        eos = eos_ids(student.generation_config, self.processing_class)
-        stop = StopStrings(self.processing_class, config.stop) if config.stop else None
-        self.sampling = Sampling(config.max_new_tokens, eos, self.width, config.temperature, stop=stop)
         if isinstance(self.teacher, ServedTeacher):
             self.sampling = replace(self.sampling, likeliest=self.teacher.top_k)
             self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
-        self._engine = engine
         self._sampler: TeacherMixedSampler | None = None
         if config.overlap and config.engine != "server" and engine is None:
             raise ValueError("rollout.overlap draws beside the updates, with the weights before them: it needs rollout.engine: server")
@@ -125,7 +125,9 @@ class MiniLLMTrainer(DistillationTrainer):
         self._ahead: tuple[int, Future[_Drawn]] | None = None  # the batch that is being drawn meanwhile
         self._alarmed = False
         self._batch_number = -1
+        self._earlier: list[Rollout] = []  # for replay, the oldest first
         self._rollouts: list[Rollout] = []
+        self._of_batch: dict[str, tuple[float, float]] = {}  # sums and counts, logged with every update on the batch
         self._baseline = 0.0
         self._draft_tokens = FIRST_DRAFT if config.draft_tokens == "auto" else config.draft_tokens
 
@@ -145,11 +147,17 @@ class MiniLLMTrainer(DistillationTrainer):
         number, place = divmod(update, self._updates_per_batch)
         if number != self._batch_number:
             self._draw(number)
+        for name, (total, of) in self._of_batch.items():
+            self.note(name, total, of)
         inner, nth = divmod(place, self._updates_per_batch // self.rollout_config.inner_epochs)
         order = permutation(len(self._rollouts), self.args.seed, "inner", number, inner, self.accelerator.process_index)
         chosen = order[nth * self._update_size : (nth + 1) * self._update_size]
         lengths = [len(self._rollouts[i].response_ids) for i in chosen]
-        groups = bucket(lengths, self.args.per_device_train_batch_size)
+        each = self.args.per_device_train_batch_size
+        if self.objective.normalise == "update_tokens":
+            groups = bucket(lengths, each)
+        else:  # what is whitened together, and divided by one count, must not be chosen by its length
+            groups = [list(range(start, start + each)) for start in range(0, len(chosen), each)]
         text = self._text_rows(update, len(groups))
         if self.objective.normalise == "update_tokens":
             count = self.global_sum(float(sum(lengths)))
@@ -181,7 +189,7 @@ class MiniLLMTrainer(DistillationTrainer):
             self.objective, self._sampled(rollouts).to(device), baseline=self._baseline, count=inputs.count,
             text_count=inputs.text_count, slots=len(rollouts) * self.sampling.max_new_tokens, total=self.global_sum,
         )  # fmt: skip
-        value = self.update_on(model, batch, loss, teacher, self._processes)
+        value = self.update_on(model, batch, loss, teacher, self._processes, extra_divergence(self.objective.divergence))
         for rollout, reverse_kl in zip(rollouts, loss.reverse_kl.cpu().split([len(r.response_ids) for r in rollouts]), strict=True):
             if rollout.reverse_kl is None:
                 rollout.reverse_kl = reverse_kl.clone()
@@ -229,29 +237,32 @@ class MiniLLMTrainer(DistillationTrainer):
                 with self.phase("waiting"):
                     drawn = ahead[1].result()
             else:
-                self._sync()
+                engine = self._sync()
                 drawn = self._sample(number)
-                self._engine.rest()  # pyright: ignore[reportOptionalMemberAccess]
+                engine.rest()
         rollouts = drawn.rollouts
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         self._seconds["rollout"] += drawn.seconds
         self._phase_tokens["rollout"] += tokens
+        self._of_batch = {
+            "response_length": (tokens, len(rollouts)),
+            "finished": (sum(rollout.finished for rollout in rollouts), len(rollouts)),
+            "version_lag": (sum(self.state.global_step - rollout.weights_version for rollout in rollouts), len(rollouts)),
+        }
         if drawn.drafted:
-            self.note("acceptance", drawn.accepted, drawn.drafted)
-            self.note("draft_length", self._draft_tokens, 1)
+            self._of_batch |= {"acceptance": (drawn.accepted, drawn.drafted), "draft_length": (self._draft_tokens, 1)}
         if self.rollout_config.draft_tokens == "auto" and self.rollout_config.teacher_mix:
             # Of all processes, so that the same tokens are drawn however many there are.
             accepted, drafted = self.global_sum(drawn.accepted), self.global_sum(drawn.drafted)
             self._draft_tokens = draft_length(accepted / max(drafted, 1.0))
-        self.note("response_length", tokens, len(rollouts))
-        self.note("finished", sum(rollout.finished for rollout in rollouts), len(rollouts))
-        self.note("version_lag", sum(self.state.global_step - rollout.weights_version for rollout in rollouts), len(rollouts))
+        rollouts = rollouts + self._not_drawn(number, len(rollouts))
         with self._or_checkpoint():
             self._score(rollouts)
         if self.objective.old_logprobs == "trainer":
             with self.phase("rescoring", tokens):
                 self._rescore(rollouts)
         self._adopt(number, rollouts)
+        self._keep_for_replay(drawn.rollouts)
         if self.rollout_config.overlap and (number + 1) * self._updates_per_batch < self.state.max_steps:
             with self._or_checkpoint():
                 self._sync()
@@ -269,7 +280,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _sample(self, number: int) -> _Drawn:
         """Touches nothing but the engine and the teacher: with `overlap` it runs beside the updates."""
-        mine = self._prompt_rows(number)
+        mine = self._prompt_rows(number)[: self._sizes()[0]]
         prompts = [self._prompts[row] for row in mine]
         # The place tells apart a prompt that comes twice in one batch.
         rank = self.accelerator.process_index
@@ -285,24 +296,63 @@ class MiniLLMTrainer(DistillationTrainer):
             rollouts, drafted, accepted = self._engine.generate(prompts, self.sampling, seeds), 0, 0
         return _Drawn(rollouts, time.perf_counter() - start, drafted, accepted)
 
+    def _sizes(self) -> tuple[int, int, int]:
+        """Of this process's part of the next batch: drawn now, drawn earlier, given."""
+        config = self.rollout_config
+        size = config.num_rollouts // self._processes
+        given = round((1 - config.on_policy) * size)
+        earlier = min(round(config.replay * (size - given)), len(self._earlier))
+        return size - given - earlier, earlier, given
+
+    def _not_drawn(self, number: int, drawn: int) -> list[Rollout]:
+        """What a batch holds besides the rollouts drawn for it: earlier ones, and given responses."""
+        size = self.rollout_config.num_rollouts // self._processes
+        if drawn == size:
+            return []
+        rank, given = self.accelerator.process_index, self._sizes()[2]
+        again = permutation(len(self._earlier), self.args.seed, "replay", number, rank)[: size - drawn - given]
+        rollouts = [replace(self._earlier[i]) for i in again]
+        first = (number * self._processes + rank) * given
+        others = []
+        for place in range(first, first + given):
+            lap, at = divmod(place, len(self._given))
+            row = self._given[permutation(len(self._given), self.args.seed, "given", lap)[at]]
+            ids, none = list(row["response_ids"]), torch.zeros(0)
+            others.append(Rollout(list(row["prompt_ids"]), ids, none, none, self.state.global_step, ids[-1] in self.sampling.eos_ids))
+        for rollout, logq in zip(others, self._own_logprobs(others), strict=True):
+            rollout.student_logprobs = rollout.behaviour_logprobs = logq
+        return rollouts + others
+
+    def _keep_for_replay(self, rollouts: Sequence[Rollout]) -> None:
+        if self.rollout_config.replay:
+            bare = {"teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None, "reverse_kl": None}
+            self._earlier += [replace(rollout, **bare) for rollout in rollouts]
+            self._earlier = self._earlier[-(self.rollout_config.replay_size // self._processes) :]
+
     def _score(self, rollouts: list[Rollout]) -> None:
         with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_logprobs is None)):
             self.teacher.score(rollouts, self.sampling)
 
-    def _rescore(self, rollouts: list[Rollout]) -> None:
-        """q_old, and with it p̃, by a forward of the student instead of the engine's numbers."""
-        alpha = self.rollout_config.teacher_mix
+    def _own_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """log q of the responses' tokens by a forward of the student as it is."""
+        out: list[Tensor] = [torch.zeros(0)] * len(rollouts)
         for group in bucket([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], self.args.per_device_train_batch_size):
             batch = pad([rollouts[i].prompt_ids for i in group], [rollouts[i].response_ids for i in group], self.args.device)
             with torch.no_grad():
                 _, scores = score(self.model_wrapped, Scoring(batch, self.width, temperature=self.temperature))
             for i, logq in zip(group, scores.logq.float().cpu().split(batch.lengths.tolist()), strict=True):
-                rollout = rollouts[i]
-                self._note_mismatch(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
-                rollout.student_logprobs = rollout.behaviour_logprobs = logq
-                if alpha and rollout.teacher_logprobs is not None:
-                    mixed = torch.logaddexp(logq + math.log1p(-alpha), rollout.teacher_logprobs + math.log(alpha))
-                    rollout.behaviour_logprobs = mixed
+                out[i] = logq
+        return out
+
+    def _rescore(self, rollouts: list[Rollout]) -> None:
+        """q_old, and with it p̃, by a forward of the student instead of the engine's numbers."""
+        alpha = self.rollout_config.teacher_mix
+        for rollout, logq in zip(rollouts, self._own_logprobs(rollouts), strict=True):
+            self._note_mismatch(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
+            rollout.student_logprobs = rollout.behaviour_logprobs = logq
+            if alpha and rollout.teacher_logprobs is not None:
+                mixed = torch.logaddexp(logq + math.log1p(-alpha), rollout.teacher_logprobs + math.log(alpha))
+                rollout.behaviour_logprobs = mixed
 
     def _adopt(self, number: int, rollouts: list[Rollout]) -> None:
         self._batch_number, self._rollouts = number, rollouts
@@ -331,31 +381,11 @@ class MiniLLMTrainer(DistillationTrainer):
             rows += [order[at]] * samples
         return rows[self.accelerator.process_index :: self._processes]
 
-    def _sync(self) -> None:
-        """Hand the current weights to the engine, which is started at its first use."""
-        student: Any = self.accelerator.unwrap_model(self.model)
-        config = self.rollout_config
-        if self._engine is None:
-            with self.phase("engine_start"), tempfile.TemporaryDirectory() as spare:
-                folder = self._folder_of(student, spare)
-                self._engine = make_engine(
-                    config, folder, max_length=config.max_prompt_tokens + config.max_new_tokens, dtype=self.compute_dtype,
-                    sequences=config.num_rollouts // self._processes, tokenizer=folder, model=student, work=str(self.args.output_dir),
-                )  # fmt: skip
-        if config.teacher_mix and self._sampler is None:
-            self._sampler = TeacherMixedSampler(self._engine, self.local_teacher, config.teacher_mix, self._draft_tokens)
-        with self.phase("sync"):
-            self._engine.update_weights(plain_weights(student, self.compute_dtype), self.state.global_step)
-
-    def _folder_of(self, student: Any, spare: str) -> str:
-        """Where an engine can read the student and its tokenizer from: its own folder, or `spare`, where they are put."""
-        own = Path(str(student.name_or_path))
-        if (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
-            return str(own)
-        save_plain(student, spare)
-        tokenizer: Any = self.processing_class
-        tokenizer.save_pretrained(spare)
-        return spare
+    def _sync(self) -> Engine:
+        engine = self.sync()
+        if self.rollout_config.teacher_mix and self._sampler is None:
+            self._sampler = TeacherMixedSampler(engine, self.local_teacher, self.rollout_config.teacher_mix, self._draft_tokens)
+        return engine
 
     # Data
 
@@ -380,7 +410,10 @@ class MiniLLMTrainer(DistillationTrainer):
         return chat_ids(row["prompt"], tokenizer)
 
     def _pack(self, dataset: Sequence[dict[str, Any]] | None) -> list[list[list[int]]]:
-        if dataset is None or not self.objective.language_model:
+        if dataset is None:
+            return []
+        if not self.objective.language_model:
+            logger.warning("text_dataset is not used: objective.language_model is 0")
             return []
         tokenizer: Any = self.processing_class
         documents = [tokenizer(dataset[i]["text"], add_special_tokens=False)["input_ids"] for i in range(len(dataset))]
@@ -413,7 +446,10 @@ class MiniLLMTrainer(DistillationTrainer):
         folder.mkdir(parents=True, exist_ok=True)  # rollouts first: a checkpoint is one when the trainer's state is there
         amid = self.state.global_step % self._updates_per_batch > 0
         kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None} for r in self._rollouts] if amid else []
-        live = {"number": self._batch_number, "rollouts": kept, "draft_tokens": self._draft_tokens}
+        live = {
+            "number": self._batch_number, "rollouts": kept, "draft_tokens": self._draft_tokens,
+            "earlier": [vars(rollout) for rollout in self._earlier],
+        }  # fmt: skip
         torch.save(live, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
         super()._save_checkpoint(model, trial)
 
@@ -425,6 +461,7 @@ class MiniLLMTrainer(DistillationTrainer):
             return
         live = torch.load(own if own in files else files[0], weights_only=True)
         self._draft_tokens = live["draft_tokens"]
+        self._earlier = [Rollout(**fields) for fields in live["earlier"]]
         if not live["rollouts"]:
             return
         if len(files) != self._processes:
@@ -436,11 +473,11 @@ class MiniLLMTrainer(DistillationTrainer):
         self._score(rollouts)
         self._adopt(live["number"], rollouts)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self._ahead is not None:
+            self._ahead[1].exception()  # what is being drawn is drawn with the weights it began with
+        return super().evaluate(*args, **kwargs)
+
     def close(self) -> None:
-        """Shut the engine down."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-        if isinstance(self.teacher, ServedTeacher):
-            self.teacher.close()
+        super().close()
         self._background.shutdown(wait=False, cancel_futures=True)

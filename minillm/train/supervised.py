@@ -1,4 +1,4 @@
-"""Distillation on fixed responses: cross-entropy and forward KL (word-level KD)."""
+"""Training on given responses: cross-entropy (fine-tuning, SeqKD), a divergence to the teacher (word-level KD), or both."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import bucket, pad, permutation
-from minillm.loss.objective import SupervisedLoss
+from minillm.loss.objective import SupervisedLoss, extra_divergence
+from minillm.recipe import DivergenceConfig
 from minillm.train.base import DistillationTrainer
 
 
 class SupervisedTrainer(DistillationTrainer):
-    """Minimises λ·CE + (1−λ)·KL(p‖q) over the tokens of given responses.
+    """Minimises λ·CE + (1−λ)·D over the tokens of given responses.
 
     Args:
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). An epoch drops what does not fill
             a last update; another epoch drops other rows.
-        cross_entropy: λ.
+        cross_entropy: λ; at 1 the teacher is not read.
+        divergence: D, the forward KL by default.
     """
 
     def __init__(
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel, args: TrainingArguments, *,
-        train_dataset: Sequence[dict[str, Any]], cross_entropy: float = 0.5, **kwargs: Any,
+        train_dataset: Sequence[dict[str, Any]], cross_entropy: float = 0.5,
+        divergence: DivergenceConfig | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(model, teacher, args, train_dataset=train_dataset, **kwargs)
         self._cross_entropy = cross_entropy
+        self._divergence = divergence or DivergenceConfig(name="forward_kl")
         self._rows = train_dataset
         self._processes = self.accelerator.num_processes
         self._micro = args.per_device_train_batch_size * self._processes
@@ -57,9 +61,12 @@ class SupervisedTrainer(DistillationTrainer):
         rows = [self._rows[i] for i in indices]
         prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
         batch = pad(prompts, responses, self.args.device)
-        with self.phase("teacher", len(batch.targets)):
-            hidden = self.local_teacher.hidden(prompts, responses)
-        loss = SupervisedLoss(self._cross_entropy, count)
-        value = self.update_on(model, batch, loss, torch.cat(hidden), self._processes)
+        teacher = None
+        if self._cross_entropy < 1:
+            with self.phase("teacher", len(batch.targets)):
+                teacher = torch.cat(self.local_teacher.hidden(prompts, responses))
+        loss = SupervisedLoss(self._cross_entropy, count, self._divergence)
+        other = None if teacher is None else extra_divergence(self._divergence)
+        value = self.update_on(model, batch, loss, teacher, self._processes, other)
         self.tally(loss.tally.sums)
         return value

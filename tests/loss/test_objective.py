@@ -68,10 +68,13 @@ class World:
             total = total + logq[index].sum().exp() * (logq[index] - logp[index]).sum()
         return list(torch.autograd.grad(total, [self.states, self.head]))
 
-    def one(self, y: tuple[int, ...], objective: Objective, alpha: float, **settings: Any) -> tuple[float, list[Tensor]]:
-        """Probability of a response under the mixture, and the estimator's gradient on it."""
+    def one(
+        self, y: tuple[int, ...], objective: Objective, alpha: float, logq_old: Tensor | None = None, **settings: Any
+    ) -> tuple[float, list[Tensor]]:
+        """Probability of a response under the mixture, and the estimator's gradient on it. `logq_old`: of the student that
+        sampled, [prefixes, V], where it is not the one that is trained."""
         rows, ids = torch.tensor(self.rows(y)), torch.tensor(y)
-        q, p = self.logq().detach()[rows, ids], self.logp()[rows, ids]
+        q, p = (self.logq().detach() if logq_old is None else logq_old)[rows, ids], self.logp()[rows, ids]
         behaviour = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
         settings = {"slots": LENGTH, **settings}
         loss_of = OnPolicyLoss(objective, SampledTokens(q, behaviour, p, torch.tensor([len(y)])), **settings)
@@ -186,6 +189,104 @@ def test_gradients_match_a_plain_loop_response_by_response() -> None:
         _, got = world.one(y, Objective.paper(), alpha=0.0)
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+OFF_POLICY = {
+    "paper": Objective.paper(),
+    "paper, weights at most 1.1": Objective.paper(importance_truncation=1.1),
+    "paper, weight in clip": Objective.paper(weight_in_clip=True),
+    "paper, no clip": Objective.paper(clip=None),
+    "paper, no clip, ratio at most 1.1": Objective.paper(clip=None, importance_truncation=1.1),
+    "recommended": Objective.recommended(),
+    "reference, tight reward clip": Objective.reference(reward_clip=0.7, baseline="none"),
+}
+
+
+@pytest.mark.parametrize("name", OFF_POLICY)
+def test_after_the_student_has_moved_each_response_counts_as_written(name: str) -> None:
+    """ρ, ρ̂ and A apart, at α = 0.3: every factor in its place, on tokens clipped from above, from below, and not."""
+    objective, world, alpha, baseline = OFF_POLICY[name], World.random(8), 0.3, -0.4
+    g = torch.Generator().manual_seed(1)
+    moved = world.states + 0.4 * torch.randn(world.states.shape, generator=g, dtype=torch.float64)
+    logq_old = torch.log_softmax(moved @ world.head.t(), -1).detach()
+    cases = set()
+    for y in world.responses():
+        rows, ids, n = torch.tensor(world.rows(y)), torch.tensor(y), len(y)
+        logq, logp = world.logq()[rows], world.logp()[rows]
+        drawn, p, old = (values.gather(1, ids[:, None])[:, 0] for values in (logq, logp, logq_old[rows]))
+        kl = (logq.exp() * (logq - logp)).sum(-1)
+        limit = objective.importance_truncation or math.inf
+        rho = (old.exp() / ((1 - alpha) * old.exp() + alpha * p.exp())).clamp(max=limit)
+        reward = (p - old) / objective.reward_scale
+        if objective.reward_clip is not None:
+            reward = reward.clamp(-objective.reward_clip, objective.reward_clip)
+        if objective.reward == "expected":
+            reward = -kl.detach()
+        loss = torch.zeros((), dtype=torch.float64)
+        for t in range(n):
+            first = t + (objective.return_from == "next")
+            later = range(first, n)
+            advantage = sum(objective.discount ** (k - first) * float(reward[k]) for k in later) / max(len(later), 1)
+            if objective.baseline == "centre" and later:
+                advantage -= baseline
+            ratio, weight = (drawn[t] - old[t]).exp(), float(rho[t])
+            if objective.weight_in_clip:
+                ratio, weight = ratio * weight, 1.0
+            if objective.clip is None:
+                # A truncated ratio is a constant in front of ∇log q.
+                term = ratio * advantage if float(ratio) <= limit else drawn[t] * limit * advantage
+                cases.add((float(ratio) > limit, advantage > 0))
+            else:
+                bounded = ratio.clamp(1 - objective.clip, 1 + objective.clip)
+                term = torch.minimum(ratio * advantage, bounded * advantage)
+                cases.add((float(ratio) - float(bounded), advantage > 0))
+            single = float(rho[t]) if objective.single_step_weight == "token" else 1.0
+            loss = loss + single * kl[t] - weight * term
+        want = torch.autograd.grad(loss, [world.states, world.head])
+        _, got = world.one(y, objective, alpha, logq_old, baseline=baseline)
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    sides = {(0 if size == 0 else 1 if size > 0 else -1, positive) for size, positive in cases}
+    assert {(1, True), (0, True), (0, False)} <= sides  # a clip that binds, and both signs of A without one
+    assert objective.clip is None or (-1, False) in sides
+
+
+def test_the_presets_are_what_their_sources_say() -> None:
+    paper, reference = Objective.paper(), Objective.reference()
+    assert (paper.reward, paper.reward_scale, paper.reward_clip, paper.discount, paper.return_from) == ("sampled", 1, None, 1, "next")
+    assert (paper.length_norm, paper.baseline, paper.importance, paper.clip, paper.weight_in_clip) == (True, "none", "token", 0.2, False)
+    assert (paper.single_step, paper.single_step_weight, paper.long_term, paper.language_model) == (1, "token", 1, 1)
+    assert (paper.language_model_distill, paper.old_logprobs, paper.normalise) == (0, "engine", "update_tokens")
+    # REFERENCE sections 1.4 to 1.9.
+    assert (reference.reward, reference.reward_scale, reference.reward_clip) == ("sampled", 0.5, 100)
+    assert (reference.discount, reference.return_from, reference.length_norm) == (0.95, "current", True)
+    assert (reference.baseline, reference.importance, reference.clip, reference.weight_in_clip) == ("whiten_padded", "token", 0.2, True)
+    assert (reference.single_step, reference.single_step_weight, reference.long_term) == (1, "none", 1)
+    assert (reference.language_model, reference.language_model_distill) == (1, 0.5)
+    assert (reference.old_logprobs, reference.normalise) == ("trainer", "micro_batch_tokens")
+
+
+def test_the_metrics_are_what_their_names_say() -> None:
+    world, alpha = World.random(9), 0.3
+    y = next(y for y in world.responses() if len(y) == 3)
+    rows, ids = torch.tensor(world.rows(y)), torch.tensor(y)
+    logq, logp = world.logq().detach()[rows], world.logp()[rows]
+    old, p = logq.gather(1, ids[:, None])[:, 0], logp.gather(1, ids[:, None])[:, 0]
+    behaviour = ((1 - alpha) * old.exp() + alpha * p.exp()).log()
+    loss_of = OnPolicyLoss(Objective.paper(length_norm=False), SampledTokens(old, behaviour, p, torch.tensor([3])))
+    loss, _ = token_scores(world.states[rows], Head(world.head), ids, world.teacher_states[rows], Head(world.teacher_head), weigh=loss_of)
+    rho = (old - behaviour).exp()
+    advantage = torch.stack([(p - old)[t + 1 :].sum() for t in range(3)])
+    want = {
+        "tokens": 3.0, "reverse_kl": (logq.exp() * (logq - logp)).sum(), "forward_kl": (logp.exp() * (logp - logq)).sum(),
+        "entropy": -(logq.exp() * logq).sum(), "sampled_reverse_kl": (rho * (old - p)).sum(), "importance_weight": rho.sum(),
+        "advantage": advantage.sum(), "advantage_squared": (advantage**2).sum(), "clipped": 0.0, "log_ratio": 0.0,
+        "single_step_loss": (rho * (logq.exp() * (logq - logp)).sum(-1)).sum(), "policy_loss": -(rho * advantage).sum(),
+    }  # fmt: skip
+    assert loss_of.tally.sums.keys() == want.keys()
+    for name, value in want.items():
+        assert float(loss_of.tally.sums[name]) == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
+    assert float(loss) == pytest.approx(float(want["single_step_loss"] + want["policy_loss"]))
 
 
 def test_the_clip_stops_the_gradient_of_a_token_that_moved_far_enough() -> None:

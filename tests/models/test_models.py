@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -231,3 +232,42 @@ def test_handing_out_merged_weights_leaves_the_base_bit_by_bit() -> None:
     before = {name: value.clone() for name, value in student.state_dict().items()}
     dict(plain_weights(student, torch.bfloat16))
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["embed_tokens"]}, "an embedding that is also the head"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, "the bias of a LoRA adapter"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "a DoRA adapter"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, "trainable tokens"),
+        (None, "an adapter of kind"),
+    ],
+)
+def test_an_adapter_that_the_engine_would_not_get_is_refused(settings: dict[str, Any] | None, message: str) -> None:
+    config: Any = IA3Config(target_modules=["q_proj"], feedforward_modules=[]) if settings is None else LoraConfig(r=2, **settings)
+    adapted: Any = get_peft_model(tiny_llama(0), config)  # pyright: ignore
+    with pytest.raises(ValueError, match=message):
+        dict(plain_weights(adapted, torch.float32))
+
+
+def test_merged_weights_are_the_adapted_model() -> None:
+    settings: Any = {"r": 4, "target_modules": ["q_proj", "down_proj", "embed_tokens"], "init_lora_weights": False, "use_rslora": True}
+    adapted: Any = get_peft_model(tiny_llama(0, tied=False), LoraConfig(**settings))  # pyright: ignore
+    plain = tiny_llama(5, tied=False)
+    plain.load_state_dict(dict(plain_weights(adapted, torch.float32)))
+    ids = torch.tensor([[2, 3, 4, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_of_a_bound_model_has_weights_of_its_own() -> None:
+    model = bind_scoring(tiny_llama(0))
+    other: Any = copy.deepcopy(model)
+    ids = torch.tensor([[2, 3, 4]])
+    with torch.no_grad():
+        before = model(ids).logits  # pyright: ignore[reportCallIssue]
+        other.model.norm.weight.mul_(2)
+        assert torch.equal(model(ids).logits, before)  # pyright: ignore[reportCallIssue]
+        assert not torch.allclose(other(ids).logits, before)

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config
 
 from minillm.data.rollouts import EngineError
+from minillm.models.weights import plain_weights
 from minillm.rollout import build
+from minillm.rollout.vllm_engine import GIB, VLLMEngine, cache_bytes, memory_settings
+from tests.conftest import tiny_llama
 
 
 def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
@@ -24,3 +31,72 @@ def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
     assert build.choose_engine("transformers") == "transformers"
     monkeypatch.setattr(build, "vllm_is_installed", lambda: True)
     assert build.choose_engine("auto") == "vllm"
+
+
+SMALL: dict[str, Any] = {"vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+CONFIGS = {
+    "heads of their own size": Qwen3Config(**SMALL, intermediate_size=64, num_key_value_heads=1, head_dim=48),
+    "other names": GPT2Config(vocab_size=32, n_embd=64, n_layer=3, n_head=2),
+    "OPT": OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=64),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_keys_and_values_get_the_room_that_transformers_takes(kind: str, tmp_path: Path) -> None:
+    CONFIGS[kind].save_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+    length, rows = 50, 3
+    cache = model(torch.ones(rows, length, dtype=torch.long), use_cache=True).past_key_values
+    taken = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    room = cache_bytes(tmp_path, max_length=length, sequences=rows, dtype=torch.float32)
+    blocks = -(-length // 32)
+    assert room == taken / length * 32 * (blocks + 1)  # whole blocks, and one to grow into
+
+
+def test_memory_follows_the_recipe_and_has_bounds_on_a_cpu(tmp_path: Path) -> None:
+    tiny_llama(0).config.save_pretrained(tmp_path)
+    sized: Any = {"max_length": 64, "dtype": torch.float32}
+    assert memory_settings(tmp_path, sequences=64, memory=None, **sized) == {"kv_cache_memory_bytes": GIB // 8}
+    assert memory_settings(tmp_path, sequences=10**6, memory=None, **sized) == {"kv_cache_memory_bytes": 4 * GIB}
+    assert memory_settings(tmp_path, sequences=64, memory=0.5, **sized) == {"kv_cache_memory_bytes": GIB // 2}
+
+
+def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
+    """Sleep exists on GPUs alone, so a recorder stands for vLLM: weights, then what fills them, then the cache."""
+    calls: list[Any] = []
+
+    class Recorder:
+        def sleep(self, level: int) -> None:
+            calls.append(("sleep", level))
+
+        def wake_up(self, tags: list[str]) -> None:
+            calls.append(("wake", *tags))
+
+        def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+            calls.append((method, len(kwargs["weights_iterator"])))
+
+        def reset_prefix_cache(self) -> bool:
+            calls.append("reset")
+            return True
+
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine._llm, engine._sleeps, engine._asleep, engine.version = Recorder(), True, False, 0  # pyright: ignore
+    weights = list(plain_weights(tiny_llama(0), torch.float32))
+    engine.rest()
+    engine.rest()
+    engine.update_weights(weights, 3)
+    engine.update_weights(weights, 4)
+    n = len(weights)
+    assert calls == [
+        ("sleep", 2),
+        ("wake", "weights"),
+        ("reload_weights", n),
+        ("wake", "kv_cache"),
+        "reset",
+        ("reload_weights", n),
+        "reset",
+    ]
+    engine._sleeps = False
+    engine.rest()
+    assert calls[-1] == "reset"
+    del engine._llm

@@ -16,12 +16,14 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from minillm import MiniLLMTrainer, Objective, RolloutConfig
+from minillm.data.batches import pack_text, permutation, seed_of
 from minillm.data.rollouts import EngineError
+from minillm.metrics import rouge_l
 from minillm.models.load import load_model
 from minillm.models.weights import save_plain
 from minillm.rollout.teacher_mixed import FIRST_DRAFT, draft_length
 from minillm.rollout.transformers_engine import TransformersEngine
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import save, tiny_llama, tiny_tokenizer
 from tests.train.two_processes import run
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
@@ -39,7 +41,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def train(pair: tuple[str, str], folder: Path, *, resume: str | None = None, stop: int | None = None, **changes: Any) -> MiniLLMTrainer:
-    keys = ("objective", "rollout", "train_dataset", "text_dataset", "processing_class")
+    keys = ("objective", "rollout", "train_dataset", "text_dataset", "responses", "processing_class", "eval_dataset")
     options = {key: changes.pop(key) for key in keys if key in changes}
     options = {"rollout": ROLLOUT, "train_dataset": PROMPTS} | options
     trainer = MiniLLMTrainer(*pair, arguments(folder, **changes), **options)
@@ -70,8 +72,10 @@ def test_every_layer_moves_and_the_teacher_does_not(pair: tuple[str, str], tmp_p
     assert len(logged) == 4
     for key in ("reverse_kl", "sampled_reverse_kl", "forward_kl", "entropy", "importance_weight", "clipped", "advantage_std", "grad_norm"):
         assert all(key in entry for entry in logged), key
-    for key in ("response_length", "finished", "acceptance", "engine_mismatch"):  # once a rollout batch: updates 1 of 4
-        assert [key in entry for entry in logged] == [True, False, False, False], key
+    for key in ("response_length", "finished", "acceptance"):  # of the batch that each update trains on
+        assert len({entry[key] for entry in logged}) == 1, key
+    # Only before the first update on a batch have engine and trainer the same weights.
+    assert ["engine_mismatch" in entry for entry in logged] == [True, False, False, False]
     assert logged[0]["engine_mismatch"] < 1e-5  # engine and trainer are one model here
 
 
@@ -108,7 +112,7 @@ def test_drafts_follow_the_acceptance(pair: tuple[str, str], tmp_path: Path) -> 
     """And a resumed run drafts as the whole one did, which decides its very tokens."""
     rollout = ROLLOUT.model_copy(update={"draft_tokens": "auto", "teacher_mix": 0.6, "inner_epochs": 1})
     whole = train(pair, tmp_path / "whole", max_steps=6, rollout=rollout)
-    logged = [entry for entry in whole.state.log_history if "draft_length" in entry]
+    logged = [entry for entry in whole.state.log_history if "draft_length" in entry][::2]
     assert len(logged) == 3
     assert logged[0]["draft_length"] == FIRST_DRAFT
     for before, after in pairwise(logged):
@@ -175,8 +179,23 @@ def test_text_joins_the_update(pair: tuple[str, str], tmp_path: Path) -> None:
     objective = Objective.recommended(language_model=0.5, language_model_distill=0.5, language_model_block=16)
     logged = [e for e in train(pair, tmp_path, objective=objective, text_dataset=text).state.log_history if "loss" in e]
     assert all(e["language_model_loss"] > 0 and e["text_nll"] > 0 for e in logged)
+    assert logged[0]["language_model_loss"] == pytest.approx(0.5 * (0.5 * logged[0]["text_nll"] + 0.5 * text_kl(pair, text)), rel=1e-3)
     total = logged[0]["policy_loss"] + logged[0]["single_step_loss"] + logged[0]["language_model_loss"]
     assert logged[0]["loss"] == pytest.approx(total, rel=1e-3)
+
+
+def text_kl(pair: tuple[str, str], text: list[dict[str, str]]) -> float:
+    """Mean KL(p‖q) over the predicted tokens of the blocks of the first update: pieces of at most 16 tokens, each by itself."""
+    student, teacher = (load_model(folder, torch.float32) for folder in pair)
+    blocks = pack_text([tiny_tokenizer()(row["text"])["input_ids"] for row in text], 16, 1)
+    order = [permutation(len(blocks), 42, "text", place // len(blocks))[place % len(blocks)] for place in range(4)]
+    values = []
+    for piece in (piece for i in order for piece in blocks[i]):
+        ids = torch.tensor([piece])
+        with torch.no_grad():
+            logq, logp = (torch.log_softmax(model(ids).logits[0, :-1], -1) for model in (student, teacher))  # pyright: ignore
+        values.append((logp.exp() * (logp - logq)).sum(-1))
+    return float(torch.cat(values).mean())
 
 
 def test_bfloat16_sampling_leaves_the_float32_masters_alone(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -209,6 +228,73 @@ def test_every_preset_trains(pair: tuple[str, str], tmp_path: Path, preset: str)
         if "loss" in e
     ]
     assert all(torch.isfinite(torch.tensor(e["grad_norm"])) and e["grad_norm"] > 0 for e in logged)
+
+
+def test_reference_in_the_trainer_is_a_plain_loop_over_its_micro_batches(pair: tuple[str, str], tmp_path: Path) -> None:
+    """One update of two micro-batches: each whitened over its own padding and divided by its own tokens, then their mean."""
+    rollout = ROLLOUT.model_copy(update={"inner_epochs": 1, "num_rollouts": 8})
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 0.5, "optim": "sgd"}
+    settings |= {"max_grad_norm": 0.0, "weight_decay": 0.0}
+    trainer = train(pair, tmp_path, rollout=rollout, objective=Objective.reference(), **settings)
+    groups = [batch.rollouts for batch in trainer.micro_batches(0)]
+    assert sorted(i for group in groups for i in group) == list(range(8))
+    lengths = [[len(trainer._rollouts[i].response_ids) for i in group] for group in groups]
+    assert any(a != sorted(a) for a in lengths)  # as they come, not by length: that would change what is whitened together
+    model: Any = load_model(pair[0], torch.float32).double()
+    teacher: Any = load_model(pair[1], torch.float32).double()
+    total = torch.zeros((), dtype=torch.float64)
+    for group in groups:
+        long, single, advantages, parts = [], [], [], []
+        for r in (trainer._rollouts[i] for i in group):
+            ids, first, n = torch.tensor([r.prompt_ids + r.response_ids]), len(r.prompt_ids) - 1, len(r.response_ids)
+            logq, logp = (torch.log_softmax(m(ids).logits[0, first : first + n], -1) for m in (model, teacher))
+            drawn, p = (x.gather(1, torch.tensor(r.response_ids)[:, None])[:, 0] for x in (logq, logp))
+            old = drawn.detach()
+            reward = ((p.detach() - old) / 0.5).clamp(-100, 100)
+            advantages += [float(sum(0.95 ** (k - t) * reward[k] for k in range(t, n))) / (n - t) for t in range(n)]
+            parts.append((drawn, old, (old.exp() / (0.7 * old.exp() + 0.3 * p.detach().exp()))))
+            single.append((logq.exp() * (logq - logp.detach())).sum(-1))
+        slots = len(group) * rollout.max_new_tokens
+        mean = sum(advantages) / slots
+        spread = (sum(a * a for a in advantages) / slots - mean**2 + 1e-8) ** 0.5
+        whitened = torch.tensor([(a - mean) / spread for a in advantages], dtype=torch.float64)
+        for (drawn, old, rho), a in zip(parts, whitened.split([len(x[0]) for x in parts]), strict=True):
+            ratio = (drawn - old).exp() * rho
+            long.append(-torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a))
+        total = total + (torch.cat(long).mean() + torch.cat(single).mean()) / len(groups)
+    total.backward()
+    after = trainer.model.state_dict()  # pyright: ignore
+    for name, parameter in model.named_parameters():
+        want = parameter.detach() - 0.5 * parameter.grad
+        moved = float((0.5 * parameter.grad).norm())
+        assert float((after[name].double() - want).norm()) < 1e-3 * moved + 1e-6, name
+
+
+def test_padded_rows_of_the_heads_have_no_part_in_it(tmp_path: Path) -> None:
+    """32 tokens under heads of 40 and 48 rows: whatever the padding holds, the same update."""
+    logs = []
+    for factor in (1.0, 30.0):
+        folders = []
+        for name, seed, vocab in (("student", 1, 40), ("teacher", 2, 48)):
+            model = tiny_llama(seed, vocab=vocab, tied=False)
+            with torch.no_grad():
+                model.lm_head.weight[32:].mul_(factor)
+            folders.append(save(model, tmp_path / f"{name}-{factor}"))
+        trainer = train((folders[0], folders[1]), tmp_path / "run", max_steps=2)
+        assert max(max(r.response_ids) for r in trainer._rollouts) < 32
+        logs.append([e for e in trainer.state.log_history if "loss" in e])
+    for a, b in zip(*logs, strict=True):
+        for key in ("loss", "reverse_kl", "forward_kl", "entropy", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+def test_text_without_its_coefficient_is_said_to_be_unused(pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = [{"text": "w1 w2 w3"}]
+    MiniLLMTrainer(
+        *pair, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS, text_dataset=text,
+        objective=Objective.recommended(language_model=0.0),
+    )  # fmt: skip
+    assert any("text_dataset is not used: objective.language_model is 0" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize(("preset", "rescoring"), [("recommended", 0), ("paper", 0), ("exact", 0), ("reference", 4)])
@@ -303,6 +389,33 @@ def test_rewards_are_those_of_the_first_reading(pair: tuple[str, str], tmp_path:
         assert entry["advantage"] == pytest.approx(logged[0]["advantage"], rel=1e-4, abs=1e-6)
 
 
+def test_validation_samples_the_pure_student_and_the_best_checkpoint_is_kept(pair: tuple[str, str], tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [2, 4 + i, 3], "references": ["w3 w4 w5", "w8 w9"]} for i in range(9)]
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl", "greater_is_better": False, "learning_rate": 3e-3}
+    trainer = train(pair, tmp_path, eval_dataset=rows, **settings)
+    found = [e for e in trainer.state.log_history if "eval_reverse_kl" in e]
+    assert [e["step"] for e in found] == [2, 4, 6]
+    best = min(e["eval_reverse_kl"] for e in found)
+    assert trainer.state.best_metric == best
+    # The student that is left is the best one: its own samples, drawn here again with the seeds of validation.
+    again = trainer.evaluate()
+    assert again["eval_reverse_kl"] == pytest.approx(best, rel=1e-4)
+    model: Any = load_model(pair[1], torch.float32)
+    student: Any = trainer.model
+    total, tokens, rouge = 0.0, 0, 0.0
+    for row in rows:
+        [r] = TransformersEngine(student).generate([row["prompt_ids"]], trainer.sampling, [seed_of("validation", *row["prompt_ids"])])
+        ids, first = torch.tensor([r.prompt_ids + r.response_ids]), len(r.prompt_ids) - 1
+        with torch.no_grad():
+            logq, logp = (torch.log_softmax(m(ids).logits[0, first:-1], -1) for m in (student, model))
+        total, tokens = total + float((logq.exp() * (logq - logp)).sum()), tokens + len(r.response_ids)
+        rouge += rouge_l(tiny_tokenizer().decode(r.response_ids, skip_special_tokens=True), row["references"])
+    assert again["eval_reverse_kl"] == pytest.approx(total / tokens, rel=1e-4)
+    assert again["eval_rouge_l"] == pytest.approx(rouge / 9)
+    assert again["eval_length"] == pytest.approx(tokens / 9)
+
+
 class OwnEngine(TransformersEngine):
     """Samples weights of its own, as a server does; `trace` holds what happened, and when."""
 
@@ -343,13 +456,68 @@ def test_the_next_batch_is_drawn_while_this_one_trains(pair: tuple[str, str], tm
     assert any(a <= start and end <= b for a, b in drawn for start, end in updates)  # a backward inside a generation
     assert len(updates) == 24
     assert trainer.state.global_step == 12
-    logged = [entry for entry in trainer.state.log_history if "version_lag" in entry]
+    logged = [entry for entry in trainer.state.log_history if "version_lag" in entry][::4]
     assert [entry["version_lag"] for entry in logged] == [0, 4, 4]  # updates, of which a batch has four
     # What drew the tokens is what the weights are taken against, so only the first batch is on policy.
     assert "engine_mismatch" in logged[0]
     assert "engine_mismatch" not in logged[1]
     first = next(r for r in trainer._rollouts)
     assert first.weights_version == 4
+
+
+OFF_POLICY = Objective.recommended(long_term=0.0, divergence={"name": "skew_reverse_kl", "skew": 0.1})
+
+
+def test_given_and_earlier_responses_fill_up_a_batch(pair: tuple[str, str], tmp_path: Path) -> None:
+    """GKD's share of given data and DistiLLM's replay, under the skew KL; and a resumed run has the same batches."""
+    given = [{"prompt_ids": [2, 4 + i, 3], "response_ids": [5 + i, 6 + i, 1]} for i in range(5)]
+    changes = {"on_policy": 0.5, "replay": 0.5, "replay_size": 6, "inner_epochs": 1, "teacher_mix": 0.0}
+    rollout = ROLLOUT.model_copy(update=changes)
+    batches: list[list[Any]] = []
+
+    def run(folder: Path, **settings: Any) -> MiniLLMTrainer:
+        batches.clear()
+        settings = {"rollout": rollout, "objective": OFF_POLICY, "responses": given, "max_steps": 8} | settings
+        original = MiniLLMTrainer._adopt
+
+        def adopt(self: Any, number: int, rollouts: Any) -> None:
+            batches.append(list(rollouts))
+            original(self, number, rollouts)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MiniLLMTrainer, "_adopt", adopt)
+            return train(pair, folder, **settings)
+
+    whole = run(tmp_path / "whole")
+    seen, rows = list(batches), [(r["prompt_ids"], r["response_ids"]) for r in given]
+    drawn: list[Any] = []
+    for number, batch in enumerate(seen):
+        assert len(batch) == 8
+        assert all((r.prompt_ids, r.response_ids) in rows for r in batch[4:])
+        fresh = batch[: 4 if number == 0 else 2]
+        assert all(r.weights_version == 2 * number for r in fresh)
+        for r in batch[len(fresh) : 4]:
+            assert any((r.prompt_ids, r.response_ids) == (e.prompt_ids, e.response_ids) for e in drawn[-6:])
+            assert r.weights_version < 2 * number
+        drawn += fresh
+    logged = [e for e in whole.state.log_history if "loss" in e]
+    assert all(e["loss"] == pytest.approx(e["divergence"], rel=1e-3) for e in logged)
+    assert all(e["policy_loss"] == 0 for e in logged)
+    run(tmp_path / "cut", stop=3)
+    resumed = run(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-3"))
+    assert [r.response_ids for r in batches[-1]] == [r.response_ids for r in seen[-1]]
+    for x, y in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):  # pyright: ignore
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_responses_of_others_are_refused_where_credit_needs_the_students_own(pair: tuple[str, str], tmp_path: Path) -> None:
+    for changes in ({"on_policy": 0.5}, {"replay": 0.5}):
+        with pytest.raises(ValueError, match=r"trains on responses that the student did not draw as it is"):
+            MiniLLMTrainer(*pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update=changes), train_dataset=PROMPTS)
+    with pytest.raises(ValueError, match=r"rollout.on_policy: 0.5 trains on given responses too, and there are none"):
+        MiniLLMTrainer(
+            *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"on_policy": 0.5}), train_dataset=PROMPTS, objective=OFF_POLICY
+        )
 
 
 def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -376,7 +544,8 @@ def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "whitened"])
+def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """The same rollouts, whichever process draws them, and the same weights after two updates."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
@@ -384,9 +553,9 @@ def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path) 
     ]  # fmt: skip
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
-    done = subprocess.run([*command, str(tmp_path / "two")], capture_output=True, text=True, timeout=300, env=environment, cwd=root)
+    done = subprocess.run([*command, str(tmp_path / "two"), kind], capture_output=True, text=True, timeout=300, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run(*pair, str(tmp_path / "one")) == 1
+    assert run(*pair, str(tmp_path / "one"), kind) == 1
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
     start = load_model(pair[0], torch.float32).state_dict()
     for name, value in one["weights"].items():

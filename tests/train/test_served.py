@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from minillm import MiniLLMTrainer, RolloutConfig
+from minillm.models.load import load_model
 from minillm.rollout.vllm_engine import vllm_is_installed
 from tests.conftest import save, tiny_llama
 from tests.rollout.test_engines import start_server, stop_server
 from tests.train.test_on_policy import PROMPTS, arguments
+from tests.train.two_processes import run
 
 pytestmark = [pytest.mark.full, pytest.mark.vllm, pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")]
 FLAGS = ["--logprobs-mode", "processed_logprobs"]
+
+
+def test_two_processes_share_a_server_of_their_own(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Process 0 starts it, both draw from it, and the weights end where those of one process with its own do."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
+    ]  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two"), "server"], capture_output=True, text=True, timeout=500, env=environment, cwd=root
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = (tmp_path / "two" / "server.log").read_text()
+    assert run(*pair, str(tmp_path / "one"), "server") == 1
+    one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
+    assert (one["world"], two["world"]) == (1, 2), log[-1000:]
+    start = load_model(pair[0], torch.float32).state_dict()
+    for name, value in one["weights"].items():
+        moved = float((value - start[name]).norm())
+        assert float((value - two["weights"][name]).norm()) <= 0.02 * moved, name  # vLLM rounds as its batches fall
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -12,20 +13,29 @@ from minillm import MiniLLMTrainer, Objective, RolloutConfig
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 
 
-def run(student: str, teacher: str, folder: str) -> int:
-    """Two rollout batches of 8, an update on each; returns the number of processes."""
+def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
+    """Two rollout batches of 8, an update on each; returns the number of processes.
+
+    `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the
+    same; `server`: over a vLLM server of the run's own.
+    """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
     arguments = TrainingArguments(
-        folder, optim="sgd", learning_rate=0.05, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=4 // world,
+        folder, optim="sgd", learning_rate=0.05, max_steps=2, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
     rollout = RolloutConfig(
-        engine="transformers", num_rollouts=8, inner_epochs=1, teacher_mix=0.3, max_new_tokens=10, max_prompt_tokens=8, draft_tokens=4
-    )
+        engine="server" if kind == "server" else "transformers", servers="auto" if kind == "server" else [], num_rollouts=8,
+        inner_epochs=1, teacher_mix=0.3, max_new_tokens=10, max_prompt_tokens=8, draft_tokens=4, server_patience=300,
+    )  # fmt: skip
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(8)]
-    objective = Objective.recommended(language_model=0.3, language_model_block=16)
+    changes: dict[str, Any] = {"language_model": 0.3, "language_model_block": 16}
+    whitened = Objective.reference(normalise="update_tokens", **changes)
+    objective = whitened if kind == "whitened" else Objective.recommended(**changes)
     trainer = MiniLLMTrainer(student, teacher, arguments, objective=objective, rollout=rollout, train_dataset=PROMPTS, text_dataset=text)
     trainer.train()
+    trainer.close()
     if trainer.accelerator.is_main_process:
         weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         torch.save({"world": trainer.accelerator.num_processes, "weights": weights}, f"{folder}/weights.pt")

@@ -1,0 +1,314 @@
+"""Test sets answered by several models: answers kept beside their scores, one table, one section of HTML.
+
+A part (a model, a set, a seed) that is there and was made from the same weights, prompts and settings is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minillm import metrics
+from minillm.data.batches import seed_of
+from minillm.data.examples import DataError, Example, Prompt, example_of, read_examples, read_jsonl, render_all, write_jsonl
+from minillm.data.rollouts import Sampling
+from minillm.evaluation import Row, answer, token_divergences
+from minillm.hardware import device, working_dtype
+from minillm.metrics import Floats
+from minillm.models.load import eos_ids, load_model, load_tokenizer
+from minillm.models.scoring import bind_scoring
+from minillm.models.vocabulary import check_same_tokens, head_width, token_count
+from minillm.recipe import RolloutConfig, Suite, TestSet
+from minillm.rollout.build import OneEngine, choose_engine
+from minillm.teacher.local import LocalTeacher
+
+logger = logging.getLogger(__name__)
+_LENGTH_BINS = ((1, 5), (6, 10), (11, None))  # words of the longest reference, as the paper bins S-NI and UnNI
+
+
+def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
+    """The examples of a set, those of other reference lengths left out.
+
+    Raises:
+        DataError: the file is missing, a row is not what it should be, or nothing is left.
+    """
+    if test.file is not None:
+        path = Path(test.file)
+        if not path.is_absolute() and not test.file.startswith("."):
+            if data_dir is None:
+                raise DataError(f"sets.{name}: {test.file} is looked for below data_dir, which is not given: data_dir=FOLDER")
+            path = Path(data_dir) / path
+        examples = read_examples(path)
+    else:
+        from datasets import load_dataset
+
+        rows: Any = load_dataset(str(test.dataset), test.config, split=test.split)
+        names = {"instruction": "instruction", "input": "input", "output": "output"} | test.columns
+        examples = [
+            example_of({key: row[column] for key, column in names.items() if column in row}, i, f"{test.dataset}[{i}]")
+            for i, row in enumerate(rows)
+        ]
+    low, high = test.min_reference_words or 0, test.max_reference_words or 10**9
+    if test.min_reference_words or test.max_reference_words:
+        examples = [e for e in examples if any(low <= len(text.split()) <= high for text in e.references)]
+    if not examples:
+        raise DataError(f"sets.{name}: no row has a reference of {low} to {high} words")
+    return examples[: test.limit]
+
+
+@dataclass
+class _Loaded:
+    """A model that has something left to do."""
+
+    name: str
+    folder: str
+    model: Any
+    tokenizer: Any
+    prompts: dict[str, list[Prompt]]
+    sampling: Sampling
+
+
+def run_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, Any]:
+    """Every model answers every set with every seed; returns and keeps the results (`results.json` in `suite.out`).
+
+    Args:
+        models: folders or hub ids by name; the first is what the others are compared with.
+
+    Raises:
+        DataError: a set that cannot be read, before any model loads.
+    """
+    sets = {name: read_set(name, test, suite.data_dir) for name, test in suite.sets.items()}
+    config = RolloutConfig(engine="transformers" if suite.no_repeat_ngram else suite.engine)
+    choose_engine(config.engine)
+    engines = OneEngine(config, suite.max_prompt_tokens + suite.max_new_tokens)
+    teacher = _Teacher(suite)
+    try:
+        for name, folder in models.items():
+            _answer_all(suite, sets, name, folder, engines, teacher)
+    finally:
+        engines.close()
+    results = _collect(suite, sets, list(models))
+    (suite.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+class _Teacher:
+    """The suite's teacher, loaded when it is first needed."""
+
+    def __init__(self, suite: Suite) -> None:
+        self._name, self._loaded = suite.teacher, None
+
+    def __bool__(self) -> bool:
+        return self._name is not None
+
+    def get(self, tokenizer: Any) -> LocalTeacher:
+        if self._loaded is None:
+            assert self._name is not None
+            check_same_tokens(tokenizer, load_tokenizer(self._name))
+            model: Any = load_model(self._name, working_dtype())
+            self._loaded = LocalTeacher(model.to(device()))
+        return self._loaded
+
+
+def _answer_all(suite: Suite, sets: Mapping[str, list[Example]], name: str, folder: str, engines: OneEngine, teacher: _Teacher) -> None:
+    tokenizer = load_tokenizer(folder)
+    prompts: dict[str, list[Prompt]] = {}
+    for key, examples in sets.items():
+        prompts[key], too_long = render_all(examples, suite.template, tokenizer, suite.max_prompt_tokens, suite.system)
+        if too_long:
+            logger.warning("%s, %s: %d of %d prompts exceed max_prompt_tokens and are left out", name, key, len(too_long), len(examples))
+    made_from = {key: _made_from(suite, folder, prompts[key], suite.sets[key]) for key in sets}
+    missing = [(key, seed) for key in sets for seed in suite.seeds if not _is_there(suite, name, key, str(seed), made_from[key])]
+    extra = [key for key, test in suite.sets.items() if test.choices and not _is_there(suite, name, key, "choices", made_from[key])]
+    exposure = [key for key in sets if suite.exposure_bias and not _is_there(suite, name, key, "exposure", made_from[key])]
+    if not missing and not extra and not exposure:
+        return
+    model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
+    width = min(head_width(model), token_count(tokenizer))
+    sampling = Sampling(
+        suite.max_new_tokens, eos_ids(model.generation_config, tokenizer), width, suite.temperature, no_repeat_ngram=suite.no_repeat_ngram
+    )
+    loaded = _Loaded(name, folder, model, tokenizer, prompts, sampling)
+    for key, seed in missing:
+        rows = answer(engines.of(model, folder), prompts[key], sampling, seed, tokenizer)
+        for row, prompt in zip(rows, prompts[key], strict=True):
+            row["references"] = list(prompt.example.references)
+            if prompt.example.references:
+                row["rouge_l"] = metrics.rouge_l(row["text"], prompt.example.references)
+                row["exact_match"] = metrics.exact_match(row["text"], prompt.example.references)
+        if teacher and seed == suite.seeds[0]:
+            found = token_divergences(
+                bind_scoring(model), teacher.get(tokenizer), [p.ids for p in prompts[key]], [row["ids"] for row in rows],
+                _shared(loaded, teacher), suite.temperature, progress=True,
+            )  # fmt: skip
+            for row, (reverse, forward) in zip(rows, found, strict=True):
+                row["reverse_kl"], row["forward_kl"] = float(reverse.sum()), float(forward.sum())
+        _keep(suite, name, key, str(seed), rows, made_from[key])
+    for key in extra:
+        _keep(suite, name, key, "choices", _choose(loaded, key, suite.sets[key]), made_from[key])
+    for key in exposure:
+        _keep(suite, name, key, "exposure", _exposure(loaded, key, suite, engines, teacher), made_from[key])
+
+
+def _shared(loaded: _Loaded, teacher: _Teacher) -> int:
+    return min(loaded.sampling.vocab_size, head_width(teacher.get(loaded.tokenizer).model))
+
+
+def _choose(loaded: _Loaded, key: str, test: TestSet) -> list[Row]:
+    """The model's probabilities over the choices of each prompt, normalised over them."""
+    scorer, rows = LocalTeacher(loaded.model), []
+    options = [loaded.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in test.choices]
+    plain = replace(loaded.sampling, temperature=1.0)
+    for prompt in loaded.prompts[key]:
+        hidden = scorer.hidden([prompt.ids] * len(options), options)
+        logs = torch.stack([scorer.token_logprobs(states, ids, plain).sum() for states, ids in zip(hidden, options, strict=True)])
+        best = int(logs.argmax())
+        right = metrics.exact_match(test.choices[best], prompt.example.references) > 0 if prompt.example.references else False
+        rows.append({"row": prompt.example.row, "confidence": float(torch.softmax(logs, 0)[best]), "correct": right})
+    return rows
+
+
+def _exposure(loaded: _Loaded, key: str, suite: Suite, engines: OneEngine, teacher: _Teacher) -> list[Row]:
+    """KL(p‖q) along one answer of the model and one of the teacher to each prompt."""
+    prompts, at_hand = loaded.prompts[key], teacher.get(loaded.tokenizer)
+    rows: list[Row] = [{"row": prompt.example.row} for prompt in prompts]
+    for who, model, folder in (("own", loaded.model, loaded.folder), ("oracle", at_hand.model, str(suite.teacher))):
+        drawn = answer(engines.of(model, folder), prompts, loaded.sampling, seed_of(suite.seeds[0], "exposure"), loaded.tokenizer)
+        found = token_divergences(
+            bind_scoring(loaded.model), at_hand, [p.ids for p in prompts], [row["ids"] for row in drawn], _shared(loaded, teacher),
+            suite.temperature, progress=True,
+        )  # fmt: skip
+        for row, (_, forward) in zip(rows, found, strict=True):
+            row[who] = forward.tolist()
+    return rows
+
+
+# What is kept
+
+
+def _file(suite: Suite, name: str, key: str, part: str) -> Path:
+    return suite.out / name / f"{key}-{part}.jsonl"
+
+
+def _keep(suite: Suite, name: str, key: str, part: str, rows: Sequence[Row], made_from: str) -> None:
+    file = _file(suite, name, key, part)
+    write_jsonl(file, rows)
+    file.with_suffix(".made_from").write_text(made_from, encoding="utf-8")
+
+
+def _is_there(suite: Suite, name: str, key: str, part: str, made_from: str) -> bool:
+    note = _file(suite, name, key, part).with_suffix(".made_from")
+    return note.is_file() and note.read_text(encoding="utf-8") == made_from
+
+
+def _made_from(suite: Suite, folder: str, prompts: Sequence[Prompt], test: TestSet) -> str:
+    """A digest of what a part depends on."""
+    weights = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
+    engine = "transformers" if suite.no_repeat_ngram else choose_engine(suite.engine)
+    settings = suite.model_dump(mode="json", include={"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"})
+    rows = [(prompt.ids, prompt.example.references) for prompt in prompts]
+    seen = (weights or folder, settings, engine, test.choices, rows)
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
+# Results
+
+
+def _collect(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[str]) -> dict[str, Any]:
+    rows = {
+        name: {key: [read_jsonl(_file(suite, name, key, str(seed))) for seed in suite.seeds] for key in sets} for name in names
+    }  # fmt: skip
+    models: dict[str, Any] = {}
+    for name in names:
+        models[name] = {key: _scores(suite, name, key, rows[name][key]) for key in sets}
+        scored = [key for key in sets if "rouge_l" in models[name][key]]
+        if scored:
+            by_seed = np.mean([models[name][key]["rouge_l"]["by_seed"] for key in scored], axis=0)
+            models[name]["average"] = {"rouge_l": _over_seeds(by_seed)}
+    against = {}
+    for name in names[1:]:
+        against[name] = {
+            key: metrics.paired_bootstrap(*(_by_prompt(rows[who][key], "rouge_l") for who in (names[0], name)), suite.bootstrap)
+            for key in sets if "rouge_l" in models[name][key]
+        }  # fmt: skip
+        if against[name]:
+            against[name]["average"] = _average_difference([rows[who] for who in (names[0], name)], list(against[name]), suite.bootstrap)
+    return {
+        "models": models, "compared_with": names[0], "differences": against, "seeds": suite.seeds,
+        "prompts": {key: len(examples) for key, examples in sets.items()},
+    }  # fmt: skip
+
+
+def _scores(suite: Suite, name: str, key: str, by_seed: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "finished": _over_seeds([100 * _mean(rows, "finished") for rows in by_seed]),
+        "length": _over_seeds([float(np.mean([len(row["ids"]) for row in rows])) for rows in by_seed]),
+        "distinct_4": _over_seeds([metrics.distinct_n([row["ids"] for row in rows]) for rows in by_seed]),
+    }
+    referenced = [[row for row in rows if "rouge_l" in row] for rows in by_seed]
+    if referenced[0]:
+        out["rouge_l"] = _over_seeds([_mean(rows, "rouge_l") for rows in referenced])
+        out["rouge_l"] |= metrics.interval(metrics.mean_of(_by_prompt(by_seed, "rouge_l")), len(referenced[0]), suite.bootstrap)
+        out["exact_match"] = _over_seeds([_mean(rows, "exact_match") for rows in referenced])
+        out["not_latin"] = sum(not metrics.is_latin(" ".join(row["references"])) for row in referenced[0])
+        out["rouge_l_by_reference_words"] = {
+            f"{low}-{high or ''}": _mean(some, "rouge_l")
+            for low, high in _LENGTH_BINS
+            if (some := [r for rows in referenced for r in rows if low <= _words(r) <= (high or 10**9)])
+        }
+    first = by_seed[0]
+    if "reverse_kl" in first[0]:
+        tokens = sum(len(row["ids"]) for row in first)
+        out |= {kl: {"mean": sum(row[kl] for row in first) / tokens} for kl in ("reverse_kl", "forward_kl")}
+    choices = _file(suite, name, key, "choices")
+    if suite.sets[key].choices and choices.is_file():
+        rows = read_jsonl(choices)
+        out["ece"] = {"mean": metrics.calibration_error([r["confidence"] for r in rows], [r["correct"] for r in rows])}
+    exposure = _file(suite, name, key, "exposure")
+    if suite.exposure_bias and exposure.is_file():
+        rows = read_jsonl(exposure)
+        own, oracle = [r["own"] for r in rows], [r["oracle"] for r in rows]
+        out["excess_error"] = {
+            "by_position": metrics.excess_error(own, oracle, suite.max_new_tokens).tolist(),
+            "interval": metrics.excess_error_spread(own, oracle, suite.max_new_tokens, suite.bootstrap).tolist(),
+        }
+    return out
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
+    return float(np.mean([row[key] for row in rows]))
+
+
+def _words(row: Row) -> int:
+    return max(len(text.split()) for text in row["references"])
+
+
+def _over_seeds(values: Sequence[float] | Floats) -> dict[str, Any]:
+    """Mean over the seeds, their spread (one standard deviation of the sample), and each."""
+    seeds = np.asarray(values, dtype=float)
+    spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else 0.0
+    return {"mean": float(seeds.mean()), "spread": spread, "by_seed": seeds.tolist()}
+
+
+def _by_prompt(by_seed: Sequence[Sequence[Row]], key: str) -> Floats:
+    """The mean over seeds of each prompt's score, prompts with a reference only."""
+    return np.mean([[row[key] for row in rows if key in row] for rows in by_seed], axis=0)
+
+
+def _average_difference(pair: Sequence[Mapping[str, Any]], keys: Sequence[str], times: int) -> dict[str, float]:
+    """Of the mean over sets, each set's prompts resampled by themselves."""
+    changes = [_by_prompt(pair[1][key], "rouge_l") - _by_prompt(pair[0][key], "rouge_l") for key in keys]
+    draws = np.mean([values[metrics.resample(len(values), times, seed)].mean(-1) for seed, values in enumerate(changes)], axis=0)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {
+        "mean": float(np.mean([values.mean() for values in changes])), "low": float(low), "high": float(high),
+        "p_worse": float((draws <= 0).mean()),
+    }  # fmt: skip

@@ -1,0 +1,57 @@
+"""Fine-tuning on references by TRL's SFTTrainer: the teacher before it teaches, and the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from minillm.models.load import load_model, load_tokenizer, without_dropout
+from minillm.models.scoring import bind_scoring
+from minillm.models.vocabulary import head_width, token_count
+from minillm.recipe import RolloutConfig
+from minillm.teacher.local import LocalTeacher
+from minillm.train.validation import Validated
+
+
+class FineTuner(Validated, SFTTrainer):
+    """Minimises −log q over the tokens of given responses.
+
+    Args:
+        model: a folder or hub id; loaded in float32.
+        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
+        teacher: folder or hub id of the model that validation takes KL(q‖p) to, if there is one.
+    """
+
+    def __init__(
+        self, model: str, args: TrainingArguments, *, train_dataset: Sequence[dict[str, Any]], rollout: RolloutConfig | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | None = None, teacher: str | None = None,
+    ) -> None:  # fmt: skip
+        tokenizer, student = load_tokenizer(model), load_model(model, torch.float32)
+        without_dropout(student)
+        bind_scoring(student)
+        rows = [
+            {
+                "input_ids": [*row["prompt_ids"], *row["response_ids"]],
+                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["response_ids"]),
+            }
+            for row in (train_dataset[i] for i in range(len(train_dataset)))
+        ]
+        # The rows are ready: nothing is cut, packed or masked but the prompt.
+        given = {name: value for name, value in args.to_dict().items() if value is not None and not name.startswith("_")}
+        config = SFTConfig(**given | {"completion_only_loss": True, "max_length": None, "packing": False})
+        data = Dataset.from_list(rows)
+        # TRL would prepare rows of its own kind for evaluation, where ours are sampled from.
+        stand_in = None if eval_dataset is None else data.select([0])
+        super().__init__(model=student, args=config, train_dataset=data, eval_dataset=stand_in, processing_class=tokenizer)
+        self.eval_dataset = eval_dataset
+        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.sample_with(rollout or RolloutConfig(), min(head_width(student), token_count(tokenizer)), compute)  # pyright: ignore[reportArgumentType]
+        if teacher is not None and eval_dataset is not None:
+            other: Any = load_model(teacher, compute)
+            self.teacher = LocalTeacher(other.to(args.device))

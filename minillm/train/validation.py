@@ -1,0 +1,132 @@
+"""Sampling the student that is being trained: for rollouts, and to see how far it is."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm import metrics
+from minillm.data.batches import seed_of
+from minillm.data.rollouts import Sampling, StopStrings
+from minillm.evaluation import token_divergences
+from minillm.models.load import eos_ids
+from minillm.models.weights import plain_weights, save_plain
+from minillm.recipe import RolloutConfig
+from minillm.rollout.build import make_engine
+from minillm.rollout.engine import Engine
+from minillm.teacher.local import LocalTeacher
+from minillm.teacher.served import ServedTeacher
+
+
+class Validated:
+    """A part of a `transformers.Trainer`: an engine with the student's current weights, and `evaluate` by sampling.
+
+    With `eval_dataset` (rows with `prompt_ids` and `references`), what `TrainingArguments` say of evaluation validates the
+    pure student on samples: `eval_rouge_l`, `eval_reverse_kl`, `eval_finished`, `eval_length`. `load_best_model_at_end` with
+    `metric_for_best_model="rouge_l"` keeps the best checkpoint.
+    """
+
+    accelerator: Any
+    args: Any
+    callback_handler: Any
+    control: Any
+    eval_dataset: Any
+    log: Any
+    model: Any
+    model_wrapped: Any
+    processing_class: Any
+    state: Any
+    teacher: LocalTeacher | ServedTeacher | None = None
+
+    def sample_with(self, config: RolloutConfig, width: int, compute_dtype: torch.dtype, engine: Engine | None = None) -> None:
+        """How the student is sampled; called once the trainer is built."""
+        self.rollout_config, self.compute_dtype, self._engine = config, compute_dtype, engine
+        stop = StopStrings(self.processing_class, config.stop) if config.stop else None
+        eos = eos_ids(self.model.generation_config, self.processing_class)
+        self.sampling = Sampling(config.max_new_tokens, eos, width, config.temperature, stop=stop)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._phase_tokens: dict[str, float] = defaultdict(float)
+
+    def sync(self) -> Engine:
+        """Hand the current weights to the engine, which is started at its first use."""
+        student = self.accelerator.unwrap_model(self.model)
+        config = self.rollout_config
+        if self._engine is None:
+            with self.phase("engine_start"), tempfile.TemporaryDirectory() as spare:
+                folder = self._folder_of(student, spare)
+                self._engine = make_engine(
+                    config, folder, max_length=config.max_prompt_tokens + config.max_new_tokens, dtype=self.compute_dtype,
+                    sequences=config.num_rollouts // self.accelerator.num_processes, tokenizer=folder, model=student,
+                    work=str(self.args.output_dir),
+                )  # fmt: skip
+        with self.phase("sync"):
+            self._engine.update_weights(plain_weights(student, self.compute_dtype), self.state.global_step)
+        return self._engine
+
+    def _folder_of(self, student: Any, spare: str) -> str:
+        """Where an engine can read the student and its tokenizer from: its own folder, or `spare`, where they are put."""
+        own = Path(str(student.name_or_path))
+        if (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
+            return str(own)
+        save_plain(student, spare)
+        self.processing_class.save_pretrained(spare)
+        return spare
+
+    def close(self) -> None:
+        """Shut the engine down, and let go of a served teacher."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        if isinstance(self.teacher, ServedTeacher):
+            self.teacher.close()
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Draw one answer to each row from the student alone, always with the same seeds; Rouge-L in percent against the
+        best reference, KL(q‖p) in nats a token on the drawn answers (where the teacher is at hand)."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        mine = [rows[i] for i in range(len(rows))][self.accelerator.process_index :: self.accelerator.num_processes]
+        engine = self.sync()
+        with self.phase("validation"):
+            seeds = [seed_of("validation", *row["prompt_ids"]) for row in mine]
+            drawn = engine.generate([row["prompt_ids"] for row in mine], replace(self.sampling, likeliest=0), seeds)
+            engine.rest()
+            sums = {"rouge_l": 0.0, "finished": 0.0, "length": 0.0}
+            for row, rollout in zip(mine, drawn, strict=True):
+                text = self.processing_class.decode(rollout.response_ids, skip_special_tokens=True).strip()
+                sums["rouge_l"] += metrics.rouge_l(text, row["references"])
+                sums["finished"] += 100 * rollout.finished
+                sums["length"] += len(rollout.response_ids)
+            found = {name: self.global_sum(total) / len(rows) for name, total in sums.items()}
+            if isinstance(self.teacher, LocalTeacher):
+                kl = token_divergences(
+                    self.model_wrapped, self.teacher, [r.prompt_ids for r in drawn], [r.response_ids for r in drawn], self.width,
+                    self.sampling.temperature,
+                )  # fmt: skip
+                found["reverse_kl"] = self.global_sum(sum(float(reverse.sum()) for reverse, _ in kl)) / self.global_sum(sums["length"])
+        out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(out)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)
+        return out
+
+    def global_sum(self, value: Tensor | float) -> float:
+        """Sum over processes."""
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.args.device)
+        return float(self.accelerator.reduce(tensor, reduction="sum"))  # pyright: ignore[reportArgumentType]
+
+    @contextmanager
+    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # kernels are only queued; the time is theirs
+        self._seconds[name] += time.perf_counter() - start
+        self._phase_tokens[name] += tokens

@@ -1,0 +1,189 @@
+"""A suite over tiny models: what is answered, kept, not made again, and how it is summed up."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minillm import cli, suite
+from minillm.data.examples import DataError, read_jsonl
+from minillm.metrics import calibration_error, excess_error, rouge_l
+from minillm.models.load import load_model
+from minillm.recipe import Suite
+from minillm.recipe_file import RecipeError, load_recipe, load_suite
+from minillm.report import write_suite_report
+from tests.conftest import save, tiny_llama
+
+ROWS = [
+    {"instruction": f"w{i} w{i + 1}", "output": [" ".join(f"w{(i * k) % 28}" for k in range(i + 1)), "w5 w6"] if i % 2 else "w3"}
+    for i in range(8)
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "some.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    (folder / "bare.jsonl").write_text("\n".join(json.dumps({"prompt": f"w{i}"}) for i in range(3)))
+    return str(folder)
+
+
+def make(data: str, out: Path, **changes: Any) -> Suite:
+    sets = {"some": {"file": "some.jsonl"}, "long": {"file": "some.jsonl", "min_reference_words": 4}, "bare": {"file": "bare.jsonl"}}
+    settings = {"out": out, "data_dir": data, "sets": sets, "template": "plain", "max_new_tokens": 6, "max_prompt_tokens": 8}
+    return Suite.model_validate({**settings, "engine": "transformers", "seeds": [1, 2], "bootstrap": 200, **changes})
+
+
+@pytest.fixture
+def models(pair: tuple[str, str]) -> dict[str, str]:
+    return {"student": pair[0], "teacher": pair[1]}
+
+
+def test_results_are_those_of_the_kept_answers(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    results = suite.run_suite(make(data, out, teacher=models["teacher"]), models)
+    assert results == json.loads((out / "results.json").read_text())
+    for name in models:
+        kept = [read_jsonl(out / name / f"some-{seed}.jsonl") for seed in (1, 2)]
+        for rows in kept:
+            assert [row["row"] for row in rows] == list(range(8))
+            for row, given in zip(rows, ROWS, strict=True):
+                references = given["output"] if isinstance(given["output"], list) else [given["output"]]
+                assert row["rouge_l"] == pytest.approx(rouge_l(row["text"], references))
+        by_seed = [np.mean([row["rouge_l"] for row in rows]) for rows in kept]
+        found = results["models"][name]["some"]["rouge_l"]
+        assert found["by_seed"] == pytest.approx(by_seed)
+        assert found["mean"] == pytest.approx(np.mean(by_seed))
+        assert found["spread"] == pytest.approx(np.std(by_seed, ddof=1))
+        assert "rouge_l" not in results["models"][name]["bare"]  # without references
+        averages = [results["models"][name][key]["rouge_l"]["mean"] for key in ("some", "long")]
+        assert results["models"][name]["average"]["rouge_l"]["mean"] == pytest.approx(np.mean(averages))
+    assert results["prompts"] == {"some": 8, "long": 3, "bare": 3}
+    assert results["models"]["teacher"]["some"]["reverse_kl"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert results["models"]["student"]["some"]["reverse_kl"]["mean"] > 0.01
+    change = results["differences"]["teacher"]
+    means = [results["models"][name]["average"]["rouge_l"]["mean"] for name in ("student", "teacher")]
+    assert change["average"]["mean"] == pytest.approx(means[1] - means[0])
+    assert change["some"]["low"] <= change["some"]["mean"] <= change["some"]["high"]
+    page = write_suite_report(out).read_text()
+    assert "<h2>some, 8 prompts</h2>" in page
+    assert "difference to student" in page
+    assert "Rouge-L by the length of the reference" in page
+
+
+def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
+    data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    made: list[tuple[int, int]] = []
+    original = suite.answer
+    monkeypatch.setattr(
+        suite, "answer", lambda engine, prompts, *rest: made.append((len(prompts), rest[1])) or original(engine, prompts, *rest)
+    )
+    first = suite.run_suite(make(data, out), models)
+    assert len(made) == 12
+    assert suite.run_suite(make(data, out), models) == first
+    assert len(made) == 12
+    suite.run_suite(make(data, out, seeds=[1, 2, 3]), models)
+    assert made[12:] == [(8, 3), (3, 3), (3, 3)] * 2
+    suite.run_suite(make(data, out, temperature=0.5), {"student": models["student"]})
+    assert len(made) == 18 + 6
+    with (Path(data) / "some.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"instruction": "w9", "output": "w1"}))
+    suite.run_suite(make(data, out, temperature=0.5), {"student": models["student"]})
+    assert made[24:] == [(9, 1), (9, 2)]  # the long ones are the same as before
+
+
+def test_an_interruption_loses_one_part_at_most(data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    original = suite.answer
+
+    def fail_at_the_third(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(suite, "answer", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_suite(make(data, tmp_path / "out"), models)
+    suite.run_suite(make(data, tmp_path / "out"), models)
+    assert calls == 3 + 12 - 2
+
+
+def test_calibration_and_exposure_bias_come_from_the_models_themselves(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    sets = {"classes": {"file": "some.jsonl", "choices": ["w3", "w5 w6"]}}
+    config = make(data, tmp_path / "out", sets=sets, teacher=models["teacher"], exposure_bias=True, seeds=[1])
+    results = suite.run_suite(config, {"student": models["student"]})
+    found = results["models"]["student"]["classes"]
+    model: Any = load_model(models["student"], torch.float32)
+    confidences, correct = [], []
+    for i, row in enumerate(ROWS):
+        logs = []
+        for ids in ([3 + 4], [5 + 4, 6 + 4]):  # words begin at id 4
+            prompt = [i + 4, i + 5]
+            with torch.no_grad():
+                logq = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0, 1:-1], -1)
+            logs.append(logq.gather(1, torch.tensor(ids)[:, None]).sum())
+        best = int(torch.stack(logs).argmax())
+        confidences.append(float(torch.softmax(torch.stack(logs), 0)[best]))
+        correct.append((["w3", "w5 w6"][best]) in row["output"] if isinstance(row["output"], list) else best == 0)
+    assert found["ece"]["mean"] == pytest.approx(calibration_error(confidences, correct), abs=1e-4)
+    rows = read_jsonl(tmp_path / "out" / "student" / "classes-exposure.jsonl")
+    assert len(found["excess_error"]["by_position"]) == 6
+    assert found["excess_error"]["by_position"] == pytest.approx(
+        excess_error([r["own"] for r in rows], [r["oracle"] for r in rows], 6).tolist()
+    )
+
+
+def test_blocked_ngrams_do_not_repeat(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 40, "seeds": [1], "sets": {"some": {"file": "some.jsonl"}}}
+    repeats = {}
+    for n in (0, 2):
+        suite.run_suite(make(data, tmp_path / f"{n}", no_repeat_ngram=n, **settings), {"student": models["student"]})
+        repeats[n] = 0
+        for row, given in zip(read_jsonl(tmp_path / f"{n}" / "student" / "some-1.jsonl"), ROWS, strict=True):
+            ids = [*(int(word[1:]) + 4 for word in given["instruction"].split()), *row["ids"]]
+            grams = list(pairwise(ids))
+            repeats[n] += len(grams) - len(set(grams))
+    assert repeats[2] == 0 < repeats[0]
+
+
+def test_what_cannot_be_read_is_named(data: str, tmp_path: Path, models: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"sets.some: some.jsonl is looked for below data_dir, which is not given"):
+        suite.run_suite(make(data, tmp_path, data_dir=None), models)
+    with pytest.raises(DataError, match=r"sets.x: no row has a reference of 99 to 1000000000 words"):
+        suite.run_suite(make(data, tmp_path, sets={"x": {"file": "some.jsonl", "min_reference_words": 99}}), models)
+    file = tmp_path / "suite.yaml"
+    file.write_text("sets:\n  one: {file: a.jsonl, limt: 3}\n")
+    with pytest.raises(RecipeError, match=r"suite.yaml:2: sets.one.limt: unknown key; did you mean limit\?"):
+        load_suite(file)
+    file.write_text("sets:\n  one: {file: a.jsonl, dataset: b}\n")
+    with pytest.raises(RecipeError, match="a set has either file or dataset"):
+        load_suite(file)
+    with pytest.raises(RecipeError, match="data: needed, and not given"):
+        load_recipe(file)
+    for given, message in ((["a/b", "c/b"], "b is the name of two models"), ([], "no model to evaluate"), (["x:"], "model=NAME:FOLDER")):
+        with pytest.raises(ValueError, match=message):
+            cli._models(given)
+    assert cli._models(["runs/a", "mine:runs/b"]) == {"a": "runs/a", "mine": "runs/b"}
+
+
+@pytest.mark.parametrize("name", ["local", "paper"])
+def test_the_shipped_suites_are_valid(name: str) -> None:
+    assert len(load_suite(Path(__file__).parents[1] / "eval" / f"{name}.yaml").seeds) == 5
+
+
+def test_models_of_another_shape_get_an_engine_of_their_own(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    third = save(tiny_llama(9), tmp_path / "third")  # the student's shape
+    results = suite.run_suite(make(data, tmp_path / "out"), {**models, "third": third})
+    lengths = {name: sets["some"]["length"]["mean"] for name, sets in results["models"].items()}
+    assert len(set(lengths.values())) == 3
