@@ -8,17 +8,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from minillm.recipe import STAGES
+from minillm.recipe import Stage
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Distil a large language model into a small one on the student's own samples (MiniLLM).",
 )  # fmt: skip
 
+_STAGES = get_args(Stage)
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -30,7 +31,7 @@ Overrides = Annotated[
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help=f"Do this stage alone: {', '.join(STAGES)}.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help=f"Do this stage alone: {', '.join(_STAGES)}.", show_default=False)] = None,
     redo: Annotated[bool, typer.Option(help="Make it again, and what builds on it, even if finished or made with other settings.")] = False,
 ) -> None:
     """Run a recipe's stages; finished ones are skipped, an interrupted one continues.
@@ -38,10 +39,13 @@ def run(
     Several processes: accelerate launch -m minillm run RECIPE
     """
     from minillm import stages
-    from minillm.recipe_file import load_recipe
+    from minillm.recipe_file import is_comparison, load_recipe
 
-    if stage is not None and stage not in STAGES:
-        raise ValueError(f"--stage {stage}: no such stage; allowed: {', '.join(STAGES)}")
+    if is_comparison(recipe):
+        _compare(recipe, overrides or [])
+        return
+    if stage is not None and stage not in _STAGES:
+        raise ValueError(f"--stage {stage}: no such stage; allowed: {', '.join(_STAGES)}")
     done = stages.run(load_recipe(recipe, overrides or []), stage, redo)
     if int(os.environ.get("RANK", 0)) == 0:
         _show_results(done.dir)
@@ -73,6 +77,18 @@ def evaluate(
     results = run_suite(suite, models)
     _show_suite(results)
     _console().print(f"Results: {write_suite_report(suite.out)}, {suite.out / 'results.json'}", soft_wrap=True)
+
+
+def _compare(file: Path, overrides: list[str]) -> None:
+    from minillm.comparison import compare
+    from minillm.recipe_file import load_comparison
+    from minillm.report import write_suite_report
+
+    comparison = load_comparison(file, overrides)
+    results = compare(comparison)
+    _show_suite(results["tests"])
+    out = comparison.recipe["run_dir"]
+    _console().print(f"Results: {Path(out) / 'compare.json'}, {write_suite_report(Path(out) / 'tests')}", soft_wrap=True)
 
 
 def _models(given: list[str]) -> dict[str, str]:

@@ -173,7 +173,7 @@ def calibration_error(confidences: Sequence[float] | Floats, correct: Sequence[b
     confidence = np.asarray(confidences, np.float64)
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("confidences must lie between 0 and 1")
-    # k / bins is the nearest number to the edge, so a confidence of 0.3 lies on it; linspace gives 0.30000000000000004.
+    # k / bins is the number nearest to the edge, so a confidence of 5/6 lies on it; linspace's edge is a little lower.
     place = np.searchsorted(np.arange(1, bins) / bins, confidence)
     gaps = np.bincount(place, np.asarray(correct, np.float64) - confidence)
     return float(np.abs(gaps).sum() / len(confidence))

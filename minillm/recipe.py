@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 STAGES = ("teacher", "student", "responses", "warmup", "minillm", "evaluate", "report")
+Stage = Literal["teacher", "finetune", "student", "responses", "warmup", "sft", "minillm", "evaluate", "report"]
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -25,6 +26,12 @@ class DataConfig(Section):
     """JSONL of training prompts: `instruction` with an optional `input`, or `prompt`."""
     heldout: Path
     """JSONL of prompts that no stage trains on."""
+    validation: Path | None = None
+    """JSONL with references, on which training stages are validated as often as their `training.eval_steps` say."""
+    validation_limit: Positive | None = None
+    """Use its first rows only."""
+    text: Path | None = None
+    """JSONL of `text`, for the language-model term of the minillm stage."""
     template: Literal["chat", "alpaca", "plain"] = "chat"
     """`chat`: the tokenizer's chat template; `alpaca`: the MiniLLM paper's; `plain`: the text as it stands."""
     system: str | None = None
@@ -55,6 +62,8 @@ class StudentConfig(Section):
 
 
 class ResponsesConfig(Section):
+    file: Path | None = None
+    """The `responses.jsonl` of another run with the same teacher and prompts, instead of answers of this run's own."""
     max_new_tokens: Positive = 128
     samples_per_prompt: Positive = 1
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -339,8 +348,9 @@ class Recipe(Section):
     run_dir: Path
     """Where everything the run makes is kept."""
     seed: int = 0
-    stages: list[Literal["teacher", "student", "responses", "warmup", "minillm", "evaluate", "report"]] = list(STAGES)
-    """What `minillm run` does, in this order."""
+    stages: list[Stage] = list(STAGES)
+    """What `minillm run` does, in this order. Besides those of the default: `finetune`, the teacher on the data's references;
+    `sft`, the student on them."""
     data: DataConfig
     teacher: TeacherConfig
     student: StudentConfig = StudentConfig()
@@ -350,6 +360,10 @@ class Recipe(Section):
     rollout: RolloutConfig = RolloutConfig()
     training: dict[str, Any] = {}
     """`transformers.TrainingArguments` of the minillm stage."""
+    finetune: dict[str, Any] = {}
+    """`transformers.TrainingArguments` of the finetune stage."""
+    sft: dict[str, Any] = {}
+    """`transformers.TrainingArguments` of the sft stage."""
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -420,4 +434,63 @@ class Suite(Section):
     def _needs(self) -> Suite:
         if self.exposure_bias and self.teacher is None:
             raise ValueError("exposure_bias compares with a teacher's samples: name the teacher")
+        return self
+
+
+class Method(Section):
+    """One way to train the student: a recipe that differs from the shared one."""
+
+    stage: Literal["warmup", "sft", "minillm"]
+    """The stage that trains; its student is the method's."""
+    recipe: dict[str, Any] = {}
+    """What differs from the shared recipe."""
+    tuning: list[dict[str, Any]] = [{}]
+    """What differs besides, once for each tuning run; the best on validation is taken."""
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    """Training seeds; tuning uses the first."""
+    tested: bool = True
+    """Whether it is read on the test sets, or only on validation."""
+
+
+class Comparison(Section):
+    """Several methods from one start, with one budget, chosen on validation and tested once."""
+
+    data_dir: Path | None = None
+    """The folder of the files that `recipe.data` and the suite's sets name without a path."""
+    recipe: dict[str, Any]
+    """The shared recipe: run_dir, data (with validation), teacher, student, and what every method trains with."""
+    start: list[Stage] = ["teacher", "finetune", "student", "responses", "warmup"]
+    """Stages that make what all methods share; `warmup` heals the student."""
+    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    baseline: str
+    """The method that others are compared with."""
+    suite: dict[str, Any]
+    """The test sets: a suite without its `out`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _below_data_dir(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not given.get("data_dir"):
+            return given
+        folder = Path(given["data_dir"])
+
+        def placed(recipe: dict[str, Any]) -> dict[str, Any]:
+            data = recipe.get("data", {})
+            files = {key: name for key in ("train", "heldout", "validation", "text") if (name := data.get(key))}
+            below = {key: str(folder / name) for key, name in files.items() if Path(name).name == str(name)}
+            return {**recipe, "data": {**data, **below}} if below else recipe
+
+        methods = {
+            name: {**method, "recipe": placed(method["recipe"])} if isinstance(method, dict) and "recipe" in method else method
+            for name, method in given.get("methods", {}).items()
+        }
+        suite = {"data_dir": str(folder), **given.get("suite", {})}
+        return {**given, "recipe": placed(given.get("recipe", {})), "methods": methods, "suite": suite}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Comparison:
+        if self.baseline not in self.methods:
+            raise ValueError(f"baseline: {self.baseline} is none of the methods ({', '.join(self.methods)})")
+        if len({len(method.tuning) for method in self.methods.values() if method.tested}) > 1:
+            raise ValueError("tuning: every tested method gets as many tuning runs as the others")
         return self

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from minillm.recipe import Recipe, Suite
+from minillm.recipe import Comparison, Recipe, Suite
 
 Key = tuple[str, ...]
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -42,18 +42,57 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = Path(path)
     recipe, tree, where = _load(path, overrides, Recipe)
+    if faults := _faults(recipe, tree, where, path):
+        raise RecipeError("\n".join(faults))
+    return recipe
+
+
+def recipe_of(tree: dict[str, Any], source: str) -> Recipe:
+    """A recipe from settings that another file holds.
+
+    Raises:
+        RecipeError: as `load_recipe`, naming `source` instead of a line.
+    """
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(fault, {}, Path(source), Recipe) for fault in error.errors())) from None
+    if faults := _faults(recipe, tree, {}, Path(source)):
+        raise RecipeError("\n".join(faults))
+    return recipe
+
+
+def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
+    """A comparison of methods; see `load_recipe`."""
+    return _load(Path(path), overrides, Comparison)[0]
+
+
+def is_comparison(path: str | Path) -> bool:
+    """Whether a file, or one that it extends, has methods."""
+    return "methods" in _read(Path(path), {}, ())
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings, those of `over` where both say something."""
+    return _merge(base, over)
+
+
+def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: Path) -> list[str]:
     faults = [
         f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
-        for section, given in ((("training",), recipe.training), (("warmup", "training"), recipe.warmup.training))
+        for section, given in (
+            (("training",), recipe.training),
+            (("warmup", "training"), recipe.warmup.training),
+            (("finetune",), recipe.finetune),
+            (("sft",), recipe.sft),
+        )
         for key, fault in _training_faults(section, given)
     ]
-    for key in (("data", "train"), ("data", "heldout")):
+    for key in (("data", "train"), ("data", "heldout"), ("data", "validation"), ("data", "text")):
         file = _get(tree, key)
         if file and not Path(file).is_file():
             faults.append(f"{_place(where, key, path)}: {'.'.join(key)}: no such file: {file}")
-    if faults:
-        raise RecipeError("\n".join(faults))
-    return recipe
+    return faults
 
 
 def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
@@ -113,13 +152,17 @@ def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> 
     where[key] = f"{path}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for key_node, child in node.value:
             name = str(key_node.value)
+            if name == "<<":  # YAML's merge key: an anchored section, of which this one says what differs
+                merged = _merge(merged, _construct(child, path, where, key))
+                continue
             if name in out:
                 raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: said twice")
             out[name] = _construct(child, path, where, (*key, name))
             where[(*key, name)] = f"{path}:{key_node.start_mark.line + 1}"
-        return out
+        return {**merged, **out}
     value = yaml.safe_load(yaml.serialize(node))
     if isinstance(value, str) and value.startswith(("./", "../")) and key != ("extends",):
         return str(path.parent / value)

@@ -14,6 +14,8 @@ from minillm.recipe_file import flatten
 # The sections of a recipe that decide what a stage makes, and the stages it builds on.
 _READS: dict[str, tuple[str, ...]] = {
     "teacher": ("teacher",),
+    "finetune": ("data", "finetune", "seed"),
+    "sft": ("data", "sft", "seed"),
     "student": ("data", "student"),
     "responses": ("data", "responses", "seed"),
     "warmup": ("warmup", "seed"),
@@ -22,8 +24,8 @@ _READS: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 _NEEDS: dict[str, tuple[str, ...]] = {
-    "teacher": (), "student": ("teacher",), "responses": ("teacher",), "warmup": ("student", "responses"),
-    "minillm": ("warmup",), "evaluate": ("minillm",), "report": (),
+    "teacher": (), "finetune": ("teacher",), "student": ("finetune",), "responses": ("finetune",), "warmup": ("student", "responses"),
+    "sft": ("student",), "minillm": ("warmup",), "evaluate": ("minillm",), "report": (),
 }  # fmt: skip
 
 # Where and when responses are drawn and scored, not from what. A run may go on with others.
@@ -113,9 +115,10 @@ class RunState:
         tree = self._recipe.model_dump(mode="json")
         sections = {section: tree[section] for section in sorted(names)}
         if "data" in sections:
-            for name in ("train", "heldout"):
-                content = Path(sections["data"][name]).read_bytes()
-                sections["data"] = {**sections["data"], name: hashlib.sha256(content).hexdigest()[:16]}
+            for name in ("train", "heldout", "validation", "text"):
+                if sections["data"][name] is not None:
+                    content = Path(sections["data"][name]).read_bytes()
+                    sections["data"] = {**sections["data"], name: hashlib.sha256(content).hexdigest()[:16]}
         for section, names in _OPERATIONAL.items():
             if section in sections:
                 sections[section] = {name: value for name, value in sections[section].items() if name not in names}
@@ -124,6 +127,8 @@ class RunState:
     def _sections(self, stage: str) -> set[str]:
         """What a stage reads, itself or through the stages it builds on."""
         own = set(_READS[stage])
+        if stage == "finetune" and stage not in self._recipe.stages:
+            own = set()
         return own.union(*(self._sections(earlier) for earlier in _NEEDS[stage]))
 
     def _write(self) -> None:

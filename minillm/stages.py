@@ -16,7 +16,7 @@ from typing import Any
 
 from minillm.data.examples import Example, Prompt, read_examples, read_jsonl, render_all, write_jsonl
 from minillm.hardware import give_back_memory
-from minillm.recipe import Recipe
+from minillm.recipe import Recipe, RolloutConfig
 from minillm.rollout.build import choose_engine
 from minillm.run_state import RunState
 
@@ -49,10 +49,12 @@ class Run:
         teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here
         if recipe.student.source != "prune":
             check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
-        self.teacher = str(self.dir / "teacher") if gguf else recipe.teacher.source
+        self.untuned = str(self.dir / "teacher") if gguf else recipe.teacher.source
+        self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
         self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
         self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
         self.student = str(self.dir / "student")
+        self.answers = recipe.responses.file or self.dir / "responses.jsonl"
 
     def _check_sizes(self) -> None:
         training, rollouts = self.recipe.training, self.recipe.rollout.num_rollouts
@@ -69,7 +71,7 @@ class Run:
         from minillm.models.load import load_tokenizer
 
         data = self.recipe.data
-        prompts, too_long = render_all(examples, data.template, load_tokenizer(self.teacher), data.max_prompt_tokens, data.system)
+        prompts, too_long = render_all(examples, data.template, load_tokenizer(self.untuned), data.max_prompt_tokens, data.system)
         if too_long:
             logger.warning(
                 "%s: %d of %d prompts exceed data.max_prompt_tokens (%d) and are left out; the first is row %d",
@@ -78,6 +80,33 @@ class Run:
         if not prompts:
             raise ValueError(f"{what}: no prompt is within data.max_prompt_tokens ({data.max_prompt_tokens})")
         return prompts
+
+    def references(self) -> list[dict[str, Any]]:
+        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
+        from minillm.models.load import load_tokenizer
+
+        tokenizer = load_tokenizer(self.untuned)
+        rows = []
+        for prompt in self.prompts(self.train_examples, str(self.recipe.data.train)):
+            if prompt.example.output:
+                ids = [*tokenizer(prompt.example.output, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+                ids = ids[: self.recipe.responses.max_new_tokens]
+                rows.append({"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids})
+        if not rows:
+            raise ValueError(f"{self.recipe.data.train}: no row has an output to train on")
+        return rows
+
+    def validation(self) -> list[dict[str, Any]] | None:
+        """Rows that training stages are validated on, where there are any."""
+        data = self.recipe.data
+        if data.validation is None:
+            return None
+        examples = [example for example in read_examples(data.validation, data.validation_limit) if example.references]
+        prompts = self.prompts(examples, str(data.validation))
+        return [{"prompt_ids": prompt.ids, "references": list(prompt.example.references)} for prompt in prompts]
+
+    def rollout(self) -> RolloutConfig:
+        return self.recipe.rollout.model_copy(update={"max_prompt_tokens": self.recipe.data.max_prompt_tokens})
 
     def max_length(self, new_tokens: int) -> int:
         return self.recipe.data.max_prompt_tokens + new_tokens
@@ -169,8 +198,9 @@ def _in_one_process(this: Run, stage: str, rank: int) -> None:
 def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
     """The recipe as another file can say it: there, a path that starts with a dot would mean another place."""
     tree = recipe.model_dump(mode="json")
-    for section, key in (("data", "train"), ("data", "heldout"), ("teacher", "source"), ("student", "source")):
-        if Path(tree[section][key]).exists():
+    files = [("data", key) for key in ("train", "heldout", "validation", "text")]
+    for section, key in (*files, ("teacher", "source"), ("student", "source")):
+        if tree[section][key] is not None and Path(tree[section][key]).exists():
             tree[section][key] = os.path.abspath(tree[section][key])
     tree["rollout"]["max_prompt_tokens"] = tree["data"]["max_prompt_tokens"]
     return tree | {"run_dir": os.path.abspath(tree["run_dir"])}
@@ -179,10 +209,28 @@ def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
 def _teacher(this: Run) -> None:
     from minillm.models.load import load_model, load_tokenizer
 
-    if this.teacher == this.recipe.teacher.source:
+    if this.untuned == this.recipe.teacher.source:
         return  # a folder or hub id is used where it is
-    load_model(this.recipe.teacher.source).save_pretrained(this.teacher)
-    load_tokenizer(this.recipe.teacher.source).save_pretrained(this.teacher)
+    load_model(this.recipe.teacher.source).save_pretrained(this.untuned)
+    load_tokenizer(this.recipe.teacher.source).save_pretrained(this.untuned)
+
+
+def _finetune(this: Run) -> None:
+    _fine_tune(this, "finetune", this.untuned, this.teacher, this.recipe.finetune)
+
+
+def _sft(this: Run) -> None:
+    _fine_tune(this, "sft", this.start, str(this.dir / "sft"), this.recipe.sft, teacher=this.teacher)
+
+
+def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[str, Any], teacher: str | None = None) -> None:
+    from minillm.train.finetune import FineTuner
+
+    trainer = FineTuner(
+        source, _training_arguments(this, stage, training), train_dataset=this.references(), rollout=this.rollout(),
+        eval_dataset=this.validation(), teacher=teacher,
+    )  # fmt: skip
+    _train_and_close(this, trainer, target, stage)
 
 
 def _student(this: Run) -> None:
@@ -348,10 +396,11 @@ def _warmup(this: Run) -> None:
     settings = this.recipe.warmup
     trainer = SupervisedTrainer(
         this.start, this.teacher, _training_arguments(this, "warmup", settings.training),
-        train_dataset=read_jsonl(this.dir / "responses.jsonl"), cross_entropy=settings.cross_entropy,
-        temperature=settings.temperature,
+        train_dataset=this.references() if settings.targets == "references" else read_jsonl(this.answers),
+        cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
+        eval_dataset=this.validation(),
     )  # fmt: skip
-    _train(this, trainer, this.warmed, "warmup")
+    _train_and_close(this, trainer, this.warmed, "warmup")
 
 
 def _minillm(this: Run) -> None:
@@ -360,7 +409,7 @@ def _minillm(this: Run) -> None:
 
     recipe = this.recipe
     prompts = this.prompts(this.train_examples, str(recipe.data.train))
-    rollout = recipe.rollout.model_copy(update={"max_prompt_tokens": recipe.data.max_prompt_tokens})
+    rollout = this.rollout()
     teacher: Any = this.teacher
     if recipe.teacher.servers:
         # Without a single step and with sampled rewards only the drawn tokens count.
@@ -370,10 +419,16 @@ def _minillm(this: Run) -> None:
         )
     trainer = MiniLLMTrainer(
         this.warmed, teacher, _training_arguments(this, "minillm", recipe.training), objective=recipe.objective,
-        rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts],
+        rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts], eval_dataset=this.validation(),
+        text_dataset=read_jsonl(recipe.data.text) if recipe.data.text else None,
+        responses=this.references() if rollout.on_policy < 1 else None,
     )  # fmt: skip
+    _train_and_close(this, trainer, this.student, "minillm")
+
+
+def _train_and_close(this: Run, trainer: Any, folder: str, stage: str) -> None:
     try:
-        _train(this, trainer, this.student, "minillm")
+        _train(this, trainer, folder, stage)
     finally:
         trainer.close()
 
@@ -444,7 +499,7 @@ def _report(this: Run) -> None:
 
 
 _STAGES: dict[str, Callable[[Run], None]] = {
-    "teacher": _teacher, "student": _student, "responses": _responses, "warmup": _warmup, "minillm": _minillm,
-    "evaluate": _evaluate, "report": _report,
+    "teacher": _teacher, "finetune": _finetune, "student": _student, "responses": _responses, "warmup": _warmup, "sft": _sft,
+    "minillm": _minillm, "evaluate": _evaluate, "report": _report,
 }  # fmt: skip
-_IN_EVERY_PROCESS = ("warmup", "minillm")
+_IN_EVERY_PROCESS = ("finetune", "warmup", "sft", "minillm")

@@ -39,7 +39,7 @@ def test_what_counts_as_latin() -> None:
     ("reference", "near", "common", "tokens", "other"),
     [
         ("猫在窗上", "猫在门外", 2, (4, 4), "狗跑"),
-        ("𠀀猫々", "𠀀犬々", 2, (3, 3), "狗"),  # beyond the basic plane
+        ("𠀀𠀁々", "𠀀𠀂々", 2, (3, 3), "狗"),  # beyond the basic plane
         ("кошка сидит на окне", "кошка сидит у двери", 2, (4, 4), "собака лает"),
         ("القط ينام على السرير", "القط ينام تحت الطاولة", 2, (4, 4), "كلب يركض"),
         ("แมวนอน", "แมวกิน", 4, (6, 6), "สีดำ"),  # a character each, the vowel ิ included
@@ -70,6 +70,7 @@ def test_one_text_that_is_not_latin_is_enough() -> None:
     assert metrics.rouge_l("кошка", ["cat", "кошка"]) == 100
     assert metrics.rouge_l("cat", ["кошка", "cats"]) == 100
     assert metrics.rouge_l("cat", ["кошка"]) == metrics.rouge_l("кошка", ["cat"]) == 0
+    assert metrics.rouge_l("cat кошка собака", ["cat"]) == pytest.approx(100 * 2 * 1 / (3 + 1))  # the package: 100
     # The package reads `yes` alone on both sides, and would say 100.
     assert metrics.rouge_l("yes кошка", ["yes собака"]) == pytest.approx(50)
 
@@ -107,27 +108,30 @@ def test_excess_error() -> None:
     assert undefined[1] == math.inf
 
 
+def errors(rng: np.random.Generator, n: int, mean: float) -> list[list[float]]:
+    return [rng.gamma(4, mean / 4, size=rng.integers(3, 9)).tolist() for _ in range(n)]
+
+
 def test_the_spread_of_the_excess_error() -> None:
     rng = np.random.default_rng(0)
-
-    def errors(n: int, mean: float) -> list[list[float]]:
-        return [rng.gamma(4, mean / 4, size=rng.integers(6, 12)).tolist() for _ in range(n)]
-
-    oracle, double, alike = errors(150, 1.0), errors(100, 2.0), errors(100, 1.0)
-    spread = metrics.excess_error_spread(double, oracle, 5, times=500)
+    double, oracle = errors(rng, 100, 2.0), errors(rng, 150, 1.0)
+    spread, curve = (f(double, oracle, 5) for f in (metrics.excess_error_spread, metrics.excess_error))
     assert spread.shape == (5, 2)
-    assert (spread[:, 0] > 50).all()
-    assert ((spread[:, 0] < 100) & (spread[:, 1] > 100)).all()
-    curve = metrics.excess_error(alike, oracle, 5)
-    low, high = metrics.excess_error_spread(alike, oracle, 5, times=500).T
-    assert ((low < 0) & (high > 0) & (low < curve) & (curve < high)).all()
-
-    assert (spread == metrics.excess_error_spread(double, oracle, 5, times=500)).all()
-    assert (spread != metrics.excess_error_spread(double, oracle, 5, times=500, seed=1)).any()
+    assert ((spread[:, 0] > 50) & (spread[:, 0] < curve) & (curve < spread[:, 1]) & (spread[:, 1] < 150)).all()
+    assert (spread == metrics.excess_error_spread(double, oracle, 5)).all()
+    assert (spread != metrics.excess_error_spread(double, oracle, 5, seed=1)).any()
     # The very same samples on both sides: were the draws the same too, every difference would be 0.
-    assert (np.diff(metrics.excess_error_spread(oracle, oracle, 5, times=500)) > 1).all()
+    assert (np.diff(metrics.excess_error_spread(oracle, oracle, 5)) > 1).all()
     # Samples that do not differ leave nothing to spread.
     assert metrics.excess_error_spread([[2.0]] * 3, [[1.0]] * 4, 2, times=20) == pytest.approx(np.full((2, 2), 100))
+
+
+def test_the_spread_covers_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(1), np.zeros(4)
+    for _ in range(200):
+        low, high = metrics.excess_error_spread(errors(rng, 60, 2.0), errors(rng, 60, 1.0), 4, times=300).T
+        hits += (low <= 100) & (high >= 100)  # lengths are drawn alike, so every R(l) is twice lε(l)
+    assert ((hits >= 178) & (hits <= 198)).all()
 
 
 def test_the_spread_is_as_wide_as_theory_says() -> None:
@@ -163,6 +167,13 @@ def test_calibration_error_is_its_definition_on_edges_too() -> None:
                 accuracy, mean = (sum(values[i] for i in inside) / len(inside) for values in (correct, confidences))
                 total += len(inside) / len(confidences) * abs(accuracy - mean)
         assert metrics.calibration_error(np.array(confidences), correct, bins) == pytest.approx(total)
+
+
+def test_an_edge_belongs_to_the_bin_below() -> None:
+    for bins in range(2, 30):
+        for k in range(1, bins + 1):
+            edge, inside = k / bins, (k - 0.5) / bins  # together right and wrong offset each other
+            assert metrics.calibration_error([edge, inside], [True, False], bins) == pytest.approx(abs(1 - edge - inside) / 2)
 
 
 def test_paired_bootstrap() -> None:
