@@ -55,7 +55,7 @@ def test_a_child_says_only_what_differs(recipe: Path) -> None:
         ("rollout:\n  teacher_mx: 0.2\n", "recipe.yaml:12: rollout.teacher_mx: unknown key; did you mean teacher_mix?"),
         ("rollout:\n  teacher_mix: 1.5\n", "recipe.yaml:12: rollout.teacher_mix: Input should be less than 1 (given: 1.5)"),
         ("rollout:\n  num_rollouts: many\n", "recipe.yaml:12: rollout.num_rollouts: Input should be a valid integer"),
-        ("stages: [teacher, sleep]\n", "recipe.yaml:11: stages.1: Input should be 'teacher', 'student'"),
+        ("stages: [teacher, sleep]\n", "recipe.yaml:11: stages.1: Input should be 'teacher', 'finetune'"),
         ("warmup: {training: {learnign_rate: 1}}\n", "warmup.training.learnign_rate: unknown key; did you mean learning_rate?"),
         ("warmup:\n  training:\n    max_steps: lots\n", "recipe.yaml:13: warmup.training.max_steps: Input should be a valid integer"),
         ("warmup:\n  training:\n    learning_rate: -1\n", "must be at least 0.0 (given: -1)"),
