@@ -115,7 +115,7 @@ def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:
     assert done.stderr.strip() == "error: command line: rollout.teacher_mix: Input should be less than 1 (given: 7)"
     done = command("run", str(recipe), "--stage", "slep")
     assert done.returncode == 2
-    assert "--stage slep: no such stage; allowed: teacher, student" in done.stderr
+    assert "--stage slep: no such stage; allowed: teacher, finetune" in done.stderr
     done = command("generate", str(recipe.parent / "nowhere"), "w1")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

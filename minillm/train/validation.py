@@ -49,7 +49,7 @@ class Validated:
 
     def sample_with(self, config: RolloutConfig, width: int, compute_dtype: torch.dtype, engine: Engine | None = None) -> None:
         """How the student is sampled; called once the trainer is built."""
-        self.rollout_config, self.compute_dtype, self._engine = config, compute_dtype, engine
+        self.rollout_config, self.width, self.compute_dtype, self._engine = config, width, compute_dtype, engine
         stop = StopStrings(self.processing_class, config.stop) if config.stop else None
         eos = eos_ids(self.model.generation_config, self.processing_class)
         self.sampling = Sampling(config.max_new_tokens, eos, width, config.temperature, stop=stop)
