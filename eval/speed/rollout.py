@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import resource
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -131,6 +132,7 @@ def main() -> None:
             for name, run in contenders.items():
                 drawn: list[int] = []
                 spent = seconds(lambda run=run, drawn=drawn: drawn.append(run()))
+                print(f"round {turn} of {options.repeats}, {name}: {drawn[0] / spent:.1f} tokens/s", file=sys.stderr, flush=True)
                 if turn:  # the first turn warms up
                     taken[name].append(spent / drawn[0])
     per_token = {name: median(values) for name, values in taken.items()}

@@ -245,6 +245,11 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
     for turn in range(options.repeats + 1):
         for worker in workers:
             report = worker.update()
+            print(
+                f"{sequences} responses, round {turn} of {options.repeats}, {worker.name}: {report['seconds']:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             if turn:  # the first warms up
                 reports[worker.name].append(report)
     ends = {worker.name: worker.end() for worker in workers}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from minillm.data.batches import Padded
 from minillm.data.rollouts import TeacherRows
@@ -50,6 +51,11 @@ class DistillationTrainer(Validated, Trainer):
             processing_class = load_tokenizer(model)
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "DeepSpeed ZeRO-3 is not supported: it gathers a module's weights when that module is called, and the head is scored "
+                "without being called. Use FSDP2, or ZeRO-2"
+            )
         # A different tokenizer is found before any weights load, where the teacher is still a name.
         served = teacher if isinstance(teacher, ServedTeacher) else None
         named = served.source if served else teacher if isinstance(teacher, str) else str(teacher.name_or_path)  # pyright: ignore[reportAttributeAccessIssue]
