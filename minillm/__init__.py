@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minillm.recipe import Objective, RolloutConfig
+    from minillm.teacher.served import ServedTeacher
     from minillm.train.on_policy import MiniLLMTrainer
     from minillm.train.supervised import SupervisedTrainer
 
 __version__ = "0.1.0"
-__all__ = ["MiniLLMTrainer", "Objective", "RolloutConfig", "SupervisedTrainer"]
+__all__ = ["MiniLLMTrainer", "Objective", "RolloutConfig", "ServedTeacher", "SupervisedTrainer"]
 
 _HOME = {
     "MiniLLMTrainer": "minillm.train.on_policy",
+    "ServedTeacher": "minillm.teacher.served",
     "SupervisedTrainer": "minillm.train.supervised",
     "Objective": "minillm.recipe",
     "RolloutConfig": "minillm.recipe",
