@@ -194,7 +194,7 @@ def main() -> None:
     """Run the command line; errors a person can mend are one line, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from minillm.stages import Interrupted
+    from minillm.run_state import Interrupted
 
     try:
         app()

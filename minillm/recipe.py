@@ -130,6 +130,8 @@ class RolloutConfig(Section):
     process 0 starts one on this machine, which all training processes share (with `engine: vllm` each has its own)."""
     server_patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for which a server that is gone is tried again, before the run stops with a checkpoint."""
+    server_timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds that one answer of a server may take: longer where responses are long and the server slow."""
     overlap: bool = False
     """Draw the next batch of rollouts while this one trains, with the weights before it: one batch off policy."""
     num_rollouts: Positive = 32
@@ -204,6 +206,8 @@ def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
             f"rollout.temperature: {rollout.temperature:g} with a served teacher: its log-probabilities are of temperature 1, and "
             "those of another need every logit for their sum; set 1"
         )
+    if rollout.on_policy < 1:
+        raise ValueError("rollout.on_policy with a served teacher: of given responses the student's likeliest tokens are not known; set 1")
     if rollout.teacher_mix:
         raise ValueError("rollout.teacher_mix with a served teacher: mixing draws from the teacher's whole rows; set 0")
     if objective.language_model and objective.language_model_distill:

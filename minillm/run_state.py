@@ -29,11 +29,15 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # Where and when responses are drawn and scored, not from what. A run may go on with others.
-_OPERATIONAL = {"rollout": {"servers", "server_patience", "engine_memory", "overlap"}, "teacher": {"servers"}}
+_OPERATIONAL = {"rollout": {"servers", "server_patience", "server_timeout", "engine_memory", "overlap"}, "teacher": {"servers"}}
 
 
 class RunError(RuntimeError):
     """A run directory that does not fit the recipe, or lacks what a stage needs."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, after what was done has been saved."""
 
 
 def _is_ours(run_dir: Path) -> bool:

@@ -96,11 +96,13 @@ class Servers:
         refresh: called with a server that is not `fresh` before it is asked.
         patience: seconds for which what has gone is tried again.
         setting: the setting behind `patience`, for the error at its end.
+        fate: tells why there is nothing to wait for any more, once that is so.
     """
 
     def __init__(
         self, urls: Sequence[str], *, refresh: Callable[[Server], None] | None = None, patience: float = 600.0,
         timeout: float = 300.0, concurrency: int = 64, setting: str = "rollout.server_patience",
+        fate: Callable[[], str | None] | None = None,
     ) -> None:  # fmt: skip
         key = os.environ.get("VLLM_API_KEY")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency * len(urls))
@@ -111,7 +113,7 @@ class Servers:
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
         self.each = [Server(url, self._client) for url in urls]
-        self._refresh, self._patience, self._setting = refresh, patience, setting
+        self._refresh, self._patience, self._setting, self._fate = refresh, patience, setting, fate
         self._pool = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="vllm")
         self._picking = threading.Lock()
         self._closed = False
@@ -184,6 +186,8 @@ class Servers:
             self._wait(_FIRST_PAUSE, deadline, soonest, soonest.trouble)
 
     def _wait(self, pause: float, deadline: float, server: Server, trouble: Trouble | None) -> None:
+        if self._fate is not None and (end := self._fate()) is not None:
+            raise EngineError(f"{server.url}: {end}") from trouble
         if self._closed or time.monotonic() >= deadline:
             raise EngineError(f"{server.url}: {trouble}; tried for {self._patience:g} s ({self._setting})") from trouble
         time.sleep(max(min(pause, deadline - time.monotonic()), 0.0))

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,14 +17,10 @@ from minillm.data.examples import Example, Prompt, read_examples, read_jsonl, re
 from minillm.hardware import give_back_memory
 from minillm.recipe import Recipe, RolloutConfig
 from minillm.rollout.build import choose_engine
-from minillm.run_state import RunState
+from minillm.run_state import Interrupted, RunState
 
 logger = logging.getLogger(__name__)
 _WAVE = 128  # prompts answered between two writes of the responses file
-
-
-class Interrupted(Exception):
-    """Ctrl-C, after what was done has been saved."""
 
 
 class Run:
@@ -230,7 +225,7 @@ def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[s
         source, _training_arguments(this, stage, training), train_dataset=this.references(), rollout=this.rollout(),
         eval_dataset=this.validation(), teacher=teacher,
     )  # fmt: skip
-    _train_and_close(this, trainer, target, stage)
+    _train(this, trainer, target, stage)
 
 
 def _student(this: Run) -> None:
@@ -323,71 +318,10 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
 
 
 def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
-    """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`."""
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_callback import TrainerState
-    from transformers.trainer_utils import get_last_checkpoint
+    from minillm.train.resumable import train
 
     this.processes = trainer.accelerator.num_processes
-    stopping = _StopCleanly()
-    trainer.add_callback(stopping.callback())
-    work = trainer.args.output_dir
-    if os.path.isdir(work) and trainer.is_world_process_zero():
-        for left in Path(work).glob("checkpoint-*"):  # cut short while it was written
-            if not (left / TRAINER_STATE_NAME).is_file():
-                shutil.rmtree(left, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    last = get_last_checkpoint(work) if os.path.isdir(work) else None
-    if last is not None and _is_complete(last):
-        trainer.state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
-        trainer._load_from_checkpoint(last)
-    else:
-        with stopping:
-            trainer.train(resume_from_checkpoint=last)
-    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
-    trainer.save_model(folder)
-    if trainer.is_world_process_zero():
-        trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
-        shutil.rmtree(work, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _is_complete(checkpoint: str) -> bool:
-    """The run ended between its last checkpoint and the saving of the student."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] >= state["max_steps"]
-
-
-class _StopCleanly:
-    """The first Ctrl-C lets the update end and saves a checkpoint; the second stops at once."""
-
-    asked = False
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGINT, self._ask)
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
-
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
-
-        outer = self
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                if outer.asked:
-                    control.should_save = control.should_training_stop = True
-                return control
-
-        return Stop()
+    train(trainer, folder, stage)
 
 
 def _warmup(this: Run) -> None:
@@ -400,7 +334,7 @@ def _warmup(this: Run) -> None:
         cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
         eval_dataset=this.validation(),
     )  # fmt: skip
-    _train_and_close(this, trainer, this.warmed, "warmup")
+    _train(this, trainer, this.warmed, "warmup")
 
 
 def _minillm(this: Run) -> None:
@@ -423,14 +357,7 @@ def _minillm(this: Run) -> None:
         text_dataset=read_jsonl(recipe.data.text) if recipe.data.text else None,
         responses=this.references() if rollout.on_policy < 1 else None,
     )  # fmt: skip
-    _train_and_close(this, trainer, this.student, "minillm")
-
-
-def _train_and_close(this: Run, trainer: Any, folder: str, stage: str) -> None:
-    try:
-        _train(this, trainer, folder, stage)
-    finally:
-        trainer.close()
+    _train(this, trainer, this.student, "minillm")
 
 
 def _evaluate(this: Run) -> None:

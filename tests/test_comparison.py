@@ -12,7 +12,7 @@ import pytest
 from minillm import comparison, stages
 from minillm.comparison import compare
 from minillm.recipe_file import RecipeError, load_comparison
-from minillm.stages import Interrupted
+from minillm.run_state import Interrupted
 from tests.conftest import save, tiny_llama
 
 TRAINING = """

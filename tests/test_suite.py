@@ -187,3 +187,17 @@ def test_models_of_another_shape_get_an_engine_of_their_own(data: str, models: d
     results = suite.run_suite(make(data, tmp_path / "out"), {**models, "third": third})
     lengths = {name: sets["some"]["length"]["mean"] for name, sets in results["models"].items()}
     assert len(set(lengths.values())) == 3
+
+
+def test_the_command_line_evaluates_a_suite(data: str, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("sets: {some: {file: some.jsonl}}\ntemplate: plain\nmax_new_tokens: 4\nseeds: [1, 2]\nengine: transformers\n")
+    out = tmp_path / "out"
+    words = [f"model=small:{models['student']}", f"data_dir={data}", f"model={models['teacher']}", f"out={out}", "bootstrap=100"]
+    cli.evaluate(file, words)
+    shown = capsys.readouterr().out
+    assert "small" in shown
+    assert "teacher" in shown
+    assert "±" in shown
+    assert (out / "report.html").is_file()
+    assert list(json.loads((out / "results.json").read_text())["models"]) == ["small", "teacher"]

@@ -43,11 +43,6 @@ class Sampling:
             ends = ends if stopped is None else stopped
         return ends
 
-    def needs_no_filter(self, engine: str) -> None:
-        """Refuse, for an engine that would not heed it."""
-        if self.no_repeat_ngram:
-            raise EngineError(f"{engine} does not block n-grams: no_repeat_ngram takes engine: transformers")
-
     def ended(self, ids: list[int]) -> bool:
         """Whether the last of `ids` ends the response, given that none before it did."""
         return ids[-1] in self.eos_ids or (self.stop is not None and self.stop.length(ids) is not None)

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether every forward is a collective operation: FSDP in either form."""
+    return isinstance(model, (FSDPModule, FullyShardedDataParallel)) or any(isinstance(p, DTensor) for p in model.parameters())
 
 
 def check_adapter(model: Any) -> None:
@@ -54,13 +60,13 @@ def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
     deltas = {}
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
-            deltas[f"{name}.weight"] = [module.get_delta_weight(adapter) for adapter in module.active_adapters if adapter in module.scaling]
+            deltas[f"{name}.weight"] = [(module, adapter) for adapter in module.active_adapters if adapter in module.scaling]
     for name, value in model.get_base_model().state_dict().items():
         if "lora_" not in name:
             plain = name.replace(".base_layer", "")
             whole = _whole(value).detach()
-            for delta in deltas.get(plain, []):
-                whole = whole + delta.detach().to(whole.dtype)
+            for module, adapter in deltas.get(plain, []):
+                whole = whole + _whole(module.get_delta_weight(adapter)).detach().to(whole.dtype)
             yield plain, whole.to(dtype)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.rollouts import EngineError
 from minillm.hardware import device, give_back_memory, working_dtype
-from minillm.models.weights import plain_weights
+from minillm.models.weights import is_sharded, plain_weights
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.rollout.transformers_engine import TransformersEngine
@@ -69,6 +69,11 @@ def make_engine(
             tokenizer=tokenizer if config.stop else None,
         )  # fmt: skip
     if model is not None:
+        if is_sharded(model):
+            raise EngineError(
+                "rollout.engine: the transformers engine cannot sample a sharded student (FSDP): processes that end at different "
+                "lengths would wait for each other for ever; install vLLM, or use rollout.engine: server"
+            )
         return TransformersEngine(model, shared=True)
     loaded: Any = load_model(folder, dtype)
     return TransformersEngine(loaded.to(device()))
@@ -119,4 +124,12 @@ def _served(config: RolloutConfig, folder: str | Path, max_length: int, dtype: t
         )
         urls = [url]
     width = model.get_output_embeddings().weight.shape[0]
-    return VLLMServerEngine(urls, work / "weights", max_length=max_length, head_width=width, patience=config.server_patience, own=own)
+    try:
+        return VLLMServerEngine(
+            urls, work / "weights", max_length=max_length, head_width=width, patience=config.server_patience,
+            timeout=config.server_timeout, own=own,
+        )  # fmt: skip
+    except BaseException:
+        if own is not None:
+            own.stop()
+        raise

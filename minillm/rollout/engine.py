@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from minillm.data.rollouts import Rollout, Sampling
+from minillm.data.rollouts import EngineError, Rollout, Sampling
 
 NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What an engine returns exactly: log-probabilities of drawn tokens always, of others so many at a place.
+
+    likeliest: most of the likeliest tokens. named: most that can be asked for by id. Rows of a padded head are never drawn.
+    """
+
+    likeliest: int
+    named: int
+    blocks_ngrams: bool = False
+
+    def check(self, sampling: Sampling) -> None:
+        """Refuse what an engine would not heed.
+
+        Raises:
+            EngineError: naming what to use instead.
+        """
+        if sampling.no_repeat_ngram and not self.blocks_ngrams:
+            raise EngineError("no_repeat_ngram: vLLM blocks no n-grams; use engine: transformers")
+        if sampling.likeliest > self.likeliest:
+            raise EngineError(f"{sampling.likeliest} likeliest tokens a place are asked for; this engine tells {self.likeliest}")
 
 
 class Engine(Protocol):
     """Samples from one model whose weights can be replaced."""
 
+    offers: Offers
     version: int
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:

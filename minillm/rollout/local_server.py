@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minillm.rollout.vllm_engine import memory_settings
+from minillm.rollout.vllm_engine import engine_limits, memory_settings
 
 _FLAGS = {"kv_cache_memory_bytes": "--kv-cache-memory-bytes", "gpu_memory_utilization": "--gpu-memory-utilization"}
 
@@ -38,15 +38,16 @@ class LocalServer:
         self.url, self.log = f"http://127.0.0.1:{port}", Path(log)
         settings = memory_settings(folder, max_length=max_length, sequences=sequences, dtype=dtype, memory=memory)
         # Not the `vllm` command: the CPU build comes without one.
+        batch = engine_limits(max_length, sequences)
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1", "--port", str(port),
             "--max-model-len", str(max_length), "--dtype", str(dtype).removeprefix("torch."), "--logprobs-mode", "processed_logprobs",
+            "--max-num-seqs", str(batch["max_num_seqs"]), "--max-num-batched-tokens", str(batch["max_num_batched_tokens"]),
             *(part for key, value in settings.items() for part in (_FLAGS[key], str(value))),
         ]  # fmt: skip
         if not torch.cuda.is_available():
             # As in `VLLMEngine`: short blocks, and prompts in one piece.
-            command += ["--enforce-eager", "--block-size", "32", "--max-num-seqs", "64", "--no-enable-chunked-prefill"]
-            command += ["--max-num-batched-tokens", str(max(4096, max_length))]
+            command += ["--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill"]
         environment = {
             k: v for k, v in os.environ.items() if k not in _OF_THE_LAUNCHER and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))
         }
@@ -64,6 +65,11 @@ class LocalServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
+
+    def fate(self) -> str | None:
+        """How it ended, once it has."""
+        code = self.process.poll()
+        return None if code is None else f"the run's own server ended (exit status {code}); {self.log} ends with\n{self.last_words()}"
 
     def last_words(self) -> str:
         """The end of its log, for an error."""

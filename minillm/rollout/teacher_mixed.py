@@ -66,13 +66,16 @@ class _Rejected:
     row: _Row
     state: Tensor  # [1, H], the teacher's, that predicts the token
     known: dict[int, float]  # log q of some tokens; of all others it is at most `ceiling`
+    likeliest: int  # how many of them are the likeliest of all
     logp: Tensor = field(default_factory=lambda: torch.zeros(0))
     candidates: list[tuple[int, float]] = field(default_factory=list)  # drawn from p, each with its uniform number
     ceiling: float = 0.0
     draws: int = 0
 
     def __post_init__(self) -> None:
-        self.ceiling = min(self.known.values(), default=0.0)
+        # Of the likeliest tokens, that is: the refused one, which is among the known whatever its rank, bounds nothing.
+        likeliest = sorted(self.known.values(), reverse=True)[: self.likeliest]
+        self.ceiling = min(likeliest, default=0.0)
 
     def draw(self, count: int) -> None:
         tokens = torch.multinomial(self.logp.exp(), count, True, generator=self.row.generator).tolist()
@@ -141,7 +144,9 @@ class TeacherMixedSampler:
             if kept < len(ids):
                 stream.retract(i, len(ids) - kept)
                 row.states.append(states[i][: kept + 1])
-                rejected.append(_Rejected(row, states[i][kept : kept + 1], dict(draft.likeliest[kept]) if draft.likeliest else {}))
+                rejected.append(
+                    _Rejected(row, states[i][kept : kept + 1], dict(draft.likeliest[kept]) if draft.likeliest else {}, _LIKELIEST)
+                )
             else:
                 row.states.append(states[i][:kept])
                 row.unread, row.tail = [], states[i][kept : kept + 1]

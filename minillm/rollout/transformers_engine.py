@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket
 from minillm.data.rollouts import Rollout, Sampling, next_token_logprobs
-from minillm.rollout.engine import NamedTensors
+from minillm.rollout.engine import NamedTensors, Offers
 
 
 class TransformersEngine:
@@ -22,6 +22,8 @@ class TransformersEngine:
         shared: `model` is the trained model itself. Its weights are current at any time and `update_weights` leaves them
             alone: what it is handed may be rounded to bfloat16, and the masters must not be.
     """
+
+    offers = Offers(likeliest=1 << 30, named=1 << 30, blocks_ngrams=True)
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 64, *, shared: bool = False) -> None:
         self._model = model
@@ -65,7 +67,7 @@ class TransformersEngine:
             if sampling.likeliest:
                 values, tops = (x.tolist() for x in logq.topk(min(sampling.likeliest, logq.shape[-1])))
                 for i, value, top in zip(rows, values, tops, strict=True):
-                    likeliest[i].append(dict(zip(top, value, strict=True)))
+                    likeliest[i].append(dict(zip(top, value, strict=True)) | {ids[i][-1]: logprobs[i][-1]})  # as vLLM: the drawn one too
             going = torch.tensor([not sampling.ended(ids[i]) for i in rows], device=device)
             if not going.all():
                 rows = [i for i, keep in zip(rows, going.tolist(), strict=True) if keep]

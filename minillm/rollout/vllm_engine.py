@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.data.rollouts import EngineError, Rollout, Sampling
-from minillm.rollout.engine import NamedTensors
+from minillm.rollout.engine import NamedTensors, Offers
 
 GIB = 1 << 30
 # On the CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
 _CPU_BLOCK = 32
 # A GPU is shared with the trained model, its optimiser and the teacher; vLLM's own buffers beside weights and cache.
 _MOST_ON_CPU, _BUFFERS = 4 * GIB, 2 * GIB
+_SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it draws from
 
 
 def vllm_is_installed() -> bool:
@@ -35,6 +36,13 @@ def cache_bytes(folder: str | Path, *, max_length: int, sequences: int, dtype: t
     return 2 * config.num_hidden_layers * heads * size * dtype.itemsize * _CPU_BLOCK * blocks
 
 
+def engine_limits(max_length: int, sequences: int) -> dict[str, int]:
+    """Sequences drawn from at once, and tokens read in one step: vLLM's defaults are sized for a GPU of its own."""
+    if not torch.cuda.is_available():
+        return {"max_num_seqs": 64, "max_num_batched_tokens": max(4096, max_length)}
+    return {"max_num_seqs": min(max(sequences, 16), 256), "max_num_batched_tokens": max(8192, max_length)}
+
+
 def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype, memory: float | None) -> dict[str, Any]:
     """vLLM's settings of its memory, from what it will hold.
 
@@ -46,9 +54,12 @@ def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtyp
     if not torch.cuda.is_available():
         return {"kv_cache_memory_bytes": wanted if memory is not None else max(min(wanted, _MOST_ON_CPU), GIB // 8)}
     free, total = torch.cuda.mem_get_info()
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).num_parameters() * dtype.itemsize
-    share = round(min(wanted + weights + _BUFFERS, 0.9 * free) / total, 3)
+        weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
+    rows = engine_limits(max_length, sequences)["max_num_seqs"]
+    buffers = _BUFFERS + _SAMPLER_COPIES * rows * config.get_text_config().vocab_size * 4
+    share = round(min(wanted + weights + buffers, 0.9 * free) / total, 3)
     return {"gpu_memory_utilization": share} | ({"kv_cache_memory_bytes": wanted} if memory is not None else {})
 
 
@@ -66,8 +77,10 @@ class VLLMEngine:
     On a GPU `rest` gives back weights and cache until new weights come (vLLM's sleep).
     """
 
+    offers = Offers(likeliest=20, named=128)  # vLLM's own bounds
+
     def __init__(
-        self, folder: str | Path, *, max_length: int, sequences: int = 64, memory: float | None = None, max_sequences: int = 64,
+        self, folder: str | Path, *, max_length: int, sequences: int = 64, memory: float | None = None,
         dtype: torch.dtype = torch.bfloat16, version: int = 0, tokenizer: str | Path | None = None,
     ) -> None:  # fmt: skip
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -81,14 +94,14 @@ class VLLMEngine:
         if cpu:
             settings |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
             # A seeded request whose prompt is prefilled in parts fails on the CPU: it has no generator offset to rewind.
-            settings |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_length)}
+            settings |= {"enable_chunked_prefill": False}
         else:
             settings |= {"enable_sleep_mode": True}
         if torch.distributed.is_initialized():
             # Every training process has its own engine; without this vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
         self._llm = LLM(
-            str(folder), max_model_len=max_length, max_num_seqs=max_sequences,
+            str(folder), max_model_len=max_length, **engine_limits(max_length, sequences),
             logprobs_mode="processed_logprobs", tokenizer=None if tokenizer is None else str(tokenizer),
             skip_tokenizer_init=tokenizer is None, enable_prefix_caching=True, seed=0, **settings,
         )  # fmt: skip
@@ -100,7 +113,7 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         from vllm import SamplingParams
 
-        sampling.needs_no_filter("vLLM")
+        self.offers.check(sampling)
         allowed = self._allowed(sampling)
         text: dict[str, Any] = {"detokenize": False}
         if sampling.stop is not None and self._decodes:
@@ -142,7 +155,7 @@ class VLLMEngine:
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights)})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False

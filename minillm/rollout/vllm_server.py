@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.data.rollouts import EngineError, Rollout, Sampling
-from minillm.rollout.engine import NamedTensors
+from minillm.rollout.engine import NamedTensors, Offers
 from minillm.rollout.local_server import LocalServer
 from minillm.serving import PLAIN, Server, Servers, Trouble, read_completion
 
@@ -37,16 +37,21 @@ class VLLMServerEngine:
         folder: where weights are laid down for the servers to read.
         max_length: prompt and response together; a server that takes less is refused.
         head_width: rows of the served model's head.
-        patience: seconds for which a server that has gone is tried again.
+        patience: seconds for which a server that has gone is tried again. timeout: seconds that one answer may take.
         own: a server that is stopped at the end.
     """
+
+    offers = Offers(likeliest=20, named=128)  # what a server gives unless --max-logprobs says otherwise; vLLM's own bound
 
     def __init__(
         self, urls: Sequence[str], folder: str | Path, *, max_length: int, head_width: int, patience: float = 600.0,
         timeout: float = 300.0, concurrency: int = 64, own: LocalServer | None = None,
     ) -> None:  # fmt: skip
         self._own = own
-        self._servers = Servers(urls, refresh=self._refresh, patience=patience, timeout=timeout, concurrency=concurrency)
+        self._servers = Servers(
+            urls, refresh=self._refresh, patience=patience, timeout=timeout, concurrency=concurrency,
+            fate=None if own is None else own.fate,
+        )  # fmt: skip
         self._folder, self._weights = Path(folder).absolute(), None
         self._width = head_width
         self.version = 0
@@ -55,7 +60,7 @@ class VLLMServerEngine:
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
         """See `Engine.generate`."""
-        sampling.needs_no_filter("vLLM's server")
+        self.offers.check(sampling)
         shared = self._settings(sampling) | {
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.eos_ids),
@@ -89,26 +94,44 @@ class VLLMServerEngine:
         return self._servers.all([lambda p=p, n=n: score(p, n) for p, n in zip(prefixes, ids, strict=True)])
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
-        """Lay the weights down once and have every server read them; call between generations."""
+        """Lay the weights down once and have every server read them; call between generations, in every process.
+
+        Raises:
+            EngineError: in every process, where process 0 could not.
+        """
         distributed = torch.distributed.is_initialized()
+        first = not distributed or torch.distributed.get_rank() == 0
         target = self._folder / f"weights-{version}"
-        if not distributed or torch.distributed.get_rank() == 0:
-            self._write(weights, target)
+        before, self._weights, self.version = self._weights, target, version
+        for server in self._servers.each:
+            server.fresh = False
+        trouble: Exception | None = None
+        if first:
+            try:
+                self._write(weights, target)
+            except OSError as error:
+                trouble = error
         else:
             for _ in weights:  # gathering shards is a collective operation
                 pass
         if distributed:
-            torch.distributed.barrier()
-        before, self._weights, self.version = self._weights, target, version
-        for server in self._servers.each:
-            server.fresh = False
-        if not distributed or torch.distributed.get_rank() == 0:
-            self._send_to_all()
+            torch.distributed.barrier()  # nobody draws with the weights before any more
+        if first and trouble is None:
+            try:
+                self._send_to_all()
+            except EngineError as error:
+                trouble = error
         if distributed:
-            torch.distributed.barrier()
-            for server in self._servers.each:
-                server.fresh = True
-        if before is not None and before != target and before.is_dir():
+            # Which servers have the weights is for process 0 to say; one that was away gets them before it next answers.
+            told: list[Any] = [[server.fresh for server in self._servers.each], None if trouble is None else str(trouble)]
+            torch.distributed.broadcast_object_list(told, src=0)
+            for server, fresh in zip(self._servers.each, told[0], strict=True):
+                server.fresh = fresh
+            if trouble is None and told[1] is not None:
+                trouble = EngineError(told[1])
+        if trouble is not None:
+            raise trouble
+        if first and before is not None and before != target and before.is_dir():
             shutil.rmtree(before, ignore_errors=True)
 
     def rest(self) -> None:
@@ -130,7 +153,8 @@ class VLLMServerEngine:
         for temperature in (1.0, 2.0):
             body = {"temperature": temperature, "max_tokens": 1, "prompt": [1, 2], "logprobs": 1, "logprob_token_ids": [1, 2, 3]}
             values.append(server.complete(PLAIN | body, lambda answer: read_completion(answer, [1, 2, 3])).tables)
-        if values[0] == values[1]:
+        spreads = [max(table.values()) - min(table.values()) for [table] in values]
+        if abs(spreads[0] - 2 * spreads[1]) > 0.1 * spreads[0] + 1e-3:  # numbers move a little with a server's batch
             raise EngineError(
                 f"{server.url} reports log-probabilities before temperature: start it with --logprobs-mode processed_logprobs"
             )

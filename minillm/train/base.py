@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -160,9 +161,15 @@ class DistillationTrainer(Validated, Trainer):
             logs |= self._flush()
         super().log(logs, start_time)
 
+    def _all_names(self, mine: Iterable[str]) -> list[str]:
+        """Of all processes, so that each takes part in the sums of all: what one noted another may not have."""
+        if self.accelerator.num_processes == 1:
+            return sorted(mine)
+        return sorted({name for names in gather_object([list(mine)]) for name in names})
+
     def _flush(self) -> dict[str, float]:
         """Means since the last log, over all processes."""
-        sums = {name: self.global_sum(self._sums[name]) for name in sorted(self._sums)}
+        sums = {name: self.global_sum(self._sums[name]) for name in self._all_names(self._sums)}
         out = {}
         for name in sorted(sums):
             if name.endswith("_loss"):
@@ -173,10 +180,11 @@ class DistillationTrainer(Validated, Trainer):
         if "advantage" in out:
             spread = sums["advantage_squared"] / max(sums["tokens"], 1.0) - out["advantage"] ** 2
             out["advantage_std"] = max(spread, 0.0) ** 0.5
-        for name in sorted(self._values):
-            total, count = (self.global_sum(x) for x in self._values[name])
-            out[name] = total / count if count else 0.0
-        for name in sorted(self._seconds):
+        for name in self._all_names(self._values):
+            total, count = (self.global_sum(x) for x in self._values.get(name, (0.0, 0.0)))
+            if count:
+                out[name] = total / count
+        for name in self._all_names(self._seconds):
             out[f"{name}_seconds"] = self._seconds[name]
             tokens = self.global_sum(self._phase_tokens[name])
             if tokens and self._seconds[name]:

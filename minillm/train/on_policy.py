@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # Nats a token. bfloat16 engines differ from the trainer by some hundredths; this far off they sample another student.
 _MISMATCH_ALARM = 0.3
 _ROLLOUTS = "rollouts-{rank}.pt"
+_NOT_DRAWN = -1  # the weights' version of a given response
 
 
 @dataclass
@@ -194,7 +195,7 @@ class MiniLLMTrainer(DistillationTrainer):
             if rollout.reverse_kl is None:
                 rollout.reverse_kl = reverse_kl.clone()
         sums = loss.tally.sums
-        current = all(rollout.weights_version == self.state.global_step for rollout in rollouts)
+        current = all(self._is_current(rollout) for rollout in rollouts)
         if inputs.first_use and current and self.objective.old_logprobs == "engine":
             self._note_mismatch(float(sums["log_ratio"]), float(sums["tokens"]))
         self.tally({name: total for name, total in sums.items() if name != "log_ratio"})
@@ -226,6 +227,10 @@ class MiniLLMTrainer(DistillationTrainer):
                 "weights: importance weights are off by as much. Have both compute in one dtype, or set objective.old_logprobs: trainer.",
                 total / count,
             )  # fmt: skip
+
+    def _is_current(self, rollout: Rollout) -> bool:
+        """Whether the weights that are trained now drew it."""
+        return rollout.weights_version == self.state.global_step
 
     # Rollouts
 
@@ -262,21 +267,29 @@ class MiniLLMTrainer(DistillationTrainer):
             with self.phase("rescoring", tokens):
                 self._rescore(rollouts)
         self._adopt(number, rollouts)
-        self._keep_for_replay(drawn.rollouts)
-        if self.rollout_config.overlap and (number + 1) * self._updates_per_batch < self.state.max_steps:
+        ahead_too = self.rollout_config.overlap and (number + 1) * self._updates_per_batch < self.state.max_steps
+        if ahead_too:
             with self._or_checkpoint():
                 self._sync()
+        self._keep_for_replay(drawn.rollouts)  # not before: a checkpoint of a lost engine has this batch drawn again
+        if ahead_too:
             self._ahead = number + 1, self._background.submit(self._sample, number + 1)
 
     @contextmanager
     def _or_checkpoint(self) -> Iterator[None]:
-        """What was trained is not lost with the engine: a resume draws the batch again."""
+        """What was trained is not lost with the engine: a resume draws the batch again.
+
+        Saving is done together, so every process learns of the error of any, and all of them end.
+        """
+        lost: EngineError | None = None
         try:
             yield
-        except EngineError:
+        except EngineError as error:
+            lost = error
+        if self.global_sum(float(lost is not None)):
             if self.state.global_step:
                 self._save_checkpoint(self.model, trial=None)
-            raise
+            raise lost or EngineError("another process has lost its engine; its message says how")
 
     def _sample(self, number: int) -> _Drawn:
         """Touches nothing but the engine and the teacher: with `overlap` it runs beside the updates."""
@@ -318,7 +331,7 @@ class MiniLLMTrainer(DistillationTrainer):
             lap, at = divmod(place, len(self._given))
             row = self._given[permutation(len(self._given), self.args.seed, "given", lap)[at]]
             ids, none = list(row["response_ids"]), torch.zeros(0)
-            others.append(Rollout(list(row["prompt_ids"]), ids, none, none, self.state.global_step, ids[-1] in self.sampling.eos_ids))
+            others.append(Rollout(list(row["prompt_ids"]), ids, none, none, _NOT_DRAWN, ids[-1] in self.sampling.eos_ids))
         for rollout, logq in zip(others, self._own_logprobs(others), strict=True):
             rollout.student_logprobs = rollout.behaviour_logprobs = logq
         return rollouts + others
@@ -327,7 +340,7 @@ class MiniLLMTrainer(DistillationTrainer):
         if self.rollout_config.replay:
             bare = {"teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None, "reverse_kl": None}
             self._earlier += [replace(rollout, **bare) for rollout in rollouts]
-            self._earlier = self._earlier[-(self.rollout_config.replay_size // self._processes) :]
+            self._earlier = self._earlier[-max(self.rollout_config.replay_size // self._processes, 1) :]
 
     def _score(self, rollouts: list[Rollout]) -> None:
         with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_logprobs is None)):
@@ -348,7 +361,8 @@ class MiniLLMTrainer(DistillationTrainer):
         """q_old, and with it p̃, by a forward of the student instead of the engine's numbers."""
         alpha = self.rollout_config.teacher_mix
         for rollout, logq in zip(rollouts, self._own_logprobs(rollouts), strict=True):
-            self._note_mismatch(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
+            if self._is_current(rollout):
+                self._note_mismatch(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
             rollout.student_logprobs = rollout.behaviour_logprobs = logq
             if alpha and rollout.teacher_logprobs is not None:
                 mixed = torch.logaddexp(logq + math.log1p(-alpha), rollout.teacher_logprobs + math.log(alpha))

@@ -19,7 +19,7 @@ from minillm.data.batches import seed_of
 from minillm.data.rollouts import Sampling, StopStrings
 from minillm.evaluation import token_divergences
 from minillm.models.load import eos_ids
-from minillm.models.weights import plain_weights, save_plain
+from minillm.models.weights import is_sharded, plain_weights, save_plain
 from minillm.recipe import RolloutConfig
 from minillm.rollout.build import make_engine
 from minillm.rollout.engine import Engine
@@ -106,7 +106,8 @@ class Validated:
                 sums["finished"] += 100 * rollout.finished
                 sums["length"] += len(rollout.response_ids)
             found = {name: self.global_sum(total) / len(rows) for name, total in sums.items()}
-            if isinstance(self.teacher, LocalTeacher):
+            # With shards every forward is done together, and processes have different numbers of them here.
+            if isinstance(self.teacher, LocalTeacher) and not is_sharded(self.model_wrapped):
                 kl = token_divergences(
                     self.model_wrapped, self.teacher, [r.prompt_ids for r in drawn], [r.response_ids for r in drawn], self.width,
                     self.sampling.temperature,

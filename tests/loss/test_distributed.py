@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from minillm.data.batches import pad
 from minillm.loss.credit import SampledTokens
 from minillm.loss.objective import OnPolicyLoss
 from minillm.models.scoring import Scoring, bind_scoring, head_of, score
+from minillm.models.weights import plain_weights
 from minillm.recipe import Objective
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import tiny_llama
@@ -50,6 +52,20 @@ def gradients(model: Any) -> dict[str, Tensor]:
         assert grad is not None, name
         out[name.removeprefix("module.")] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
     return out
+
+
+def adapter_error() -> float:
+    """Merged weights of a LoRA student in shards, against those of the same student whole."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(5)
+    whole: Any = get_peft_model(tiny_llama(1), config)  # pyright: ignore[reportArgumentType]
+    sharded = copy.deepcopy(whole)
+    for layer in sharded.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    want, got = (dict(plain_weights(model, torch.float32)) for model in (whole, sharded))
+    assert want.keys() == got.keys()
+    return max(float((got[name] - value).abs().max()) for name, value in want.items())
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -85,6 +101,7 @@ def worker(rank: int, world: int, folder: str) -> None:
                 assert got.keys() == want.keys()
                 error = max(float((got[k] - want[k]).norm() / want[k].norm()) for k in want)
                 report["errors"][f"{name} {kind} {'tied' if tied else 'untied'}"] = error
+    report["adapter"] = adapter_error()
     if rank == 0:
         Path(folder, "report.json").write_text(json.dumps(report))
     dist.barrier()
@@ -101,3 +118,4 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
     assert report["sharded"] == [16, 64]  # half of the head's 32 rows
     assert len(report["errors"]) == 18
     assert max(report["errors"].values()) < 1e-5, report["errors"]
+    assert report["adapter"] < 1e-6

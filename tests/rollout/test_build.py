@@ -73,7 +73,7 @@ def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
             calls.append(("wake", *tags))
 
         def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-            calls.append((method, len(kwargs["weights_iterator"])))
+            calls.append((method, len(list(kwargs["weights_iterator"]))))
 
         def reset_prefix_cache(self) -> bool:
             calls.append("reset")

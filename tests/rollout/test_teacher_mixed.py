@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minillm.data.rollouts import Sampling
+from minillm.rollout import teacher_mixed
 from minillm.rollout.teacher_mixed import _ROUND_COST, TeacherMixedSampler, draft_length
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.teacher.local import LocalTeacher
@@ -78,6 +79,26 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
         assert float(r.behaviour_logprobs.sum().exp()) == pytest.approx(expected[tuple(r.response_ids)], rel=1e-3)
     weights = torch.stack([(r.student_logprobs - r.behaviour_logprobs).sum().exp() for r in rollouts]).double()
     assert abs(float(weights.mean()) - 1) <= 4 * float(weights.std()) / n**0.5 + 1e-5
+
+
+def test_frequencies_where_most_of_q_has_to_be_asked_for(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each place one likeliest token is known, and the refused one, which says nothing about the others."""
+    monkeypatch.setattr(teacher_mixed, "_LIKELIEST", 1)
+    student, teacher = models
+    asked = 0
+
+    class Counted(TransformersEngine):
+        def logprobs_of(self, prefixes: Any, ids: Any, sampling: Any) -> Any:
+            nonlocal asked
+            asked += len(prefixes)
+            return super().logprobs_of(prefixes, ids, sampling)
+
+    n = 12_000
+    sampler = TeacherMixedSampler(Counted(student, 3000), LocalTeacher(teacher, 3000), 0.5, draft_tokens=2)
+    counts = Counter(tuple(r.response_ids) for r in sampler.generate([PROMPT] * n, SAMPLING, list(range(n))))
+    statistic, freedom = chi_square(counts, enumerate_mixture(student, teacher, 0.5), n)
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    assert asked > 100
 
 
 def test_the_wrong_mixture_is_noticed(models: tuple[Any, Any]) -> None:

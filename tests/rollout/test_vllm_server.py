@@ -29,7 +29,7 @@ class FakeServer:
         self.weights, self.seeds, self.faults = -1.0, Counter(), []
         self.bodies: list[dict[str, Any]] = []
         self.resets: list[bool] = []
-        self.lock, self.down_until = threading.Lock(), 0.0
+        self.lock, self.down_until, self.raw = threading.Lock(), 0.0, False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,7 +69,8 @@ class FakeServer:
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     def complete(self, handler: Any, body: dict[str, Any]) -> None:
-        table = {f"token_id:{token}": -token / body["temperature"] for token in body.get("logprob_token_ids") or []}
+        divisor, jitter = (1.0, 1e-4 * body["temperature"]) if self.raw else (body["temperature"], 0.0)
+        table = {f"token_id:{token}": -token / divisor + jitter * token for token in body.get("logprob_token_ids") or []}
         with self.lock:
             if "seed" in body:
                 self.seeds[body["seed"]] += 1
@@ -202,6 +203,62 @@ def test_a_prefix_cache_that_was_not_dropped_is_not_used(servers: list[FakeServe
 def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="localhost:8000 is no address of a server"):
         VLLMServerEngine(["localhost:8000"], tmp_path, max_length=8, head_width=32, patience=60)
+
+
+def test_a_server_that_reports_raw_numbers_is_refused(servers: list[FakeServer], tmp_path: Path) -> None:
+    """Rounding that depends on the batch must not let it pass."""
+    servers[0].raw = True
+    with pytest.raises(EngineError, match="log-probabilities before temperature: start it with --logprobs-mode"):
+        attach(servers[:1], tmp_path)
+
+
+def test_a_server_of_the_runs_own_that_has_ended_is_not_waited_for(servers: list[FakeServer], tmp_path: Path) -> None:
+    servers[0].close()
+    start = time.monotonic()
+    engine = serving.Servers(
+        [servers[0].url], patience=60, fate=lambda: "the run's own server ended (exit status 1); log ends with\nno memory"
+    )
+    with pytest.raises(EngineError, match=r"exit status 1\); log ends with\nno memory"):
+        engine.complete({"prompt": [1]}, lambda answer: answer)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_several_processes_the_first_says_which_servers_have_the_weights(
+    servers: list[FakeServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """A server that was away is fresh for no process, and an error of the first is one of all."""
+    engine = attach(servers, tmp_path)
+    told: list[list[Any]] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+
+    def broadcast(values: list[Any], src: int) -> None:
+        assert src == 0
+        if rank == 0:
+            told.append(list(values))
+        else:
+            values[:] = told.pop(0)
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    if rank == 0:
+        url, servers[0].resets = servers[0].url, [False] * 50
+        engine.update_weights(weights(3.0), 1)
+        assert told == [[[server.url != url for server in engine._servers.each], None]]
+        for server in servers:
+            server.resets = [False] * 10_000
+        engine._servers._patience = 0.2
+        with pytest.raises(EngineError, match="/reset_prefix_cache failed"):
+            engine.update_weights(weights(4.0), 2)
+        assert "/reset_prefix_cache failed" in told[1][1]
+    else:
+        told = [[[False, True], None], [[False, False], "http://gone: no answer"]]
+        engine.update_weights(weights(3.0), 1)
+        assert [server.fresh for server in engine._servers.each] == [False, True]
+        assert [server.weights for server in servers] == [-1.0, -1.0]  # the first process sends
+        with pytest.raises(EngineError, match="http://gone: no answer"):
+            engine.update_weights(weights(4.0), 2)
 
 
 def test_patience_ends_with_the_server_and_its_last_words(servers: list[FakeServer], tmp_path: Path) -> None:

@@ -547,14 +547,7 @@ def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp
 @pytest.mark.parametrize("kind", ["plain", "whitened"])
 def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """The same rollouts, whichever process draws them, and the same weights after two updates."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
-    ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([*command, str(tmp_path / "two"), kind], capture_output=True, text=True, timeout=300, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(pair, tmp_path / "two", kind)
     assert run(*pair, str(tmp_path / "one"), kind) == 1
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
     start = load_model(pair[0], torch.float32).state_dict()
@@ -562,6 +555,23 @@ def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path, 
         moved = float((value - start[name]).norm())
         assert float((value - two["weights"][name]).norm()) <= 1e-3 * moved, name
     assert (one["world"], two["world"]) == (1, 2)
+
+
+def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:
+    """`tests.train.two_processes` in two of them."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
+    ]  # fmt: skip
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([*command, str(folder), kind], capture_output=True, text=True, timeout=500, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_processes_that_replay_different_rollouts_keep_in_step(pair: tuple[str, str], tmp_path: Path) -> None:
+    launch(pair, tmp_path, "replay")
+    assert torch.load(tmp_path / "weights.pt", weights_only=True)["world"] == 2
 
 
 def test_wrong_sizes_are_refused_by_name(pair: tuple[str, str], tmp_path: Path) -> None:

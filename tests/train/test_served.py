@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +16,7 @@ from minillm.models.load import load_model
 from minillm.rollout.vllm_engine import vllm_is_installed
 from tests.conftest import save, tiny_llama
 from tests.rollout.test_engines import start_server, stop_server
-from tests.train.test_on_policy import PROMPTS, arguments
+from tests.train.test_on_policy import PROMPTS, arguments, launch
 from tests.train.two_processes import run
 
 pytestmark = [pytest.mark.full, pytest.mark.vllm, pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")]
@@ -28,16 +25,7 @@ FLAGS = ["--logprobs-mode", "processed_logprobs"]
 
 def test_two_processes_share_a_server_of_their_own(pair: tuple[str, str], tmp_path: Path) -> None:
     """Process 0 starts it, both draw from it, and the weights end where those of one process with its own do."""
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
-    ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two"), "server"], capture_output=True, text=True, timeout=500, env=environment, cwd=root
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(pair, tmp_path / "two", "server")
     log = (tmp_path / "two" / "server.log").read_text()
     assert run(*pair, str(tmp_path / "one"), "server") == 1
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
@@ -89,4 +77,6 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     assert adopted == list(range(50))  # every batch once, in order: 8 rollouts, 4 an update, one epoch
     mismatch = [entry["engine_mismatch"] for entry in trainer.state.log_history if "engine_mismatch" in entry]
     assert len(mismatch) == (1 if overlap else 50)
+    lags = [entry["version_lag"] for entry in trainer.state.log_history if "version_lag" in entry]
+    assert lags == ([0, 0, *[2] * 98] if overlap else [0] * 100)  # two updates are a batch
     assert max(mismatch) < 1e-3  # every token came from the weights it is said to come from

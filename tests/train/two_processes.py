@@ -16,8 +16,9 @@ PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     """Two rollout batches of 8, an update on each; returns the number of processes.
 
-    `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the
-    same; `server`: over a vLLM server of the run's own.
+    `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the same.
+    `server`: over a vLLM server of the run's own. `replay`: twelve updates, with earlier rollouts in every batch, of which each
+    process has its own.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
@@ -33,9 +34,19 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     changes: dict[str, Any] = {"language_model": 0.3, "language_model_block": 16}
     whitened = Objective.reference(normalise="update_tokens", **changes)
     objective = whitened if kind == "whitened" else Objective.recommended(**changes)
+    if kind == "replay":
+        objective = Objective.recommended(long_term=0.0, **changes)
+        rollout = rollout.model_copy(update={"replay": 0.5, "inner_epochs": 2, "teacher_mix": 0.0})
+        arguments.max_steps, arguments.logging_steps = 12, 1
     trainer = MiniLLMTrainer(student, teacher, arguments, objective=objective, rollout=rollout, train_dataset=PROMPTS, text_dataset=text)
     trainer.train()
     trainer.close()
+    if kind == "replay":
+        # Whether a micro-batch is all fresh differs between processes; what is logged does not.
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert len(logged) == 12
+        assert all(0 <= entry["finished"] <= 1 and 0 < entry["response_length"] <= 10 for entry in logged), logged
+        assert any("engine_mismatch" in entry for entry in logged)
     if trainer.accelerator.is_main_process:
         weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
         torch.save({"world": trainer.accelerator.num_processes, "weights": weights}, f"{folder}/weights.pt")

@@ -1,0 +1,92 @@
+"""A training stage that can be stopped anywhere and goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from minillm.run_state import Interrupted
+
+
+def train(trainer: Any, folder: str, stage: str) -> None:
+    """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`.
+
+    Raises:
+        Interrupted: after Ctrl-C, with a checkpoint; `stage` names what was stopped.
+    """
+    try:
+        _train(trainer, folder, stage)
+    finally:
+        trainer.close()
+
+
+def _train(trainer: Any, folder: str, stage: str) -> None:
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import TrainerState
+    from transformers.trainer_utils import get_last_checkpoint
+
+    stopping = _StopCleanly()
+    trainer.add_callback(stopping.callback())
+    work = trainer.args.output_dir
+    if os.path.isdir(work) and trainer.is_world_process_zero():
+        for left in Path(work).glob("checkpoint-*"):  # cut short while it was written
+            if not (left / TRAINER_STATE_NAME).is_file():
+                shutil.rmtree(left, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    last = get_last_checkpoint(work) if os.path.isdir(work) else None
+    if last is not None and _is_complete(last):
+        trainer.state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best or last)
+    else:
+        with stopping:
+            trainer.train(resume_from_checkpoint=last)
+    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
+    trainer.save_model(folder)
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+        shutil.rmtree(work, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _is_complete(checkpoint: str) -> bool:
+    """The run ended between its last checkpoint and the saving of the student."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+class _StopCleanly:
+    """The first Ctrl-C lets the update end and saves a checkpoint; the second stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        outer = self
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+                if outer.asked:
+                    control.should_save = control.should_training_stop = True
+                return control
+
+        return Stop()
