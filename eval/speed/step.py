@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="recipes/quickstart/train.jsonl")
     parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64], help="responses in an update; each is a comparison")
     parser.add_argument("--tokens", type=int, default=128, help="of each response")
-    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=8, help="three processes are held at once: 16 takes 9 GB each in float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--worker", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)

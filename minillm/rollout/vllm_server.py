@@ -149,11 +149,11 @@ class VLLMServerEngine:
         """Make sure that a server can do what it will be asked."""
         server.attach(max_length)
         # A log-probability that does not change with the temperature is not the one that draws the token.
-        values = []
+        spreads, named = [], [1, 2, 3]
         for temperature in (1.0, 2.0):
-            body = {"temperature": temperature, "max_tokens": 1, "prompt": [1, 2], "logprobs": 1, "logprob_token_ids": [1, 2, 3]}
-            values.append(server.complete(PLAIN | body, lambda answer: read_completion(answer, [1, 2, 3])).tables)
-        spreads = [max(table.values()) - min(table.values()) for [table] in values]
+            body = {"temperature": temperature, "max_tokens": 1, "prompt": [1, 2], "logprobs": 1, "logprob_token_ids": named}
+            table = server.complete(PLAIN | body, lambda answer: read_completion(answer, named)).tables[0]
+            spreads.append(max(table[token] for token in named) - min(table[token] for token in named))
         if abs(spreads[0] - 2 * spreads[1]) > 0.1 * spreads[0] + 1e-3:  # numbers move a little with a server's batch
             raise EngineError(
                 f"{server.url} reports log-probabilities before temperature: start it with --logprobs-mode processed_logprobs"

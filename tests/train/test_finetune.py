@@ -12,7 +12,7 @@ from minillm import SupervisedTrainer
 from minillm.models.load import load_model
 from minillm.recipe import DivergenceConfig
 from minillm.train.finetune import FineTuner
-from tests.train.test_on_policy import arguments
+from tests.train.test_on_policy import ROLLOUT, arguments
 
 ROWS = [{"prompt_ids": [2, 4 + i, 3][: 2 + i % 2], "response_ids": [5 + i, *[9] * (i % 4), 1]} for i in range(12)]
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": 1}
@@ -39,7 +39,7 @@ def test_fine_tuning_is_validated_on_samples_and_the_best_is_kept(pair: tuple[st
     rows = [{"prompt_ids": row["prompt_ids"], "references": ["w5"]} for row in ROWS[:4]]
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl", "greater_is_better": False}
-    trainer = FineTuner(pair[0], arguments(tmp_path, **settings), train_dataset=ROWS, eval_dataset=rows, teacher=pair[1])
+    trainer = FineTuner(pair[0], arguments(tmp_path, **settings), train_dataset=ROWS, eval_dataset=rows, teacher=pair[1], rollout=ROLLOUT)
     trainer.train()
     found = [e["eval_reverse_kl"] for e in trainer.state.log_history if "eval_reverse_kl" in e]
     assert len(found) == 2
