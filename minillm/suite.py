@@ -235,12 +235,10 @@ def _collect(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
             models[name]["average"] = {"rouge_l": _over_seeds(by_seed)}
     against = {}
     for name in names[1:]:
-        against[name] = {
-            key: metrics.paired_bootstrap(*(_by_prompt(rows[who][key], "rouge_l") for who in (names[0], name)), suite.bootstrap)
-            for key in sets if "rouge_l" in models[name][key]
-        }  # fmt: skip
+        pairs = {key: _paired(rows[names[0]][key], rows[name][key]) for key in sets if "rouge_l" in models[name][key]}
+        against[name] = {key: metrics.paired_bootstrap(*pair, suite.bootstrap) for key, pair in pairs.items()}
         if against[name]:
-            against[name]["average"] = _average_difference([rows[who] for who in (names[0], name)], list(against[name]), suite.bootstrap)
+            against[name]["average"] = _average_difference(list(pairs.values()), suite.bootstrap)
     return {
         "models": models, "compared_with": names[0], "differences": against, "seeds": suite.seeds,
         "prompts": {key: len(examples) for key, examples in sets.items()},
@@ -303,9 +301,16 @@ def _by_prompt(by_seed: Sequence[Sequence[Row]], key: str) -> Floats:
     return np.mean([[row[key] for row in rows if key in row] for rows in by_seed], axis=0)
 
 
-def _average_difference(pair: Sequence[Mapping[str, Any]], keys: Sequence[str], times: int) -> dict[str, float]:
+def _paired(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> tuple[Floats, Floats]:
+    """Rouge-L of two models on the prompts that both answered: another tokenizer may leave out others as too long."""
+    common = {row["row"] for row in first[0]} & {row["row"] for row in second[0]}
+    one, other = ([[row for row in rows if row["row"] in common] for rows in by_seed] for by_seed in (first, second))
+    return _by_prompt(one, "rouge_l"), _by_prompt(other, "rouge_l")
+
+
+def _average_difference(pairs: Sequence[tuple[Floats, Floats]], times: int) -> dict[str, float]:
     """Of the mean over sets, each set's prompts resampled by themselves."""
-    changes = [_by_prompt(pair[1][key], "rouge_l") - _by_prompt(pair[0][key], "rouge_l") for key in keys]
+    changes = [second - first for first, second in pairs]
     draws = np.mean([values[metrics.resample(len(values), times, seed)].mean(-1) for seed, values in enumerate(changes)], axis=0)
     low, high = np.percentile(draws, [2.5, 97.5])
     return {

@@ -90,10 +90,10 @@ def example_of(fields: Any, row: int, place: str) -> Example:
         if not isinstance(value, str):
             given = "is missing" if value is None else f"is {type(value).__name__}"
             raise DataError(f"{place}: {name} {given}; a string is needed")
-    if not instruction.strip():
+    if not str(instruction).strip():
         raise DataError(f"{place}: instruction is blank")
     references = output if isinstance(output, list) else [output]
-    return Example(row, instruction, parts["input"], tuple(text for text in references if text.strip()))
+    return Example(row, str(instruction), parts["input"], tuple(text for text in references if text.strip()))
 
 
 def render(example: Example, template: Template, tokenizer: Any, system: str | None = None) -> list[int]:

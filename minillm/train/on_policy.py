@@ -212,7 +212,7 @@ class MiniLLMTrainer(DistillationTrainer):
             return TeacherRows(rows.ids.to(device), rows.logprobs.to(device))
         hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]
         if text and self.objective.language_model_distill:
-            hidden += self.teacher.hidden([ids[:1] for ids in text], [ids[1:] for ids in text])
+            hidden += self.local_teacher.hidden([ids[:1] for ids in text], [ids[1:] for ids in text])
         else:
             hidden += [hidden[0].new_zeros(len(ids) - 1, hidden[0].shape[1]) for ids in text]
         return torch.cat(hidden)
@@ -344,6 +344,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _score(self, rollouts: list[Rollout]) -> None:
         with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_logprobs is None)):
+            assert self.teacher is not None
             self.teacher.score(rollouts, self.sampling)
 
     def _own_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
