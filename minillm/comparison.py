@@ -13,19 +13,17 @@ anywhere and goes on.
 from __future__ import annotations
 
 import json
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minillm import stages
+from minillm.hardware import machine
 from minillm.recipe import Comparison, Method, Recipe, Suite
 from minillm.recipe_file import merge, recipe_of
 from minillm.suite import run_suite
 
-logger = logging.getLogger(__name__)
 _FOLDERS = {"warmup": "warmed", "sft": "sft", "minillm": "student"}
 
 
@@ -60,7 +58,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     models |= {"start": start.warmed, "teacher": start.teacher}
     found = run_suite(suite, models)
     results = {
-        "tuning": tuned, "tests": found, "methods": _over_training_seeds(found, tested), "machine": _machine(),
+        "tuning": tuned, "tests": found, "methods": _over_training_seeds(found, tested), "machine": machine(),
         "settings": comparison.model_dump(mode="json"),
     }  # fmt: skip
     (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -103,11 +101,3 @@ def _over_training_seeds(found: dict[str, Any], tested: dict[str, dict[int, Path
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
         out[name] = {"mean": float(np.mean(values)), "spread": spread, "by_training_seed": values}
     return out
-
-
-def _machine() -> str:
-    model = "unknown"
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
-    return f"{model}, {os.cpu_count()} cores"

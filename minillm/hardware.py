@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -37,3 +38,13 @@ def give_back_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
+
+
+def machine() -> str:
+    """What measured something: the accelerator's name, or the processor's and the threads in use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+    return f"{model}, {torch.get_num_threads()} threads"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from measure import alternate, in_fresh_process, machine, median, peak_extra_bytes
+from measure import alternate, in_fresh_process, median, peak_extra_bytes
 from torch import Tensor
 
-from minillm.hardware import cpu_multiplies_bfloat16
+from minillm.hardware import cpu_multiplies_bfloat16, machine
 from minillm.loss.token_scores import Head, TokenScores, TokenWeights, token_scores
 
 

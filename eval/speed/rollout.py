@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from measure import machine, median, seconds
+from measure import median, seconds
 
 from minillm.data.examples import read_examples, render
 from minillm.data.rollouts import Rollout, Sampling, next_token_logprobs
-from minillm.hardware import working_dtype
+from minillm.hardware import machine, working_dtype
 from minillm.models.load import load_model, load_tokenizer
 from minillm.rollout.teacher_mixed import TeacherMixedSampler
 from minillm.rollout.vllm_engine import VLLMEngine

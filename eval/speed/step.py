@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, median, seconds
+from measure import median, seconds
 from transformers import TrainerCallback
 
 from minillm.data.batches import pad
 from minillm.data.examples import chat_ids, read_examples
-from minillm.hardware import fast_bfloat16, working_dtype
+from minillm.hardware import fast_bfloat16, machine, working_dtype
 from minillm.models.load import load_model, load_tokenizer
 from minillm.models.scoring import hidden_states
 

@@ -142,7 +142,7 @@ def test_an_end_token_that_was_not_asked_for_is_a_token_like_others(as_saved: En
     assert all(len(r.response_ids) == 12 or r.response_ids[-1] == 7 for r in rollouts)
 
 
-def test_stop_strings_end_a_response(as_saved: Engine, student: Any, tokenizer: Any) -> None:
+def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
     """One of a single token is like one more end token; one of two tokens spans them, and drafts."""
     local, prompts, seeds = LocalTeacher(tiny_llama(4, layers=2, vocab=32, scale=0.4)), [[2], [3, 4]] * 8, list(range(16))
     for draw in (as_saved.generate, TeacherMixedSampler(as_saved, local, 0.5, draft_tokens=3).generate):
@@ -160,11 +160,10 @@ def test_stop_strings_end_a_response(as_saved: Engine, student: Any, tokenizer: 
         longest = max((r.response_ids for r in draw(prompts, Sampling(12, (1,), 20), seeds)), key=len)
         pair = tokenizer.decode(longest[3:5])
         cut = draw(prompts, Sampling(12, (1,), 20, stop=StopStrings(tokenizer, [pair])), seeds)
-        assert longest[:5] in [r.response_ids for r in cut] or any(r.response_ids == longest[: len(r.response_ids)] for r in cut)
+        assert any(pair in tokenizer.decode(r.response_ids) for r in cut)
         for r in cut:
             assert pair not in tokenizer.decode(r.response_ids[:-1])
             assert r.finished == (pair in tokenizer.decode(r.response_ids) or r.response_ids[-1] == 1)
-    assert student is not None
 
 
 def test_the_likeliest_tokens_come_along(as_saved: Engine, student: Any) -> None:
@@ -205,10 +204,10 @@ def test_more_prompt_tokens_than_one_scheduler_step_takes(as_saved: Engine) -> N
     assert len(rollouts) == 100
 
 
+@pytest.mark.parametrize("engine", [pytest.param("server", marks=needs_vllm)], indirect=True)
 def test_a_served_teacher_tells_what_one_at_hand_knows(as_saved: Engine, student: Any, tmp_path: Path, folder: str) -> None:
     """The server of this file, taken for a teacher; then training on what it says of the drawn tokens alone."""
-    if not isinstance(as_saved, VLLMServerEngine):
-        pytest.skip("a teacher is served by a server")
+    assert isinstance(as_saved, VLLMServerEngine)
     url = as_saved._servers.each[0].url
     sampling = Sampling(12, (1,), 32, likeliest=5)
     other = TransformersEngine(tiny_llama(5, layers=1, vocab=32, scale=0.4))
