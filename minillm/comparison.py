@@ -13,6 +13,7 @@ anywhere and goes on.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def compare(comparison: Comparison) -> dict[str, Any]:
 
     Raises:
         RecipeError: a method's settings are wrong; all are checked before anything runs.
+        ValueError: under several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(
+            "a comparison runs in one process, whose tests each of several would make again: start it without accelerate launch"
+        )
     root = Path(comparison.recipe["run_dir"])
     suite = Suite.model_validate({**comparison.suite, "out": root / "tests"})
     shared = {"run_dir": str(root / "start"), "stages": comparison.start}

@@ -129,6 +129,12 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
         assert message in str(caught.value)
 
 
+def test_several_processes_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a comparison runs in one process"):
+        compare(load(file))
+
+
 def test_the_shipped_comparison_is_valid(tmp_path: Path) -> None:
     shipped = load_comparison(Path(__file__).parents[1] / "eval" / "compare.yaml", [f"data_dir={tmp_path}"])
     assert {len(method.tuning) for method in shipped.methods.values() if method.tested} == {2}
