@@ -88,7 +88,9 @@ def _compare(file: Path, overrides: list[str]) -> None:
     results = compare(comparison)
     _show_suite(results["tests"])
     out = comparison.recipe["run_dir"]
-    _console().print(f"Results: {Path(out) / 'compare.json'}, {write_suite_report(Path(out) / 'tests')}", soft_wrap=True)
+    _console().print(
+        f"Results: {Path(out) / 'compare.json'}, {Path(out) / 'report.html'}, {write_suite_report(Path(out) / 'tests')}", soft_wrap=True
+    )
 
 
 def _models(given: list[str]) -> dict[str, str]:

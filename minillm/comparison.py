@@ -7,7 +7,7 @@ anywhere and goes on.
     METHOD/tuning-N/       one tuning run
     METHOD/seed-N/         the best of them with every training seed (the first seed's run is the tuning run itself)
     tests/                 answers and scores of the tested methods
-    compare.json           what was tuned, what was chosen, and the results
+    compare.json           what was tuned, what was chosen, and the results; report.html shows it
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from minillm import stages
 from minillm.hardware import machine
 from minillm.recipe import Comparison, Method, Recipe, Suite
 from minillm.recipe_file import merge, recipe_of
+from minillm.report import write_comparison_report
 from minillm.suite import run_suite
 
 _FOLDERS = {"warmup": "warmed", "sft": "sft", "minillm": "student"}
@@ -54,6 +55,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         tried = [{"settings": tuning, **_trained(plan, method)} for tuning, plan in zip(method.tuning, plans[name], strict=True)]
         best = max(range(len(tried)), key=lambda i: tried[i]["rouge_l"])
         tuned[name] = {"tried": tried, "chosen": best}
+        _keep(root, {"tuning": tuned})
         runs[name] = {method.seeds[0]: plans[name][best].run_dir / _FOLDERS[method.stage]}
         for seed in method.seeds[1:]:
             plan = _recipe(comparison, start, name, method.tuning[best], seed, f"seed-{seed}")
@@ -67,8 +69,14 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "tuning": tuned, "tests": found, "methods": _over_training_seeds(found, tested), "machine": machine(),
         "settings": comparison.model_dump(mode="json"),
     }  # fmt: skip
-    (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    _keep(root, results)
     return results
+
+
+def _keep(root: Path, results: dict[str, Any]) -> None:
+    """What is known so far, and the report of it."""
+    (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_comparison_report(root)
 
 
 def _tested(comparison: Comparison) -> list[str]:

@@ -158,6 +158,9 @@ class RolloutConfig(Section):
     the acceptance of the batch before makes best."""
     stop: list[str] = []
     """Strings of which the first to appear in a response's text ends it; the token that completes it belongs to it."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """How a LoRA student reaches the engine: merged into its base, whole; or `adapter`: alone, to vLLM in this process, which keeps
+    the base. That sends little, and rounds as the trainer does."""
     engine_memory: Annotated[float, Field(gt=0)] | None = None
     """vLLM's key-value cache in GiB; by default what the rollouts of a batch need at full length, as far as there is room."""
 
@@ -178,6 +181,8 @@ class RolloutConfig(Section):
             raise ValueError(f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})")
         if (self.engine == "server") != bool(self.servers):
             raise ValueError("engine: server needs servers (http://host:port, one or several), and servers need engine: server")
+        if self.lora == "adapter" and self.engine == "server":
+            raise ValueError("lora: adapter is for vLLM in the training process; servers take merged weights: set lora: merged")
         return self
 
 

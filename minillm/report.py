@@ -83,6 +83,46 @@ def write_suite_report(out: Path) -> Path:
     return page
 
 
+def write_comparison_report(root: Path) -> Path:
+    """Write `root/report.html` from a comparison's `compare.json`: curves of every method, and the tests where they were read."""
+    results = _read(root / "compare.json")
+    parts = [f"<h1>{html.escape(root.name)}</h1>", *_validation_curves(results["tuning"]), _tuning(results["tuning"])]
+    if tests := results.get("tests"):
+        parts += [*(_set_table(tests, name) for name in [*tests["prompts"], "average"]), _by_words(tests)]
+    page = root / "report.html"
+    page.write_text(_page(root.name, parts), encoding="utf-8")
+    return page
+
+
+def _validation_curves(tuning: dict[str, Any]) -> list[str]:
+    """Of the settings that each method was taken with, its first training seed."""
+    titles = {"eval_rouge_l": "Rouge-L", "eval_reverse_kl": "KL(q‖p), nats a token"}
+    panels = [
+        (title, {name: _points(found["tried"][found["chosen"]]["curve"], key) for name, found in tuning.items()})
+        for key, title in titles.items()
+    ]
+    return [_drawn("Validation while training", panels, columns=2, height=4.4)]
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    rows = ""
+    for name, found in tuning.items():
+        for i, run in enumerate(found["tried"]):
+            mark = " <b>chosen</b>" if i == found["chosen"] else ""
+            settings = html.escape(json.dumps(run["settings"]))
+            rows += f"<tr><td>{html.escape(name)}{mark}</td><td>{settings}</td>{_plain(run['rouge_l'])}{_plain(run['update'])}</tr>"
+        for run in found.get("other_seeds", []):
+            rows += (
+                f"<tr><td>{html.escape(name)}</td><td>training seed {run['seed']}</td>{_plain(run['rouge_l'])}{_plain(run['update'])}</tr>"
+            )
+    heads = "<th>method</th><th>settings</th><th>best validation Rouge-L</th><th>at update</th>"
+    return f"<h2>Tuning</h2><table><tr>{heads}</tr>{rows}</table>"
+
+
+def _plain(value: float | None) -> str:
+    return f"<td class=n>{'' if value is None else f'{value:.2f}'.removesuffix('.00')}</td>"
+
+
 def _set_table(results: dict[str, Any], name: str) -> str:
     columns = {key: title for key, title in _SUITE_COLUMNS.items() if any(key in sets.get(name, {}) for sets in results["models"].values())}
     if not columns:
@@ -184,20 +224,28 @@ def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]
     if not state.is_file():
         return ""
     history = [entry for entry in _read(state)["log_history"] if "loss" in entry]
-    present = [panel for panel in panels if any(key in entry for entry in history for key in panel[1])]
+    return _drawn(title, [(name, {label: _points(history, key) for key, label in series.items()}) for name, series in panels])
+
+
+def _points(history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in history if key in entry]
+
+
+def _drawn(title: str, panels: Sequence[tuple[str, dict[str, list[tuple[int, float]]]]], columns: int = 3, height: float = 3.1) -> str:
+    """Panels of curves against updates, those without a point left out."""
+    present = [panel for panel in panels if any(panel[1].values())]
     if not present:
         return ""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows = -(-len(present) // 3)
-    figure = Figure(figsize=(12, 3.1 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+    rows = -(-len(present) // columns)
+    figure = Figure(figsize=(12, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[len(present) :]:
         axis.set_visible(False)
     for axis, (name, series) in zip(axes, present, strict=False):
-        for key, label in series.items():
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        for label, points in series.items():
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", linewidth=1.4, label=label)
         axis.set_title(name, fontsize=10)

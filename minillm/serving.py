@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ class Server:
         self.model = ""
         self.busy = 0
         self.fresh = True  # nothing has to be sent before it is asked
+        self.born: float | None = None  # when the process that was made fresh had started, where that can be told
         self.well = True  # its last answer was one
         self.trouble: Trouble | None = None
         self.pause, self.retry_at = _FIRST_PAUSE, 0.0
@@ -45,12 +47,7 @@ class Server:
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer's JSON. Raises Trouble where another try may help, else EngineError."""
-        try:
-            answer = self._client.request(method, self.url + path, json=body)
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise EngineError(f"{self.url} is no address of a server: http://host:port ({error})") from error
-        except httpx.RequestError as error:
-            raise Trouble(f"{type(error).__name__}: {error}") from error
+        answer = self._request(method, path, body)
         if answer.status_code >= 500 or answer.status_code in (408, 429):
             raise Trouble(f"{path} answered {answer.status_code}: {answer.text[:200]}")
         if answer.status_code >= 400:
@@ -59,6 +56,19 @@ class Server:
             return answer.json() if answer.content else None
         except ValueError as error:
             raise Trouble(f"{path} answered no JSON: {answer.text[:80]!r}") from error
+
+    def started(self) -> float | None:
+        """When its process started, in seconds since 1970; None where its metrics do not say (several front ends). May raise Trouble."""
+        found = re.search(r"^process_start_time_seconds (\S+)", self._request("GET", "/metrics").text, re.MULTILINE)
+        return float(found[1]) if found else None
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            return self._client.request(method, self.url + path, json=body)
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise EngineError(f"{self.url} is no address of a server: http://host:port ({error})") from error
+        except httpx.RequestError as error:
+            raise Trouble(f"{type(error).__name__}: {error}") from error
 
     def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         """A completion; Trouble where `read` can make nothing of the answer."""
@@ -120,15 +130,45 @@ class Servers:
 
     def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         """One completion from some server."""
+        return self._complete(body, read)[0]
+
+    def complete_all(self, requests: Sequence[tuple[dict[str, Any], Callable[[Any], T]]], progress: bool = False) -> list[T]:
+        """Completions in order, all from processes that were fresh: a server may have been started anew, with other weights,
+        between two requests without failing one. What it answered is asked again."""
+        found: dict[int, T] = {}
+        while missing := [i for i in range(len(requests)) if i not in found]:
+            answers = self.all([lambda request=requests[i]: self._complete(*request) for i in missing], progress)
+            replaced = {server.url for server in {server.url: server for _, server, _ in answers}.values() if self._is_another(server)}
+            found |= {
+                i: answer
+                for i, (answer, server, born) in zip(missing, answers, strict=True)
+                if server.url not in replaced and born == server.born
+            }
+        return [found[i] for i in range(len(requests))]
+
+    def _is_another(self, server: Server) -> bool:
+        """Whether the process that answers is not the one that was made fresh; then it has to be made so."""
+        try:
+            same = server.born is None or server.started() == server.born
+        except Trouble:
+            same = False  # gone since; whose its last answers were cannot be told
+        if not same:
+            server.fresh = False
+        return not same
+
+    def _complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> tuple[T, Server, float | None]:
+        """The answer, who gave it, and when the process was started that was to give it."""
         deadline = time.monotonic() + self._patience
         while True:
             server = self._pick(deadline)
             try:
+                born = server.born  # before `fresh`: a process that is being made so is not fresh yet
                 if not server.fresh and self._refresh is not None:
                     self._refresh(server)
+                    born = server.born
                 answer = server.complete(body, read)
                 server.well, server.pause = True, _FIRST_PAUSE
-                return answer
+                return answer, server, born
             except Trouble as trouble:
                 server.trouble, server.well, server.fresh = trouble, False, self._refresh is None
                 server.retry_at = time.monotonic() + server.pause

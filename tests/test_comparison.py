@@ -94,6 +94,9 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
     with pytest.raises(Interrupted):
         compare(load(file))
     assert done == ["start", "sft/tuning-0", "sft/tuning-1", "kd/tuning-0", "kd/tuning-1"]
+    partial = json.loads((file.parent / "run" / "compare.json").read_text())
+    assert list(partial["tuning"]) == ["sft"]
+    assert len(partial["tuning"]["sft"]["tried"]) == 2
     started = {path: path.stat().st_mtime_ns for path in (file.parent / "run").rglob("*.safetensors")}
     results = compare(load(file))
     assert all(path.stat().st_mtime_ns == before for path, before in started.items())  # what was done is not done again
@@ -106,6 +109,9 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
             assert len(curve) == 2, name
             assert max(curve) == tried["rouge_l"]
     # The baseline comes first, then every tested method with its seeds, and where all began.
+    report = (file.parent / "run" / "report.html").read_text()
+    assert all(f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm"))  # the curves' legends: text stays text
+    assert all(title in report for title in ("Validation while training", "KL(q‖p), nats a token", "training seed 1", "<h2>average"))
     assert list(results["tests"]["models"]) == ["kd-0", "sft-0", "minillm-0", "minillm-1", "start", "teacher"]
     seeds = [results["tests"]["models"][f"minillm-{seed}"]["average"]["rouge_l"]["mean"] for seed in (0, 1)]
     assert results["methods"]["minillm"]["by_training_seed"] == seeds

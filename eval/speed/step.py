@@ -242,7 +242,7 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
     given = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in ("student", "teacher", "prompts", "tokens", "micro-batch")]
     workers = [Worker(name, [*given, f"--sequences={sequences}"]) for name in ("ours", "trl", "floor")]
     reports: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
-    for turn in range(options.repeats + 1):
+    for turn in range(1 - options.warm_up, options.repeats + 1):
         for worker in workers:
             report = worker.update()
             print(
@@ -250,7 +250,7 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
                 file=sys.stderr,
                 flush=True,
             )
-            if turn:  # the first warms up
+            if turn > 0:
                 reports[worker.name].append(report)
     ends = {worker.name: worker.end() for worker in workers}
     assert ends["ours"]["lengths"] == ends["trl"]["lengths"] == [options.tokens], ends
@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="of each response")
     parser.add_argument("--micro-batch", type=int, default=8, help="three processes are held at once: 16 takes 9 GB each in float32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1, help="rounds before; with 0 what ours compiles counts against it")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--worker", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -291,6 +292,7 @@ def main() -> None:
         "memory_vs_trl": first["peak_bytes"]["ours"] / first["peak_bytes"]["trl"],
         "phases": {str(n): f["phases"] for n, f in found.items()}, "seconds": {str(n): f["seconds"] for n, f in found.items()},
         "peak_bytes": {str(n): f["peak_bytes"] for n, f in found.items()}, "loss_difference": difference, "tokens": options.tokens,
+        "warm_up": options.warm_up, "repeats": options.repeats,
         "dtype": str(working_dtype()), "machine": machine(), "torch": torch.__version__,
     }  # fmt: skip
     if options.json:

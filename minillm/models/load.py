@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations import deepspeed
 
 
 def find_gguf(source: str) -> Path | None:
@@ -39,7 +42,8 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
     """
     gguf = find_gguf(str(source))
     if gguf is None:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        with _in_one_piece():
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     from transformers import GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -51,6 +55,18 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
             delattr(holder, name)
     setattr(model, "is_quantized", False)  # noqa: B010
     return model.eval()
+
+
+@contextmanager
+def _in_one_piece() -> Iterator[None]:
+    """Under a ZeRO-3 configuration transformers would deal the weights out while it loads them; DeepSpeed does that with the
+    student's when it is prepared, and the teacher stays whole."""
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def load_tokenizer(source: str | Path) -> Any:

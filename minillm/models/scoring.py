@@ -2,7 +2,7 @@
 
 DDP and FSDP2 gather the head's weights, and hook their gradients, inside the forward of the module they wrap. Scoring
 from outside would read shards. (ZeRO-3 gathers a module's weights when that very module is called, which the head is not:
-it has not been run.) A bound model called with `scoring=` returns the loss and the scores; called
+see `gather_head`.) A bound model called with `scoring=` returns the loss and the scores; called
 otherwise it is what it was. Nothing is wrapped and no checkpoint key changes.
 """
 
@@ -127,6 +127,15 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
     forward.takes_scoring = True  # pyright: ignore[reportFunctionMemberAccess]
     model.forward = types.MethodType(forward, model)
     return model
+
+
+def gather_head(model: PreTrainedModel) -> None:
+    """Have DeepSpeed ZeRO-3 gather the head's weights for every forward and backward of the whole model."""
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    head: Any = _unwrap_adapter(model).get_output_embeddings()
+    for parameter in head.parameters(recurse=False):
+        deepspeed.zero.register_external_parameter(model, parameter)
 
 
 def score(model: Any, scoring: Scoring) -> tuple[Tensor, TokenScores]:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether every forward is a collective operation: FSDP in either form."""
-    return isinstance(model, (FSDPModule, FullyShardedDataParallel)) or any(isinstance(p, DTensor) for p in model.parameters())
+    """Whether every forward is a collective operation: FSDP in either form, and DeepSpeed ZeRO-3."""
+    return isinstance(model, (FSDPModule, FullyShardedDataParallel)) or any(isinstance(p, DTensor) or _dealt(p) for p in model.parameters())
+
+
+def _dealt(value: Tensor) -> bool:
+    return hasattr(value, "ds_id")  # a parameter of which ZeRO-3 left this process a part
+
+
+@contextmanager
+def _in_full(values: Iterable[Tensor]) -> Iterator[None]:
+    """ZeRO-3's parameters gathered for as long as this lasts, which every process must take part in."""
+    parts = [value for value in values if _dealt(value)]
+    if not parts:
+        yield
+        return
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters(parts):
+        yield
 
 
 def check_adapter(model: Any) -> None:
@@ -46,45 +66,93 @@ def check_adapter(model: Any) -> None:
             raise ValueError(f"{name}: a LoRA adapter on an embedding that is also the head changes one of the two only; leave it out")
 
 
-def plain_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every weight in full, tied ones under each of their names, adapters merged on the way out.
+def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Every weight in full, tied ones under each of their names, adapters merged on the way out, or left out.
 
     The model itself is left alone: merging in place and taking out again would round the frozen base a little each time.
-    Shards (FSDP2) are gathered one tensor at a time, which every process must take part in.
+    Shards (FSDP2, ZeRO-3) are gathered one tensor at a time, which every process must take part in.
     """
     if not hasattr(model, "get_base_model"):
-        for name, value in model.state_dict().items():
-            yield name, _whole(value).detach().to(dtype)
+        for name, value in model.state_dict(keep_vars=True).items():
+            yield name, _whole(value).to(dtype)
         return
     check_adapter(model)
-    deltas = {}
-    for name, module in model.get_base_model().named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
-            deltas[f"{name}.weight"] = [(module, adapter) for adapter in module.active_adapters if adapter in module.scaling]
-    for name, value in model.get_base_model().state_dict().items():
+    deltas = {f"{name}.weight": pairs for name, pairs in _adapted(model)} if merged else {}
+    for name, value in model.get_base_model().state_dict(keep_vars=True).items():
         if "lora_" not in name:
             plain = name.replace(".base_layer", "")
-            whole = _whole(value).detach()
+            whole = _whole(value)
             for module, adapter in deltas.get(plain, []):
-                whole = whole + _whole(module.get_delta_weight(adapter)).detach().to(whole.dtype)
+                with _in_full(part for key, part in module.named_parameters() if "lora_" in key):
+                    delta = _whole(module.get_delta_weight(adapter))
+                whole = whole + delta.to(whole.dtype)
             yield plain, whole.to(dtype)
 
 
+def _adapted(model: Any) -> Iterator[tuple[str, list[tuple[Any, str]]]]:
+    """The plain names of layers with adapters, and for each the layer and its active ones."""
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
+            yield name, [(module, adapter) for adapter in module.active_adapters if adapter in module.scaling]
+
+
+@torch.no_grad()
 def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if _dealt(value):
+        with _in_full([value]):
+            return value.detach().clone()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
 
 
-def save_plain(model: Any, folder: str | Path) -> None:
-    """Save as a folder of the plain architecture, adapters merged."""
+def adapter_rank(model: Any) -> int:
+    """The largest rank of a layer's active LoRA adapters together; 0 where there is none.
+
+    Raises:
+        ValueError: an adapter that could not be handed over by itself.
+    """
+    if not hasattr(model, "get_base_model"):
+        return 0
+    check_adapter(model)
+    for name, pairs in _adapted(model):
+        if any(adapter not in module.lora_A for module, adapter in pairs):
+            raise ValueError(f"{name}: an adapter on an embedding reaches the engine merged only: set rollout.lora: merged")
+    return max((sum(module.r[adapter] for module, adapter in pairs) for _, pairs in _adapted(model)), default=0)
+
+
+def save_adapter(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
+    """Save the active LoRA adapters as one of PEFT's folders, with α = r: every layer's scaling is in its B.
+
+    Shards are gathered, which every process must take part in.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, pairs in _adapted(model):
+        for which, parts in (
+            ("A", [_whole(module.lora_A[adapter].weight) for module, adapter in pairs]),
+            ("B", [_whole(module.lora_B[adapter].weight) * module.scaling[adapter] for module, adapter in pairs]),
+        ):
+            whole = torch.cat(parts, dim=0 if which == "A" else 1) if parts else None
+            if whole is not None:
+                tensors[f"base_model.model.{name}.lora_{which}.weight"] = whole.detach().to("cpu", dtype).contiguous()
+    rank = adapter_rank(model)
+    layers = sorted({name.rsplit(".", 1)[-1] for name, pairs in _adapted(model) if pairs})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / "adapter_model.safetensors")
+    (target / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def save_plain(model: Any, folder: str | Path, *, merged: bool = True) -> None:
+    """Save as a folder of the plain architecture, adapters merged, or left out."""
     if not hasattr(model, "get_base_model"):
         model.save_pretrained(folder)
         return
     base = model.get_base_model()
-    merged = dict(plain_weights(model, base.dtype))
+    weights = dict(plain_weights(model, base.dtype, merged=merged))
     base.config.save_pretrained(folder)
     base.generation_config.save_pretrained(folder)
     with torch.device("meta"):
         plain = type(base)(base.config)
-    plain.load_state_dict(merged, assign=True)
+    plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     plain.save_pretrained(folder)

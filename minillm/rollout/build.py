@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.rollouts import EngineError
 from minillm.hardware import device, give_back_memory, working_dtype
-from minillm.models.weights import is_sharded, plain_weights
+from minillm.models.weights import adapter_rank, is_sharded, plain_weights, save_adapter
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.rollout.transformers_engine import TransformersEngine
@@ -59,6 +59,7 @@ def make_engine(
             hold a student whose weights are sent to them by way of a folder in `work`, serve nothing else.
     """
     dtype = dtype or working_dtype()
+    rank = 0 if model is None or config.lora == "merged" else adapter_rank(model)
     if config.engine == "server" and model is not None:
         return _served(config, folder, max_length, dtype, model, Path(work))
     from minillm.models.load import load_model
@@ -66,7 +67,7 @@ def make_engine(
     if choose_engine(config.engine) == "vllm":
         return VLLMEngine(
             folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,
-            tokenizer=tokenizer if config.stop else None,
+            tokenizer=tokenizer if config.stop else None, lora_rank=rank,
         )  # fmt: skip
     if model is not None:
         if is_sharded(model):
@@ -77,6 +78,20 @@ def make_engine(
         return TransformersEngine(model, shared=True)
     loaded: Any = load_model(folder, dtype)
     return TransformersEngine(loaded.to(device()))
+
+
+def hand_over(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, version: int, work: str | Path) -> None:
+    """Give an engine the model's current weights; where it samples with an adapter, that alone, by way of a folder in `work`.
+
+    Every process must take part: shards are gathered.
+    """
+    if isinstance(engine, VLLMEngine) and engine.takes_adapter:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        folder = Path(work) / f"adapter-of-process-{rank}"
+        save_adapter(model, folder, dtype)
+        engine.update_adapter(folder, version)
+    else:
+        engine.update_weights(plain_weights(model, dtype), version)
 
 
 class OneEngine:

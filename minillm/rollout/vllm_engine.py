@@ -20,6 +20,7 @@ GIB = 1 << 30
 _CPU_BLOCK = 32
 # A GPU is shared with the trained model, its optimiser and the teacher; vLLM's own buffers beside weights and cache.
 _MOST_ON_CPU, _BUFFERS = 4 * GIB, 2 * GIB
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM keeps room for
 _SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it draws from
 
 
@@ -73,16 +74,21 @@ class VLLMEngine:
             ended); see `memory_settings`.
         memory: GiB of key-value cache instead.
         tokenizer: folder of the tokenizer, for stop strings to end a response early; without it they cut it afterwards.
+        lora_rank: the model in `folder` stays as it is, and what is sampled is it with the adapter of `update_adapter`.
 
     On a GPU `rest` gives back weights and cache until new weights come (vLLM's sleep).
     """
 
     offers = Offers(likeliest=20, named=128)  # vLLM's own bounds
+    takes_adapter = False
+    _adapter: Any = None
 
     def __init__(
         self, folder: str | Path, *, max_length: int, sequences: int = 64, memory: float | None = None,
-        dtype: torch.dtype = torch.bfloat16, version: int = 0, tokenizer: str | Path | None = None,
+        dtype: torch.dtype = torch.bfloat16, version: int = 0, tokenizer: str | Path | None = None, lora_rank: int = 0,
     ) -> None:  # fmt: skip
+        if lora_rank > _LORA_RANKS[-1]:
+            raise EngineError(f"rollout.lora: adapter: vLLM takes ranks up to {_LORA_RANKS[-1]}, not {lora_rank}; use merged")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         set_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a no-op in the whole process
@@ -97,6 +103,8 @@ class VLLMEngine:
             settings |= {"enable_chunked_prefill": False}
         else:
             settings |= {"enable_sleep_mode": True}
+        if lora_rank:
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in _LORA_RANKS if r >= lora_rank)}
         if torch.distributed.is_initialized():
             # Every training process has its own engine; without this vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
@@ -108,6 +116,7 @@ class VLLMEngine:
         torch.set_num_threads = set_threads
         self._sleeps, self._asleep, self._decodes = not cpu, False, tokenizer is not None
         self._width = self._llm.model_config.get_vocab_size()
+        self.takes_adapter = lora_rank > 0
         self.version = version
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
@@ -163,9 +172,24 @@ class VLLMEngine:
             raise EngineError("vLLM's prefix cache could not be dropped: keys and values of the weights before would be used")
         self.version = version
 
+    def update_adapter(self, folder: str | Path, version: int) -> None:
+        """Sample with the LoRA adapter in a folder, which must stay there until the next one comes."""
+        from vllm.lora.request import LoRARequest
+
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+        if self._adapter is not None:
+            self._llm.llm_engine.remove_lora(self._adapter.lora_int_id)
+        number = 1 if self._adapter is None else self._adapter.lora_int_id + 1  # keys and values are cached by adapter
+        self._adapter = LoRARequest(f"student-{number}", number, str(folder))
+        self._llm.llm_engine.add_lora(self._adapter)
+        self.version = version
+
     def rest(self) -> None:
         if self._sleeps and not self._asleep:
-            self._llm.sleep(level=2)  # the weights need not be kept: new ones come
+            # Weights that are replaced before the next draw need not be kept; under an adapter they stay.
+            self._llm.sleep(level=1 if self.takes_adapter else 2)
             self._asleep = True
 
     def close(self) -> None:
@@ -179,4 +203,4 @@ class VLLMEngine:
 
     def _run(self, prompts: Sequence[list[int]], params: list[Any], progress: bool) -> list[Any]:
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return [request.outputs[0] for request in self._llm.generate(requests, params, use_tqdm=progress)]
+        return [request.outputs[0] for request in self._llm.generate(requests, params, use_tqdm=progress, lora_request=self._adapter)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from minillm.data.rollouts import EngineError, Rollout, Sampling
 from minillm.rollout.engine import NamedTensors, Offers
 from minillm.rollout.local_server import LocalServer
-from minillm.serving import PLAIN, Server, Servers, Trouble, read_completion
+from minillm.serving import PLAIN, Completion, Server, Servers, Trouble, read_completion
 
 _NEVER = -100.0  # added to the logits of padded vocabulary rows
 
@@ -70,28 +71,32 @@ class VLLMServerEngine:
         if sampling.stop is not None:
             shared |= {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True}
 
-        def draw(prompt: list[int], seed: int) -> Rollout:
-            # A seed on the wire is a signed 64-bit number.
-            drawn = self._servers.complete(
-                shared | {"prompt": list(prompt), "seed": seed}, lambda answer: read_completion(answer, tables=bool(sampling.likeliest))
-            )
-            return Rollout.drawn(
+        def read(answer: Any) -> Completion:
+            return read_completion(answer, tables=bool(sampling.likeliest))
+
+        # A seed on the wire is a signed 64-bit number.
+        requests = [(shared | {"prompt": list(prompt), "seed": seed}, read) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return [
+            Rollout.drawn(
                 prompt, drawn.ids, drawn.logprobs, sampling, self.version, stopped=drawn.stopped,
                 likeliest=drawn.tables if sampling.likeliest else None,
-            )  # fmt: skip
-
-        return self._servers.all([lambda p=p, s=s: draw(p, s) for p, s in zip(prompts, seeds, strict=True)], progress)
+            )
+            for prompt, drawn in zip(prompts, self._servers.complete_all(requests, progress), strict=True)
+        ]  # fmt: skip
 
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
         """See `Engine.logprobs_of`."""
         shared = self._settings(sampling) | {"max_tokens": 1, "logprobs": 1}
 
-        def score(prefix: list[int], named: list[int]) -> Tensor:
-            body = shared | {"prompt": list(prefix), "logprob_token_ids": list(named)}
-            [table] = self._servers.complete(body, lambda answer: read_completion(answer, named)).tables
-            return torch.tensor([table[token] for token in named])
-
-        return self._servers.all([lambda p=p, n=n: score(p, n) for p, n in zip(prefixes, ids, strict=True)])
+        requests = [
+            (
+                shared | {"prompt": list(prefix), "logprob_token_ids": list(named)},
+                partial(read_completion, named=named),
+            )
+            for prefix, named in zip(prefixes, ids, strict=True)
+        ]
+        found = self._servers.complete_all(requests)
+        return [torch.tensor([scored.tables[0][token] for token in named]) for scored, named in zip(found, ids, strict=True)]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         """Lay the weights down once and have every server read them; call between generations, in every process.
@@ -123,10 +128,10 @@ class VLLMServerEngine:
                 trouble = error
         if distributed:
             # Which servers have the weights is for process 0 to say; one that was away gets them before it next answers.
-            told: list[Any] = [[server.fresh for server in self._servers.each], None if trouble is None else str(trouble)]
+            told: list[Any] = [[(server.fresh, server.born) for server in self._servers.each], None if trouble is None else str(trouble)]
             torch.distributed.broadcast_object_list(told, src=0)
-            for server, fresh in zip(self._servers.each, told[0], strict=True):
-                server.fresh = fresh
+            for server, (fresh, born) in zip(self._servers.each, told[0], strict=True):
+                server.fresh, server.born = fresh, born
             if trouble is None and told[1] is not None:
                 trouble = EngineError(told[1])
         if trouble is not None:
@@ -166,6 +171,7 @@ class VLLMServerEngine:
             if server.fresh:
                 return
             if self._weights is not None:
+                server.born = server.started()  # before they are sent, so that a start after that is told from it
                 server.ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}})
                 reset = server.ask("POST", "/reset_prefix_cache")
                 if isinstance(reset, dict) and reset.get("success") is False:

@@ -21,8 +21,9 @@ from minillm.data.rollouts import TeacherRows
 from minillm.hardware import fast_bfloat16
 from minillm.loss.token_scores import Divergence, Weigh
 from minillm.models.load import load_model, load_tokenizer, without_dropout
-from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
+from minillm.models.scoring import Scoring, bind_scoring, check_head, gather_head, head_of, score
 from minillm.models.vocabulary import check_same_tokens, head_width, token_count
+from minillm.models.weights import is_sharded
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher
@@ -52,17 +53,17 @@ class DistillationTrainer(Validated, Trainer):
             processing_class = load_tokenizer(model)
         if args.n_gpu > 1:
             raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "DeepSpeed ZeRO-3 is not supported: it gathers a module's weights when that module is called, and the head is scored "
-                "without being called. Use FSDP2, or ZeRO-2"
-            )
         # A different tokenizer is found before any weights load, where the teacher is still a name.
         served = teacher if isinstance(teacher, ServedTeacher) else None
         named = served.source if served else teacher if isinstance(teacher, str) else str(teacher.name_or_path)  # pyright: ignore[reportAttributeAccessIssue]
         if served or isinstance(teacher, str) or Path(named, "tokenizer_config.json").is_file():
             check_same_tokens(processing_class, load_tokenizer(named))
         student = load_model(model, torch.float32) if isinstance(model, str) else model
+        zero3 = is_deepspeed_zero3_enabled()
+        if zero3 and is_sharded(student):
+            raise ValueError(
+                "the student's weights were dealt out by ZeRO-3 when it was loaded: give its name, or minillm.models.load.load_model"
+            )
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         teacher_model: Any = None if served else load_model(teacher, compute) if isinstance(teacher, str) else teacher
         if args.bf16 and args.device.type == "cpu" and not fast_bfloat16():
@@ -80,7 +81,15 @@ class DistillationTrainer(Validated, Trainer):
         if teacher_model is not None:
             check_head(teacher_model, "teacher")
         bind_scoring(student)
+        if zero3:
+            gather_head(student)  # pyright: ignore[reportArgumentType]
         super().__init__(model=student, args=args, processing_class=processing_class, eval_dataset=eval_dataset, **kwargs)  # pyright: ignore[reportArgumentType]
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None) if zero3 else None
+        if plugin is not None and not plugin.hf_ds_config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "ZeRO-3 would save a student that nothing can read: set zero3_save_16bit_model: true in accelerate's configuration "
+                "(stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
+            )
         self.sample_with(rollout or RolloutConfig(), self.width, compute, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True

@@ -468,8 +468,13 @@ class MiniLLMTrainer(DistillationTrainer):
         torch.save(live, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """With them, because this is called however the weights are loaded (DeepSpeed loads its own)."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_rollouts(checkpoint)
+
+    def _load_rollouts(self, resume_from_checkpoint: str) -> None:
         files = sorted(Path(resume_from_checkpoint).glob(_ROLLOUTS.format(rank="*")))
         own = Path(resume_from_checkpoint) / _ROLLOUTS.format(rank=self.accelerator.process_index)
         if not files:

@@ -19,9 +19,9 @@ from minillm.data.batches import seed_of
 from minillm.data.rollouts import Sampling, StopStrings
 from minillm.evaluation import token_divergences
 from minillm.models.load import context_length, eos_ids
-from minillm.models.weights import is_sharded, plain_weights, save_plain
+from minillm.models.weights import is_sharded, save_plain
 from minillm.recipe import RolloutConfig
-from minillm.rollout.build import make_engine
+from minillm.rollout.build import hand_over, make_engine
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
@@ -70,15 +70,16 @@ class Validated:
                     work=str(self.args.output_dir),
                 )  # fmt: skip
         with self.phase("sync"):
-            self._engine.update_weights(plain_weights(student, self.compute_dtype), self.state.global_step)
+            hand_over(self._engine, student, self.compute_dtype, self.state.global_step, str(self.args.output_dir))
         return self._engine
 
     def _folder_of(self, student: Any, spare: str) -> str:
         """Where an engine can read the student and its tokenizer from: its own folder, or `spare`, where they are put."""
         own = Path(str(student.name_or_path))
-        if (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
+        apart = self.rollout_config.lora == "adapter"  # then the base is never sent, and may not be what its folder holds
+        if not apart and (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
             return str(own)
-        save_plain(student, spare)
+        save_plain(student, spare, merged=not apart)
         self.processing_class.save_pretrained(spare)
         return spare
 

@@ -69,8 +69,17 @@ def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
         def sleep(self, level: int) -> None:
             calls.append(("sleep", level))
 
-        def wake_up(self, tags: list[str]) -> None:
-            calls.append(("wake", *tags))
+        def wake_up(self, tags: list[str] | None = None) -> None:
+            calls.append(("wake", *(tags or ["all"])))
+
+        class llm_engine:
+            @staticmethod
+            def add_lora(request: Any) -> None:
+                calls.append(("adapter", request.lora_int_id))
+
+            @staticmethod
+            def remove_lora(number: int) -> None:
+                calls.append(("without", number))
 
         def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
             calls.append((method, len(list(kwargs["weights_iterator"]))))
@@ -99,4 +108,13 @@ def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
     engine._sleeps = False
     engine.rest()
     assert calls[-1] == "reset"
+    pytest.importorskip("vllm")
+    # Under an adapter the base's weights are not sent again, so that they have to be kept.
+    calls.clear()
+    engine._sleeps = engine.takes_adapter = True
+    for version in (5, 6):
+        engine.rest()
+        engine.update_adapter("/nowhere", version)
+    assert calls == [("sleep", 1), ("wake", "all"), ("adapter", 1), ("sleep", 1), ("wake", "all"), ("without", 1), ("adapter", 2)]
+    assert engine.version == 6
     del engine._llm

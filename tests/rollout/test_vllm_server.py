@@ -30,11 +30,16 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.resets: list[bool] = []
         self.lock, self.down_until, self.raw = threading.Lock(), 0.0, False
+        self.started: float | None = 1.7e9
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
+                if self.path == "/metrics":
+                    told = b"" if outer.started is None else b"process_start_time_seconds %.2f\n" % outer.started
+                    self.say(200, b"# HELP process_start_time_seconds Start time.\n" + told)
+                else:
+                    self.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
@@ -172,13 +177,38 @@ def test_a_restarted_server_gets_the_weights_before_it_answers_again(servers: li
     engine.update_weights(weights(5.0), 1)
 
     def restart(handler: Any, body: Any) -> None:
-        servers[0].weights, servers[0].down_until = -1.0, time.monotonic() + 0.3
+        # Requests that are on their way reach the new process before anyone has noticed.
+        servers[0].weights, servers[0].started, servers[0].down_until = -1.0, 1.8e9, time.monotonic() + 0.3
         hanging_up(handler, body)
 
     servers[0].faults = [restart]
     rollouts = engine.generate([[i] for i in range(60)], SAMPLING, range(60))
     assert {r.response_ids[1] for r in rollouts} == {15}
     assert servers[0].weights == 5.0
+
+
+@pytest.mark.parametrize("call", ["generate", "logprobs_of"])
+def test_a_server_that_was_swapped_between_two_requests_is_noticed(servers: list[FakeServer], tmp_path: Path, call: str) -> None:
+    """No request failed; only what its metrics say of its start tells."""
+    engine = attach(servers[:1], tmp_path)
+    engine.update_weights(weights(5.0), 1)
+    assert engine.generate([[1]], SAMPLING, [1])[0].response_ids[1] == 15
+    servers[0].weights, servers[0].started = -1.0, 1.8e9
+    if call == "generate":
+        assert {r.response_ids[1] for r in engine.generate([[i] for i in range(6)], SAMPLING, range(6))} == {15}
+    else:
+        assert engine.logprobs_of([[1]], [[4, 2]], SAMPLING)[0].tolist() == [-4, -2]
+    assert servers[0].weights == 5.0
+    drawn = sum(servers[0].seeds.values())
+    engine.generate([[1]], SAMPLING, [1])
+    assert sum(servers[0].seeds.values()) == drawn + 1  # and is not sent for again
+
+
+def test_a_server_whose_metrics_tell_no_start_is_believed(servers: list[FakeServer], tmp_path: Path) -> None:
+    servers[0].started = None
+    engine = attach(servers[:1], tmp_path)
+    engine.update_weights(weights(5.0), 1)
+    assert engine.generate([[1]], SAMPLING, [1])[0].response_ids[1] == 15
 
 
 def test_a_server_that_stays_away_leaves_its_work_to_the_other(servers: list[FakeServer], tmp_path: Path) -> None:
@@ -245,7 +275,7 @@ def test_under_several_processes_the_first_says_which_servers_have_the_weights(
     if rank == 0:
         url, servers[0].resets = servers[0].url, [False] * 50
         engine.update_weights(weights(3.0), 1)
-        assert told == [[[server.url != url for server in engine._servers.each], None]]
+        assert told == [[[(server.url != url, 1.7e9) for server in engine._servers.each], None]]
         for server in servers:
             server.resets = [False] * 10_000
         engine._servers._patience = 0.2
@@ -253,9 +283,9 @@ def test_under_several_processes_the_first_says_which_servers_have_the_weights(
             engine.update_weights(weights(4.0), 2)
         assert "/reset_prefix_cache failed" in told[1][1]
     else:
-        told = [[[False, True], None], [[False, False], "http://gone: no answer"]]
+        told = [[[(False, 1.0), (True, 2.0)], None], [[(False, 1.0), (False, 2.0)], "http://gone: no answer"]]
         engine.update_weights(weights(3.0), 1)
-        assert [server.fresh for server in engine._servers.each] == [False, True]
+        assert [(server.fresh, server.born) for server in engine._servers.each] == [(False, 1.0), (True, 2.0)]
         assert [server.weights for server in servers] == [-1.0, -1.0]  # the first process sends
         with pytest.raises(EngineError, match="http://gone: no answer"):
             engine.update_weights(weights(4.0), 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -563,10 +564,24 @@ def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
     ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     root = Path(__file__).parents[2]
     done = subprocess.run([*command, str(folder), kind], capture_output=True, text=True, timeout=500, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)")
+def test_zero3_trains_and_saves_the_student_of_one_process(pair: tuple[str, str], tmp_path: Path) -> None:
+    """Its head is scored without being called, its weights are gathered for the engine, for every update and to be saved."""
+    launch(pair, tmp_path / "two", "zero3")
+    run(*pair, str(tmp_path / "one"), "zero3")
+    start = load_model(pair[0], torch.float32).state_dict()
+    one, two = (load_model(tmp_path / name, torch.float32).state_dict() for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        moved = float((value - start[name]).norm())
+        assert moved > 0, name
+        assert float((value - two[name]).norm()) <= 1e-4 * moved, name
 
 
 def test_processes_that_replay_different_rollouts_keep_in_step(pair: tuple[str, str], tmp_path: Path) -> None:
