@@ -29,7 +29,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # Where and when responses are drawn and scored, not from what. A run may go on with others.
-_OPERATIONAL = {"rollout": {"servers", "server_patience", "server_timeout", "engine_memory", "overlap"}, "teacher": {"servers"}}
+_OPERATIONAL = {"rollout": {"servers", "server_patience", "server_timeout", "engine_memory", "overlap", "lora"}, "teacher": {"servers"}}
 
 
 class RunError(RuntimeError):

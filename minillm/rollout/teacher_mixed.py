@@ -26,8 +26,9 @@ from minillm.teacher.local import LocalTeacher, TeacherStream
 _CANDIDATES, _MOST_CANDIDATES, _TRIES = 16, 96, 64
 _LIKELIEST = 20  # tokens of each draft place whose q comes along; vLLM servers give no more unless told to
 
-# What a round costs beside its drafts, in steps of drafting: a call of the engine, the teacher's forward, some redrawing.
-_ROUND_COST = 3.0
+# What a round costs beside its drafts, in steps of drafting: a call of the engine, which reads the last tokens again where
+# they filled no block of its cache, the teacher's forward, some redrawing.
+_ROUND_COST = 5.0
 FIRST_DRAFT, _LONGEST_DRAFT = 10, 64
 
 

@@ -36,6 +36,22 @@ def test_two_processes_share_a_server_of_their_own(pair: tuple[str, str], tmp_pa
         assert float((value - two["weights"][name]).norm()) <= 0.02 * moved, name  # vLLM rounds as its batches fall
 
 
+def timed(trainer: Any, name: str) -> list[tuple[float, float]]:
+    """Begin and end of every call of one of the trainer's methods."""
+    calls: list[tuple[float, float]] = []
+    original = getattr(trainer, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            calls.append((start, time.perf_counter()))
+
+    setattr(trainer, name, watched)
+    return calls
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool) -> None:
     student, teacher = save(tiny_llama(1), tmp_path / "student"), save(tiny_llama(2, layers=3), tmp_path / "teacher")
@@ -61,6 +77,8 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     )  # fmt: skip
     trainer = MiniLLMTrainer(student, teacher, arguments(tmp_path / "run", max_steps=100), rollout=rollout, train_dataset=PROMPTS)
     trainer.add_callback(Kill())
+    drawing = timed(trainer, "_sample")
+    updating = timed(trainer, "training_step")
     adopted: list[int] = []
     original = trainer._adopt
     trainer._adopt = lambda number, rollouts: adopted.append(number) or original(number, rollouts)  # pyright: ignore
@@ -79,4 +97,8 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     assert len(mismatch) == (1 if overlap else 50)
     lags = [entry["version_lag"] for entry in trainer.state.log_history if "version_lag" in entry]
     assert lags == ([0, 0, *[2] * 98] if overlap else [0] * 100)  # two updates are a batch
+    # While one batch trains the next is drawn, and never without `overlap`.
+    beside = [any(start < end_of_update and start_of_update < end for start_of_update, end_of_update in updating) for start, end in drawing]
+    assert len(beside) == 50
+    assert sum(beside) >= 45 if overlap else not any(beside), beside
     assert max(mismatch) < 1e-3  # every token came from the weights it is said to come from
