@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 STAGES = ("teacher", "student", "responses", "warmup", "minillm", "evaluate", "report")
 Stage = Literal["teacher", "finetune", "student", "responses", "warmup", "sft", "minillm", "evaluate", "report"]
@@ -21,21 +21,64 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
 
+def _is_template(name: str) -> str:
+    if name in ("chat", "alpaca", "plain") or name.endswith(".jinja") or "{{" in name or "{%" in name:
+        return name
+    raise ValueError("chat, alpaca, plain, a .jinja file or a Jinja text is needed")
+
+
+Template = Annotated[str, AfterValidator(_is_template)]
+
+
+class Source(Section):
+    """Where rows come from; the path of a JSONL file alone will do."""
+
+    file: Path | None = None
+    """JSONL, one object a line."""
+    dataset: str | None = None
+    """Instead: anything that `datasets.load_dataset` takes, e.g. a hub id."""
+    config: str | None = None
+    """Its configuration."""
+    split: str = "train"
+    """Its split, slices included: `train[:1000]`."""
+    columns: dict[str, str] = {}
+    """Which of its columns is `instruction`, `input`, `output`, `messages` or `text`, where that is not known: the names of Dolly
+    (`context`, `response`), Alpaca, `prompt`/`completion` and chats (`messages`) are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _just_a_file(cls, given: Any) -> Any:
+        return {"file": given} if isinstance(given, str | Path) else given
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Source:
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError("either file or dataset is needed")
+        return self
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.file or self.dataset)
+
+
 class DataConfig(Section):
-    train: Path
-    """JSONL of training prompts: `instruction` with an optional `input`, or `prompt`."""
-    heldout: Path
-    """JSONL of prompts that no stage trains on."""
-    validation: Path | None = None
-    """JSONL with references, on which training stages are validated as often as their `training.eval_steps` say."""
+    train: Source
+    """Training prompts: `instruction` with an optional `input`, `prompt`, or `messages`, a chat of which every answer of the
+    assistant counts as one row."""
+    heldout: Source
+    """Prompts that no stage trains on."""
+    validation: Source | None = None
+    """Prompts with references, on which training stages are validated as often as their `training.eval_steps` say."""
     validation_limit: Positive | None = None
     """Use its first rows only."""
-    text: Path | None = None
-    """JSONL of `text`, for the language-model term of the minillm stage."""
-    template: Literal["chat", "alpaca", "plain"] = "chat"
-    """`chat`: the tokenizer's chat template; `alpaca`: the MiniLLM paper's; `plain`: the text as it stands."""
+    text: Source | None = None
+    """Rows of `text`, for the language-model term of the minillm stage; as many are read as its updates need."""
+    template: Template = "chat"
+    """`chat`: the tokenizer's chat template; `alpaca`: the MiniLLM paper's; `plain`: the text as it stands; or your own in Jinja, as
+    a `.jinja` file or as text, of `instruction`, `input`, `system`, `messages`, `bos_token` and `eos_token`."""
     system: str | None = None
-    """System message of the chat template; none leaves the template's own."""
+    """System message of the chat template; none leaves the template's own. A chat that brings one keeps it."""
     max_prompt_tokens: Positive = 256
     """A rendered prompt longer than this is left out, counted and reported; it is never cut."""
     limit: Positive | None = None
@@ -45,11 +88,27 @@ class DataConfig(Section):
 class TeacherConfig(Section):
     source: str
     """A Hugging Face folder or hub id, a `.gguf` file, or `package:NAME` for a GGUF file inside an installed package."""
+    adapter: str | None = None
+    """A PEFT adapter's folder or hub id, which the teacher stage merges into `source`."""
+    shard: bool = False
+    """Deal its blocks out over all processes of the warm-up and minillm stages (FSDP2), for a teacher that one GPU does not hold.
+    Not with teacher mixing, whose rounds differ between processes."""
     servers: list[str] = []
     """`http://host:port` of `vllm serve` processes that hold the teacher: in the minillm stage they score the rollouts, and
     only `source`'s tokenizer and config are read. See `minillm.teacher.served` for what that costs in exactness."""
     top_k: Annotated[int, Field(ge=1, le=19)] = 16
     """The student's likeliest tokens of which a served teacher tells log p, for the single-step term."""
+
+
+class AdapterConfig(Section):
+    """A LoRA adapter. It has no dropout: the student that is scored is the one that sampled."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter is scaled by alpha/rank, or alpha/√rank with `rslora`."""
+    rslora: bool = False
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the layers that get one; `all-linear` is every linear layer but the head."""
 
 
 class StudentConfig(Section):
@@ -59,6 +118,9 @@ class StudentConfig(Section):
     """Layers that stay when pruning."""
     probe_prompts: Positive = 64
     """Training prompts on which the similarity of each block's input and output is measured."""
+    lora: AdapterConfig | None = None
+    """Every stage that trains the student trains an adapter of its own and leaves the student with it merged, the adapter itself
+    beside it in `adapter`."""
 
 
 class ResponsesConfig(Section):
@@ -374,12 +436,16 @@ class Recipe(Section):
     sft: dict[str, Any] = {}
     """`transformers.TrainingArguments` of the sft stage."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    push_to_hub: str | None = None
+    """A hub id to which the report stage uploads the student."""
 
     @model_validator(mode="after")
     def _pruning(self) -> Recipe:
         if "max_prompt_tokens" in self.rollout.model_fields_set and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens:
             raise ValueError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
         check_off_policy(self.rollout, self.objective)
+        if self.teacher.shard and self.rollout.teacher_mix:
+            raise ValueError("teacher.shard: teacher mixing reads in rounds that differ between processes: set rollout.teacher_mix: 0")
         if self.teacher.servers:
             check_served_teacher(self.rollout, self.objective)
         if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:
@@ -387,32 +453,18 @@ class Recipe(Section):
         return self
 
 
-class TestSet(Section):
-    """Prompts to answer, with references or without."""
+class TestSet(Source):
+    """Prompts to answer, with references or without. Files are below the suite's `data_dir`, unless their paths are absolute."""
 
     __test__ = False  # not one of pytest's
 
-    file: str | None = None
-    """A JSONL file, below the suite's `data_dir` unless it begins with `/` or a dot."""
-    dataset: str | None = None
-    """A source for `datasets.load_dataset` instead, e.g. a hub id."""
-    config: str | None = None
-    """Its configuration."""
     split: str = "test"
-    columns: dict[str, str] = {}
-    """Names of its columns, where they are not `instruction`, `input` and `output`."""
     min_reference_words: Positive | None = None
     """Only rows of which a reference has at least so many words (the paper's bins of S-NI and UnNI)."""
     max_reference_words: Positive | None = None
     choices: list[str] = []
     """Answers of a classification task: the model's probabilities over them are calibrated against the reference (ECE)."""
     limit: Positive | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> TestSet:
-        if (self.file is None) == (self.dataset is None):
-            raise ValueError("a set has either file or dataset")
-        return self
 
 
 class Suite(Section):
@@ -423,7 +475,7 @@ class Suite(Section):
     data_dir: str | None = None
     """The folder of the sets' files."""
     sets: Annotated[dict[str, TestSet], Field(min_length=1)]
-    template: Literal["chat", "alpaca", "plain"] = "chat"
+    template: Template = "chat"
     system: str | None = None
     max_prompt_tokens: Positive = 256
     max_new_tokens: Positive = 256
@@ -485,8 +537,8 @@ class Comparison(Section):
 
         def placed(recipe: dict[str, Any]) -> dict[str, Any]:
             data = recipe.get("data", {})
-            files = {key: name for key in ("train", "heldout", "validation", "text") if (name := data.get(key))}
-            below = {key: str(folder / name) for key, name in files.items() if Path(name).name == str(name)}
+            files = {key: name for key in ("train", "heldout", "validation", "text") if isinstance(name := data.get(key), str)}
+            below = {key: str(folder / name) for key, name in files.items() if Path(name).name == name}
             return {**recipe, "data": {**data, **below}} if below else recipe
 
         methods = {

@@ -88,10 +88,12 @@ def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: P
         )
         for key, fault in _training_faults(section, given)
     ]
-    for key in (("data", "train"), ("data", "heldout"), ("data", "validation"), ("data", "text")):
-        file = _get(tree, key)
-        if file and not Path(file).is_file():
-            faults.append(f"{_place(where, key, path)}: {'.'.join(key)}: no such file: {file}")
+    for name in ("train", "heldout", "validation", "text"):
+        source = getattr(recipe.data, name)
+        if source is not None and source.file is not None and not source.file.is_file():
+            faults.append(f"{_place(where, ('data', name), path)}: data.{name}: no such file: {source.file}")
+    if recipe.data.template.endswith(".jinja") and not Path(recipe.data.template).is_file():
+        faults.append(f"{_place(where, ('data', 'template'), path)}: data.template: no such file: {recipe.data.template}")
     return faults
 
 
@@ -194,12 +196,6 @@ def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
     where[tuple(name.split("."))] = "command line"
 
 
-def _get(tree: Any, key: Key) -> Any:
-    for part in key:
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
 def _place(where: dict[Key, str], key: Key, path: Path) -> str:
     while key and key not in where:
         key = key[:-1]
@@ -231,6 +227,7 @@ def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
     for part in key:
         # A mapping holds a section for each name.
         model = typing.get_args(model)[1] if typing.get_origin(model) is dict else model.model_fields[part].annotation
+        model = next((kind for kind in typing.get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 

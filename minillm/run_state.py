@@ -32,6 +32,16 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 _OPERATIONAL = {"rollout": {"servers", "server_patience", "server_timeout", "engine_memory", "overlap", "lora"}, "teacher": {"servers"}}
 
 
+def _by_content(value: Any) -> Any:
+    """A data file's digest instead of its name, with the names of its columns where they are given."""
+    if isinstance(value, dict) and value.get("file"):
+        digest = hashlib.sha256(Path(value["file"]).read_bytes()).hexdigest()[:16]
+        return {"file": digest, "columns": value["columns"]} if value["columns"] else digest
+    if isinstance(value, str) and value.endswith(".jinja"):
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]
+    return value
+
+
 class RunError(RuntimeError):
     """A run directory that does not fit the recipe, or lacks what a stage needs."""
 
@@ -119,10 +129,7 @@ class RunState:
         tree = self._recipe.model_dump(mode="json")
         sections = {section: tree[section] for section in sorted(names)}
         if "data" in sections:
-            for name in ("train", "heldout", "validation", "text"):
-                if sections["data"][name] is not None:
-                    content = Path(sections["data"][name]).read_bytes()
-                    sections["data"] = {**sections["data"], name: hashlib.sha256(content).hexdigest()[:16]}
+            sections["data"] = {name: _by_content(value) for name, value in sections["data"].items()}
         for section, names in _OPERATIONAL.items():
             if section in sections:
                 sections[section] = {name: value for name, value in sections[section].items() if name not in names}

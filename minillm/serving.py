@@ -59,7 +59,10 @@ class Server:
 
     def started(self) -> float | None:
         """When its process started, in seconds since 1970; None where its metrics do not say (several front ends). May raise Trouble."""
-        found = re.search(r"^process_start_time_seconds (\S+)", self._request("GET", "/metrics").text, re.MULTILINE)
+        answer = self._request("GET", "/metrics")
+        if answer.status_code >= 500:
+            raise Trouble(f"/metrics answered {answer.status_code}: {answer.text[:200]}")
+        found = re.search(r"^process_start_time_seconds (\S+)", answer.text, re.MULTILINE)
         return float(found[1]) if found else None
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -93,7 +96,7 @@ class Server:
 def _hint(path: str, status: int) -> str:
     if status == 401:
         return " (set VLLM_API_KEY to the server's key)"
-    if status == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+    if status == 404 and path.startswith(("/collective_rpc", "/reset_prefix_cache")):
         return " (start the server with VLLM_SERVER_DEV_MODE=1, so that it takes new weights)"
     return ""
 
@@ -134,8 +137,13 @@ class Servers:
 
     def complete_all(self, requests: Sequence[tuple[dict[str, Any], Callable[[Any], T]]], progress: bool = False) -> list[T]:
         """Completions in order, all from processes that were fresh: a server may have been started anew, with other weights,
-        between two requests without failing one. What it answered is asked again."""
+        between two requests without failing one. What it answered is asked again.
+
+        Raises:
+            EngineError: patience is over; also where the process at an address is another one every time.
+        """
         found: dict[int, T] = {}
+        deadline = time.monotonic() + self._patience
         while missing := [i for i in range(len(requests)) if i not in found]:
             answers = self.all([lambda request=requests[i]: self._complete(*request) for i in missing], progress)
             replaced = {server.url for server in {server.url: server for _, server, _ in answers}.values() if self._is_another(server)}
@@ -144,6 +152,11 @@ class Servers:
                 for i, (answer, server, born) in zip(missing, answers, strict=True)
                 if server.url not in replaced and born == server.born
             }
+            if replaced and time.monotonic() > deadline:
+                raise EngineError(
+                    f"{', '.join(sorted(replaced))}: answers come from one process after another (by their start in /metrics), for "
+                    f"{self._patience:g} s ({self._setting}); an address must be one server, not several behind a balancer"
+                )
         return [found[i] for i in range(len(requests))]
 
     def _is_another(self, server: Server) -> bool:
@@ -170,7 +183,10 @@ class Servers:
                 server.well, server.pause = True, _FIRST_PAUSE
                 return answer, server, born
             except Trouble as trouble:
-                server.trouble, server.well, server.fresh = trouble, False, self._refresh is None
+                server.trouble, server.well = trouble, False
+                # Sending again what it has would disturb what it is answering meanwhile.
+                if self._refresh is not None and (server.born is None or self._is_another(server)):
+                    server.fresh = False
                 server.retry_at = time.monotonic() + server.pause
                 server.pause = min(2 * server.pause, _LONGEST_PAUSE)
             finally:

@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.data.examples import Example, Prompt, read_examples, read_jsonl, render_all, write_jsonl
+from minillm.data.examples import Example, Prompt, read_examples, read_jsonl, read_texts, render_all, render_answer, write_jsonl
 from minillm.hardware import give_back_memory
 from minillm.recipe import Recipe, RolloutConfig
 from minillm.rollout.build import choose_engine
@@ -44,7 +44,7 @@ class Run:
         teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here
         if recipe.student.source != "prune":
             check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
-        self.untuned = str(self.dir / "teacher") if gguf else recipe.teacher.source
+        self.untuned = str(self.dir / "teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
         self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
         self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
         self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
@@ -80,15 +80,14 @@ class Run:
         """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
         from minillm.models.load import load_tokenizer
 
-        tokenizer = load_tokenizer(self.untuned)
+        tokenizer, data = load_tokenizer(self.untuned), self.recipe.data
         rows = []
-        for prompt in self.prompts(self.train_examples, str(self.recipe.data.train)):
+        for prompt in self.prompts(self.train_examples, data.train.name):
             if prompt.example.output:
-                ids = [*tokenizer(prompt.example.output, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-                ids = ids[: self.recipe.responses.max_new_tokens]
+                ids = render_answer(prompt, data.template, tokenizer, data.system)[: self.recipe.responses.max_new_tokens]
                 rows.append({"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids})
         if not rows:
-            raise ValueError(f"{self.recipe.data.train}: no row has an output to train on")
+            raise ValueError(f"{data.train.name}: no row has an output to train on")
         return rows
 
     def validation(self) -> list[dict[str, Any]] | None:
@@ -97,7 +96,7 @@ class Run:
         if data.validation is None:
             return None
         examples = [example for example in read_examples(data.validation, data.validation_limit) if example.references]
-        prompts = self.prompts(examples, str(data.validation))
+        prompts = self.prompts(examples, data.validation.name)
         return [{"prompt_ids": prompt.ids, "references": list(prompt.example.references)} for prompt in prompts]
 
     def rollout(self) -> RolloutConfig:
@@ -193,10 +192,11 @@ def _in_one_process(this: Run, stage: str, rank: int) -> None:
 def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
     """The recipe as another file can say it: there, a path that starts with a dot would mean another place."""
     tree = recipe.model_dump(mode="json")
-    files = [("data", key) for key in ("train", "heldout", "validation", "text")]
-    for section, key in (*files, ("teacher", "source"), ("student", "source")):
-        if tree[section][key] is not None and Path(tree[section][key]).exists():
-            tree[section][key] = os.path.abspath(tree[section][key])
+    sources = [source for key in ("train", "heldout", "validation", "text") if (source := tree["data"][key]) is not None]
+    places = [(source, key) for source in sources for key in ("file", "dataset")]
+    for section, key in (*places, (tree["data"], "template"), (tree["teacher"], "source"), (tree["student"], "source")):
+        if section[key] is not None and len(section[key]) < 4096 and Path(section[key]).exists():
+            section[key] = os.path.abspath(section[key])
     tree["rollout"]["max_prompt_tokens"] = tree["data"]["max_prompt_tokens"]
     return tree | {"run_dir": os.path.abspath(tree["run_dir"])}
 
@@ -206,7 +206,12 @@ def _teacher(this: Run) -> None:
 
     if this.untuned == this.recipe.teacher.source:
         return  # a folder or hub id is used where it is
-    load_model(this.recipe.teacher.source).save_pretrained(this.untuned)
+    model: Any = load_model(this.recipe.teacher.source)
+    if this.recipe.teacher.adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, this.recipe.teacher.adapter).merge_and_unload()
+    model.save_pretrained(this.untuned)
     load_tokenizer(this.recipe.teacher.source).save_pretrained(this.untuned)
 
 
@@ -221,9 +226,10 @@ def _sft(this: Run) -> None:
 def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[str, Any], teacher: str | None = None) -> None:
     from minillm.train.finetune import FineTuner
 
+    arguments = _training_arguments(this, stage, training)
     trainer = FineTuner(
-        source, _training_arguments(this, stage, training), train_dataset=this.references(), rollout=this.rollout(),
-        eval_dataset=this.validation(), teacher=teacher,
+        args=arguments, train_dataset=this.references(), rollout=this.rollout(), eval_dataset=this.validation(), teacher=teacher,
+        **(_student_of(this, source) if stage == "sft" else {"model": source}),
     )  # fmt: skip
     _train(this, trainer, target, stage)
 
@@ -239,7 +245,7 @@ def _student(this: Run) -> None:
     if settings.source != "prune" or settings.keep_layers is None:
         return
     teacher: Any = load_model(this.teacher, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-    prompts = this.prompts(this.train_examples, str(this.recipe.data.train))[: settings.probe_prompts]
+    prompts = this.prompts(this.train_examples, this.recipe.data.train.name)[: settings.probe_prompts]
     similarity = block_similarity(teacher, [prompt.ids for prompt in prompts])
     kept = layers_to_keep(similarity, settings.keep_layers)
     prune(teacher.to(torch.bfloat16), kept).save_pretrained(this.start)
@@ -279,7 +285,7 @@ def _responses(this: Run) -> None:
 
     settings = this.recipe.responses
     file = this.dir / "responses.jsonl"
-    prompts = this.prompts(this.train_examples, str(this.recipe.data.train))
+    prompts = this.prompts(this.train_examples, this.recipe.data.train.name)
     wanted = [(prompt, sample) for sample in range(settings.samples_per_prompt) for prompt in prompts]
     rows = read_jsonl(file) if file.is_file() else []
     sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
@@ -317,6 +323,17 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
     return TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given))
 
 
+def _student_of(this: Run, folder: str) -> dict[str, Any]:
+    """What a trainer is given of its student: a name, or a model with an adapter."""
+    lora = this.recipe.student.lora
+    if lora is None:
+        return {"model": folder}
+    from minillm.hardware import working_dtype
+    from minillm.models.load import load_student, load_tokenizer
+
+    return {"model": load_student(folder, lora, working_dtype()), "processing_class": load_tokenizer(folder)}
+
+
 def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
     from minillm.train.resumable import train
 
@@ -328,8 +345,9 @@ def _warmup(this: Run) -> None:
     from minillm.train.supervised import SupervisedTrainer
 
     settings = this.recipe.warmup
+    arguments = _training_arguments(this, "warmup", settings.training)
     trainer = SupervisedTrainer(
-        this.start, this.teacher, _training_arguments(this, "warmup", settings.training),
+        **_student_of(this, this.start), teacher=this.teacher, args=arguments, shard_teacher=this.recipe.teacher.shard,
         train_dataset=this.references() if settings.targets == "references" else read_jsonl(this.answers),
         cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
         eval_dataset=this.validation(),
@@ -342,7 +360,7 @@ def _minillm(this: Run) -> None:
     from minillm.train.on_policy import MiniLLMTrainer
 
     recipe = this.recipe
-    prompts = this.prompts(this.train_examples, str(recipe.data.train))
+    prompts = this.prompts(this.train_examples, recipe.data.train.name)
     rollout = this.rollout()
     teacher: Any = this.teacher
     if recipe.teacher.servers:
@@ -351,13 +369,22 @@ def _minillm(this: Run) -> None:
         teacher = ServedTeacher(
             recipe.teacher.servers, this.teacher, top_k=recipe.teacher.top_k if rows else 0, patience=rollout.server_patience
         )
+    arguments = _training_arguments(this, "minillm", recipe.training)
     trainer = MiniLLMTrainer(
-        this.warmed, teacher, _training_arguments(this, "minillm", recipe.training), objective=recipe.objective,
+        **_student_of(this, this.warmed), teacher=teacher, args=arguments, objective=recipe.objective, shard_teacher=recipe.teacher.shard,
         rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts], eval_dataset=this.validation(),
-        text_dataset=read_jsonl(recipe.data.text) if recipe.data.text else None,
+        text_dataset=_texts(recipe),
         responses=this.references() if rollout.on_policy < 1 else None,
     )  # fmt: skip
     _train(this, trainer, this.student, "minillm")
+
+
+def _texts(recipe: Recipe) -> Iterable[dict[str, Any]] | None:
+    """A file whole, a data set as a stream."""
+    if recipe.data.text is None:
+        return None
+    rows = read_texts(recipe.data.text, recipe.seed)
+    return rows if recipe.data.text.file is None else list(rows)
 
 
 def _evaluate(this: Run) -> None:
@@ -374,7 +401,7 @@ def _evaluate(this: Run) -> None:
     for stage, name in (("warmup", "warmed"), ("minillm", "minillm")):
         if stage not in this.recipe.stages:
             del folders[name]
-    prompts = this.prompts(this.heldout_examples, str(this.recipe.data.heldout))
+    prompts = this.prompts(this.heldout_examples, this.recipe.data.heldout.name)
     sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
     tokenizer = load_tokenizer(this.teacher)
     teacher: LocalTeacher | None = None
@@ -420,9 +447,15 @@ def _made_from(this: Run, folder: str) -> dict[str, Any]:
 
 
 def _report(this: Run) -> None:
+    from minillm.model_card import push, write_card
     from minillm.report import write_report
 
     write_report(this.dir, {example.row: example.text for example in this.heldout_examples})
+    for stage, folder in (("warmup", this.warmed), ("sft", str(this.dir / "sft")), ("minillm", this.student)):
+        if stage in this.recipe.stages and Path(folder).is_dir():
+            write_card(Path(folder), this.recipe)
+    if this.recipe.push_to_hub and Path(this.student).is_dir():
+        _say(0, f"  uploaded to {push(Path(this.student), this.recipe.push_to_hub)}")
 
 
 _STAGES: dict[str, Callable[[Run], None]] = {

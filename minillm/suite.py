@@ -18,7 +18,7 @@ import torch
 
 from minillm import metrics
 from minillm.data.batches import seed_of
-from minillm.data.examples import DataError, Example, Prompt, example_of, read_examples, read_jsonl, render_all, write_jsonl
+from minillm.data.examples import DataError, Example, Prompt, read_examples, read_jsonl, render_all, write_jsonl
 from minillm.data.rollouts import Sampling
 from minillm.evaluation import Row, answer, token_divergences
 from minillm.hardware import device, working_dtype
@@ -40,22 +40,11 @@ def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
     Raises:
         DataError: the file is missing, a row is not what it should be, or nothing is left.
     """
-    if test.file is not None:
-        path = Path(test.file)
-        if not path.is_absolute() and not test.file.startswith("."):
-            if data_dir is None:
-                raise DataError(f"sets.{name}: {test.file} is looked for below data_dir, which is not given: data_dir=FOLDER")
-            path = Path(data_dir) / path
-        examples = read_examples(path)
-    else:
-        from datasets import load_dataset
-
-        rows: Any = load_dataset(str(test.dataset), test.config, split=test.split)
-        names = {"instruction": "instruction", "input": "input", "output": "output"} | test.columns
-        examples = [
-            example_of({key: row[column] for key, column in names.items() if column in row}, i, f"{test.dataset}[{i}]")
-            for i, row in enumerate(rows)
-        ]
+    if test.file is not None and not test.file.is_absolute():
+        if data_dir is None:
+            raise DataError(f"sets.{name}: {test.file} is looked for below data_dir, which is not given: data_dir=FOLDER")
+        test = test.model_copy(update={"file": Path(data_dir) / test.file})
+    examples = read_examples(test)
     low, high = test.min_reference_words or 0, test.max_reference_words or 10**9
     if test.min_reference_words or test.max_reference_words:
         examples = [e for e in examples if any(low <= len(text.split()) <= high for text in e.references)]

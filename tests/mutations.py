@@ -24,6 +24,7 @@ SUITE = [
     "tests/loss/test_objective.py",
     "tests/loss/test_token_scores.py",
     "tests/rollout/test_teacher_mixed.py",
+    "tests/rollout/test_vllm_server.py",
     "tests/rollout/test_engines.py",
     "tests/train",
     "tests/loss/test_distributed.py",
@@ -203,6 +204,14 @@ MUTATIONS = [
     ),
     Mutation(
         "replayed rollouts taken for fresh ones", "train/on_policy.py", "self._keep_for_replay(drawn.rollouts)", "self._keep_for_replay([])"
+    ),
+    Mutation("answers of a process that was swapped meanwhile believed", "serving.py", " and born == server.born\n", "\n"),
+    Mutation("a restart that fails no request unnoticed", "serving.py", "server.born is None or server.started() == server.born", "True"),
+    Mutation(
+        "scaling of an adapter left out",
+        "models/weights.py",
+        "_whole(module.lora_B[adapter].weight) * module.scaling[adapter]",
+        "_whole(module.lora_B[adapter].weight)",
     ),
     Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
 ]

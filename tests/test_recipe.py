@@ -33,7 +33,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_paths_are_relative_to_the_file_and_numbers_are_numbers(recipe: Path) -> None:
     loaded = load_recipe(recipe)
-    assert loaded.data.train == recipe.parent / "prompts.jsonl"
+    assert loaded.data.train.file == recipe.parent / "prompts.jsonl"
     assert loaded.training["learning_rate"] == 5e-6
 
 
@@ -43,7 +43,8 @@ def test_a_child_says_only_what_differs(recipe: Path) -> None:
     child = below / "child.yaml"
     child.write_text("extends: ../recipe.yaml\nrollout:\n  teacher_mix: 0.5\ntraining:\n  max_steps: 3\n")
     loaded = load_recipe(child, ["rollout.num_rollouts=64", "training.learning_rate=1e-5"])
-    assert loaded.data.train.resolve() == (recipe.parent / "prompts.jsonl").resolve()
+    assert loaded.data.train.file is not None
+    assert loaded.data.train.file.resolve() == (recipe.parent / "prompts.jsonl").resolve()
     assert (loaded.rollout.teacher_mix, loaded.rollout.num_rollouts) == (0.5, 64)
     assert loaded.training == {"learning_rate": 1e-5, "max_steps": 3}
 
@@ -72,11 +73,23 @@ def test_faults_name_file_line_key_and_what_is_allowed(recipe: Path, text: str, 
     assert message in str(caught.value)
 
 
+def test_sections_that_may_be_left_out_name_their_keys_too(recipe: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, ["student.lora.rnk=4", "data.validation.splt=x", "data.template=alpca", "teacher.shard=true"])
+    assert "student.lora.rnk: unknown key; did you mean rank?" in str(caught.value)
+    assert "data.validation.splt: unknown key; did you mean split?" in str(caught.value)
+    assert "data.template: chat, alpaca, plain, a .jinja file or a Jinja text is needed (given: 'alpca')" in str(caught.value)
+    with pytest.raises(RecipeError, match=r"teacher\.shard: .*: set rollout\.teacher_mix: 0"):
+        load_recipe(recipe, ["teacher.shard=true"])
+    with pytest.raises(RecipeError, match=r"data\.train: no such file: nowhere\.jsonl"):
+        load_recipe(recipe, ["data.train={file: nowhere.jsonl}"])
+
+
 def test_every_fault_is_listed_at_once(recipe: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, ["rollout.num_rollouts=0", "student.keep=3"])
     assert "command line: rollout.num_rollouts" in str(caught.value)
-    assert "command line: student.keep: unknown key; allowed: keep_layers, probe_prompts, source" in str(caught.value)
+    assert "command line: student.keep: unknown key; allowed: keep_layers, lora, probe_prompts, source" in str(caught.value)
 
 
 def test_missing_files_are_named(recipe: Path) -> None:

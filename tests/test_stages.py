@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from minillm import stages
@@ -62,6 +66,48 @@ def test_a_run_leaves_its_results(recipe: Path) -> None:
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")
     assert not (run / "work").exists() or not any((run / "work").iterdir())  # no checkpoint is left lying
+
+
+def test_a_lora_student_is_merged_after_every_stage_and_described(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i}"}) + "\n" for i in range(10)))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(pair[1], teacher)
+    (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
+    file = tmp_path / "recipe.yaml"
+    text = RECIPE.format(run=tmp_path / "run", data=data, teacher=teacher)
+    file.write_text(text.replace("probe_prompts: 4}", "probe_prompts: 4, lora: {rank: 4, targets: [q_proj, down_proj]}}"))
+    uploaded: list[tuple[str, str]] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: f"https://hub/{name}")
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda self, **given: uploaded.append((given["repo_id"], given["folder_path"]))
+    )
+    names = "[teacher, student, responses, warmup, sft, minillm, evaluate, report]"
+    training = "{max_steps: 2, per_device_train_batch_size: 4, use_cpu: true, learning_rate: 1e-2}"
+    stages.run(load_recipe(file, [f"stages={names}", f"sft={training}", "push_to_hub=me/student"]))
+    run = tmp_path / "run"
+    for folder, before in (("warmed", "pruned"), ("sft", "pruned"), ("student", "warmed")):
+        plain: Any = AutoModelForCausalLM.from_pretrained(run / folder, dtype=torch.float32)
+        base: Any = AutoModelForCausalLM.from_pretrained(run / before, dtype=torch.float32)
+        start = {name: value.clone() for name, value in base.state_dict().items()}
+        adapted = PeftModel.from_pretrained(base, str(run / folder / "adapter"))
+        moved = adapted.merge_and_unload().state_dict()
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(value, moved[name], rtol=1e-2, atol=1e-3)  # where the base is bfloat16, so is this
+            changed = not torch.equal(value, start[name])
+            assert changed == any(part in name for part in ("q_proj", "down_proj")), (folder, name)
+        card = (run / folder / "README.md").read_text()
+        assert "license: apache-2.0" in card
+        assert "2 layers of its teacher, distilled from" in card
+        assert "| minillm | " in card  # the results
+        assert "rank: 4" in card
+        assert "convert_hf_to_gguf.py" in card
+        assert str(run) not in card
+    assert uploaded == [("me/student", str(run / "student"))]
+    assert (run / "student" / "generation_config.json").is_file()
+    assert "chat_template" in "".join(path.name for path in (run / "student").iterdir())
 
 
 def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_again(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:

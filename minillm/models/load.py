@@ -12,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import deepspeed
 
+from minillm.recipe import AdapterConfig
+
 
 def find_gguf(source: str) -> Path | None:
     """The GGUF file that `source` names (`x.gguf` or `package:NAME`), or None where it names a model folder or hub id.
@@ -55,6 +57,17 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
             delattr(holder, name)
     setattr(model, "is_quantized", False)  # noqa: B010
     return model.eval()
+
+
+def load_student(source: str | Path, lora: AdapterConfig | None = None, compute: torch.dtype = torch.float32) -> Any:
+    """A student to train: in float32, or with a LoRA adapter of float32 on a frozen base in `compute`."""
+    if lora is None:
+        return load_model(source, torch.float32)
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)  # the same adapter in every process, and in a run that goes on
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+    return get_peft_model(load_model(source, compute), config)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,8 @@ def check_adapter(model: Any) -> None:
     base = model.get_base_model()
     embeddings = base.get_input_embeddings()
     for name, module in base.named_modules():
+        if getattr(module, "parameter_name", None):
+            raise ValueError(f"{name}: an adapter on a bare parameter (target_parameters) is not handed to the engine; use layers")
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(f"{name}: modules_to_save and trainable tokens are not handed to the engine; use LoRA layers alone")
         if not isinstance(module, BaseTunerLayer):
@@ -142,17 +145,39 @@ def save_adapter(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
     (target / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def save_plain(model: Any, folder: str | Path, *, merged: bool = True) -> None:
-    """Save as a folder of the plain architecture, adapters merged, or left out."""
-    if not hasattr(model, "get_base_model"):
-        model.save_pretrained(folder)
+def save_plain(model: Any, folder: str | Path, *, merged: bool = True, write: bool = True) -> None:
+    """Save as a folder of the plain architecture, adapters merged, or left out.
+
+    Every process that writes leaves a whole folder (`save_pretrained` leaves one where the process is the first alone).
+
+    Args:
+        write: whether this process writes; where shards are gathered every process has to call it.
+    """
+    adapted = hasattr(model, "get_base_model")
+    base = model.get_base_model() if adapted else model
+    if write and not adapted and not is_sharded(model) and not torch.distributed.is_initialized():
+        base.save_pretrained(folder)
         return
-    base = model.get_base_model()
-    weights = dict(plain_weights(model, base.dtype, merged=merged))
-    base.config.save_pretrained(folder)
-    base.generation_config.save_pretrained(folder)
-    with torch.device("meta"):
-        plain = type(base)(base.config)
-    plain.load_state_dict(weights, assign=True)
-    plain.tie_weights()
-    plain.save_pretrained(folder)
+    if not write and not is_sharded(model):
+        return
+    tied: set[str] = set()
+    seen: set[int] = set()
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            tied.add(name.replace(".base_layer", ""))
+        seen.add(id(parameter))
+    weights: dict[str, Tensor] = {}
+    for name, value in plain_weights(model, base.dtype, merged=merged):
+        if write and name not in tied:
+            weights[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+    if not write:
+        return
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__.removeprefix("FSDP")]
+    config.dtype = base.dtype
+    config.save_pretrained(target)
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.save_pretrained(target)
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

@@ -85,14 +85,17 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
-        feed, mask = _left_pad(prefixes, self._model.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        out: list[Tensor] = [torch.zeros(0)] * len(prefixes)
         was_training = self._model.training
         self._model.eval()
-        logits = self._model(feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+        for group in bucket([len(prefix) for prefix in prefixes], self._batch_size):
+            feed, mask = _left_pad([prefixes[i] for i in group], self._model.device)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            logits = self._model(feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+            for i, row in zip(group, next_token_logprobs(logits, sampling), strict=True):
+                out[i] = row[torch.tensor(ids[i], device=row.device)].cpu()
         self._model.train(was_training)
-        rows = next_token_logprobs(logits, sampling)
-        return [row[torch.tensor(some, device=row.device)].cpu() for row, some in zip(rows, ids, strict=True)]
+        return out
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         if not self._shared:

@@ -12,6 +12,7 @@ servers both see. How requests are spread and tried again is in `minillm.serving
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from minillm.rollout.engine import NamedTensors, Offers
 from minillm.rollout.local_server import LocalServer
 from minillm.serving import PLAIN, Completion, Server, Servers, Trouble, read_completion
 
+logger = logging.getLogger(__name__)
 _NEVER = -100.0  # added to the logits of padded vocabulary rows
 
 
@@ -54,7 +56,7 @@ class VLLMServerEngine:
             fate=None if own is None else own.fate,
         )  # fmt: skip
         self._folder, self._weights = Path(folder).absolute(), None
-        self._width = head_width
+        self._width, self._warned = head_width, False
         self.version = 0
         for server in self._servers.each:
             self._servers.insist(lambda server=server: self._attach(server, max_length), server)
@@ -112,10 +114,13 @@ class VLLMServerEngine:
             server.fresh = False
         trouble: Exception | None = None
         if first:
+            rest = iter(weights)
             try:
-                self._write(weights, target)
-            except OSError as error:
-                trouble = error
+                self._write(rest, target)
+            except Exception as error:
+                trouble = EngineError(f"{target}: the weights cannot be laid down for the servers: {error}")
+                for _ in rest:  # the others gather their shards with this process
+                    pass
         else:
             for _ in weights:  # gathering shards is a collective operation
                 pass
@@ -172,20 +177,28 @@ class VLLMServerEngine:
                 return
             if self._weights is not None:
                 server.born = server.started()  # before they are sent, so that a start after that is told from it
+                if server.born is None and not self._warned:
+                    self._warned = True
+                    logger.warning(
+                        "%s: /metrics does not tell its start, so that a restart which fails no request goes unnoticed", server.url
+                    )
                 server.ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}})
-                reset = server.ask("POST", "/reset_prefix_cache")
+                reset = server.ask("POST", "/reset_prefix_cache?reset_running_requests=true")
                 if isinstance(reset, dict) and reset.get("success") is False:
                     raise Trouble("/reset_prefix_cache failed: keys and values of the weights before would be used")
             server.fresh = True
 
     def _send_to_all(self) -> None:
-        """Every server that can be reached gets the weights now; the others before they next answer. One must."""
+        """Every server that can be reached gets the weights now; the others before they next answer. One must, whichever."""
         servers = self._servers.each
-        for server, trouble in zip(servers, self._servers.all([lambda s=s: self._offer(s) for s in servers]), strict=True):
-            server.well, server.trouble = trouble is None, trouble
-        if not any(server.well for server in servers):
-            self._servers.insist(lambda: self._refresh(servers[0]), servers[0])
-            servers[0].well = True
+
+        def offer() -> None:
+            for server, trouble in zip(servers, self._servers.all([lambda s=s: self._offer(s) for s in servers]), strict=True):
+                server.well, server.trouble = trouble is None, trouble
+            if not any(server.well for server in servers):
+                raise servers[0].trouble or Trouble("no server has the weights")
+
+        self._servers.insist(offer, servers[0])
 
     def _offer(self, server: Server) -> Trouble | None:
         try:

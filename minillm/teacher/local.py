@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket, pad
 from minillm.data.rollouts import Rollout, Sampling
+from minillm.models.prune import decoder_layers
 from minillm.models.scoring import body, head_of, hidden_states
+from minillm.models.weights import is_sharded
 
 _ROWS = 256  # rows of logits alive at once
 
@@ -28,6 +30,7 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel, batch_size: int = 16) -> None:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
+        self.sharded = is_sharded(model)
 
     def hidden(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[Tensor]:
         """Final states [T_i, H] that predict each response's tokens: one forward, no gradient."""
@@ -65,6 +68,25 @@ class LocalTeacher:
 
 def _split(ids: Sequence[int]) -> list[Sequence[int]]:
     return [ids[start : start + _ROWS] for start in range(0, len(ids), _ROWS)]
+
+
+def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Deal a frozen model's blocks out over all processes (FSDP2), each block put together for its own forward; what is no block, the
+    embeddings and the head among it, stays whole in each. Every process must then call as many forwards as the others.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    _, blocks = decoder_layers(model)
+    for block in blocks:
+        fully_shard(block.to(device))  # one after another: the whole model is never on a device
+    parts = {id(parameter) for parameter in blocks.parameters()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in parts:
+                getattr(module, name).data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model
 
 
 class TeacherStream:

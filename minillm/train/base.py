@@ -26,7 +26,7 @@ from minillm.models.vocabulary import check_same_tokens, head_width, token_count
 from minillm.models.weights import is_sharded
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
-from minillm.teacher.local import LocalTeacher
+from minillm.teacher.local import LocalTeacher, shard
 from minillm.teacher.served import ServedTeacher
 from minillm.train.validation import Validated
 
@@ -39,13 +39,13 @@ class DistillationTrainer(Validated, Trainer):
     What an update trains on is a function of its number (`micro_batches`), the same in every process and after a
     resume; the dataloader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
 
-    Rows of `eval_dataset` are what `Validated` says.
+    Rows of `eval_dataset` are what `Validated` says. `shard_teacher` deals the teacher's blocks out over the processes.
     """
 
     def __init__(
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
         processing_class: Any = None, temperature: float = 1.0, rollout: RolloutConfig | None = None, engine: Engine | None = None,
-        eval_dataset: Sequence[dict[str, Any]] | None = None, **kwargs: Any,
+        eval_dataset: Sequence[dict[str, Any]] | None = None, shard_teacher: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         if processing_class is None:
             if not isinstance(model, str):
@@ -96,7 +96,12 @@ class DistillationTrainer(Validated, Trainer):
         if served is not None:
             self.teacher = served
         else:
-            self.teacher = LocalTeacher(teacher_model.to(args.device), batch_size=max(args.per_device_train_batch_size, 16))  # pyright: ignore[reportOptionalMemberAccess]
+            assert teacher_model is not None
+            if shard_teacher and self.accelerator.num_processes > 1:
+                teacher_model = shard(teacher_model, args.device)
+            else:
+                teacher_model = teacher_model.to(args.device)
+            self.teacher = LocalTeacher(teacher_model, batch_size=max(args.per_device_train_batch_size, 16))
         self._logged_at: int | None = None  # the update after which metrics were last logged
         self._sums: dict[str, float] = defaultdict(float)
         self._values: dict[str, tuple[float, float]] = {}

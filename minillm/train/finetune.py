@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -23,16 +23,18 @@ class FineTuner(Validated, SFTTrainer):
     """Minimises −log q over the tokens of given responses.
 
     Args:
-        model: a folder or hub id; loaded in float32.
+        model: a folder or hub id, loaded in float32; or a loaded model, whose tokenizer is `processing_class`.
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
         teacher: folder or hub id of the model that validation takes KL(q‖p) to, if there is one.
     """
 
     def __init__(
-        self, model: str, args: TrainingArguments, *, train_dataset: Sequence[dict[str, Any]], rollout: RolloutConfig | None = None,
-        eval_dataset: Sequence[dict[str, Any]] | None = None, teacher: str | None = None,
+        self, model: str | PreTrainedModel, args: TrainingArguments, *, train_dataset: Sequence[dict[str, Any]],
+        rollout: RolloutConfig | None = None, eval_dataset: Sequence[dict[str, Any]] | None = None, teacher: str | None = None,
+        processing_class: Any = None,
     ) -> None:  # fmt: skip
-        tokenizer, student = load_tokenizer(model), load_model(model, torch.float32)
+        tokenizer = load_tokenizer(model) if isinstance(model, str) else processing_class
+        student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
         without_dropout(student)
         bind_scoring(student)
         rows = [

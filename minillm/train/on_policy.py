@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -68,7 +68,8 @@ class MiniLLMTrainer(DistillationTrainer):
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are drawn.
         train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
-        text_dataset: rows with `text`, for the language-model term; as many blocks as responses join each update.
+        text_dataset: rows with `text`, for the language-model term; as many blocks as responses join each update. Of a stream, which
+            has no length, no more is read than `max_steps` updates need.
         responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
         processing_class: the student's tokenizer; by default the one in its folder.
 
@@ -79,7 +80,7 @@ class MiniLLMTrainer(DistillationTrainer):
     def __init__(
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
         objective: Objective | None = None, rollout: RolloutConfig | None = None,
-        train_dataset: Sequence[dict[str, Any]], text_dataset: Sequence[dict[str, Any]] | None = None,
+        train_dataset: Sequence[dict[str, Any]], text_dataset: Iterable[dict[str, Any]] | None = None,
         responses: Sequence[dict[str, Any]] | None = None, processing_class: Any = None, engine: Engine | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         self.objective = objective or Objective.recommended()
@@ -87,6 +88,8 @@ class MiniLLMTrainer(DistillationTrainer):
         if isinstance(teacher, ServedTeacher):
             check_served_teacher(config, self.objective)
         check_off_policy(config, self.objective)
+        if kwargs.get("shard_teacher") and config.teacher_mix:
+            raise ValueError("shard_teacher: teacher mixing reads in rounds that differ between processes: set rollout.teacher_mix: 0")
         if config.on_policy < 1 and not responses:
             raise ValueError(f"rollout.on_policy: {config.on_policy:g} trains on given responses too, and there are none (responses)")
         self._given = responses or []
@@ -424,19 +427,26 @@ class MiniLLMTrainer(DistillationTrainer):
             return list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
         return chat_ids(row["prompt"], tokenizer)
 
-    def _pack(self, dataset: Sequence[dict[str, Any]] | None) -> list[list[list[int]]]:
+    def _pack(self, dataset: Iterable[dict[str, Any]] | None) -> list[list[list[int]]]:
         if dataset is None:
             return []
         if not self.objective.language_model:
             logger.warning("text_dataset is not used: objective.language_model is 0")
             return []
         tokenizer: Any = self.processing_class
-        documents = [tokenizer(dataset[i]["text"], add_special_tokens=False)["input_ids"] for i in range(len(dataset))]
         student: Any = self.model
-        several = keeps_sequences_apart(student)
+        several, block = keeps_sequences_apart(student), self.objective.language_model_block
         if not several:
             logger.warning("%s lets packed documents see each other: a block of text holds one document.", type(student).__name__)
-        return pack_text(documents, self.objective.language_model_block, tokenizer.eos_token_id, several=several)
+        endless = not hasattr(dataset, "__len__") and self.args.max_steps > 0
+        needed = self.args.max_steps * self._update_size * self._processes * block if endless else math.inf
+        documents, read = [], 0
+        for row in dataset:
+            documents.append(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+            read += len(documents[-1]) + 1 if several else -(-(len(documents[-1]) + 1) // block) * block
+            if read >= needed:
+                break
+        return pack_text(documents, block, tokenizer.eos_token_id, several=several)
 
     def _text_tokens(self, blocks: list[int]) -> int:
         """Tokens that are predicted in some blocks of text."""
@@ -497,6 +507,10 @@ class MiniLLMTrainer(DistillationTrainer):
         if self._ahead is not None:
             self._ahead[1].exception()  # what is being drawn is drawn with the weights it began with
         return super().evaluate(*args, **kwargs)
+
+    def answers(self, prompts: Sequence[list[int]]) -> list[Rollout]:
+        with self._or_checkpoint():
+            return super().answers(prompts)
 
     def close(self) -> None:
         super().close()

@@ -48,7 +48,7 @@ def _train(trainer: Any, folder: str, stage: str) -> None:
             trainer.train(resume_from_checkpoint=last)
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
-    trainer.save_model(folder)
+    trainer.save_student(folder)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
         shutil.rmtree(work, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm import metrics
 from minillm.data.batches import seed_of
-from minillm.data.rollouts import Sampling, StopStrings
+from minillm.data.rollouts import Rollout, Sampling, StopStrings
 from minillm.evaluation import token_divergences
 from minillm.models.load import context_length, eos_ids
 from minillm.models.weights import is_sharded, save_plain
@@ -35,15 +35,19 @@ class Validated:
     `metric_for_best_model="rouge_l"` keeps the best checkpoint.
     """
 
+    _save: Any
     accelerator: Any
     args: Any
     callback_handler: Any
     control: Any
+    deepspeed: Any
     eval_dataset: Any
+    is_deepspeed_enabled: bool
     log: Any
     model: Any
     model_wrapped: Any
     processing_class: Any
+    save_model: Any
     state: Any
     teacher: LocalTeacher | ServedTeacher | None = None
 
@@ -83,6 +87,22 @@ class Validated:
         self.processing_class.save_pretrained(spare)
         return spare
 
+    def save_student(self, folder: str | Path) -> None:
+        """Save the student and its tokenizer; one with an adapter merged, and the adapter by itself in `adapter`."""
+        student = self.accelerator.unwrap_model(self.model)
+        if not hasattr(student, "get_base_model"):
+            if self.is_deepspeed_enabled and self.deepspeed is None:  # trained to the end before; DeepSpeed has nothing in hand
+                if self.accelerator.is_main_process:
+                    self._save(str(folder), state_dict=student.state_dict())
+            else:
+                self.save_model(str(folder))
+            return
+        main = self.accelerator.is_main_process
+        save_plain(student, folder, write=main)
+        if main:
+            self.processing_class.save_pretrained(folder)
+        self.save_model(str(Path(folder) / "adapter"))
+
     def close(self) -> None:
         """Shut the engine down, and let go of a served teacher."""
         if self._engine is not None:
@@ -96,11 +116,8 @@ class Validated:
         best reference, KL(q‖p) in nats a token on the drawn answers (where the teacher is at hand)."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         mine = [rows[i] for i in range(len(rows))][self.accelerator.process_index :: self.accelerator.num_processes]
-        engine = self.sync()
         with self.phase("validation"):
-            seeds = [seed_of("validation", *row["prompt_ids"]) for row in mine]
-            drawn = engine.generate([row["prompt_ids"] for row in mine], replace(self.sampling, likeliest=0), seeds)
-            engine.rest()
+            drawn = self.answers([row["prompt_ids"] for row in mine])
             sums = {"rouge_l": 0.0, "finished": 0.0, "length": 0.0}
             for row, rollout in zip(mine, drawn, strict=True):
                 text = self.processing_class.decode(rollout.response_ids, skip_special_tokens=True).strip()
@@ -109,7 +126,7 @@ class Validated:
                 sums["length"] += len(rollout.response_ids)
             found = {name: self.global_sum(total) / len(rows) for name, total in sums.items()}
             # With shards every forward is done together, and processes have different numbers of them here.
-            if isinstance(self.teacher, LocalTeacher) and not is_sharded(self.model_wrapped):
+            if isinstance(self.teacher, LocalTeacher) and not self.teacher.sharded and not is_sharded(self.model_wrapped):
                 kl = token_divergences(
                     self.model_wrapped, self.teacher, [r.prompt_ids for r in drawn], [r.response_ids for r in drawn], self.width,
                     self.sampling.temperature,
@@ -119,6 +136,14 @@ class Validated:
         self.log(out)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)
         return out
+
+    def answers(self, prompts: Sequence[list[int]]) -> list[Rollout]:
+        """The student's own, as it is now; always with the same seeds."""
+        engine = self.sync()
+        seeds = [seed_of("validation", *prompt) for prompt in prompts]
+        drawn = engine.generate(prompts, replace(self.sampling, likeliest=0), seeds)
+        engine.rest()
+        return drawn
 
     def global_sum(self, value: Tensor | float) -> float:
         """Sum over processes."""

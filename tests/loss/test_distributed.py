@@ -23,7 +23,7 @@ from minillm.loss.objective import OnPolicyLoss
 from minillm.models.scoring import Scoring, bind_scoring, head_of, score
 from minillm.models.weights import plain_weights
 from minillm.recipe import Objective
-from minillm.teacher.local import LocalTeacher
+from minillm.teacher.local import LocalTeacher, shard
 from tests.conftest import tiny_llama
 
 PROMPTS = [[3, 1, 4], [5], [6, 7], [8, 9, 10, 11]]
@@ -102,6 +102,16 @@ def worker(rank: int, world: int, folder: str) -> None:
                 error = max(float((got[k] - want[k]).norm() / want[k].norm()) for k in want)
                 report["errors"][f"{name} {kind} {'tied' if tied else 'untied'}"] = error
     report["adapter"] = adapter_error()
+    prompts, responses = [[PROMPTS[i] for i in (rank, rank + 2)], [RESPONSES[i] for i in (rank, rank + 2)]]
+    whole = teacher.hidden(prompts, responses)  # another batch in each process
+    dealt = LocalTeacher(shard(tiny_llama(2, layers=3), torch.device("cpu")), batch_size=1)
+    assert dealt.sharded
+    kinds = {name: isinstance(p, DTensor) for name, p in dealt.model.named_parameters()}
+    assert all(kind == (".layers." in name) for name, kind in kinds.items()), kinds
+    for _ in range(2):
+        got = dealt.hidden(prompts, responses)
+        report.setdefault("teacher", []).append(max(float((a - b).abs().max()) for a, b in zip(got, whole, strict=True)))
+    assert head_of(dealt.model).weight.shape == (32, 64)
     if rank == 0:
         Path(folder, "report.json").write_text(json.dumps(report))
     dist.barrier()
@@ -119,3 +129,4 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
     assert len(report["errors"]) == 18
     assert max(report["errors"].values()) < 1e-5, report["errors"]
     assert report["adapter"] < 1e-6
+    assert max(report["teacher"]) < 1e-5

@@ -100,6 +100,8 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
         try:
             served = VLLMServerEngine([own.url], spare / "weights", max_length=LENGTH, head_width=32, patience=240, own=own)
             yield served
+            assert served._servers.each[0].born is not None  # a real server's metrics tell when it was started
+            assert served._servers.each[0].born > time.time() - 3600
             served.close()
             assert own.process.poll() is not None
         except EngineError as error:

@@ -46,7 +46,7 @@ class FakeServer:
                 if self.path == "/collective_rpc":
                     outer.weights = float(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")["w"])
                     self.say(200, {"results": [None]})
-                elif self.path == "/reset_prefix_cache":
+                elif self.path == "/reset_prefix_cache?reset_running_requests=true":
                     self.say(200, {"success": outer.resets.pop(0) if outer.resets else True})
                 elif time.monotonic() < outer.down_until:
                     hanging_up(self, body)
@@ -202,6 +202,76 @@ def test_a_server_that_was_swapped_between_two_requests_is_noticed(servers: list
     drawn = sum(servers[0].seeds.values())
     engine.generate([[1]], SAMPLING, [1])
     assert sum(servers[0].seeds.values()) == drawn + 1  # and is not sent for again
+
+
+def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_after_it(servers: list[FakeServer], tmp_path: Path) -> None:
+    """The process was swapped and made fresh by another request while this one was on its way to it."""
+    engine = attach(servers[:1], tmp_path)
+    engine.update_weights(weights(5.0), 1)
+    [server] = engine._servers.each
+    answers = []
+
+    def swapped(handler: Any, body: Any) -> None:
+        servers[0].started = 1.8e9
+        server.fresh = False
+        engine._refresh(server)  # what another thread does on seeing its request fail
+        servers[0].weights = -1.0  # which the new process began with, and answered this request
+        answers.append(body["seed"])
+        servers[0].complete(handler, body)
+        servers[0].weights = 5.0
+
+    servers[0].faults = [swapped]
+    [rollout] = engine.generate([[1]], SAMPLING, [1])
+    assert rollout.response_ids[1] == 15
+    assert answers == [1]
+    assert servers[0].seeds[1] == 2
+
+
+def test_an_address_with_one_process_after_another_behind_it_is_refused(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers[:1], tmp_path, patience=0.5)
+    engine.update_weights(weights(5.0), 1)
+    complete = servers[0].complete
+
+    def alternating(handler: Any, body: Any) -> None:
+        servers[0].started = (servers[0].started or 0) + 1
+        complete(handler, body)
+
+    servers[0].complete = alternating
+    with pytest.raises(EngineError, match="an address must be one server, not several behind a balancer"):
+        engine.generate([[1]], SAMPLING, [1])
+
+
+def test_a_fault_of_a_process_that_goes_on_sends_no_weights_again(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers[:1], tmp_path)
+    engine.update_weights(weights(5.0), 1)
+    servers[0].weights = 6.0  # what would be overwritten
+    servers[0].faults = [failing(500), failing(429), hanging_up]
+    assert {r.response_ids[1] for r in engine.generate([[i] for i in range(8)], SAMPLING, range(8))} == {16}
+
+
+def test_weights_go_to_whichever_server_comes_back(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers, tmp_path, patience=3)
+    engine.update_weights(weights(5.0), 1)
+    servers[0].close()
+    servers[1].resets = [False, False]
+    engine.update_weights(weights(6.0), 2)
+    assert servers[1].weights == 6.0
+    assert servers[1].resets == []
+
+
+def test_weights_that_cannot_be_laid_down_end_every_process_alike(servers: list[FakeServer], tmp_path: Path) -> None:
+    engine = attach(servers[:1], tmp_path / "weights")
+    gathered = []
+
+    def shards() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(3):
+            gathered.append(i)
+            yield f"w{i}", torch.zeros(1)
+
+    (tmp_path / "weights").write_text("a file where a folder is wanted")
+    with pytest.raises(EngineError, match="the weights cannot be laid down for the servers"):
+        engine.update_weights(shards(), 1)
+    assert gathered == [0, 1, 2]  # each is a collective operation that the others take part in
 
 
 def test_a_server_whose_metrics_tell_no_start_is_believed(servers: list[FakeServer], tmp_path: Path) -> None:

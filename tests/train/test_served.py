@@ -15,7 +15,7 @@ from minillm import MiniLLMTrainer, RolloutConfig
 from minillm.models.load import load_model
 from minillm.rollout.vllm_engine import vllm_is_installed
 from tests.conftest import save, tiny_llama
-from tests.rollout.test_engines import start_server, stop_server
+from tests.rollout.test_engines import own_logprobs, start_server, stop_server
 from tests.train.test_on_policy import PROMPTS, arguments, launch
 from tests.train.two_processes import run
 
@@ -58,30 +58,45 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     process, url = start_server(student, tmp_path / "log", *FLAGS)
     running = [process]
 
-    class Kill(TrainerCallback):
-        """Hard, amid whatever it does; a new one comes up on the same port some seconds later, with the first weights."""
+    def kill() -> None:
+        """Hard, a moment into a draw; a new one comes up on the same port some seconds later, with the first weights."""
+        time.sleep(0.02)
+        stop_server(running[-1])
+        time.sleep(3)
+        running.append(start_server(student, tmp_path / "log", *FLAGS, port=int(url.rsplit(":", 1)[1]))[0])
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step in (30, 70):
-                stop_server(running[-1])
+    snapshots: dict[int, dict[str, torch.Tensor]] = {}
 
-                def again() -> None:
-                    time.sleep(3)
-                    running.append(start_server(student, tmp_path / "log", *FLAGS, port=int(url.rsplit(":", 1)[1]))[0])
-
-                threading.Thread(target=again).start()
+    class Snapshots(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            snapshots[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
 
     rollout = RolloutConfig(
         engine="server", servers=[url], server_patience=240, num_rollouts=8, inner_epochs=1, teacher_mix=0.3, max_new_tokens=10,
         max_prompt_tokens=8, draft_tokens=4, overlap=overlap,
     )  # fmt: skip
     trainer = MiniLLMTrainer(student, teacher, arguments(tmp_path / "run", max_steps=100), rollout=rollout, train_dataset=PROMPTS)
-    trainer.add_callback(Kill())
+    trainer.add_callback(Snapshots())
+    sample = trainer._sample
+
+    def disturbed(number: int) -> Any:
+        if number in (15, 35):
+            threading.Thread(target=kill).start()
+        return sample(number)
+
+    trainer._sample = disturbed
     drawing = timed(trainer, "_sample")
     updating = timed(trainer, "training_step")
     adopted: list[int] = []
+    drawn: list[Any] = []
     original = trainer._adopt
-    trainer._adopt = lambda number, rollouts: adopted.append(number) or original(number, rollouts)  # pyright: ignore
+
+    def adopt(number: int, rollouts: list[Any]) -> None:
+        adopted.append(number)
+        drawn.extend(rollouts)
+        original(number, rollouts)
+
+    trainer._adopt = adopt
     try:
         trainer.train()
     finally:
@@ -101,4 +116,12 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     beside = [any(start < end_of_update and start_of_update < end for start_of_update, end_of_update in updating) for start, end in drawing]
     assert len(beside) == 50
     assert sum(beside) >= 45 if overlap else not any(beside), beside
-    assert max(mismatch) < 1e-3  # every token came from the weights it is said to come from
+    # Every token came from the weights it is said to come from, the restarts' too.
+    model = tiny_llama(1)
+    assert len(drawn) == 400
+    for rollout in drawn:
+        if rollout.weights_version:
+            model.load_state_dict(snapshots[rollout.weights_version])
+            want = own_logprobs(model, rollout.prompt_ids, rollout.response_ids, trainer.sampling)
+            torch.testing.assert_close(rollout.student_logprobs, want, atol=2e-3, rtol=0)
+    assert max(mismatch) < 1e-3

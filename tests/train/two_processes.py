@@ -9,8 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from minillm import MiniLLMTrainer, Objective, RolloutConfig
-from minillm.models.load import load_model
+from minillm.models.load import load_model, load_student, load_tokenizer
 from minillm.models.weights import is_sharded
+from minillm.recipe import AdapterConfig
 from minillm.rollout.transformers_engine import TransformersEngine
 
 ZERO3 = {
@@ -26,14 +27,15 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
 
     `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the same.
     `server`: over a vLLM server of the run's own. `replay`: twelve updates, with earlier rollouts in every batch, of which each
-    process has its own. `zero3`: the student in shards of DeepSpeed's where there are two processes, sampled as a whole copy.
+    process has its own. `zero3`: the student in shards of DeepSpeed's where there are two processes, sampled as a whole copy;
+    `zero3-lora`: its adapter.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
     arguments = TrainingArguments(
         folder, optim="sgd", learning_rate=0.05, max_steps=2, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        deepspeed=ZERO3 if kind == "zero3" and world > 1 else None,
+        deepspeed=ZERO3 if kind.startswith("zero3") and world > 1 else None,
     )  # fmt: skip
     rollout = RolloutConfig(
         engine="server" if kind == "server" else "transformers", servers="auto" if kind == "server" else [], num_rollouts=8,
@@ -48,16 +50,20 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         rollout = rollout.model_copy(update={"replay": 0.5, "inner_epochs": 2, "teacher_mix": 0.0})
         arguments.max_steps, arguments.logging_steps = 12, 1
     engine = None
-    if kind == "zero3":
+    given: Any = student
+    if kind.startswith("zero3"):
         engine = TransformersEngine(load_model(student, torch.float32))
+    if kind == "zero3-lora":
+        given = load_student(student, AdapterConfig(rank=4))
     trainer = MiniLLMTrainer(
-        student, teacher, arguments, objective=objective, rollout=rollout, train_dataset=PROMPTS, text_dataset=text, engine=engine
+        given, teacher, arguments, processing_class=load_tokenizer(student), objective=objective, rollout=rollout,
+        train_dataset=PROMPTS, text_dataset=text, engine=engine,
     )  # fmt: skip
     trainer.train()
-    if kind == "zero3":
+    if kind.startswith("zero3"):
         assert is_sharded(trainer.model) == (world == 2)
         assert all(entry["engine_mismatch"] < 1e-5 for entry in trainer.state.log_history if "engine_mismatch" in entry)
-        trainer.save_model(folder)
+        trainer.save_student(folder)
     trainer.close()
     if kind == "replay":
         # Whether a micro-batch is all fresh differs between processes; what is logged does not.

@@ -1,0 +1,90 @@
+"""The README of a student's folder: what it is, what it was made from and how, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minillm.recipe import Recipe
+
+_MEASURED = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
+
+
+def write_card(folder: Path, recipe: Recipe) -> Path:
+    """Write `folder/README.md` from the recipe and, where the evaluate stage has made them, its results.
+
+    The licence is the teacher's own to tell: it is copied from its model card where that lies in a local folder.
+    """
+    teacher, base = recipe.teacher.source, recipe.student.source
+    pruned = base == "prune"
+    licence = _licence(Path(teacher))
+    head: dict[str, Any] = {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minillm", "distillation", "reverse-kl"],
+        "base_model": teacher if pruned else base,
+    }  # fmt: skip
+    if licence and pruned:
+        head["license"] = licence
+    made = f"{recipe.student.keep_layers} layers of its teacher" if pruned else f"`{base}`"
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {folder.resolve().parent.name}",
+        f"{made[0].upper()}{made[1:]}, distilled from `{teacher}` by minimising the reverse KL divergence on its own samples (MiniLLM, "
+        f"[arXiv 2306.08543](https://arxiv.org/abs/2306.08543)), with minillm {version('minillm')}.",
+        f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {licence or f'see that of `{teacher}`'}."
+        + ("" if pruned else f" That of `{base}` holds too."),
+        *_results(recipe.run_dir / "results.json"),
+        "## Recipe\n\n```yaml\n" + yaml.safe_dump(_said(recipe), sort_keys=False, allow_unicode=True) + "```",
+        "## Use\n\n```python\nfrom transformers import pipeline\n\n"
+        f'ask = pipeline("text-generation", "{folder.name}")\nprint(ask([{{"role": "user", "content": "Why is the sky blue?"}}]))\n```\n\n'
+        f"For llama.cpp: `python convert_hf_to_gguf.py {folder.name} --outfile {folder.name}.gguf` (its own tool).",
+    ]
+    card = folder / "README.md"
+    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return card
+
+
+def push(folder: Path, hub_id: str) -> str:
+    """Upload a student's folder to the hub, which needs a token (`hf auth login`); returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    address = str(api.create_repo(hub_id, exist_ok=True))
+    api.upload_folder(repo_id=hub_id, folder_path=str(folder), commit_message="Student distilled by minillm")
+    return address
+
+
+def _said(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what it leaves to the defaults, and without where this machine keeps it."""
+    return recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run_dir", "push_to_hub"})
+
+
+def _results(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    results = json.loads(file.read_text(encoding="utf-8"))
+    rows = ""
+    for name, scores in results["models"].items():
+        cells = " | ".join(
+            f"{scores[key]['mean']:.2f} [{scores[key]['low']:.2f}, {scores[key]['high']:.2f}]" if key in scores else "" for key in _MEASURED
+        )
+        rows += f"| {name} | {cells} |\n"
+    heads = " | ".join(_MEASURED.values())
+    note = f"{results['prompts']} held-out prompts, sampling seeds {', '.join(map(str, results['seeds']))}; mean [95 % interval]."
+    return [f"## Results\n\n| model | {heads} |\n|---{'|---' * len(_MEASURED)}|\n{rows}\n{note}"]
+
+
+def _licence(teacher: Path) -> str | None:
+    """What the front matter of a local model card says."""
+    card = teacher / "README.md"
+    if not card.is_file():
+        return None
+    lines = card.read_text(encoding="utf-8", errors="replace").split("---")
+    try:
+        head = yaml.safe_load(lines[1]) if len(lines) > 2 else None
+    except yaml.YAMLError:
+        return None
+    return head.get("license") if isinstance(head, dict) else None
