@@ -164,6 +164,62 @@ def generate(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; or a folder, for a table of all recipes below it.", show_default=False)],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=0, help="Processes, a GPU each; 0 is this machine's CPU.")] = 8,
+    memory: Annotated[str, typer.Option(help="Of a GPU, or of the machine.")] = "80GiB",
+    shard: Annotated[bool, typer.Option(help="With the student in shards (FSDP2, ZeRO-3).")] = False,
+    flops: Annotated[float, typer.Option(help="Operations a second of a GPU in bfloat16.")] = 989e12,
+    utilisation: Annotated[float, typer.Option(help="Share of them that is reached (MFU).")] = 0.35,
+    fit: Annotated[Path | None, typer.Option(help="Write a recipe that extends this one and fits.", show_default=False)] = None,
+) -> None:
+    """Estimate memory and time of a recipe before it is launched; no weights are read."""
+    from minillm.plan import GIB, Machine, advice, fitted, table
+    from minillm.plan import plan as planned
+    from minillm.recipe_file import load_recipe, written
+
+    cpu = gpus == 0
+    machine = Machine(max(gpus, 1), _bytes(memory), not cpu, shard, 1e11 if cpu else flops, utilisation)
+    if recipe.is_dir():
+        files = sorted(path for path in recipe.rglob("*.yaml") if path.parent != recipe and path.parent.name != "accelerate")
+        plans = [(str(path.relative_to(recipe).with_suffix("")), planned(load_recipe(path, overrides or []), machine)) for path in files]
+        typer.echo(table(plans), nl=False)
+        return
+    loaded = load_recipe(recipe, overrides or [])
+    found = planned(loaded, machine)
+    if fit is not None:
+        found, loaded = fitted(loaded, machine, lambda changes: load_recipe(recipe, [*(overrides or []), *changes]))
+        fit.write_text(written(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
+    for phase in found.phases:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sorted(phase.parts.items(), key=lambda part: -part[1]))
+        typer.echo(
+            f"{phase.name}: {phase.peak / GIB:.1f} GiB a process ({parts}); {phase.flops:.1e} operations, {phase.seconds / 3600:.1f} h"
+        )
+    word = "fits" if found.fits else "does not fit"
+    typer.echo(
+        f"{word} in {machine.memory / GIB:.0f} GiB; about {found.hours:.1f} h, estimated for {machine.processes} process(es) at "
+        f"{machine.utilisation:.0%} of {machine.flops:.0e} operations a second (small models reach less)"
+    )
+    if found.overrides:
+        typer.echo("changed: " + " ".join(found.overrides))
+    if not found.fits:
+        typer.echo("what would help: " + "; ".join(advice(loaded, machine)))
+    if fit is not None:
+        typer.echo(f"wrote {fit}")
+
+
+def _bytes(text: str) -> int:
+    """80GiB, 80GB, or a number of GiB."""
+    import re
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|)", text.strip())
+    if match is None:
+        raise ValueError(f"--memory {text}: a size such as 80GiB is needed")
+    return int(float(match[1]) * (10**9 if match[2] == "GB" else 1 << 30))
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/quickstart.")]) -> None:
     """Write a run's report.html again from what its directory holds."""
     from minillm.report import write_report

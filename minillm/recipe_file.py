@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,6 +101,15 @@ def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: P
 def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
     """A suite of test sets; see `load_recipe`. Files are looked for when the suite is run."""
     return _load(Path(path), overrides, Suite)[0]
+
+
+def written(parent: Path, target: Path, overrides: Iterable[str]) -> str:
+    """The text of a recipe at `target` that extends `parent` and says what the overrides say."""
+    tree: dict[str, Any] = {}
+    for text in overrides:
+        _override(tree, text, {})
+    base = os.path.relpath(parent.resolve(), target.resolve().parent)
+    return yaml.safe_dump({"extends": base} | tree, sort_keys=False, allow_unicode=True)
 
 
 def is_suite(path: str | Path) -> bool:

@@ -1,0 +1,358 @@
+"""What a recipe takes before it is launched: memory of each phase in one process, arithmetic, hours. No weights are read.
+
+What autograd keeps of the student's forward is counted, not guessed: the body is run on fake tensors, which have shapes and
+no data. The rest is sums of sizes; hours rest on assumptions, which are stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from minillm.loss.token_scores import CHUNK
+from minillm.models.known import KNOWN
+from minillm.models.load import find_gguf
+from minillm.recipe import Recipe
+
+GIB = 1 << 30
+_WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a recipe is launched on; each process has a GPU, or all have this machine's CPU."""
+
+    processes: int = 1
+    memory: int = 80 * GIB
+    gpu: bool = True
+    shard: bool = False
+    """The student in shards (FSDP2, ZeRO-3)."""
+    flops: float = 989e12
+    """Of one GPU in bfloat16 (an H100)."""
+    utilisation: float = 0.35
+    """Share of them that training and scoring reach (MFU)."""
+    bandwidth: float = 3.35e12
+    """Bytes a second from its memory, which bound decoding, of which it reaches half."""
+
+
+@dataclass
+class Phase:
+    """Bytes in one process by what they are for, and what the phase costs in all."""
+
+    name: str
+    parts: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass
+class Plan:
+    phases: list[Phase]
+    machine: Machine
+    overrides: list[str] = field(default_factory=list)  # that `fitted` made
+
+    @property
+    def peak(self) -> float:
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.machine.memory
+
+    @property
+    def hours(self) -> float:
+        return sum(phase.seconds for phase in self.phases) / 3600
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model."""
+
+    name: str
+    config: Any
+    parameters: int
+    head: int  # parameters of the output head, tied or not
+
+    @property
+    def hidden(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def body(self) -> int:
+        """Parameters that multiply in the body."""
+        tied = getattr(self.config, "tie_word_embeddings", False)
+        return self.parameters - (self.head if tied else 2 * self.head)
+
+    def cached(self, itemsize: int) -> int:
+        """Bytes of one token's keys and values."""
+        c = self.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return 2 * c.num_hidden_layers * heads * size * itemsize
+
+
+def shape_of(source: str, keep_layers: int | None = None) -> Shape:
+    """From a folder, from published dimensions, or from the hub's config. `keep_layers`: after pruning."""
+    config = _config(source)
+    if keep_layers is not None:
+        config.num_hidden_layers = keep_layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:keep_layers]
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return Shape(source, config.get_text_config(), model.num_parameters(), model.get_output_embeddings().weight.numel())
+
+
+def _config(source: str) -> Any:
+    gguf = find_gguf(source)
+    if gguf is not None:
+        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if source in KNOWN and not Path(source).is_dir():
+        sizes = dict(KNOWN[source])
+        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    return AutoConfig.from_pretrained(source)
+
+
+def kept_bytes(shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool) -> float:
+    """What autograd keeps of the body's forward over `rows` sequences of `length` tokens, float32 weights left out.
+
+    Args:
+        half: under autocast to bfloat16, whose copies of the weights count.
+        checkpointing: then one block is computed again at a time, and autocast's copies live through the forward.
+    """
+    config, kind = shape.config.to_json_string(use_diff=False), type(shape.config)
+    if not checkpointing:
+        return _kept(config, kind, rows, length, half, False)
+    block = _kept(config, kind, rows, length, half, False) / shape.config.num_hidden_layers
+    return _kept(config, kind, rows, length, half, True) + max(block, 2.0 * shape.body if half else 0.0)
+
+
+@cache
+def _kept(config: str, kind: Any, rows: int, length: int, half: bool, checkpointing: bool) -> int:
+    import json
+
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model: Any = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config)), dtype=torch.float32)
+        model.eval()  # dropout is off in training too, and OPT draws a number for each layer, which a fake one cannot be
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            place = tensor.untyped_storage()._cdata
+            if place not in weights:
+                kept[place] = tensor  # held, so that no other takes its place
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.base_model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def plan(recipe: Recipe, machine: Machine) -> Plan:
+    """Peak memory of a process, floating-point operations and seconds of each training phase."""
+    teacher = shape_of(recipe.teacher.source)
+    pruned = recipe.student.source == "prune"
+    student = shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
+    phases = []
+    if "finetune" in recipe.stages:
+        phases.append(_supervised("finetune", recipe, machine, teacher, None, recipe.finetune))
+    for stage, training in (("warmup", recipe.warmup.training), ("sft", recipe.sft)):
+        if stage in recipe.stages:
+            reads = teacher if stage == "warmup" and recipe.warmup.cross_entropy < 1 else None
+            phases.append(_supervised(stage, recipe, machine, student, reads, training))
+    if "minillm" in recipe.stages:
+        phases += _on_policy(recipe, machine, student, teacher)
+    return Plan(phases, machine)
+
+
+def fitted(recipe: Recipe, machine: Machine, overridden: Any) -> tuple[Plan, Recipe]:
+    """The plan of a recipe with as few changes as make it fit, in the order of what they cost.
+
+    Args:
+        overridden: gives the recipe with some `section.key=value` settings changed.
+    """
+    changes: list[str] = []
+    current = plan(recipe, machine)
+    for candidates in _remedies(recipe, machine):
+        if current.fits:
+            break
+        changed = overridden([*changes, *candidates])
+        found = plan(changed, machine)
+        if found.peak < current.peak:
+            changes, recipe, current = [*changes, *candidates], changed, found
+    return replace(current, overrides=changes), recipe
+
+
+def advice(recipe: Recipe, machine: Machine) -> list[str]:
+    """What besides a recipe's settings would make it smaller."""
+    out = []
+    if machine.processes > 1 and not machine.shard:
+        out.append("the student in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)")
+    if machine.processes > 1 and not recipe.teacher.shard:
+        out.append("the teacher in shards: teacher.shard=true rollout.teacher_mix=0")
+    if recipe.student.lora is None:
+        out.append("an adapter instead of the whole student: student.lora.rank=16")
+    return out
+
+
+def _remedies(recipe: Recipe, machine: Machine) -> list[list[str]]:
+    sections = [
+        (name, training)
+        for name, training, stage in (
+            ("training", recipe.training, "minillm"), ("warmup.training", recipe.warmup.training, "warmup"), ("sft", recipe.sft, "sft"),
+            ("finetune", recipe.finetune, "finetune"),
+        )
+        if stage in recipe.stages
+    ]  # fmt: skip
+    out = [[f"{name}.gradient_checkpointing=true" for name, training in sections if not training.get("gradient_checkpointing")]]
+    for halvings in (1, 2, 3, 4, 5):
+        halved = []
+        for name, training in sections:
+            micro, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
+            if micro >> halvings:
+                halved += [f"{name}.per_device_train_batch_size={micro >> halvings}"]
+                halved += [f"{name}.gradient_accumulation_steps={accumulation << halvings}"]
+        out.append(halved)
+    return [candidates for candidates in out if candidates]
+
+
+def _training_parts(recipe: Recipe, machine: Machine, model: Shape, training: dict[str, Any], adapted: bool) -> dict[str, float]:
+    """Weights, their gradients and moments."""
+    shards = machine.processes if machine.shard else 1
+    half = bool(training.get("bf16")) and machine.gpu
+    lora = recipe.student.lora
+    if adapted and lora is not None:
+        c = model.config
+        inner = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
+        adapter = lora.rank * c.num_hidden_layers * (8 * c.hidden_size + 3 * (c.hidden_size + inner))
+        return {"student": model.parameters * (2 if half else _WIDE) / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
+    names = {"student" if adapted else "teacher": _WIDE, "gradients": _WIDE, "moments": 2 * _WIDE}
+    return {name: model.parameters * size / shards for name, size in names.items()}
+
+
+def _scoring_parts(model: Shape, other: Shape | None, tokens: int, half: bool) -> dict[str, float]:
+    """The head's chunk of logits with what is summed over it, its gradient, and the states'."""
+    width = model.head // model.hidden
+    rows = min(CHUNK, tokens)
+    logits = rows * width * _WIDE * (4 if other is not None else 3)
+    return {"head": logits + (0 if not half else model.head * 2) + model.head * _WIDE + 2 * tokens * model.hidden * _WIDE}
+
+
+def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other: Shape | None, training: dict[str, Any]) -> Phase:
+    rows, length = training.get("per_device_train_batch_size", 8), recipe.data.max_prompt_tokens + recipe.responses.max_new_tokens
+    half = bool(training.get("bf16")) and machine.gpu
+    checkpointing = bool(training.get("gradient_checkpointing"))
+    parts = {"process": _process(machine), **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
+    parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
+    tokens = rows * recipe.responses.max_new_tokens
+    parts |= _scoring_parts(model, other, tokens, half)
+    if other is not None:
+        parts["teacher"] = _teacher_bytes(recipe, machine, other, half)
+        parts["teacher's states"] = tokens * other.hidden * (2 if half else _WIDE)
+    update = rows * training.get("gradient_accumulation_steps", 1) * machine.processes
+    updates = training.get("max_steps", -1)
+    if updates < 0:
+        updates = training.get("num_train_epochs", 3) * _rows(recipe) / update
+    per_token = (8 if checkpointing else 6) * model.body + 6 * model.head + (0 if other is None else 2 * (other.body + other.head))
+    flops = updates * update * length * per_token
+    return Phase(name, parts, flops, _seconds(flops, machine))
+
+
+def _rows(recipe: Recipe) -> int:
+    """Of training data; a data set that has not been read counts as Dolly's 11,435."""
+    file = recipe.data.train.file
+    if file is None or not file.is_file():
+        return 11_435
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape) -> list[Phase]:
+    training, rollout = recipe.training, recipe.rollout
+    half = bool(training.get("bf16")) and machine.gpu
+    size = 2 if half else _WIDE
+    checkpointing = bool(training.get("gradient_checkpointing"))
+    rows, own = training.get("per_device_train_batch_size", 8), rollout.num_rollouts // machine.processes
+    length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
+    shared = {"process": _process(machine), **_training_parts(recipe, machine, student, training, adapted=True)}
+    if not recipe.teacher.servers:
+        shared["teacher"] = _teacher_bytes(recipe, machine, teacher, half)
+        shared["teacher's states"] = own * rollout.max_new_tokens * teacher.hidden * size
+    idle = {name: value for name, value in shared.items() if name != "gradients"}  # freed after each update
+    engine: dict[str, float] = {}
+    if rollout.engine == "transformers":  # it samples the trained model itself, some sequences at a time
+        engine = {"the student's cache": min(own, 32) * length * student.cached(size)}
+    elif rollout.engine != "server":
+        cache = rollout.engine_memory * GIB if rollout.engine_memory else own * (length + 32) * student.cached(size)
+        engine = {"vLLM's student": student.parameters * size, "vLLM's cache": min(cache, 4 * GIB) if not machine.gpu else cache}
+        if machine.gpu:
+            sequences = min(max(own, 16), 256)
+            engine["vLLM's buffers"] = 2 * GIB + 5 * sequences * (student.head // student.hidden) * _WIDE
+    drawing = Phase("minillm: rollouts", idle | engine)
+    if rollout.teacher_mix and not recipe.teacher.servers:
+        drawing.parts["teacher's cache"] = own * length * teacher.cached(size)
+    update = dict(shared)
+    if not machine.gpu and rollout.engine != "transformers":
+        update |= engine  # vLLM sleeps on GPUs alone
+    update["activations"] = kept_bytes(student, rows, length, half=half, checkpointing=checkpointing)
+    tokens = rows * rollout.max_new_tokens
+    if recipe.data.text is not None and recipe.objective.language_model:
+        block = recipe.objective.language_model_block
+        update["activations"] += kept_bytes(student, rows, block, half=half, checkpointing=checkpointing)
+        tokens += rows * block
+    update |= _scoring_parts(student, teacher, tokens, half)
+    training_phase = Phase("minillm: update", update)
+    updates = max(training.get("max_steps", 1000), 1)
+    responses = updates * rows * training.get("gradient_accumulation_steps", 1) * machine.processes
+    drawn = responses / rollout.inner_epochs
+    training_phase.flops = responses * length * ((8 if checkpointing else 6) * student.body) + responses * rollout.max_new_tokens * (
+        6 * student.head + 2 * teacher.head
+    )
+    training_phase.seconds = _seconds(training_phase.flops, machine)
+    drawing.flops = drawn * length * 2 * (student.body + teacher.body)
+    batches = drawn / rollout.num_rollouts
+    steps = rollout.max_new_tokens * -(-own // 256)
+    read = student.parameters * size + min(own, 256) * length / 2 * student.cached(size)
+    drawing.seconds = _seconds(drawing.flops, machine) + (batches * steps * 2 * read / machine.bandwidth if machine.gpu else 0.0)
+    return [drawing, training_phase]
+
+
+def _teacher_bytes(recipe: Recipe, machine: Machine, teacher: Shape, half: bool) -> float:
+    whole = teacher.parameters * (2 if half else _WIDE)
+    return whole / machine.processes if recipe.teacher.shard else whole
+
+
+def _process(machine: Machine) -> float:
+    """Libraries; on a GPU its context and communication buffers."""
+    return 1.0 * GIB
+
+
+def _seconds(flops: float, machine: Machine) -> float:
+    return flops / (machine.processes * machine.flops * machine.utilisation)
+
+
+def table(plans: Sequence[tuple[str, Plan]]) -> str:
+    """Markdown: one row a recipe."""
+    rows = "".join(
+        f"| {name} | {plan.machine.processes} × {plan.machine.memory / GIB:.0f} GiB | {plan.peak / GIB:.0f} GiB "
+        f"({max(plan.phases, key=lambda phase: phase.peak).name}) | {'yes' if plan.fits else 'no'} | {plan.hours:.1f} |\n"
+        for name, plan in plans
+    )
+    return "| recipe | GPUs | peak per GPU (where) | fits | hours, estimated |\n|---|---|---|---|---|\n" + rows

@@ -1,0 +1,125 @@
+"""The plan: parameter counts against the published ones, what moves a peak and by how much, and the recipe that it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from minillm.cli import app
+from minillm.models.known import KNOWN
+from minillm.plan import GIB, Machine, Phase, kept_bytes, plan, shape_of
+from minillm.recipe import Recipe
+from minillm.recipe_file import load_recipe
+from tests.conftest import save, tiny_llama
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+# What the hub says of each, by its weights.
+PUBLISHED = {
+    "openai-community/gpt2": 124_439_808, "openai-community/gpt2-medium": 354_823_168, "openai-community/gpt2-large": 774_030_080,
+    "openai-community/gpt2-xl": 1_557_611_200, "facebook/opt-1.3b": 1_315_758_080, "facebook/opt-2.7b": 2_651_596_800,
+    "facebook/opt-6.7b": 6_658_473_984, "facebook/opt-13b": 12_853_473_280, "huggyllama/llama-7b": 6_738_415_616,
+    "huggyllama/llama-13b": 13_015_864_320, "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304, "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-8B": 8_190_735_360, "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120, "EleutherAI/pythia-160m": 162_322_944, "EleutherAI/pythia-2.8b": 2_775_208_960,
+    "google/gemma-2-2b-it": 2_614_341_888, "google/gemma-3-1b-it": 999_885_952,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name: str) -> None:
+    assert shape_of(name).parameters == PUBLISHED[name]
+
+
+def test_every_recipe_can_be_planned_without_a_network() -> None:
+    for path in RECIPES.glob("*/*.yaml"):
+        if path.parent.name != "accelerate":
+            recipe = load_recipe(path)
+            assert {recipe.teacher.source, recipe.student.source} <= KNOWN.keys()
+
+
+def test_what_autograd_keeps_is_what_it_keeps(tmp_path: Path) -> None:
+    """The fake forward against a real one, by the same hooks."""
+    folder = save(tiny_llama(1, layers=4), tmp_path / "model")
+    model: Any = tiny_llama(1, layers=4).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[place] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids=torch.zeros(3, 40, dtype=torch.long), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert kept_bytes(shape_of(folder), 3, 40, half=False, checkpointing=False) == pytest.approx(real, rel=0.05)
+    less = kept_bytes(shape_of(folder), 3, 40, half=False, checkpointing=True)
+    assert less < 0.5 * real
+
+
+def recipe(tmp_path: Path, **changes: Any) -> Recipe:
+    student, teacher = save(tiny_llama(1, width=256, vocab=32), tmp_path / "s"), save(tiny_llama(2, width=512, layers=3), tmp_path / "t")
+    training = {"max_steps": 10, "per_device_train_batch_size": 8, "bf16": True}
+    tree: dict[str, Any] = {
+        "run_dir": "x", "stages": ["minillm"], "data": {"train": "a", "heldout": "b"}, "teacher": {"source": teacher},
+        "student": {"source": student}, "rollout": {"num_rollouts": 64}, "training": training,
+    }  # fmt: skip
+    return Recipe.model_validate({**tree, **changes})
+
+
+def phase(found: Any, name: str) -> Phase:
+    return next(phase for phase in found.phases if phase.name.endswith(name))
+
+
+def test_what_moves_a_peak(tmp_path: Path) -> None:
+    whole = plan(recipe(tmp_path), Machine(8))
+    n, m = shape_of(str(tmp_path / "s")).parameters, shape_of(str(tmp_path / "t")).parameters
+    update = phase(whole, "update").parts
+    assert (update["student"], update["gradients"], update["moments"], update["teacher"]) == (4 * n, 4 * n, 8 * n, 2 * m)
+    sharded = phase(plan(recipe(tmp_path), Machine(8, shard=True)), "update").parts
+    assert sharded["moments"] == n
+    assert sharded["teacher"] == 2 * m
+    shared = recipe(tmp_path, teacher={"source": str(tmp_path / "t"), "shard": True}, rollout={"num_rollouts": 64, "teacher_mix": 0})
+    assert phase(plan(shared, Machine(8)), "update").parts["teacher"] == 2 * m / 8
+    adapter = recipe(tmp_path, student={"source": str(tmp_path / "s"), "lora": {"rank": 4}})
+    parts = phase(plan(adapter, Machine(8)), "update").parts
+    assert parts["student"] == 2 * n
+    assert "moments" not in parts
+    drawing = phase(whole, "rollouts").parts
+    assert {"vLLM's student", "vLLM's cache", "teacher's cache"} <= drawing.keys()
+    assert not {"vLLM's student", "gradients"} & update.keys() - {"gradients"}  # on a GPU vLLM sleeps while the student trains
+    cpu = phase(plan(recipe(tmp_path), Machine(gpu=False)), "update").parts
+    assert "vLLM's student" in cpu
+    assert cpu["teacher"] == 4 * m
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    run = CliRunner()
+    shown = run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--gpus", "8", "--memory", "80GiB"])
+    assert shown.exit_code == 0, shown.output
+    assert "fits in 80 GiB" in shown.output
+    assert "estimated for 8 process(es)" in shown.output
+    target = tmp_path / "small.yaml"
+    given = [str(RECIPES / "smollm2" / "360m.yaml"), "data.system=Be short.", "--memory", "20GiB"]
+    shown = run.invoke(app, ["plan", *given, "--fit", str(target)])
+    assert shown.exit_code == 0, shown.output
+    assert "fits in 20 GiB" in shown.output
+    before, after = load_recipe(RECIPES / "smollm2" / "360m.yaml"), load_recipe(target)
+    assert plan(after, Machine(8, 20 * GIB)).fits
+    assert not plan(before, Machine(8, 20 * GIB)).fits
+    assert after.data.system == "Be short."
+    assert after.training["gradient_checkpointing"] is True
+    for training, original in ((after.warmup.training, before.warmup.training), (after.training, before.training)):
+        size = [t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] for t in (training, original)]
+        assert size[0] == size[1]  # the same update
+    shown = run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--memory", "2GiB"])
+    assert "does not fit in 2 GiB" in shown.output
+    assert "the student in shards" in shown.output
+    with pytest.raises(ValueError, match="--memory lots: a size such as 80GiB is needed"):
+        run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--memory", "lots"], catch_exceptions=False)
