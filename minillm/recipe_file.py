@@ -237,7 +237,8 @@ def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
     for part in key:
         # A mapping holds a section for each name.
         model = typing.get_args(model)[1] if typing.get_origin(model) is dict else model.model_fields[part].annotation
-        model = next((kind for kind in typing.get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+        if typing.get_origin(model) is not dict:  # a section that may be left out
+            model = next((kind for kind in typing.get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
