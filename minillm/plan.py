@@ -6,6 +6,7 @@ no data. The rest is sums of sizes; hours rest on assumptions, which are stated.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -23,6 +24,7 @@ from minillm.models.load import find_gguf
 from minillm.recipe import Recipe
 
 GIB = 1 << 30
+_PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
 _WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
 
 
@@ -141,8 +143,6 @@ def kept_bytes(shape: Shape, rows: int, length: int, *, half: bool, checkpointin
 
 @cache
 def _kept(config: str, kind: Any, rows: int, length: int, half: bool, checkpointing: bool) -> int:
-    import json
-
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         model: Any = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config)), dtype=torch.float32)
         model.eval()  # dropout is off in training too, and OPT draws a number for each layer, which a fake one cannot be
@@ -259,7 +259,7 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
     rows, length = training.get("per_device_train_batch_size", 8), recipe.data.max_prompt_tokens + recipe.responses.max_new_tokens
     half = bool(training.get("bf16")) and machine.gpu
     checkpointing = bool(training.get("gradient_checkpointing"))
-    parts = {"process": _process(machine), **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
+    parts = {"process": _PROCESS, **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
     parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
     tokens = rows * recipe.responses.max_new_tokens
     parts |= _scoring_parts(model, other, tokens, half)
@@ -291,7 +291,7 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
     checkpointing = bool(training.get("gradient_checkpointing"))
     rows, own = training.get("per_device_train_batch_size", 8), rollout.num_rollouts // machine.processes
     length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
-    shared = {"process": _process(machine), **_training_parts(recipe, machine, student, training, adapted=True)}
+    shared = {"process": _PROCESS, **_training_parts(recipe, machine, student, training, adapted=True)}
     if not recipe.teacher.servers:
         shared["teacher"] = _teacher_bytes(recipe, machine, teacher, half)
         shared["teacher's states"] = own * rollout.max_new_tokens * teacher.hidden * size
@@ -337,11 +337,6 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
 def _teacher_bytes(recipe: Recipe, machine: Machine, teacher: Shape, half: bool) -> float:
     whole = teacher.parameters * (2 if half else _WIDE)
     return whole / machine.processes if recipe.teacher.shard else whole
-
-
-def _process(machine: Machine) -> float:
-    """Libraries; on a GPU its context and communication buffers."""
-    return 1.0 * GIB
 
 
 def _seconds(flops: float, machine: Machine) -> float:
