@@ -268,6 +268,7 @@ def main() -> None:
 
 def _is_for_people(error: Exception) -> bool:
     from minillm.data.rollouts import EngineError
+    from minillm.jobs import JobError
     from minillm.run_state import RunError
 
-    return isinstance(error, (ValueError, OSError, subprocess.CalledProcessError, EngineError, RunError))
+    return isinstance(error, (ValueError, OSError, subprocess.CalledProcessError, EngineError, JobError, RunError))

@@ -6,6 +6,7 @@ anywhere and goes on.
     start/                 teacher, healed student, teacher's answers: shared
     METHOD/tuning-N/       one tuning run
     METHOD/seed-N/         the best of them with every training seed (the first seed's run is the tuning run itself)
+    METHOD/*.log           what a run printed, where `jobs` run at once
     tests/                 answers and scores of the tested methods
     compare.json           what was tuned, what was chosen, and the results; report.html shows it
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ import numpy as np
 
 from minillm import stages
 from minillm.hardware import machine
+from minillm.jobs import Job, run_jobs
 from minillm.recipe import Comparison, Method, Recipe, Suite
 from minillm.recipe_file import merge, recipe_of
 from minillm.report import write_comparison_report
-from minillm.suite import run_suite
+from minillm.run_state import RunState
+from minillm.suite import answer_suite, run_suite
 
 _FOLDERS = {"warmup": "warmed", "sft": "sft", "minillm": "student"}
 
@@ -49,21 +53,33 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         for name, method in comparison.methods.items()
     }  # fmt: skip
     stages.run(start.recipe)
-    tuned: dict[str, Any] = {}
-    runs: dict[str, dict[int, Path]] = {}
-    for name, method in comparison.methods.items():
-        tried = [{"settings": tuning, **_trained(plan, method)} for tuning, plan in zip(method.tuning, plans[name], strict=True)]
-        best = max(range(len(tried)), key=lambda i: tried[i]["rouge_l"])
-        tuned[name] = {"tried": tried, "chosen": best}
-        _keep(root, {"tuning": tuned})
-        runs[name] = {method.seeds[0]: plans[name][best].run_dir / _FOLDERS[method.stage]}
-        for seed in method.seeds[1:]:
-            plan = _recipe(comparison, start, name, method.tuning[best], seed, f"seed-{seed}")
-            tuned[name].setdefault("other_seeds", []).append({"seed": seed, **_trained(plan, method)})
-            runs[name][seed] = plan.run_dir / _FOLDERS[method.stage]
-    tested = {name: runs[name] for name in _tested(comparison)}
+    methods = comparison.methods
+    _train(comparison, [(f"{name}/tuning-{i}", plan, methods[name]) for name in plans for i, plan in enumerate(plans[name])], plans)
+    chosen = {name: _best(_tried(methods[name], plans[name])) for name in plans}
+    seeded = {
+        name: {seed: _recipe(comparison, start, name, method.tuning[chosen[name]], seed, f"seed-{seed}") for seed in method.seeds[1:]}
+        for name, method in methods.items()
+    }  # fmt: skip
+    others = [(f"{name}/seed-{seed}", plan, methods[name]) for name, some in seeded.items() for seed, plan in some.items()]
+    _train(comparison, others, plans)
+    tuned = _tuned(comparison, plans)
+    for name, some in seeded.items():
+        if some:
+            tuned[name]["other_seeds"] = [{"seed": seed, **_outcome(plan, methods[name])} for seed, plan in some.items()]
+    tested = {
+        name: {
+            seed: plan.run_dir / _FOLDERS[methods[name].stage]
+            for seed, plan in {methods[name].seeds[0]: plans[name][chosen[name]], **seeded[name]}.items()
+        }
+        for name in _tested(comparison)
+    }  # fmt: skip
     models = {f"{name}-{seed}": str(folder) for name, folders in tested.items() for seed, folder in folders.items()}
     models |= {"start": start.warmed, "teacher": start.teacher}
+    if comparison.jobs > 1:
+        run_jobs(
+            [Job(name, answer_suite, (suite, {name: folder}), suite.out / f"{name}.log") for name, folder in models.items()],
+            comparison.jobs,
+        )
     found = run_suite(suite, models)
     results = {
         "tuning": tuned, "tests": found, "methods": _over_training_seeds(found, tested), "machine": machine(),
@@ -95,9 +111,42 @@ def _recipe(comparison: Comparison, start: stages.Run, name: str, tuning: dict[s
     return recipe_of(merge(merge(merge(comparison.recipe, method.recipe), tuning), own), f"methods.{name}")
 
 
-def _trained(plan: Recipe, method: Method) -> dict[str, Any]:
-    """Run what is left of a method's recipe; its best scores on validation."""
-    stages.run(plan)
+def _train(comparison: Comparison, runs: Sequence[tuple[str, Recipe, Method]], plans: dict[str, list[Recipe]]) -> None:
+    """Do what is left of some runs; what is known of the tuning is kept after each."""
+    left = [Job(name, stages.run, (plan,), plan.run_dir.with_suffix(".log")) for name, plan, method in runs if not _finished(plan, method)]
+    if comparison.jobs > 1:
+        left.sort(key=lambda job: job.arguments[0].stages != ["minillm"])  # the longest first, that none is waited for at the end
+    run_jobs(left, comparison.jobs, lambda: _keep(Path(comparison.recipe["run_dir"]), {"tuning": _tuned(comparison, plans)}))
+
+
+def _finished(plan: Recipe, method: Method) -> bool:
+    state = RunState(plan)
+    state.check(method.stage)
+    return state.finished(method.stage)
+
+
+def _tuned(comparison: Comparison, plans: dict[str, list[Recipe]]) -> dict[str, Any]:
+    """Of every method whose tuning is finished: what was tried, and which was best."""
+    out = {}
+    for name, method in comparison.methods.items():
+        if all(_finished(plan, method) for plan in plans[name]):
+            tried = _tried(method, plans[name])
+            out[name] = {
+                "tried": [{"settings": tuning, **one} for tuning, one in zip(method.tuning, tried, strict=True)], "chosen": _best(tried)
+            }  # fmt: skip
+    return out
+
+
+def _tried(method: Method, plans: Sequence[Recipe]) -> list[dict[str, Any]]:
+    return [_outcome(plan, method) for plan in plans]
+
+
+def _best(tried: Sequence[dict[str, Any]]) -> int:
+    return max(range(len(tried)), key=lambda i: tried[i]["rouge_l"])
+
+
+def _outcome(plan: Recipe, method: Method) -> dict[str, Any]:
+    """A finished run's best scores on validation."""
     state = json.loads((plan.run_dir / _FOLDERS[method.stage] / "trainer_state.json").read_text(encoding="utf-8"))
     curve = [entry for entry in state["log_history"] if "eval_rouge_l" in entry]
     best = max(curve, key=lambda entry: entry["eval_rouge_l"], default={})

@@ -527,6 +527,8 @@ class Comparison(Section):
     """The method that others are compared with."""
     suite: dict[str, Any]
     """The test sets: a suite without its `out`."""
+    jobs: Annotated[int, Field(ge=1)] = 1
+    """Runs at once, each in a process of its own with its log in its directory; of several GPUs each gets one, in turns."""
 
     @model_validator(mode="before")
     @classmethod

@@ -74,6 +74,14 @@ def run_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         DataError: a set that cannot be read, before any model loads.
     """
+    sets = answer_suite(suite, models)
+    results = _collect(suite, sets, list(models))
+    (suite.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    return results
+
+
+def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Example]]:
+    """The answers alone, where they are not there yet; returns the sets. See `run_suite`."""
     sets = {name: read_set(name, test, suite.data_dir) for name, test in suite.sets.items()}
     config = RolloutConfig(engine="transformers" if suite.no_repeat_ngram else suite.engine)
     choose_engine(config.engine)
@@ -84,9 +92,7 @@ def run_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, Any]:
             _answer_all(suite, sets, name, folder, engines, teacher)
     finally:
         engines.close()
-    results = _collect(suite, sets, list(models))
-    (suite.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return results
+    return sets
 
 
 class _Teacher:

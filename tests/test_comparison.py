@@ -120,6 +120,20 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
     assert (file.parent / "run" / "distillm" / "tuning-0" / "student" / "model.safetensors").is_file()
 
 
+@pytest.mark.full
+def test_runs_side_by_side_find_what_runs_one_after_another_find(file: Path) -> None:
+    alone = compare(load(file))
+    text = file.read_text()
+    file.write_text(text.replace(f"{file.parent}/run", f"{file.parent}/beside"))
+    beside = compare(load_comparison(file, [f"data_dir={file.parent / 'data'}", "jobs=2"]))
+    root = file.parent / "beside"
+    assert len(list(root.glob("*/*.log"))) == 7 + 1 + 6  # tuning, another seed, tests
+    for name, method in alone["tuning"].items():
+        pairs = zip(method["tried"], beside["tuning"][name]["tried"], strict=True)
+        assert all(one["rouge_l"] == pytest.approx(other["rouge_l"], abs=0.5) for one, other in pairs)
+    assert list(alone["tests"]["models"]) == list(beside["tests"]["models"])
+
+
 def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison.stages, "run", lambda *_: pytest.fail("something ran"))
     text = file.read_text()

@@ -21,7 +21,7 @@ from measure import median, seconds
 
 from minillm.data.examples import read_examples, render
 from minillm.data.rollouts import Rollout, Sampling, next_token_logprobs
-from minillm.hardware import machine, working_dtype
+from minillm.hardware import device, machine, working_dtype
 from minillm.models.load import load_model, load_tokenizer
 from minillm.rollout.teacher_mixed import TeacherMixedSampler
 from minillm.rollout.vllm_engine import VLLMEngine
@@ -32,7 +32,7 @@ def left_pad(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
+    return ids.to(device()), mask.to(device())
 
 
 def generate_with_transformers(model: Any, prompts: Sequence[list[int]], sampling: Sampling) -> int:
@@ -59,7 +59,7 @@ def mix_per_token(student: Any, teacher: Any, alpha: float, prompts: Sequence[li
             rows.append(next_token_logprobs(out.logits[:, -1], sampling).exp())
         tokens = torch.multinomial((1 - alpha) * rows[0] + alpha * rows[1], 1)[:, 0]
         drawn += len(tokens)
-        going = ~torch.isin(tokens, torch.tensor(sampling.eos_ids))
+        going = ~torch.isin(tokens, torch.tensor(sampling.eos_ids, device=tokens.device))
         if not going.any():
             break
         if not going.all():
@@ -94,7 +94,7 @@ def main() -> None:
     examples = read_examples(options.prompts, limit=options.sequences)
     prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
     dtype = working_dtype()
-    student, teacher_model = load_model(options.student, dtype).eval(), load_model(options.teacher, dtype).eval()
+    student, teacher_model = (load_model(folder, dtype).eval().to(device()) for folder in (options.student, options.teacher))  # pyright: ignore[reportArgumentType]
     sampling = Sampling(options.max_new_tokens, (tokenizer.eos_token_id,), len(tokenizer), options.temperature)
     limit = max(map(len, prompts)) + options.max_new_tokens
     engine, teacher = VLLMEngine(options.student, max_length=limit, dtype=dtype), LocalTeacher(teacher_model)
@@ -137,11 +137,13 @@ def main() -> None:
                     taken[name].append(spent / drawn[0])
     per_token = {name: median(values) for name, values in taken.items()}
     best = min((f"mixed_{draft}" for draft in options.draft_tokens), key=lambda name: per_token[name])
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
         "vs_transformers": per_token["transformers"] / per_token["plain"], "mixed_vs_per_token": per_token["per_token"] / per_token[best],
         "mixed_vs_plain": per_token[best] / per_token["plain_and_scored"], "acceptance": acceptance[int(best.removeprefix("mixed_"))],
         "tokens_per_second": {name: 1 / value for name, value in per_token.items()}, "draft_tokens": best,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "sequences": len(prompts), "alpha": options.alpha,
+        "peak_bytes": peak, "sequences": len(prompts), "alpha": options.alpha,
         "machine": machine(), "torch": torch.__version__,
     }  # fmt: skip
     engine.close()

@@ -114,12 +114,12 @@ class Rollout:
     teacher_hidden: Tensor | None = None
     teacher_rows: TeacherRows | None = None
     reverse_kl: Tensor | None = None
-    likeliest: list[dict[int, float]] | None = None
+    likeliest: Sequence[dict[int, float]] | None = None
 
     @classmethod
     def drawn(
         cls, prompt: list[int], ids: list[int], logprobs: Sequence[float], sampling: Sampling, version: int, *,
-        stopped: bool = False, likeliest: list[dict[int, float]] | None = None,
+        stopped: bool = False, likeliest: Sequence[dict[int, float]] | None = None,
     ) -> Rollout:  # fmt: skip
         """What an engine drew, cut after the token that ends it; `stopped`: the engine saw an end."""
         length = sampling.length(ids)

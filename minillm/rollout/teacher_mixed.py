@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -68,8 +69,7 @@ class _Rejected:
     state: Tensor  # [1, H], the teacher's, that predicts the token
     known: dict[int, float]  # log q of some tokens; of all others it is at most `ceiling`
     likeliest: int  # how many of them are the likeliest of all
-    logp: Tensor = field(default_factory=lambda: torch.zeros(0))
-    candidates: list[tuple[int, float]] = field(default_factory=list)  # drawn from p, each with its uniform number
+    candidates: list[tuple[int, float, float]] = field(default_factory=list)  # drawn from p: token, log p, a uniform number
     ceiling: float = 0.0
     draws: int = 0
 
@@ -78,11 +78,16 @@ class _Rejected:
         likeliest = sorted(self.known.values(), reverse=True)[: self.likeliest]
         self.ceiling = min(likeliest, default=0.0)
 
-    def draw(self, count: int) -> None:
-        tokens = torch.multinomial(self.logp.exp(), count, True, generator=self.row.generator).tolist()
-        numbers = torch.rand(count, generator=self.row.generator).tolist()
-        self.candidates += zip(tokens, numbers, strict=True)
-        self.draws += 1
+
+def _draw(rejected: Sequence[_Rejected], logp: Tensor, below: Tensor, count: int) -> None:
+    """`count` more candidates for each, drawn from the teacher's rows [R, V] by their running sums, each with its own generator."""
+    numbers = torch.stack([torch.rand(2, count, generator=r.row.generator, dtype=torch.float64) for r in rejected])  # [R, 2, count]
+    places = numbers[:, 0].to(below.device) * below[:, -1:]
+    tokens = torch.searchsorted(below, places, right=True).clamp(max=below.shape[1] - 1)
+    found = zip(rejected, tokens.tolist(), logp.gather(1, tokens).tolist(), numbers[:, 1].tolist(), strict=True)
+    for r, ids, values, us in found:
+        r.candidates += zip(ids, values, us, strict=True)
+        r.draws += 1
 
 
 class TeacherMixedSampler:
@@ -161,34 +166,44 @@ class TeacherMixedSampler:
         """
         if not rejected:
             return
-        logps = self._teacher.distribution(torch.cat([r.state for r in rejected]), sampling).cpu()
-        for r, logp in zip(rejected, logps, strict=True):
-            r.logp = logp
-        waiting = [r for r in rejected if not self._settled(r)]
+        logp = self._teacher.distribution(torch.cat([r.state for r in rejected]), sampling)
+        below = logp.double().exp().cumsum(-1)  # where the rows are: of them, drawn tokens alone come back from a GPU
+        waiting = list(range(len(rejected)))
         while waiting:
-            asked = [sorted({token for token, _ in r.candidates} - r.known.keys()) for r in waiting]
-            scored = self._engine.logprobs_of([r.row.prompt + r.row.ids for r in waiting], asked, sampling)
-            for r, ids, values in zip(waiting, asked, scored, strict=True):
-                r.known |= zip(ids, values.tolist(), strict=True)
-            waiting = [r for r in waiting if not self._settled(r)]
+            # Each row goes on until one of its candidates stays, or one's log q has to be asked for.
+            asked_of = []
+            while waiting:
+                states = {i: self._settle(rejected[i]) for i in waiting}
+                asked_of += [i for i, state in states.items() if state == "unknown"]
+                waiting = [i for i, state in states.items() if state == "empty"]
+                for fresh, count in ((True, _CANDIDATES), (False, _MOST_CANDIDATES)):
+                    some = [i for i in waiting if (rejected[i].draws < 2) == fresh]
+                    if some:
+                        _draw([rejected[i] for i in some], logp[some], below[some], count)
+            some = [rejected[i] for i in asked_of]
+            asked = [sorted({token for token, _, _ in r.candidates} - r.known.keys()) for r in some]
+            if some:
+                scored = self._engine.logprobs_of([r.row.prompt + r.row.ids for r in some], asked, sampling)
+                for r, ids, values in zip(some, asked, scored, strict=True):
+                    r.known |= zip(ids, values.tolist(), strict=True)
+            waiting = asked_of
 
     @staticmethod
-    def _settled(r: _Rejected) -> bool:
-        """Try candidates in order until one stays; False where one's log q has to be asked for."""
-        while True:
-            if not r.candidates:
-                r.draw(_CANDIDATES if r.draws < 2 else _MOST_CANDIDATES)
-            token, u = r.candidates[0]
-            logp, logq = float(r.logp[token]), r.known.get(token)
+    def _settle(r: _Rejected) -> Literal["done", "empty", "unknown"]:
+        """Try candidates in order until one stays, none is left, or one's log q has to be asked for."""
+        while r.candidates:
+            token, logp, u = r.candidates[0]
+            logq = r.known.get(token)
             # The probability to stay; where log q is not known, the least it can be.
             stays = 1 - math.exp(min(0.0, (r.ceiling if logq is None else logq) - logp))
             if u < stays or r.draws > _TRIES:
                 r.row.append(token, math.nan if logq is None else logq, logp)
                 r.row.unread, r.row.tail = [token], None
-                return True
+                return "done"
             if logq is None:
-                return False
+                return "unknown"
             r.candidates.pop(0)
+        return "empty"
 
     def _fill_in(self, rows: Sequence[_Row], sampling: Sampling) -> None:
         """Log q of the tokens that could be kept without it, all at once."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def engine_limits(max_length: int, sequences: int) -> dict[str, int]:
 def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype, memory: float | None) -> dict[str, Any]:
     """vLLM's settings of its memory, from what it will hold.
 
-    On a CPU the cache of `sequences` at full length, 4 GiB at most. On a GPU the share of the card for that, the weights
-    and its buffers, and at most nine tenths of what is free now.
+    The cache of `sequences` at full length; on a CPU 4 GiB of it at most, on a GPU what nine tenths of the free memory
+    leave beside the weights and vLLM's buffers.
     """
     needed = cache_bytes(folder, max_length=max_length, sequences=sequences, dtype=dtype)
     wanted = needed if memory is None else int(memory * GIB)
@@ -60,8 +61,30 @@ def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtyp
         weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
     rows = engine_limits(max_length, sequences)["max_num_seqs"]
     buffers = _BUFFERS + _SAMPLER_COPIES * rows * config.get_text_config().vocab_size * 4
-    share = round(min(wanted + weights + buffers, 0.9 * free) / total, 3)
-    return {"gpu_memory_utilization": share} | ({"kv_cache_memory_bytes": wanted} if memory is not None else {})
+    share = min(wanted + weights + buffers, 0.9 * free)
+    # The cache's size is said outright: measuring it, vLLM takes memory that another process gives back meanwhile for an error.
+    return {
+        "gpu_memory_utilization": round(share / total, 3),
+        "kv_cache_memory_bytes": int(max(min(wanted, share - weights - buffers), GIB // 8)),
+    }
+
+
+class _Tables(Sequence[dict[int, float]]):
+    """Log-probabilities of the likeliest tokens of each place, out of vLLM's flat lists: a dictionary only where one is looked at."""
+
+    def __init__(self, flat: Any) -> None:
+        self._flat, self._ends = flat, list(zip(flat.start_indices, flat.end_indices, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            cut = copy(self)
+            cut._ends = self._ends[place]
+            return cut
+        start, end = self._ends[place]
+        return dict(zip(self._flat.token_ids[start:end], self._flat.logprobs[start:end], strict=True))
 
 
 class VLLMEngine:
@@ -130,17 +153,16 @@ class VLLMEngine:
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.likeliest,
-                stop_token_ids=list(sampling.eos_ids), ignore_eos=True, allowed_token_ids=allowed, **text,
+                stop_token_ids=list(sampling.eos_ids), ignore_eos=True, allowed_token_ids=allowed, flat_logprobs=True, **text,
             )
             for seed in seeds
         ]  # fmt: skip
         rollouts = []
         for prompt, completion in zip(prompts, self._run(prompts, params, progress), strict=True):
             ids = list(completion.token_ids)
-            logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
-            tables = None
-            if sampling.likeliest:
-                tables = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
+            flat = completion.logprobs
+            logprobs = [flat.logprobs[start] for start in flat.start_indices]  # of each place the drawn token comes first
+            tables = _Tables(flat) if sampling.likeliest else None
             stopped = completion.finish_reason == "stop"
             rollouts.append(Rollout.drawn(prompt, ids, logprobs, sampling, self.version, stopped=stopped, likeliest=tables))
         return rollouts

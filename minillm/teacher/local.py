@@ -18,13 +18,15 @@ from minillm.models.prune import decoder_layers
 from minillm.models.scoring import body, head_of, hidden_states
 from minillm.models.weights import is_sharded
 
-_ROWS = 256  # rows of logits alive at once
+_ROWS = 256  # rows of logits alive at once on a CPU
+# A GPU waits for launches unless it gets more at a time: so many logits (half a GiB in float32), tokens, sequences.
+_GPU_LOGITS, _GPU_TOKENS, _GPU_SEQUENCES = 1 << 27, 1 << 15, 256
 
 
 class LocalTeacher:
     """Args:
     model: frozen here; it keeps its own dtype.
-    batch_size: sequences in one forward.
+    batch_size: sequences in one forward; on a GPU more, where they are short.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 16) -> None:
@@ -32,10 +34,17 @@ class LocalTeacher:
         self.batch_size = batch_size
         self.sharded = is_sharded(model)
 
+    def groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Which sequences go through the model together, like lengths with like."""
+        size = self.batch_size
+        if self.model.device.type != "cpu":
+            size = max(size, min(_GPU_TOKENS // max(lengths, default=1), _GPU_SEQUENCES))
+        return bucket(lengths, size)
+
     def hidden(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[Tensor]:
         """Final states [T_i, H] that predict each response's tokens: one forward, no gradient."""
         out: list[Tensor | None] = [None] * len(prompts)
-        for group in bucket([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], self.batch_size):
+        for group in self.groups([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
             with torch.no_grad():
                 batch = pad([prompts[i] for i in group], [responses[i] for i in group], self.model.device)
                 states = hidden_states(self.model, batch).split(batch.lengths.tolist())
@@ -53,21 +62,19 @@ class LocalTeacher:
 
     def token_logprobs(self, hidden: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
         """log p of each of `ids` [T] given its state, float32 on the CPU."""
+        rows = _ROWS if hidden.device.type == "cpu" else max(_ROWS, _GPU_LOGITS // sampling.vocab_size)
+        tokens = torch.tensor(list(ids), device=hidden.device)[:, None]
         out = [
-            self.distribution(states, sampling).gather(1, torch.tensor(list(part), device=states.device)[:, None])[:, 0].cpu()
-            for states, part in zip(hidden.split(_ROWS), _split(ids), strict=True)
+            self.distribution(states, sampling).gather(1, part)[:, 0]
+            for states, part in zip(hidden.split(rows), tokens.split(rows), strict=True)
         ]
-        return torch.cat(out) if out else torch.zeros(0)
+        return torch.cat(out).cpu() if len(ids) else torch.zeros(0)
 
     @torch.no_grad()
     def distribution(self, hidden: Tensor, sampling: Sampling) -> Tensor:
         """log p over the shared vocabulary [T, V], float32."""
         head = head_of(self.model).narrow(sampling.vocab_size)
         return torch.log_softmax(head.logits(hidden, sampling.temperature), dim=-1)
-
-
-def _split(ids: Sequence[int]) -> list[Sequence[int]]:
-    return [ids[start : start + _ROWS] for start in range(0, len(ids), _ROWS)]
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -108,7 +115,7 @@ class TeacherStream:
                 f"teacher-mixed sampling needs a teacher whose every layer is full attention ({type(teacher.model).__name__} has "
                 f"{', '.join(sorted(kinds - {'full_attention'})) or 'a sliding window'}): set rollout.teacher_mix: 0"
             )
-        self._groups = [_Group(teacher.model, rows) for rows in bucket(lengths, teacher.batch_size)]
+        self._groups = [_Group(teacher.model, rows) for rows in teacher.groups(lengths)]
 
     def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:
         """Read more tokens of every row; returns their final states, [len(feed), H] each."""
