@@ -25,6 +25,7 @@ from minillm.recipe import Recipe
 
 GIB = 1 << 30
 _PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
+_QUANTIZED = {"8bit": 1.0, "4bit": 0.516}  # bytes a weight: NF4's scales, themselves in 8 bits, take an eighth of a bit
 _WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
 
 
@@ -207,8 +208,12 @@ def advice(recipe: Recipe, machine: Machine) -> list[str]:
         out.append("the student in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)")
     if machine.processes > 1 and not recipe.teacher.shard:
         out.append("the teacher in shards: teacher.shard=true rollout.teacher_mix=0")
+    if not recipe.teacher.quantization and not recipe.teacher.shard:
+        out.append("the teacher in 8 or 4 bits: teacher.quantization=8bit")
     if recipe.student.lora is None:
         out.append("an adapter instead of the whole student: student.lora.rank=16")
+    elif recipe.student.lora.quantization is None:
+        out.append("the adapter's base in 4 bits: student.lora.quantization=4bit")
     return out
 
 
@@ -242,7 +247,8 @@ def _training_parts(recipe: Recipe, machine: Machine, model: Shape, training: di
         c = model.config
         inner = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
         adapter = lora.rank * c.num_hidden_layers * (8 * c.hidden_size + 3 * (c.hidden_size + inner))
-        return {"student": model.parameters * (2 if half else _WIDE) / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
+        whole = _held(model, 2 if half else _WIDE, lora.quantization)
+        return {"student": whole / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
     names = {"student" if adapted else "teacher": _WIDE, "gradients": _WIDE, "moments": 2 * _WIDE}
     return {name: model.parameters * size / shards for name, size in names.items()}
 
@@ -335,8 +341,15 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
 
 
 def _teacher_bytes(recipe: Recipe, machine: Machine, teacher: Shape, half: bool) -> float:
-    whole = teacher.parameters * (2 if half else _WIDE)
+    whole = _held(teacher, 2 if half else _WIDE, recipe.teacher.quantization)
     return whole / machine.processes if recipe.teacher.shard else whole
+
+
+def _held(model: Shape, size: int, quantization: str | None) -> float:
+    """Bytes of a frozen model's weights: quantised layers are all but the embeddings and the head."""
+    if quantization is None:
+        return model.parameters * size
+    return model.body * _QUANTIZED[quantization] + (model.parameters - model.body) * size
 
 
 def _seconds(flops: float, machine: Machine) -> float:

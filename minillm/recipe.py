@@ -98,6 +98,16 @@ class TeacherConfig(Section):
     only `source`'s tokenizer and config are read. See `minillm.teacher.served` for what that costs in exactness."""
     top_k: Annotated[int, Field(ge=1, le=19)] = 16
     """The student's likeliest tokens of which a served teacher tells log p, for the single-step term."""
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Hold it in 8 bits (LLM.int8) or 4 (NF4), by bitsandbytes, where it reads: in warm-up, minillm and evaluation. Its head and
+    embeddings stay as they are, and so does the teacher that answers in the responses stage."""
+
+    @model_validator(mode="after")
+    def _quantized_here(self) -> TeacherConfig:
+        if self.quantization and (self.shard or self.servers):
+            what = "shard: bitsandbytes' layers are not dealt out" if self.shard else "servers: they hold the teacher as they were started"
+            raise ValueError(f"quantization with {what}; set one of the two")
+        return self
 
 
 class AdapterConfig(Section):
@@ -109,6 +119,8 @@ class AdapterConfig(Section):
     rslora: bool = False
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the layers that get one; `all-linear` is every linear layer but the head."""
+    quantization: Literal["4bit"] | None = None
+    """QLoRA: the frozen base in 4 bits (NF4), by bitsandbytes. What is sampled and saved is what it stands for, with the adapter merged."""
 
 
 class StudentConfig(Section):

@@ -229,7 +229,7 @@ def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[s
     arguments = _training_arguments(this, stage, training)
     trainer = FineTuner(
         args=arguments, train_dataset=this.references(), rollout=this.rollout(), eval_dataset=this.validation(), teacher=teacher,
-        **(_student_of(this, source) if stage == "sft" else {"model": source}),
+        **(_student_of(this, source, arguments) if stage == "sft" else {"model": source}),
     )  # fmt: skip
     _train(this, trainer, target, stage)
 
@@ -323,15 +323,30 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
     return TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given))
 
 
-def _student_of(this: Run, folder: str) -> dict[str, Any]:
+def _student_of(this: Run, folder: str, arguments: Any) -> dict[str, Any]:
     """What a trainer is given of its student: a name, or a model with an adapter."""
     lora = this.recipe.student.lora
     if lora is None:
         return {"model": folder}
-    from minillm.hardware import working_dtype
     from minillm.models.load import load_student, load_tokenizer
 
-    return {"model": load_student(folder, lora, working_dtype()), "processing_class": load_tokenizer(folder)}
+    return {"model": load_student(folder, lora, _computes_in(arguments)), "processing_class": load_tokenizer(folder)}
+
+
+def _computes_in(arguments: Any) -> Any:
+    import torch
+
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def _reading_teacher(this: Run, arguments: Any) -> Any:
+    """The teacher as a trainer is given it: its name, or the model where that is quantised."""
+    bits = this.recipe.teacher.quantization
+    if bits is None:
+        return this.teacher
+    from minillm.models.load import load_model
+
+    return load_model(this.teacher, _computes_in(arguments), bits)
 
 
 def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
@@ -347,7 +362,8 @@ def _warmup(this: Run) -> None:
     settings = this.recipe.warmup
     arguments = _training_arguments(this, "warmup", settings.training)
     trainer = SupervisedTrainer(
-        **_student_of(this, this.start), teacher=this.teacher, args=arguments, shard_teacher=this.recipe.teacher.shard,
+        **_student_of(this, this.start, arguments), teacher=_reading_teacher(this, arguments), args=arguments,
+        shard_teacher=this.recipe.teacher.shard,
         train_dataset=this.references() if settings.targets == "references" else read_jsonl(this.answers),
         cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
         eval_dataset=this.validation(),
@@ -362,18 +378,18 @@ def _minillm(this: Run) -> None:
     recipe = this.recipe
     prompts = this.prompts(this.train_examples, recipe.data.train.name)
     rollout = this.rollout()
-    teacher: Any = this.teacher
+    arguments = _training_arguments(this, "minillm", recipe.training)
+    teacher = _reading_teacher(this, arguments)
     if recipe.teacher.servers:
         # Without a single step and with sampled rewards only the drawn tokens count.
         rows = recipe.objective.single_step or recipe.objective.reward == "expected"
         teacher = ServedTeacher(
             recipe.teacher.servers, this.teacher, top_k=recipe.teacher.top_k if rows else 0, patience=rollout.server_patience
         )
-    arguments = _training_arguments(this, "minillm", recipe.training)
     trainer = MiniLLMTrainer(
-        **_student_of(this, this.warmed), teacher=teacher, args=arguments, objective=recipe.objective, shard_teacher=recipe.teacher.shard,
-        rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts], eval_dataset=this.validation(),
-        text_dataset=_texts(recipe),
+        **_student_of(this, this.warmed, arguments), teacher=teacher, args=arguments, objective=recipe.objective,
+        shard_teacher=recipe.teacher.shard, rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts],
+        eval_dataset=this.validation(), text_dataset=_texts(recipe),
         responses=this.references() if rollout.on_policy < 1 else None,
     )  # fmt: skip
     _train(this, trainer, this.student, "minillm")
@@ -419,7 +435,7 @@ def _evaluate(this: Run) -> None:
         engine = engines.of(model, folder)
         rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]
         if name != "teacher":
-            teacher = teacher or LocalTeacher(load_model(this.teacher, working_dtype()).to(device()))  # pyright: ignore[reportArgumentType]
+            teacher = teacher or LocalTeacher(load_model(this.teacher, working_dtype(), this.recipe.teacher.quantization).to(device()))  # pyright: ignore[reportArgumentType]
             evaluation.add_reverse_kl(rows[name], prompts, model, teacher, sampling.vocab_size, settings.temperature)
         else:
             for row in rows[name]:

@@ -91,6 +91,13 @@ def test_what_moves_a_peak(tmp_path: Path) -> None:
     parts = phase(plan(adapter, Machine(8)), "update").parts
     assert parts["student"] == 2 * n
     assert "moments" not in parts
+    bits = recipe(
+        tmp_path, teacher={"source": str(tmp_path / "t"), "quantization": "8bit"},
+        student={"source": str(tmp_path / "s"), "lora": {"rank": 4, "quantization": "4bit"}},
+    )  # fmt: skip
+    held, small, large = phase(plan(bits, Machine(8)), "update").parts, shape_of(str(tmp_path / "s")), shape_of(str(tmp_path / "t"))
+    assert held["teacher"] == large.body + 2 * (m - large.body)
+    assert held["student"] == pytest.approx(0.516 * small.body + 2 * (n - small.body))
     drawing = phase(whole, "rollouts").parts
     assert {"vLLM's student", "vLLM's cache", "teacher's cache"} <= drawing.keys()
     assert not {"vLLM's student", "gradients"} & update.keys() - {"gradients"}  # on a GPU vLLM sleeps while the student trains

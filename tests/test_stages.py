@@ -17,7 +17,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from minillm import stages
-from minillm.recipe_file import load_recipe
+from minillm.models import load
+from minillm.models.weights import is_quantized
+from minillm.recipe_file import RecipeError, load_recipe
 from minillm.run_state import RunError
 from tests.conftest import tiny_tokenizer
 
@@ -108,6 +110,30 @@ def test_a_lora_student_is_merged_after_every_stage_and_described(
     assert uploaded == [("me/student", str(run / "student"))]
     assert (run / "student" / "generation_config.json").is_file()
     assert "chat_template" in "".join(path.name for path in (run / "student").iterdir())
+
+
+def test_a_quantised_teacher_and_a_qlora_student(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(run=tmp_path / "run", data=data, teacher=pair[1]))
+    asked: list[str] = []
+    original = load._bits
+    monkeypatch.setattr(load, "_bits", lambda bits, dtype: asked.append(bits) or original(bits, dtype))
+    given = ["teacher.quantization=8bit", "student.lora.rank=4", "student.lora.quantization=4bit"]
+    stages.run(load_recipe(file, given))
+    assert sorted(asked) == ["4bit"] * 2 + ["8bit"] * 3  # the student is trained twice; the teacher also reads in evaluation
+    student = load.load_model(tmp_path / "run" / "student")
+    assert not is_quantized(student)
+    assert (tmp_path / "run" / "report.html").is_file()
+    for wrong, message in (
+        (["teacher.shard=true", "rollout.teacher_mix=0"], "quantization with shard"),
+        (["teacher.servers=[http://127.0.0.1:1]", "rollout.teacher_mix=0"], "quantization with servers"),
+        (["teacher.quantization=2bit"], "Input should be '8bit' or '4bit'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(file, [*given, *wrong])
 
 
 def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_again(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,7 @@ def trl(p: Problem) -> None:
 def liger(p: Problem) -> None:
     from liger_kernel.transformers import LigerFusedLinearJSD  # pyright: ignore[reportMissingImports]
 
-    LigerFusedLinearJSD(jsd_beta=1.0)(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight).backward()
+    LigerFusedLinearJSD(jsd_beta=1.0)(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, None).backward()
 
 
 def floor(p: Problem) -> None:

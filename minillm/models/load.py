@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,15 +38,24 @@ def find_gguf(source: str) -> Path | None:
     return None
 
 
-def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantization: str | None = None) -> PreTrainedModel:
     """A causal language model in evaluation mode, dropout off.
 
     A trained model wants float32: at a learning rate of 5e-6 a bfloat16 weight hardly ever moves.
+
+    Args:
+        quantization: `8bit` or `4bit`: its linear layers but the head in so many bits (bitsandbytes); they compute in `dtype`.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or the source is a GGUF file.
     """
     gguf = find_gguf(str(source))
     if gguf is None:
+        given = {"quantization_config": _bits(quantization, dtype)} if quantization else {}
         with _in_one_piece():
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given).eval()
+    if quantization:
+        raise ValueError(f"{source}: a GGUF file is not loaded in {quantization}; save it as a folder first (load_model, save_pretrained)")
     from transformers import GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -59,6 +69,17 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
     return model.eval()
 
 
+def _bits(quantization: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install 'minillm[quantized]'")
+    if quantization == "8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every product, that it casts to float16
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
 def load_student(source: str | Path, lora: AdapterConfig | None = None, compute: torch.dtype = torch.float32) -> Any:
     """A student to train: in float32, or with a LoRA adapter of float32 on a frozen base in `compute`."""
     if lora is None:
@@ -67,7 +88,12 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
 
     torch.manual_seed(0)  # the same adapter in every process, and in a run that goes on
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
-    return get_peft_model(load_model(source, compute), config)
+    base: Any = load_model(source, compute, lora.quantization)
+    for module in base.modules():
+        # On a CPU bitsandbytes repacks a layer that is read in evaluation mode, and what trains through it then has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return get_peft_model(base, config)
 
 
 @contextmanager

@@ -76,12 +76,12 @@ def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Ite
     Shards (FSDP2, ZeRO-3) are gathered one tensor at a time, which every process must take part in.
     """
     if not hasattr(model, "get_base_model"):
-        for name, value in model.state_dict(keep_vars=True).items():
+        for name, value in _stored(model):
             yield name, _whole(value).to(dtype)
         return
     check_adapter(model)
     deltas = {f"{name}.weight": pairs for name, pairs in _adapted(model)} if merged else {}
-    for name, value in model.get_base_model().state_dict(keep_vars=True).items():
+    for name, value in _stored(model.get_base_model()):
         if "lora_" not in name:
             plain = name.replace(".base_layer", "")
             whole = _whole(value)
@@ -90,6 +90,28 @@ def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Ite
                     delta = _whole(module.get_delta_weight(adapter))
                 whole = whole + delta.to(whole.dtype)
             yield plain, whole.to(dtype)
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether some layers are held in 8 or 4 bits (bitsandbytes)."""
+    return any(_quantized(module) for module in model.modules())
+
+
+def _quantized(module: Any) -> bool:
+    return type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
+
+
+def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """A model's weights by name as they are, those of quantised layers as the numbers they stand for."""
+    layers = {name: module for name, module in model.named_modules() if _quantized(module)}
+    for name, value in model.state_dict(keep_vars=True).items():
+        layer, _, what = name.rpartition(".")
+        if layer in layers and what == "weight":
+            from peft.utils.integrations import dequantize_module_weight
+
+            yield name, dequantize_module_weight(layers[layer])
+        elif what == "bias" or (layer not in layers and layer.partition(".weight")[0] not in layers):  # and not its scales
+            yield name, value
 
 
 def _adapted(model: Any) -> Iterator[tuple[str, list[tuple[Any, str]]]]:
@@ -177,6 +199,8 @@ def save_plain(model: Any, folder: str | Path, *, merged: bool = True, write: bo
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__.removeprefix("FSDP")]
     config.dtype = base.dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is saved is not quantised
     config.save_pretrained(target)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(target)

@@ -5,7 +5,8 @@ A final state is H numbers where a row of logits is V: 10 KB a token for a 13B t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ class LocalTeacher:
         self.batch_size = batch_size
         self.sharded = is_sharded(model)
 
+    def reading(self) -> AbstractContextManager[Any]:
+        """What a forward happens in."""
+        return nullcontext()
+
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Which sequences go through the model together, like lengths with like."""
         size = self.batch_size
@@ -45,7 +50,7 @@ class LocalTeacher:
         """Final states [T_i, H] that predict each response's tokens: one forward, no gradient."""
         out: list[Tensor | None] = [None] * len(prompts)
         for group in self.groups([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
-            with torch.no_grad():
+            with torch.no_grad(), self.reading():
                 batch = pad([prompts[i] for i in group], [responses[i] for i in group], self.model.device)
                 states = hidden_states(self.model, batch).split(batch.lengths.tolist())
             for i, state in zip(group, states, strict=True):
@@ -75,6 +80,24 @@ class LocalTeacher:
         """log p over the shared vocabulary [T, V], float32."""
         head = head_of(self.model).narrow(sampling.vocab_size)
         return torch.log_softmax(head.logits(hidden, sampling.temperature), dim=-1)
+
+
+class AdapterOff(LocalTeacher):
+    """The base of a student with an adapter, as it is with the adapter switched off: a teacher that takes no memory of its own."""
+
+    def __init__(self, student: Any, batch_size: int = 16) -> None:
+        self._student = student
+        self.model, self.batch_size, self.sharded = student.get_base_model(), batch_size, False
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        training = self._student.training
+        self._student.eval()  # in training, checkpointed layers keep no keys and values
+        try:
+            with self._student.disable_adapter():
+                yield
+        finally:
+            self._student.train(training)
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -115,7 +138,7 @@ class TeacherStream:
                 f"teacher-mixed sampling needs a teacher whose every layer is full attention ({type(teacher.model).__name__} has "
                 f"{', '.join(sorted(kinds - {'full_attention'})) or 'a sliding window'}): set rollout.teacher_mix: 0"
             )
-        self._groups = [_Group(teacher.model, rows) for rows in teacher.groups(lengths)]
+        self._groups = [_Group(teacher, rows) for rows in teacher.groups(lengths)]
 
     def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:
         """Read more tokens of every row; returns their final states, [len(feed), H] each."""
@@ -142,11 +165,11 @@ class TeacherStream:
 class _Group:
     """Sequences that are read together: one cache, one mask over its slots."""
 
-    def __init__(self, model: PreTrainedModel, rows: list[int]) -> None:
+    def __init__(self, teacher: LocalTeacher, rows: list[int]) -> None:
         self.rows = rows
-        self._model = model
+        self._teacher, self._model = teacher, teacher.model
         self._cache: Any = None
-        self._mask = torch.zeros(len(rows), 0, dtype=torch.long, device=model.device)
+        self._mask = torch.zeros(len(rows), 0, dtype=torch.long, device=teacher.model.device)
 
     @torch.no_grad()
     def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:
@@ -156,9 +179,10 @@ class _Group:
         block = torch.tensor([[1] * len(feed) + [0] * (width - len(feed)) for feed in feeds], device=device)
         positions = (self._mask.sum(1, keepdim=True) + block.cumsum(1) - 1).clamp(min=0)
         self._mask = torch.cat([self._mask, block], dim=1)
-        out = body(self._model)(
-            input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True
-        )
+        with self._teacher.reading():
+            out = body(self._model)(
+                input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True
+            )
         self._cache = out.past_key_values
         return [states[: len(feed)] for states, feed in zip(out.last_hidden_state, feeds, strict=True)]
 

@@ -23,10 +23,10 @@ from minillm.loss.token_scores import Divergence, Weigh
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import Scoring, bind_scoring, check_head, gather_head, head_of, score
 from minillm.models.vocabulary import check_same_tokens, head_width, token_count
-from minillm.models.weights import is_sharded
+from minillm.models.weights import is_quantized, is_sharded
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
-from minillm.teacher.local import LocalTeacher, shard
+from minillm.teacher.local import AdapterOff, LocalTeacher, shard
 from minillm.teacher.served import ServedTeacher
 from minillm.train.validation import Validated
 
@@ -39,11 +39,12 @@ class DistillationTrainer(Validated, Trainer):
     What an update trains on is a function of its number (`micro_batches`), the same in every process and after a
     resume; the dataloader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
 
-    Rows of `eval_dataset` are what `Validated` says. `shard_teacher` deals the teacher's blocks out over the processes.
+    Without a `teacher` it is the student's base, its adapter switched off, which takes no memory of its own. Rows of
+    `eval_dataset` are what `Validated` says. `shard_teacher` deals the teacher's blocks out over the processes.
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher | None, args: TrainingArguments, *,
         processing_class: Any = None, temperature: float = 1.0, rollout: RolloutConfig | None = None, engine: Engine | None = None,
         eval_dataset: Sequence[dict[str, Any]] | None = None, shard_teacher: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
@@ -55,10 +56,12 @@ class DistillationTrainer(Validated, Trainer):
             raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
         # A different tokenizer is found before any weights load, where the teacher is still a name.
         served = teacher if isinstance(teacher, ServedTeacher) else None
-        named = served.source if served else teacher if isinstance(teacher, str) else str(teacher.name_or_path)  # pyright: ignore[reportAttributeAccessIssue]
-        if served or isinstance(teacher, str) or Path(named, "tokenizer_config.json").is_file():
+        named = served.source if served else teacher if isinstance(teacher, str) else str(getattr(teacher, "name_or_path", ""))
+        if served or isinstance(teacher, str) or (named and Path(named, "tokenizer_config.json").is_file()):
             check_same_tokens(processing_class, load_tokenizer(named))
         student = load_model(model, torch.float32) if isinstance(model, str) else model
+        if teacher is None and not hasattr(student, "get_base_model"):
+            raise ValueError("teacher: without one the student's base is it, its adapter off; this student has no adapter (PEFT)")
         zero3 = is_deepspeed_zero3_enabled()
         if zero3 and is_sharded(student):
             raise ValueError(
@@ -66,6 +69,8 @@ class DistillationTrainer(Validated, Trainer):
             )
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         teacher_model: Any = None if served else load_model(teacher, compute) if isinstance(teacher, str) else teacher
+        if teacher is None:
+            teacher_model = student.get_base_model()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         if args.bf16 and args.device.type == "cpu" and not fast_bfloat16():
             logger.warning("bf16=True on a CPU that emulates bfloat16, many times slower than float32: leave it out.")
         trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
@@ -93,8 +98,13 @@ class DistillationTrainer(Validated, Trainer):
         self.sample_with(rollout or RolloutConfig(), self.width, compute, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
+        if (teacher is None or is_quantized(student)) and (zero3 or self.is_fsdp_enabled):
+            what = "a quantised student" if is_quantized(student) else "a student whose base is its teacher"
+            raise ValueError(f"{what} is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism")
         if served is not None:
             self.teacher = served
+        elif teacher is None:
+            self.teacher = AdapterOff(student, batch_size=max(args.per_device_train_batch_size, 16))
         else:
             assert teacher_model is not None
             if shard_teacher and self.accelerator.num_processes > 1:

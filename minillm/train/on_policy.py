@@ -63,8 +63,8 @@ class MiniLLMTrainer(DistillationTrainer):
     responses: an update trains on `per_device_train_batch_size · gradient_accumulation_steps · processes` of them.
 
     Args:
-        model, teacher: folders, hub ids or loaded models of one vocabulary; the teacher may also be a `ServedTeacher`. A
-            student given by name is loaded in float32.
+        model, teacher: folders, hub ids or loaded models of one vocabulary; the teacher may also be a `ServedTeacher`, or
+            None for the base of a student with a LoRA adapter, as it is without it. A student given by name is loaded in float32.
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are drawn.
         train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
@@ -78,7 +78,7 @@ class MiniLLMTrainer(DistillationTrainer):
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher, args: TrainingArguments, *,
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher | None, args: TrainingArguments, *,
         objective: Objective | None = None, rollout: RolloutConfig | None = None,
         train_dataset: Sequence[dict[str, Any]], text_dataset: Iterable[dict[str, Any]] | None = None,
         responses: Sequence[dict[str, Any]] | None = None, processing_class: Any = None, engine: Engine | None = None, **kwargs: Any,

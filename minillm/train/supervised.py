@@ -26,7 +26,7 @@ class SupervisedTrainer(DistillationTrainer):
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel, args: TrainingArguments, *,
+        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, args: TrainingArguments, *,
         train_dataset: Sequence[dict[str, Any]], cross_entropy: float = 0.5,
         divergence: DivergenceConfig | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip

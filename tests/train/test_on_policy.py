@@ -223,6 +223,38 @@ def test_an_adapter_trains_and_its_base_does_not(pair: tuple[str, str], tmp_path
     assert logged[0]["engine_mismatch"] < 1e-5
 
 
+def test_a_quantised_base_and_a_quantised_teacher(pair: tuple[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    student = load_student(pair[0], AdapterConfig(rank=4, quantization="4bit"))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    teacher = load_model(pair[1], torch.float32, "8bit")
+    pieces: Any = (student, teacher)
+    trainer = train(pieces, tmp_path / "run", processing_class=tiny_tokenizer())
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0]["engine_mismatch"] < 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_students_own_base_teaches_as_a_copy_of_it_does(pair: tuple[str, str], tmp_path: Path, checkpointing: bool) -> None:
+    weights = []
+    for teacher in (None, pair[0]):
+        student = load_student(pair[0], AdapterConfig(rank=4))
+        torch.manual_seed(1)
+        for name, value in student.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(value, std=0.3)
+        trainer = train((student, teacher), tmp_path, processing_class=tiny_tokenizer(), gradient_checkpointing=checkpointing)  # pyright: ignore
+        assert next(entry for entry in trainer.state.log_history if "loss" in entry)["reverse_kl"] > 1e-3
+        assert student.training
+        weights.append({name: value for name, value in student.state_dict().items() if "lora_" in name})
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    with pytest.raises(ValueError, match="without one the student's base is it, its adapter off; this student has no adapter"):
+        MiniLLMTrainer(pair[0], None, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS)
+
+
 @pytest.mark.parametrize("preset", ["paper", "reference", "recommended", "exact"])
 def test_every_preset_trains(pair: tuple[str, str], tmp_path: Path, preset: str) -> None:
     logged = [
