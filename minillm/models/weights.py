@@ -69,6 +69,10 @@ def check_adapter(model: Any) -> None:
             raise ValueError(f"{name}: a LoRA adapter on an embedding that is also the head changes one of the two only; leave it out")
 
 
+# vLLM ties a head of its own to the embedding, and both must be sent for both to move; of these architectures it has no head.
+_HEADLESS_IN_VLLM = {"gemma2"}
+
+
 def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Every weight in full, tied ones under each of their names, adapters merged on the way out, or left out.
 
@@ -104,7 +108,10 @@ def _quantized(module: Any) -> bool:
 def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:
     """A model's weights by name as they are, those of quantised layers as the numbers they stand for."""
     layers = {name: module for name, module in model.named_modules() if _quantized(module)}
+    headless = getattr(model.config, "model_type", None) in _HEADLESS_IN_VLLM and model.config.tie_word_embeddings
     for name, value in model.state_dict(keep_vars=True).items():
+        if headless and name == "lm_head.weight":
+            continue
         layer, _, what = name.rpartition(".")
         if layer in layers and what == "weight":
             from peft.utils.integrations import dequantize_module_weight
