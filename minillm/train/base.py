@@ -98,6 +98,11 @@ class DistillationTrainer(Validated, Trainer):
         self.sample_with(rollout or RolloutConfig(), self.width, compute, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
+        shards = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if shards is not None and "FULL_STATE_DICT" not in str(shards.state_dict_type):
+            raise ValueError(
+                "FSDP would save no student, but shards of one: set fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration"
+            )
         if (teacher is None or is_quantized(student)) and (zero3 or self.is_fsdp_enabled):
             what = "a quantised student" if is_quantized(student) else "a student whose base is its teacher"
             raise ValueError(f"{what} is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism")

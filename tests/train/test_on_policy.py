@@ -599,14 +599,25 @@ def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
     ]  # fmt: skip
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    if kind.startswith("fsdp2"):
+        environment |= {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        }  # fmt: skip
     root = Path(__file__).parents[2]
-    done = subprocess.run([*command, str(folder), kind], capture_output=True, text=True, timeout=500, env=environment, cwd=root)
+    done = subprocess.run([*command, str(folder), kind], capture_output=True, text=True, timeout=200, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)")
-@pytest.mark.parametrize("kind", ["zero3", "zero3-lora"])
-def test_zero3_trains_and_saves_the_student_of_one_process(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
+deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)"
+)
+
+
+@pytest.mark.parametrize(
+    "kind", ["fsdp2", "fsdp2-lora", pytest.param("zero3", marks=deepspeed), pytest.param("zero3-lora", marks=deepspeed)]
+)
+def test_shards_train_and_save_the_student_of_one_process(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """Its head is scored without being called, its weights are gathered for the engine, for every update and to be saved."""
     launch(pair, tmp_path / "two", kind)
     run(*pair, str(tmp_path / "one"), kind)
@@ -615,8 +626,20 @@ def test_zero3_trains_and_saves_the_student_of_one_process(pair: tuple[str, str]
     assert one.keys() == two.keys()
     for name, value in one.items():
         moved = float((value - start[name]).norm())
-        assert moved > 0 or (kind == "zero3-lora" and "_proj" not in name), name
+        assert moved > 0 or (kind.endswith("-lora") and "_proj" not in name), name
         assert float((value - two[name]).norm()) <= 1e-4 * moved, name
+
+
+def test_shards_that_would_leave_no_student_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    code = (
+        "import sys; from tests.train.two_processes import run, shard_on_cpus; shard_on_cpus(); "
+        "run(sys.argv[1], sys.argv[2], sys.argv[3])"
+    )  # fmt: skip
+    command = [sys.executable, "-c", code, *pair, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=root)
+    assert "set fsdp_state_dict_type: FULL_STATE_DICT" in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -6,6 +6,8 @@ import sys
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from minillm import MiniLLMTrainer, Objective, RolloutConfig
@@ -22,16 +24,31 @@ ZERO3 = {
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 
 
+def shard_on_cpus() -> None:
+    """Accelerate shards on accelerators only; told that there is one, it does the same over gloo."""
+    AcceleratorState.distributed_type = property(lambda _: DistributedType.FSDP, lambda *_: None)  # pyright: ignore
+    original = AcceleratorState.__init__
+
+    def told(self: Any, *given: Any, fsdp_plugin: Any = None, **others: Any) -> None:
+        original(self, *given, fsdp_plugin=fsdp_plugin, **others)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = told
+
+
 def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     """Two rollout batches of 8, an update on each; returns the number of processes.
 
     `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the same.
     `server`: over a vLLM server of the run's own. `replay`: twelve updates, with earlier rollouts in every batch, of which each
-    process has its own. `zero3`: the student in shards of DeepSpeed's where there are two processes, sampled as a whole copy;
-    `zero3-lora`: its adapter.
+    process has its own. `zero3`, `fsdp2`: the student in shards where there are two processes, sampled as a whole copy;
+    `zero3-lora`, `fsdp2-lora`: its adapter.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
+    if kind.startswith("fsdp2") and world > 1:
+        shard_on_cpus()
     arguments = TrainingArguments(
         folder, optim="sgd", learning_rate=0.05, max_steps=2, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -51,16 +68,17 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         arguments.max_steps, arguments.logging_steps = 12, 1
     engine = None
     given: Any = student
-    if kind.startswith("zero3"):
+    sharded = kind.startswith(("zero3", "fsdp2"))
+    if sharded:
         engine = TransformersEngine(load_model(student, torch.float32))
-    if kind == "zero3-lora":
+    if kind.endswith("-lora"):
         given = load_student(student, AdapterConfig(rank=4))
     trainer = MiniLLMTrainer(
         given, teacher, arguments, processing_class=load_tokenizer(student), objective=objective, rollout=rollout,
         train_dataset=PROMPTS, text_dataset=text, engine=engine,
     )  # fmt: skip
     trainer.train()
-    if kind.startswith("zero3"):
+    if sharded:
         assert is_sharded(trainer.model) == (world == 2)
         assert all(entry["engine_mismatch"] < 1e-5 for entry in trainer.state.log_history if "engine_mismatch" in entry)
         trainer.save_student(folder)
