@@ -175,12 +175,15 @@ def plan(
     fit: Annotated[Path | None, typer.Option(help="Write a recipe that extends this one and fits.", show_default=False)] = None,
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
+    from minillm.hardware import cpu_multiplies_bfloat16
     from minillm.plan import GIB, Machine, advice, fitted, table
     from minillm.plan import plan as planned
     from minillm.recipe_file import load_recipe, written
 
     cpu = gpus == 0
-    machine = Machine(max(gpus, 1), _bytes(memory), not cpu, shard, 1e11 if cpu else flops, utilisation)
+    machine = Machine(
+        max(gpus, 1), _bytes(memory), not cpu, not cpu or cpu_multiplies_bfloat16(), shard, 1e11 if cpu else flops, utilisation
+    )
     if recipe.is_dir():
         files = sorted(path for path in recipe.rglob("*.yaml") if path.parent != recipe and path.parent.name != "accelerate")
         plans = [(str(path.relative_to(recipe).with_suffix("")), planned(load_recipe(path, overrides or []), machine)) for path in files]

@@ -36,6 +36,8 @@ class Machine:
     processes: int = 1
     memory: int = 80 * GIB
     gpu: bool = True
+    bf16: bool = True
+    """Whether it multiplies bfloat16; a CPU that does not computes in float32 whatever the recipe says."""
     shard: bool = False
     """The student in shards (FSDP2, ZeRO-3)."""
     flops: float = 989e12
@@ -241,7 +243,7 @@ def _remedies(recipe: Recipe, machine: Machine) -> list[list[str]]:
 def _training_parts(recipe: Recipe, machine: Machine, model: Shape, training: dict[str, Any], adapted: bool) -> dict[str, float]:
     """Weights, their gradients and moments."""
     shards = machine.processes if machine.shard else 1
-    half = bool(training.get("bf16")) and machine.gpu
+    half = bool(training.get("bf16")) and machine.bf16
     lora = recipe.student.lora
     if adapted and lora is not None:
         c = model.config
@@ -263,7 +265,7 @@ def _scoring_parts(model: Shape, other: Shape | None, tokens: int, half: bool) -
 
 def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other: Shape | None, training: dict[str, Any]) -> Phase:
     rows, length = training.get("per_device_train_batch_size", 8), recipe.data.max_prompt_tokens + recipe.responses.max_new_tokens
-    half = bool(training.get("bf16")) and machine.gpu
+    half = bool(training.get("bf16")) and machine.bf16
     checkpointing = bool(training.get("gradient_checkpointing"))
     parts = {"process": _PROCESS, **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
     parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
@@ -292,7 +294,7 @@ def _rows(recipe: Recipe) -> int:
 
 def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape) -> list[Phase]:
     training, rollout = recipe.training, recipe.rollout
-    half = bool(training.get("bf16")) and machine.gpu
+    half = bool(training.get("bf16")) and machine.bf16
     size = 2 if half else _WIDE
     checkpointing = bool(training.get("gradient_checkpointing"))
     rows, own = training.get("per_device_train_batch_size", 8), rollout.num_rollouts // machine.processes

@@ -259,7 +259,8 @@ def _training_faults(section: Key, given: dict[str, Any]) -> Iterable[tuple[Key,
             try:
                 checked = TypeAdapter(hints[name]).validate_python(value)
             except ValidationError as error:
-                yield key, f"{error.errors()[0]['msg']} (given: {value!r})"
+                bare = '; YAML reads a bare no as false: write "no"' if value is False and name.endswith("_strategy") else ""
+                yield key, f"{error.errors()[0]['msg']} (given: {value!r}{bare})"
                 continue
             given[name] = checked
             if name in _AT_LEAST and checked < _AT_LEAST[name]:

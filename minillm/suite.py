@@ -132,7 +132,13 @@ def _answer_all(suite: Suite, sets: Mapping[str, list[Example]], name: str, fold
         suite.max_new_tokens, eos_ids(model.generation_config, tokenizer), width, suite.temperature, no_repeat_ngram=suite.no_repeat_ngram
     )
     loaded = _Loaded(name, folder, model, tokenizer, prompts, sampling)
-    for key, seed in missing:
+    for key, seed in sorted(missing, key=lambda part: _whole_of(suite, part[0]) is not None):
+        whole = _whole_of(suite, key)
+        if whole is not None:
+            wanted = {prompt.example.row for prompt in prompts[key]}
+            rows = [row for row in read_jsonl(_file(suite, name, whole, str(seed))) if row["row"] in wanted]
+            _keep(suite, name, key, str(seed), rows, made_from[key])
+            continue
         rows = answer(engines.of(model, folder), prompts[key], sampling, seed, tokenizer)
         for row, prompt in zip(rows, prompts[key], strict=True):
             row["references"] = list(prompt.example.references)
@@ -151,6 +157,15 @@ def _answer_all(suite: Suite, sets: Mapping[str, list[Example]], name: str, fold
         _keep(suite, name, key, "choices", _choose(loaded, key, suite.sets[key]), made_from[key])
     for key in exposure:
         _keep(suite, name, key, "exposure", _exposure(loaded, key, suite, engines, teacher), made_from[key])
+
+
+def _whole_of(suite: Suite, key: str) -> str | None:
+    """The set, if there is one, of whose rows this one is those with references of some length: its answers are theirs."""
+    test = suite.sets[key]
+    if test.limit is not None or not (test.min_reference_words or test.max_reference_words):
+        return None
+    plain = test.model_dump() | {"min_reference_words": None, "max_reference_words": None}
+    return next((name for name, other in suite.sets.items() if other.model_dump() == plain), None)
 
 
 def _shared(loaded: _Loaded, teacher: _Teacher) -> int:

@@ -81,6 +81,9 @@ def test_sections_that_may_be_left_out_name_their_keys_too(recipe: Path) -> None
     assert "data.template: chat, alpaca, plain, a .jinja file or a Jinja text is needed (given: 'alpca')" in str(caught.value)
     with pytest.raises(RecipeError, match=r"teacher\.shard: .*: set rollout\.teacher_mix: 0"):
         load_recipe(recipe, ["teacher.shard=true"])
+    with pytest.raises(RecipeError, match=r"training\.save_strategy: .*given: False; YAML reads a bare no as false: write \"no\""):
+        load_recipe(recipe, ["training.save_strategy=no"])
+    load_recipe(recipe, ['training.save_strategy="no"'])
     with pytest.raises(RecipeError, match=r"data\.train: no such file: nowhere\.jsonl"):
         load_recipe(recipe, ["data.train={file: nowhere.jsonl}"])
 
