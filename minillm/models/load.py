@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import deepspeed
 
 from minillm.recipe import AdapterConfig
@@ -125,10 +125,10 @@ def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Positions the model was built for, where its config says."""
-    config: Any = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+def context_length(model: PreTrainedModel | str) -> int | None:
+    """Positions the model, or the one of a folder or hub id, was built for, where its config says."""
+    config: Any = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def without_dropout(model: torch.nn.Module) -> None:
