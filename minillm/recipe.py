@@ -193,6 +193,14 @@ class WarmupConfig(Section):
     """`transformers.TrainingArguments` of this stage."""
 
 
+# Arguments of vllm.LLM that are not the user's.
+_OURS = {
+    "model", "tokenizer", "skip_tokenizer_init", "dtype", "seed", "max_model_len", "logprobs_mode", "enable_prefix_caching", "enable_lora",
+    "max_loras", "max_lora_rank", "kv_cache_memory_bytes", "gpu_memory_utilization", "distributed_executor_backend", "enable_sleep_mode",
+    "block_size", "enable_chunked_prefill",
+}  # fmt: skip
+
+
 class RolloutConfig(Section):
     """How the student's responses are drawn."""
 
@@ -237,6 +245,8 @@ class RolloutConfig(Section):
     the base. That sends little, and rounds as the trainer does."""
     engine_memory: Annotated[float, Field(gt=0)] | None = None
     """vLLM's key-value cache in GiB; by default what the rollouts of a batch need at full length, as far as there is room."""
+    engine_options: dict[str, Any] = {}
+    """Further arguments of `vllm.LLM` in this process, as {enforce_eager: true} to start sooner and draw more slowly."""
 
     @model_validator(mode="before")
     @classmethod
@@ -255,6 +265,10 @@ class RolloutConfig(Section):
             raise ValueError(f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})")
         if (self.engine == "server") != bool(self.servers):
             raise ValueError("engine: server needs servers (http://host:port, one or several), and servers need engine: server")
+        if taken := sorted(set(self.engine_options) & _OURS):
+            raise ValueError(f"engine_options: {', '.join(taken)} follows from the recipe; exactness and memory depend on it")
+        if self.engine_options and self.engine in ("server", "transformers"):
+            raise ValueError(f"engine_options are of vLLM in the training process, not of engine: {self.engine}")
         if self.lora == "adapter" and self.engine == "server":
             raise ValueError("lora: adapter is for vLLM in the training process; servers take merged weights: set lora: merged")
         return self

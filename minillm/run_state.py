@@ -29,7 +29,10 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 # Where and when responses are drawn and scored, not from what. A run may go on with others.
-_OPERATIONAL = {"rollout": {"servers", "server_patience", "server_timeout", "engine_memory", "overlap", "lora"}, "teacher": {"servers"}}
+_OPERATIONAL = {
+    "rollout": {"servers", "server_patience", "server_timeout", "engine_memory", "engine_options", "overlap", "lora"},
+    "teacher": {"servers"},
+}
 
 
 def _by_content(value: Any) -> Any:

@@ -84,6 +84,10 @@ def test_sections_that_may_be_left_out_name_their_keys_too(recipe: Path) -> None
     with pytest.raises(RecipeError, match=r"training\.save_strategy: .*given: False; YAML reads a bare no as false: write \"no\""):
         load_recipe(recipe, ["training.save_strategy=no"])
     load_recipe(recipe, ['training.save_strategy="no"'])
+    with pytest.raises(RecipeError, match=r"engine_options: block_size, dtype follows from the recipe"):
+        load_recipe(recipe, ["rollout.engine_options={dtype: float16, block_size: 8, enforce_eager: true}"])
+    with pytest.raises(RecipeError, match=r"engine_options are of vLLM in the training process, not of engine: transformers"):
+        load_recipe(recipe, ["rollout.engine=transformers", "rollout.engine_options={enforce_eager: true}"])
     with pytest.raises(RecipeError, match=r"data\.train: no such file: nowhere\.jsonl"):
         load_recipe(recipe, ["data.train={file: nowhere.jsonl}"])
 

@@ -67,7 +67,7 @@ def make_engine(
     if choose_engine(config.engine) == "vllm":
         return VLLMEngine(
             folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,
-            tokenizer=tokenizer if config.stop else None, lora_rank=rank,
+            tokenizer=tokenizer if config.stop else None, lora_rank=rank, options=config.engine_options,
         )  # fmt: skip
     if model is not None:
         if is_sharded(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,7 @@ class VLLMEngine:
             ended); see `memory_settings`.
         memory: GiB of key-value cache instead.
         tokenizer: folder of the tokenizer, for stop strings to end a response early; without it they cut it afterwards.
+        options: further arguments of `vllm.LLM`.
         lora_rank: the model in `folder` stays as it is, and what is sampled is it with the adapter of `update_adapter`.
 
     On a GPU `rest` gives back weights and cache until new weights come (vLLM's sleep).
@@ -109,6 +110,7 @@ class VLLMEngine:
     def __init__(
         self, folder: str | Path, *, max_length: int, sequences: int = 64, memory: float | None = None,
         dtype: torch.dtype = torch.bfloat16, version: int = 0, tokenizer: str | Path | None = None, lora_rank: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if lora_rank > _LORA_RANKS[-1]:
             raise EngineError(f"rollout.lora: adapter: vLLM takes ranks up to {_LORA_RANKS[-1]}, not {lora_rank}; use merged")
@@ -131,8 +133,9 @@ class VLLMEngine:
         if torch.distributed.is_initialized():
             # Every training process has its own engine; without this vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
+        settings |= engine_limits(max_length, sequences) | dict(options or {})
         self._llm = LLM(
-            str(folder), max_model_len=max_length, **engine_limits(max_length, sequences),
+            str(folder), max_model_len=max_length,
             logprobs_mode="processed_logprobs", tokenizer=None if tokenizer is None else str(tokenizer),
             skip_tokenizer_init=tokenizer is None, enable_prefix_caching=True, seed=0, **settings,
         )  # fmt: skip

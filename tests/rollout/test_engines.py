@@ -90,7 +90,8 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
     if request.param == "transformers":
         yield TransformersEngine(tiny_llama(3, layers=1, vocab=32, scale=0.4))
     elif request.param == "vllm":
-        inside = VLLMEngine(folder, max_length=LENGTH, dtype=torch.float32, tokenizer=folder)
+        inside = VLLMEngine(folder, max_length=LENGTH, dtype=torch.float32, tokenizer=folder, options={"max_num_seqs": 63})
+        assert inside._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 63
         yield inside
         inside.close()
     else:
