@@ -213,6 +213,19 @@ MUTATIONS = [
         "_whole(module.lora_B[adapter].weight) * module.scaling[adapter]",
         "_whole(module.lora_B[adapter].weight)",
     ),
+    Mutation(
+        "a residual's candidates judged by the numbers that drew them",
+        "rollout/teacher_mixed.py",
+        "numbers[:, 1].tolist()",
+        "numbers[:, 0].tolist()",
+    ),
+    Mutation("a base that teaches with its adapter on", "teacher/local.py", "with self._student.disable_adapter():", "with nullcontext():"),
+    Mutation(
+        "shards saved as such",
+        "train/base.py",
+        'if shards is not None and "FULL_STATE_DICT" not in',
+        'if False and "FULL_STATE_DICT" not in',
+    ),
     Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
 ]
 

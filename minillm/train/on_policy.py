@@ -262,7 +262,7 @@ class MiniLLMTrainer(DistillationTrainer):
         if self.rollout_config.draft_tokens == "auto" and self.rollout_config.teacher_mix:
             # Of all processes, so that the same tokens are drawn however many there are.
             accepted, drafted = self.global_sum(drawn.accepted), self.global_sum(drawn.drafted)
-            self._draft_tokens = draft_length(accepted / max(drafted, 1.0))
+            self._draft_tokens = draft_length(accepted / max(drafted, 1.0), self.args.device.type)
         rollouts = rollouts + self._not_drawn(number, len(rollouts))
         with self._or_checkpoint():
             self._score(rollouts)
