@@ -42,9 +42,9 @@ class Run:
         self._check_sizes()
         gguf = find_gguf(recipe.teacher.source)
         teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here
-        self._check_context(recipe.teacher.source, "teacher", gguf is not None)
+        self._check_model(recipe.teacher.source, "teacher")
         if recipe.student.source != "prune":
-            self._check_context(recipe.student.source, "student", find_gguf(recipe.student.source) is not None)
+            self._check_model(recipe.student.source, "student")
             check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
         self.untuned = str(self.dir / "teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
         self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
@@ -63,21 +63,28 @@ class Run:
                 f"per_device_train_batch_size × gradient_accumulation_steps × processes ({micro} × {accumulation} × {processes})"
             )
 
-    def _check_context(self, source: str, who: str, gguf: bool) -> None:
-        """Before weights load; of a GGUF file the context is known once its teacher stage has made a folder of it."""
-        from minillm.models.load import context_length
+    def _check_model(self, source: str, who: str) -> None:
+        """Before weights load; of a GGUF file the config is known once the teacher stage has made a folder of it."""
+        from minillm.models.load import context_length, find_gguf, text_config
 
-        limit, recipe = None if gguf else context_length(source), self.recipe
-        sections = [
-            ("rollout", "minillm", recipe.rollout),
-            ("responses", "responses", recipe.responses),
-            ("evaluate", "evaluate", recipe.evaluate),
-        ]
-        for section, stage, settings in sections:
-            if limit is not None and stage in recipe.stages and recipe.data.max_prompt_tokens + settings.max_new_tokens > limit:
+        if find_gguf(source):
+            return
+        recipe, config = self.recipe, text_config(source)
+        limit, heads, parts = (
+            context_length(config),
+            config.num_attention_heads,
+            recipe.rollout.engine_options.get("tensor_parallel_size", 1),
+        )
+        if heads % parts:
+            raise ValueError(
+                f"rollout.engine_options.tensor_parallel_size: {parts} does not divide the {who}'s {heads} attention heads ({source})"
+            )
+        for section, stage in (("rollout", "minillm"), ("responses", "responses"), ("evaluate", "evaluate")):
+            new = getattr(recipe, section).max_new_tokens
+            if limit is not None and stage in recipe.stages and recipe.data.max_prompt_tokens + new > limit:
                 raise ValueError(
-                    f"data.max_prompt_tokens + {section}.max_new_tokens ({recipe.data.max_prompt_tokens} + {settings.max_new_tokens}) "
-                    f"exceed the {who}'s context of {limit} tokens ({source})"
+                    f"data.max_prompt_tokens + {section}.max_new_tokens ({recipe.data.max_prompt_tokens} + {new}) exceed the {who}'s "
+                    f"context of {limit} tokens ({source})"
                 )
 
     def prompts(self, examples: Sequence[Example], what: str) -> list[Prompt]:

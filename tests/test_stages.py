@@ -181,11 +181,13 @@ def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "minillm", *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
 
 
-def test_a_context_longer_than_a_models_is_refused_before_weights_load(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("weights were loaded"))
     for setting in ("rollout.max_new_tokens", "responses.max_new_tokens", "evaluate.max_new_tokens"):
         with pytest.raises(ValueError, match=rf"data\.max_prompt_tokens \+ {setting} \(16 \+ 5000\) exceed the teacher's context of \d+"):
             stages.run(load_recipe(recipe, [f"{setting}=5000"]))
+    with pytest.raises(ValueError, match=r"tensor_parallel_size: 16 does not divide the teacher's \d attention heads"):
+        stages.run(load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"]))
 
 
 def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:

@@ -125,10 +125,15 @@ def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
 
 
-def context_length(model: PreTrainedModel | str) -> int | None:
-    """Positions the model, or the one of a folder or hub id, was built for, where its config says."""
+def text_config(model: PreTrainedModel | str) -> Any:
+    """Of a model, or of the one in a folder or under a hub id, whose weights are not read."""
     config: Any = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    return config.get_text_config()
+
+
+def context_length(config: Any) -> int | None:
+    """Positions a model was built for, where its config says."""
+    return getattr(config, "max_position_embeddings", None)
 
 
 def without_dropout(model: torch.nn.Module) -> None:

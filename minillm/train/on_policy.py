@@ -21,7 +21,7 @@ from minillm.data.examples import chat_ids
 from minillm.data.rollouts import EngineError, Rollout, TeacherRows
 from minillm.loss.credit import SampledTokens, return_sum
 from minillm.loss.objective import OnPolicyLoss, extra_divergence
-from minillm.models.load import context_length
+from minillm.models.load import context_length, text_config
 from minillm.models.scoring import Scoring, keeps_sequences_apart, score
 from minillm.models.weights import check_adapter
 from minillm.recipe import Objective, RolloutConfig, check_off_policy, check_served_teacher
@@ -107,7 +107,7 @@ class MiniLLMTrainer(DistillationTrainer):
         self._prompts = self._tokenize(train_dataset)
         student: Any = self.model
         check_adapter(student)
-        limit = context_length(student)
+        limit = context_length(text_config(student))
         if limit is not None and config.max_prompt_tokens + config.max_new_tokens > limit:
             raise ValueError(
                 f"rollout.max_prompt_tokens + max_new_tokens ({config.max_prompt_tokens} + {config.max_new_tokens}) "

@@ -18,7 +18,7 @@ from minillm import metrics
 from minillm.data.batches import seed_of
 from minillm.data.rollouts import Rollout, Sampling, StopStrings
 from minillm.evaluation import token_divergences
-from minillm.models.load import context_length, eos_ids
+from minillm.models.load import context_length, eos_ids, text_config
 from minillm.models.weights import is_sharded, save_plain
 from minillm.recipe import RolloutConfig
 from minillm.rollout.build import hand_over, make_engine
@@ -69,7 +69,7 @@ class Validated:
                 folder = self._folder_of(student, spare)
                 length = config.max_prompt_tokens + config.max_new_tokens
                 self._engine = make_engine(
-                    config, folder, max_length=min(length, context_length(student) or length), dtype=self.compute_dtype,
+                    config, folder, max_length=min(length, context_length(text_config(student)) or length), dtype=self.compute_dtype,
                     sequences=config.num_rollouts // self.accelerator.num_processes, tokenizer=folder, model=student,
                     work=str(self.args.output_dir),
                 )  # fmt: skip
