@@ -85,8 +85,10 @@ def main() -> None:
             f"{_SECTIONS[stage]}.{setting}" for stage in wanted for setting in ("max_steps=3", 'save_strategy="no"', 'eval_strategy="no"')
         ]
         made = made_up(folder, recipe.teacher.source, recipe.data.max_prompt_tokens, recipe.responses.max_new_tokens)
-        for stage in ("teacher", "student"):
-            stages.run(load_recipe(options.recipe, [*overrides, *made]), stage)
+        for stage in ("teacher", "student"):  # not here: a process begins with the peak of the one that starts it
+            subprocess.run(
+                [sys.executable, __file__, options.recipe, *overrides, *made, "--worker", stage], capture_output=True, check=True
+            )
         source = str(folder / "run" / "teacher") if (folder / "run" / "teacher").is_dir() else recipe.teacher.source
         start = str(folder / "run" / "pruned") if (folder / "run" / "pruned").is_dir() else recipe.student.source
         for stage in wanted:

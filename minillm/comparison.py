@@ -105,7 +105,8 @@ def _recipe(comparison: Comparison, start: stages.Run, name: str, tuning: dict[s
     """A method's run: the shared settings, its own, those that are tried, and what the shared stages leave."""
     method = comparison.methods[name]
     own = {
-        "run_dir": str(start.dir.parent / name / folder), "seed": seed, "stages": [method.stage], "teacher": {"source": start.teacher},
+        "run_dir": str(start.dir.parent / name / folder), "seed": seed, "stages": [method.stage],
+        "teacher": {"source": start.teacher, "adapter": None},
         "student": {"source": start.warmed}, "responses": {"file": str(start.dir / "responses.jsonl")},
     }  # fmt: skip
     return recipe_of(merge(merge(merge(comparison.recipe, method.recipe), tuning), own), f"methods.{name}")

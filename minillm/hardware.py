@@ -34,8 +34,10 @@ def working_dtype() -> torch.dtype:
 
 
 def give_back_memory() -> None:
-    """Models and caches that are done with, which hold each other in cycles, go back to the system."""
+    """Models and caches that are done with, which hold each other in cycles, go back to the system, or to the GPU."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what PyTorch keeps for itself vLLM could not have
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
 

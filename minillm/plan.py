@@ -178,7 +178,8 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         phases.append(_supervised("finetune", recipe, machine, teacher, None, recipe.finetune))
     for stage, training in (("warmup", recipe.warmup.training), ("sft", recipe.sft)):
         if stage in recipe.stages:
-            reads = teacher if stage == "warmup" and recipe.warmup.cross_entropy < 1 else None
+            # Warm-up always holds the teacher, fine-tuning for the KL of its validation.
+            reads = teacher if stage == "warmup" or recipe.data.validation is not None else None
             phases.append(_supervised(stage, recipe, machine, student, reads, training))
     if "minillm" in recipe.stages:
         phases += _on_policy(recipe, machine, student, teacher)
@@ -233,7 +234,7 @@ def _remedies(recipe: Recipe, machine: Machine) -> list[list[str]]:
         halved = []
         for name, training in sections:
             micro, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
-            if micro >> halvings:
+            if micro % (1 << halvings) == 0:  # an update keeps its responses
                 halved += [f"{name}.per_device_train_batch_size={micro >> halvings}"]
                 halved += [f"{name}.gradient_accumulation_steps={accumulation << halvings}"]
         out.append(halved)
@@ -252,6 +253,8 @@ def _training_parts(recipe: Recipe, machine: Machine, model: Shape, training: di
         whole = _held(model, 2 if half else _WIDE, lora.quantization)
         return {"student": whole / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
     names = {"student" if adapted else "teacher": _WIDE, "gradients": _WIDE, "moments": 2 * _WIDE}
+    if machine.processes > 1 and not machine.shard:
+        names["gradients on their way"] = _WIDE  # DDP's buckets, a copy of all
     return {name: model.parameters * size / shards for name, size in names.items()}
 
 
@@ -333,6 +336,8 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
     training_phase.flops = responses * length * ((8 if checkpointing else 6) * student.body) + responses * rollout.max_new_tokens * (
         6 * student.head + 2 * teacher.head
     )
+    if recipe.data.text is not None and recipe.objective.language_model:
+        training_phase.flops += responses * recipe.objective.language_model_block * 6 * (student.body + student.head)
     training_phase.seconds = _seconds(training_phase.flops, machine)
     drawing.flops = drawn * length * 2 * (student.body + teacher.body)
     batches = drawn / rollout.num_rollouts

@@ -122,6 +122,12 @@ class AdapterConfig(Section):
     quantization: Literal["4bit"] | None = None
     """QLoRA: the frozen base in 4 bits (NF4), by bitsandbytes. What is sampled and saved is what it stands for, with the adapter merged."""
 
+    @model_validator(mode="after")
+    def _not_on_the_head(self) -> AdapterConfig:
+        if heads := sorted({"lm_head", "embed_out"} & set(self.targets)):
+            raise ValueError(f"targets: {', '.join(heads)}: an adapter on the output head is not scored; leave it out")
+        return self
+
 
 class StudentConfig(Section):
     source: Literal["prune"] | str = "prune"
@@ -265,6 +271,11 @@ class RolloutConfig(Section):
             raise ValueError(f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})")
         if (self.engine == "server") != bool(self.servers):
             raise ValueError("engine: server needs servers (http://host:port, one or several), and servers need engine: server")
+        if "tensor_parallel_size" in self.engine_options or "pipeline_parallel_size" in self.engine_options:
+            raise ValueError(
+                "engine_options: an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N and set "
+                "engine: server"
+            )
         if taken := sorted(set(self.engine_options) & _OURS):
             raise ValueError(f"engine_options: {', '.join(taken)} follows from the recipe; exactness and memory depend on it")
         if self.engine_options and self.engine in ("server", "transformers"):

@@ -42,10 +42,10 @@ class Run:
         self._check_sizes()
         gguf = find_gguf(recipe.teacher.source)
         teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here
-        self._check_model(recipe.teacher.source, "teacher")
         if recipe.student.source != "prune":
-            self._check_model(recipe.student.source, "student")
             check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
+            self._check_model(recipe.student.source, "student")
+        self._check_model(recipe.teacher.source, "teacher")
         self.untuned = str(self.dir / "teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
         self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
         self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
@@ -70,22 +70,17 @@ class Run:
         if find_gguf(source):
             return
         recipe, config = self.recipe, text_config(source)
-        limit, heads, parts = (
-            context_length(config),
-            config.num_attention_heads,
-            recipe.rollout.engine_options.get("tensor_parallel_size", 1),
-        )
-        if heads % parts:
-            raise ValueError(
-                f"rollout.engine_options.tensor_parallel_size: {parts} does not divide the {who}'s {heads} attention heads ({source})"
-            )
-        for section, stage in (("rollout", "minillm"), ("responses", "responses"), ("evaluate", "evaluate")):
+        limit, supervised = context_length(config), {"finetune", "responses", "warmup", "sft"}
+        for section, stages in (("rollout", {"minillm"}), ("responses", supervised), ("evaluate", {"evaluate"})):
             new = getattr(recipe, section).max_new_tokens
-            if limit is not None and stage in recipe.stages and recipe.data.max_prompt_tokens + new > limit:
+            if limit is not None and stages & set(recipe.stages) and recipe.data.max_prompt_tokens + new > limit:
                 raise ValueError(
                     f"data.max_prompt_tokens + {section}.max_new_tokens ({recipe.data.max_prompt_tokens} + {new}) exceed the {who}'s "
                     f"context of {limit} tokens ({source})"
                 )
+        block = recipe.objective.language_model_block
+        if limit is not None and recipe.data.text is not None and "minillm" in recipe.stages and block > limit:
+            raise ValueError(f"objective.language_model_block: {block} exceeds the {who}'s context of {limit} tokens ({source})")
 
     def prompts(self, examples: Sequence[Example], what: str) -> list[Prompt]:
         """Rendered prompts; those over the limit are left out and reported."""
@@ -220,7 +215,8 @@ def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json")
     sources = [source for key in ("train", "heldout", "validation", "text") if (source := tree["data"][key]) is not None]
     places = [(source, key) for source in sources for key in ("file", "dataset")]
-    for section, key in (*places, (tree["data"], "template"), (tree["teacher"], "source"), (tree["student"], "source")):
+    others = ((tree["teacher"], "source"), (tree["teacher"], "adapter"), (tree["student"], "source"), (tree["responses"], "file"))
+    for section, key in (*places, (tree["data"], "template"), *others):
         if section[key] is not None and len(section[key]) < 4096 and Path(section[key]).exists():
             section[key] = os.path.abspath(section[key])
     tree["rollout"]["max_prompt_tokens"] = tree["data"]["max_prompt_tokens"]
@@ -351,12 +347,13 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
 
 def _student_of(this: Run, folder: str, arguments: Any) -> dict[str, Any]:
     """What a trainer is given of its student: a name, or a model with an adapter."""
-    lora = this.recipe.student.lora
-    if lora is None:
-        return {"model": folder}
     from minillm.models.load import load_student, load_tokenizer
 
-    return {"model": load_student(folder, lora, _computes_in(arguments)), "processing_class": load_tokenizer(folder)}
+    tokenizer = load_tokenizer(folder)
+    if this.recipe.data.template == "chat" and not tokenizer.chat_template:
+        tokenizer.chat_template = load_tokenizer(this.untuned).chat_template  # a base student leaves as the chat model it has become
+    lora = this.recipe.student.lora
+    return {"model": folder if lora is None else load_student(folder, lora, _computes_in(arguments)), "processing_class": tokenizer}
 
 
 def _computes_in(arguments: Any) -> Any:

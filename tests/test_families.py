@@ -21,8 +21,13 @@ from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
 from minillm import stages
+from minillm.data.rollouts import Sampling
+from minillm.models.load import load_model
+from minillm.recipe import RolloutConfig
 from minillm.recipe_file import load_recipe
-from minillm.rollout.vllm_engine import vllm_is_installed
+from minillm.rollout.build import make_engine
+from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.rollout.vllm_engine import NOT_ON_CPUS, VLLMEngine, vllm_is_installed
 from tests.conftest import save
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -54,8 +59,6 @@ FAMILIES: dict[str, tuple[str, Callable[[int], Any]]] = {
     "gemma3": ("gemma/gemma3-270m", lambda n: Gemma3TextConfig(**BLOCKS, num_hidden_layers=n, query_pre_attn_scalar=32, sliding_window=64)),
 }  # fmt: skip
 QUICK = {"gpt2", "opt", "qwen3", "gpt_neox", "gemma3"}  # of the others, what differs is tested elsewhere too
-# What vLLM's CPU build loads, at a head size of 32 or more.
-NOT_ON_VLLM = {"gpt_neox"}
 
 
 def tiny(config: Any, seed: int, folder: Path) -> str:
@@ -125,6 +128,25 @@ def test_with_lora(family: str, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.vllm
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_ON_VLLM])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_ON_CPUS])
 def test_on_vllm(family: str, tmp_path: Path) -> None:
     check(run(family, tmp_path, engine="vllm"))
+
+
+@pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))
+def test_what_vllm_does_not_run_on_a_cpu_transformers_samples(family: str, tmp_path: Path) -> None:
+    folder = tiny(FAMILIES[family][1](2), 1, tmp_path / "model")
+    engine = make_engine(RolloutConfig(engine="auto"), folder, max_length=32, model=load_model(folder))
+    assert isinstance(engine, TransformersEngine)
+
+
+@pytest.mark.full
+@pytest.mark.vllm
+@pytest.mark.skipif(not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs")
+@pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))
+def test_vllm_does_not_run_them(family: str, tmp_path: Path) -> None:
+    """When it does, they belong to the others."""
+    folder = tiny(FAMILIES[family][1](2), 1, tmp_path / "model")
+    engine = VLLMEngine(folder, max_length=32, dtype=torch.float32)
+    with pytest.raises(AttributeError, match="do_not_compile"):
+        engine.generate([[2, 3]], Sampling(4, (1,), 32), [0])

@@ -186,8 +186,12 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
     for setting in ("rollout.max_new_tokens", "responses.max_new_tokens", "evaluate.max_new_tokens"):
         with pytest.raises(ValueError, match=rf"data\.max_prompt_tokens \+ {setting} \(16 \+ 5000\) exceed the teacher's context of \d+"):
             stages.run(load_recipe(recipe, [f"{setting}=5000"]))
-    with pytest.raises(ValueError, match=r"tensor_parallel_size: 16 does not divide the teacher's \d attention heads"):
-        stages.run(load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"]))
+    with pytest.raises(ValueError, match=r"objective\.language_model_block: 5000 exceeds the teacher's context of \d+"):
+        stages.run(load_recipe(recipe, [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model_block=5000"]))
+    with pytest.raises(RecipeError, match=r"an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N"):
+        load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"])
+    with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):
+        load_recipe(recipe, ["student.lora.targets=[q_proj, lm_head]"])
 
 
 def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import deepspeed
 
+from minillm.models.weights import check_adapter
 from minillm.recipe import AdapterConfig
 
 
@@ -86,6 +87,10 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
         return load_model(source, torch.float32)
     from peft import LoraConfig, get_peft_model
 
+    if lora.quantization and text_config(str(source)).model_type == "gpt2":
+        raise ValueError(
+            f"{source}: student.lora.quantization: GPT-2's layers are stored the other way round once they are quantised; leave it out"
+        )
     torch.manual_seed(0)  # the same adapter in every process, and in a run that goes on
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
     base: Any = load_model(source, compute, lora.quantization)
@@ -93,7 +98,9 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
         # On a CPU bitsandbytes repacks a layer that is read in evaluation mode, and what trains through it then has no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return get_peft_model(base, config)
+    student = get_peft_model(base, config)
+    check_adapter(student)
+    return student
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from minillm.models.weights import adapter_rank, is_sharded, plain_weights, save
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.rollout.transformers_engine import TransformersEngine
-from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed
+from minillm.rollout.vllm_engine import NOT_ON_CPUS, VLLMEngine, vllm_is_installed
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +62,13 @@ def make_engine(
     rank = 0 if model is None or config.lora == "merged" else adapter_rank(model)
     if config.engine == "server" and model is not None:
         return _served(config, folder, max_length, dtype, model, Path(work))
-    from minillm.models.load import load_model
+    from minillm.models.load import load_model, text_config
 
-    if choose_engine(config.engine) == "vllm":
+    chosen = choose_engine(config.engine)
+    if config.engine == "auto" and not torch.cuda.is_available() and text_config(str(folder)).model_type in NOT_ON_CPUS:
+        chosen = "transformers"
+        logger.warning("vLLM on a CPU does not run %s: sampling with transformers instead.", text_config(str(folder)).model_type)
+    if chosen == "vllm":
         return VLLMEngine(
             folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,
             tokenizer=tokenizer if config.stop else None, lora_rank=rank, options=config.engine_options,

@@ -21,6 +21,7 @@ GIB = 1 << 30
 _CPU_BLOCK = 32
 # A GPU is shared with the trained model, its optimiser and the teacher; vLLM's own buffers beside weights and cache.
 _MOST_ON_CPU, _BUFFERS = 4 * GIB, 2 * GIB
+NOT_ON_CPUS = frozenset({"gpt_neox"})  # model types that its CPU build loads and cannot run
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM keeps room for
 _SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it draws from
 
@@ -55,6 +56,7 @@ def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtyp
     wanted = needed if memory is None else int(memory * GIB)
     if not torch.cuda.is_available():
         return {"kv_cache_memory_bytes": wanted if memory is not None else max(min(wanted, _MOST_ON_CPU), GIB // 8)}
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -188,6 +190,7 @@ class VLLMEngine:
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         if self._asleep:
+            torch.cuda.empty_cache()  # the update's memory is what it wakes into
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if self._asleep:
@@ -202,6 +205,7 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
 
         if self._asleep:
+            torch.cuda.empty_cache()
             self._llm.wake_up()
             self._asleep = False
         if self._adapter is not None:

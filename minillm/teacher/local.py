@@ -42,7 +42,7 @@ class LocalTeacher:
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Which sequences go through the model together, like lengths with like."""
         size = self.batch_size
-        if self.model.device.type != "cpu":
+        if self.model.device.type != "cpu" and not self.sharded:  # with shards every process must make as many forwards
             size = max(size, min(_GPU_TOKENS // max(lengths, default=1), _GPU_SEQUENCES))
         return bucket(lengths, size)
 

@@ -90,6 +90,15 @@ class MiniLLMTrainer(DistillationTrainer):
         check_off_policy(config, self.objective)
         if kwargs.get("shard_teacher") and config.teacher_mix:
             raise ValueError("shard_teacher: teacher mixing reads in rounds that differ between processes: set rollout.teacher_mix: 0")
+        if kwargs.get("shard_teacher") and self.objective.language_model and self.objective.language_model_distill:
+            raise ValueError(
+                "shard_teacher: processes read text in different numbers of pieces and would wait for each other for ever: set "
+                "objective.language_model_distill: 0"
+            )
+        if teacher is None and config.overlap and config.teacher_mix:
+            raise ValueError(
+                "rollout.overlap: the student's own base, its adapter off, cannot draw while the student trains: set rollout.teacher_mix: 0"
+            )
         if config.on_policy < 1 and not responses:
             raise ValueError(f"rollout.on_policy: {config.on_policy:g} trains on given responses too, and there are none (responses)")
         self._given = responses or []
