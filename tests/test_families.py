@@ -23,6 +23,7 @@ from transformers.models.qwen3 import Qwen3Config
 from minillm import stages
 from minillm.data.rollouts import Sampling
 from minillm.models.load import load_model
+from minillm.models.weights import plain_weights
 from minillm.recipe import RolloutConfig
 from minillm.recipe_file import load_recipe
 from minillm.rollout.build import make_engine
@@ -134,7 +135,7 @@ def test_on_vllm(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))
-def test_what_vllm_does_not_run_on_a_cpu_transformers_samples(family: str, tmp_path: Path) -> None:
+def test_what_vllm_cannot_update_on_a_cpu_transformers_samples(family: str, tmp_path: Path) -> None:
     folder = tiny(FAMILIES[family][1](2), 1, tmp_path / "model")
     engine = make_engine(RolloutConfig(engine="auto"), folder, max_length=32, model=load_model(folder))
     assert isinstance(engine, TransformersEngine)
@@ -144,9 +145,10 @@ def test_what_vllm_does_not_run_on_a_cpu_transformers_samples(family: str, tmp_p
 @pytest.mark.vllm
 @pytest.mark.skipif(not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs")
 @pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))
-def test_vllm_does_not_run_them(family: str, tmp_path: Path) -> None:
+def test_vllm_takes_no_new_weights_of_them(family: str, tmp_path: Path) -> None:
     """When it does, they belong to the others."""
     folder = tiny(FAMILIES[family][1](2), 1, tmp_path / "model")
     engine = VLLMEngine(folder, max_length=32, dtype=torch.float32)
-    with pytest.raises(AttributeError, match="do_not_compile"):
-        engine.generate([[2, 3]], Sampling(4, (1,), 32), [0])
+    assert engine.generate([[2, 3]], Sampling(4, (1,), 32), [0])
+    with pytest.raises((AssertionError, AttributeError)):
+        engine.update_weights(plain_weights(load_model(folder, torch.float32), torch.float32), 1)
