@@ -175,6 +175,8 @@ def plan(
     fit: Annotated[Path | None, typer.Option(help="Write a recipe that extends this one and fits.", show_default=False)] = None,
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
+    from dataclasses import replace
+
     from minillm.hardware import cpu_multiplies_bfloat16
     from minillm.plan import GIB, Machine, advice, fitted, table
     from minillm.plan import plan as planned
@@ -186,7 +188,11 @@ def plan(
     )
     if recipe.is_dir():
         files = sorted(path for path in recipe.rglob("*.yaml") if path.parent != recipe and path.parent.name != "accelerate")
-        plans = [(str(path.relative_to(recipe).with_suffix("")), planned(load_recipe(path, overrides or []), machine)) for path in files]
+        plans = []
+        for path in files:
+            loaded = load_recipe(path, overrides or [])
+            whole, sharded = (planned(loaded, replace(machine, shard=shard)) for shard in (False, True))
+            plans.append((str(path.relative_to(recipe).with_suffix("")), whole, sharded))
         typer.echo(table(plans), nl=False)
         return
     loaded = load_recipe(recipe, overrides or [])

@@ -363,11 +363,12 @@ def _seconds(flops: float, machine: Machine) -> float:
     return flops / (machine.processes * machine.flops * machine.utilisation)
 
 
-def table(plans: Sequence[tuple[str, Plan]]) -> str:
-    """Markdown: one row a recipe."""
-    rows = "".join(
-        f"| {name} | {plan.machine.processes} × {plan.machine.memory / GIB:.0f} GiB | {plan.peak / GIB:.0f} GiB "
-        f"({max(plan.phases, key=lambda phase: phase.peak).name}) | {'yes' if plan.fits else 'no'} | {plan.hours:.1f} |\n"
-        for name, plan in plans
-    )
-    return "| recipe | GPUs | peak per GPU (where) | fits | hours, estimated |\n|---|---|---|---|---|\n" + rows
+def table(plans: Sequence[tuple[str, Plan, Plan]]) -> str:
+    """Markdown: one row a recipe, its plan with the student whole in each process, and in shards."""
+
+    def cell(plan: Plan) -> str:
+        fits = "" if plan.fits else ", **does not fit**"
+        return f"{plan.peak / GIB:.0f} GiB ({max(plan.phases, key=lambda phase: phase.peak).name}){fits}"
+
+    rows = "".join(f"| {name} | {cell(whole)} | {cell(sharded)} | {whole.hours:.1f} |\n" for name, whole, sharded in plans)
+    return "| recipe | peak per GPU, student whole | in shards | hours, estimated |\n|---|---|---|---|\n" + rows

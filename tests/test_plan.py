@@ -106,6 +106,13 @@ def test_what_moves_a_peak(tmp_path: Path) -> None:
     assert cpu["teacher"] == 4 * m
 
 
+@pytest.mark.full
+def test_the_table_of_the_recipes_is_what_the_command_says() -> None:
+    shown = CliRunner().invoke(app, ["plan", str(RECIPES)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.strip() in (RECIPES / "README.md").read_text()
+
+
 def test_the_command_line(tmp_path: Path) -> None:
     run = CliRunner()
     shown = run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--gpus", "8", "--memory", "80GiB"])
