@@ -177,8 +177,9 @@ class TeacherMixedSampler:
                 states = {i: self._settle(rejected[i]) for i in waiting}
                 asked_of += [i for i, state in states.items() if state == "unknown"]
                 waiting = [i for i, state in states.items() if state == "empty"]
-                for fresh, count in ((True, _CANDIDATES), (False, _MOST_CANDIDATES)):
-                    some = [i for i in waiting if (rejected[i].draws < 2) == fresh]
+                few = [i for i in waiting if rejected[i].draws < 2]
+                many = [i for i in waiting if rejected[i].draws >= 2]
+                for some, count in ((few, _CANDIDATES), (many, _MOST_CANDIDATES)):
                     if some:
                         _draw([rejected[i] for i in some], logp[some], below[some], count)
             some = [rejected[i] for i in asked_of]
