@@ -179,8 +179,8 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     for stage, training in (("warmup", recipe.warmup.training), ("sft", recipe.sft)):
         if stage in recipe.stages:
             # Warm-up always holds the teacher, fine-tuning for the KL of its validation.
-            reads = teacher if stage == "warmup" or recipe.data.validation is not None else None
-            phases.append(_supervised(stage, recipe, machine, student, reads, training))
+            held = teacher if stage == "warmup" or recipe.data.validation is not None else None
+            phases.append(_supervised(stage, recipe, machine, student, held, training))
     if "minillm" in recipe.stages:
         phases += _on_policy(recipe, machine, student, teacher)
     return Plan(phases, machine)
@@ -273,15 +273,17 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
     parts = {"process": _PROCESS, **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
     parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
     tokens = rows * recipe.responses.max_new_tokens
-    parts |= _scoring_parts(model, other, tokens, half)
+    reads = other if name == "warmup" and recipe.warmup.cross_entropy < 1 else None
+    parts |= _scoring_parts(model, reads, tokens, half)
     if other is not None:
         parts["teacher"] = _teacher_bytes(recipe, machine, other, half)
-        parts["teacher's states"] = tokens * other.hidden * (2 if half else _WIDE)
+    if reads is not None:
+        parts["teacher's states"] = tokens * reads.hidden * (2 if half else _WIDE)
     update = rows * training.get("gradient_accumulation_steps", 1) * machine.processes
     updates = training.get("max_steps", -1)
     if updates < 0:
         updates = training.get("num_train_epochs", 3) * _rows(recipe) / update
-    per_token = (8 if checkpointing else 6) * model.body + 6 * model.head + (0 if other is None else 2 * (other.body + other.head))
+    per_token = (8 if checkpointing else 6) * model.body + 6 * model.head + (0 if reads is None else 2 * (reads.body + reads.head))
     flops = updates * update * length * per_token
     return Phase(name, parts, flops, _seconds(flops, machine))
 
