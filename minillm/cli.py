@@ -39,8 +39,10 @@ def run(
     Several processes: accelerate launch -m minillm run RECIPE
     """
     from minillm import stages
+    from minillm.hardware import keep_freed_memory
     from minillm.recipe_file import is_comparison, load_recipe
 
+    keep_freed_memory()
     if is_comparison(recipe):
         _compare(recipe, overrides or [])
         return
@@ -68,9 +70,11 @@ def evaluate(
     if not is_suite(file):
         run(file, overrides, stage="evaluate")
         return
+    from minillm.hardware import keep_freed_memory
     from minillm.report import write_suite_report
     from minillm.suite import run_suite
 
+    keep_freed_memory()
     given = overrides or []
     models = _models([text.removeprefix("model=") for text in given if text.startswith("model=")])
     suite = load_suite(file, [text for text in given if not text.startswith("model=")])
@@ -199,7 +203,8 @@ def plan(
     found = planned(loaded, machine)
     if fit is not None:
         found, loaded = fitted(loaded, machine, lambda changes: load_recipe(recipe, [*(overrides or []), *changes]))
-        fit.write_text(written(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
+        if found.fits:
+            fit.write_text(written(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
     for phase in found.phases:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sorted(phase.parts.items(), key=lambda part: -part[1]))
         typer.echo(
@@ -215,7 +220,9 @@ def plan(
     if not found.fits:
         typer.echo("what would help: " + "; ".join(advice(loaded, machine)))
     if fit is not None:
-        typer.echo(f"wrote {fit}")
+        typer.echo(f"wrote {fit}" if found.fits else f"no settings that keep the update make it fit: {fit} is not written")
+        if not found.fits:
+            raise typer.Exit(1)
 
 
 def _bytes(text: str) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +53,39 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         for name, method in comparison.methods.items()
     }  # fmt: skip
     stages.run(start.recipe)
-    methods = comparison.methods
-    _train(comparison, [(f"{name}/tuning-{i}", plan, methods[name]) for name in plans for i, plan in enumerate(plans[name])], plans)
-    chosen = {name: _best(_tried(methods[name], plans[name])) for name in plans}
-    seeded = {
-        name: {seed: _recipe(comparison, start, name, method.tuning[chosen[name]], seed, f"seed-{seed}") for seed in method.seeds[1:]}
-        for name, method in methods.items()
+    methods, tested = comparison.methods, _tested(comparison)
+    results: dict[str, Any] = {"tuning": {}}
+    seeded: dict[str, dict[int, Recipe]] = {}
+
+    def keep() -> None:
+        """What is known so far, and the report of it."""
+        results["tuning"] = _tuned(comparison, plans, seeded)
+        (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_comparison_report(root)
+
+    def tune(names: Sequence[str]) -> None:
+        runs = [(f"{name}/tuning-{i}", plan, methods[name]) for name in names for i, plan in enumerate(plans[name])]
+        _train(runs, comparison.jobs, keep)
+
+    tune([name for name in methods if name in tested])
+    chosen = {name: _best(_tried(methods[name], plans[name])) for name in tested}
+    seeded |= {
+        name: {
+            seed: _recipe(comparison, start, name, methods[name].tuning[chosen[name]], seed, f"seed-{seed}")
+            for seed in methods[name].seeds[1:]
+        }
+        for name in tested
     }  # fmt: skip
     others = [(f"{name}/seed-{seed}", plan, methods[name]) for name, some in seeded.items() for seed, plan in some.items()]
-    _train(comparison, others, plans)
-    tuned = _tuned(comparison, plans)
-    for name, some in seeded.items():
-        if some:
-            tuned[name]["other_seeds"] = [{"seed": seed, **_outcome(plan, methods[name])} for seed, plan in some.items()]
-    tested = {
+    _train(others, comparison.jobs, keep)
+    folders = {
         name: {
             seed: plan.run_dir / _FOLDERS[methods[name].stage]
             for seed, plan in {methods[name].seeds[0]: plans[name][chosen[name]], **seeded[name]}.items()
         }
-        for name in _tested(comparison)
+        for name in tested
     }  # fmt: skip
-    models = {f"{name}-{seed}": str(folder) for name, folders in tested.items() for seed, folder in folders.items()}
+    models = {f"{name}-{seed}": str(folder) for name, some in folders.items() for seed, folder in some.items()}
     models |= {"start": start.warmed, "teacher": start.teacher}
     if comparison.jobs > 1:
         run_jobs(
@@ -81,18 +93,14 @@ def compare(comparison: Comparison) -> dict[str, Any]:
             comparison.jobs,
         )
     found = run_suite(suite, models)
-    results = {
-        "tuning": tuned, "tests": found, "methods": _over_training_seeds(found, tested), "machine": machine(),
+    results |= {
+        "tests": found, "methods": _over_training_seeds(found, folders), "machine": machine(),
         "settings": comparison.model_dump(mode="json"),
     }  # fmt: skip
-    _keep(root, results)
+    keep()
+    tune([name for name in methods if name not in tested])
+    keep()
     return results
-
-
-def _keep(root: Path, results: dict[str, Any]) -> None:
-    """What is known so far, and the report of it."""
-    (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    write_comparison_report(root)
 
 
 def _tested(comparison: Comparison) -> list[str]:
@@ -112,12 +120,12 @@ def _recipe(comparison: Comparison, start: stages.Run, name: str, tuning: dict[s
     return recipe_of(merge(merge(merge(comparison.recipe, method.recipe), tuning), own), f"methods.{name}")
 
 
-def _train(comparison: Comparison, runs: Sequence[tuple[str, Recipe, Method]], plans: dict[str, list[Recipe]]) -> None:
-    """Do what is left of some runs; what is known of the tuning is kept after each."""
+def _train(runs: Sequence[tuple[str, Recipe, Method]], at_once: int, after: Callable[[], object]) -> None:
+    """Do what is left of some runs."""
     left = [Job(name, stages.run, (plan,), plan.run_dir.with_suffix(".log")) for name, plan, method in runs if not _finished(plan, method)]
-    if comparison.jobs > 1:
+    if at_once > 1:
         left.sort(key=lambda job: job.arguments[0].stages != ["minillm"])  # the longest first, that none is waited for at the end
-    run_jobs(left, comparison.jobs, lambda: _keep(Path(comparison.recipe["run_dir"]), {"tuning": _tuned(comparison, plans)}))
+    run_jobs(left, at_once, after)
 
 
 def _finished(plan: Recipe, method: Method) -> bool:
@@ -126,8 +134,8 @@ def _finished(plan: Recipe, method: Method) -> bool:
     return state.finished(method.stage)
 
 
-def _tuned(comparison: Comparison, plans: dict[str, list[Recipe]]) -> dict[str, Any]:
-    """Of every method whose tuning is finished: what was tried, and which was best."""
+def _tuned(comparison: Comparison, plans: dict[str, list[Recipe]], seeded: dict[str, dict[int, Recipe]]) -> dict[str, Any]:
+    """Of every method whose tuning is finished: what was tried, which was best, and what that came to with other seeds."""
     out = {}
     for name, method in comparison.methods.items():
         if all(_finished(plan, method) for plan in plans[name]):
@@ -135,6 +143,9 @@ def _tuned(comparison: Comparison, plans: dict[str, list[Recipe]]) -> dict[str, 
             out[name] = {
                 "tried": [{"settings": tuning, **one} for tuning, one in zip(method.tuning, tried, strict=True)], "chosen": _best(tried)
             }  # fmt: skip
+            others = {seed: plan for seed, plan in seeded.get(name, {}).items() if _finished(plan, method)}
+            if others:
+                out[name]["other_seeds"] = [{"seed": seed, **_outcome(plan, method)} for seed, plan in others.items()]
     return out
 
 

@@ -25,17 +25,19 @@ from minillm.teacher.local import LocalTeacher
 Row = dict[str, Any]
 
 
-def answer(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seed: int, tokenizer: Any) -> list[Row]:
-    """One sampled answer a prompt: row, seed, text, ids, finished."""
-    seeds = [seed_of("evaluate", seed, prompt.example.row) for prompt in prompts]
-    rollouts = engine.generate([prompt.ids for prompt in prompts], sampling, seeds, progress=True)
-    return [
-        {
-            "row": prompt.example.row, "seed": seed, "ids": rollout.response_ids, "finished": rollout.finished,
-            "text": tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip(),
-        }
-        for prompt, rollout in zip(prompts, rollouts, strict=True)
-    ]  # fmt: skip
+def answer(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], tokenizer: Any) -> dict[int, list[Row]]:
+    """By seed, one sampled answer a prompt: row, seed, text, ids, finished.
+
+    The answers to one prompt are drawn beside each other: an engine that caches prefixes reads it once.
+    """
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    drawing = [seed_of("evaluate", seed, prompt.example.row) for prompt, seed in wanted]
+    rollouts = engine.generate([prompt.ids for prompt, _ in wanted], sampling, drawing, progress=True)
+    rows: dict[int, list[Row]] = {seed: [] for seed in seeds}
+    for (prompt, seed), rollout in zip(wanted, rollouts, strict=True):
+        row: Row = {"row": prompt.example.row, "seed": seed, "ids": rollout.response_ids, "finished": rollout.finished}
+        rows[seed].append(row | {"text": tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()})
+    return rows
 
 
 def token_divergences(

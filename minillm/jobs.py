@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from minillm.hardware import keep_freed_memory
+
 
 class JobError(RuntimeError):
     """Pieces of work that failed, with where their logs are."""
@@ -50,13 +52,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
     context = multiprocessing.get_context("spawn")
     waiting, places, failed = deque(jobs), deque(range(at_once)), []
     running: dict[int, tuple[Any, Job, int]] = {}
-    cores = max(1, (os.cpu_count() or 1) // at_once)
     try:
         with tqdm(total=len(jobs), desc=f"{at_once} at a time") as bar:
             while waiting or running:
                 while waiting and places:
                     job, place = waiting.popleft(), places.popleft()
-                    process = context.Process(target=_work, args=(job, _gpu(place), cores), name=job.name)
+                    process = context.Process(target=_work, args=(job, _gpu(place), _cores(place, at_once)), name=job.name)
                     process.start()
                     running[process.sentinel] = (process, job, place)
                 for sentinel in wait(list(running)):
@@ -88,10 +89,20 @@ def _gpu(place: int) -> str | None:
     return (named.split(",") if named else [str(i) for i in range(count)])[place % count]
 
 
-def _work(job: Job, gpu: str | None, cores: int) -> None:
+def _cores(place: int, at_once: int) -> list[int]:
+    """The cores of a process, by number."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    each = len(cores) // at_once
+    return cores[place * each : (place + 1) * each] if each else [cores[place % len(cores)]]
+
+
+def _work(job: Job, gpu: str | None, cores: list[int]) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is first used below
-    torch.set_num_threads(cores)
+    elif hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # vLLM binds its threads to the first cores that it may use
+    torch.set_num_threads(len(cores))
+    keep_freed_memory()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)

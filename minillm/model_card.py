@@ -9,13 +9,16 @@ from typing import Any
 
 import yaml
 
-from minillm.recipe import Recipe
+from minillm.recipe import Recipe, Stage
 
 _MEASURED = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
 
 
-def write_card(folder: Path, recipe: Recipe) -> Path:
+def write_card(folder: Path, recipe: Recipe, stage: Stage = "minillm") -> Path:
     """Write `folder/README.md` from the recipe and, where the evaluate stage has made them, its results.
+
+    Args:
+        stage: the one that trained what is in the folder.
 
     The licence is the teacher's own to tell: it is copied from its model card where that lies in a local folder.
     """
@@ -23,7 +26,7 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
     pruned = base == "prune"
     licence = _licence(Path(teacher))
     head: dict[str, Any] = {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minillm", "distillation", "reverse-kl"],
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minillm", *_tags(recipe, stage)],
         "base_model": teacher if pruned else base,
     }  # fmt: skip
     if licence and pruned:
@@ -32,8 +35,7 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {folder.resolve().parent.name}",
-        f"{made[0].upper()}{made[1:]}, distilled from `{teacher}` by minimising the reverse KL divergence on its own samples (MiniLLM, "
-        f"[arXiv 2306.08543](https://arxiv.org/abs/2306.08543)), with minillm {version('minillm')}.",
+        f"{made[0].upper()}{made[1:]}, {_how(recipe, stage)}, with minillm {version('minillm')}.",
         f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {licence or f'see that of `{teacher}`'}."
         + ("" if pruned else f" That of `{base}` holds too."),
         *_results(recipe.run_dir / "results.json"),
@@ -45,6 +47,27 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
     card = folder / "README.md"
     card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return card
+
+
+def _tags(recipe: Recipe, stage: Stage) -> list[str]:
+    if stage == "minillm":
+        return ["distillation", recipe.objective.divergence.name.replace("_", "-")]
+    return ["sft"] if stage == "sft" or (recipe.warmup.cross_entropy == 1 and recipe.warmup.targets == "references") else ["distillation"]
+
+
+def _how(recipe: Recipe, stage: Stage) -> str:
+    """What a stage has done to the model."""
+    teacher, warmup = f"`{recipe.teacher.source}`", recipe.warmup
+    if stage == "minillm":
+        name = recipe.objective.divergence.name
+        source = " (MiniLLM, [arXiv 2306.08543](https://arxiv.org/abs/2306.08543))" if name == "reverse_kl" else ""
+        what = "the reverse KL divergence" if name == "reverse_kl" else name.replace("_", " ")
+        return f"distilled from {teacher} by minimising {what} on its own samples{source}"
+    answers = f"answers of {teacher}" if stage == "warmup" and warmup.targets == "teacher" else "the answers in its training data"
+    if stage == "sft" or warmup.cross_entropy == 1:
+        return f"fine-tuned on {answers}"
+    share = "" if warmup.cross_entropy == 0 else f" and {warmup.cross_entropy:g} of cross-entropy"
+    return f"distilled from {teacher} by minimising {warmup.divergence.name.replace('_', ' ')}{share} on {answers}"
 
 
 def push(folder: Path, hub_id: str) -> str:

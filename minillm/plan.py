@@ -26,6 +26,7 @@ from minillm.recipe import Recipe
 GIB = 1 << 30
 _PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.516}  # bytes a weight: NF4's scales, themselves in 8 bits, take an eighth of a bit
+_AT_ONCE = 64  # sequences that an engine makes room for where nothing is trained
 _WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
 
 
@@ -46,6 +47,11 @@ class Machine:
     """Share of them that training and scoring reach (MFU)."""
     bandwidth: float = 3.35e12
     """Bytes a second from its memory, which bound decoding, of which it reaches half."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight where no training setting says otherwise."""
+        return 2 if self.bf16 else _WIDE
 
 
 @dataclass
@@ -175,14 +181,25 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     student = shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
     phases = []
     if "finetune" in recipe.stages:
-        phases.append(_supervised("finetune", recipe, machine, teacher, None, recipe.finetune))
+        phases += _supervised("finetune", recipe, machine, teacher, None, recipe.finetune)
+    if "responses" in recipe.stages:
+        phases.append(
+            _answers("responses", recipe, machine, teacher, recipe.responses, _rows(recipe) * recipe.responses.samples_per_prompt)
+        )
     for stage, training in (("warmup", recipe.warmup.training), ("sft", recipe.sft)):
         if stage in recipe.stages:
             # Warm-up always holds the teacher, fine-tuning for the KL of its validation.
             held = teacher if stage == "warmup" or recipe.data.validation is not None else None
-            phases.append(_supervised(stage, recipe, machine, student, held, training))
+            phases += _supervised(stage, recipe, machine, student, held, training)
     if "minillm" in recipe.stages:
         phases += _on_policy(recipe, machine, student, teacher)
+    if "evaluate" in recipe.stages:
+        scored = _answers("evaluate", recipe, machine, student, recipe.evaluate, 0)
+        scored.parts |= {
+            "student": student.parameters * machine.itemsize,
+            "teacher": _teacher_bytes(recipe, machine, teacher, machine.bf16),
+        }
+        phases.append(scored)
     return Plan(phases, machine)
 
 
@@ -238,6 +255,13 @@ def _remedies(recipe: Recipe, machine: Machine) -> list[list[str]]:
                 halved += [f"{name}.per_device_train_batch_size={micro >> halvings}"]
                 halved += [f"{name}.gradient_accumulation_steps={accumulation << halvings}"]
         out.append(halved)
+    if "minillm" in recipe.stages and recipe.rollout.engine not in ("transformers", "server") and machine.gpu:
+        rollout = recipe.rollout
+        student = shape_of(recipe.teacher.source if recipe.student.source == "prune" else recipe.student.source, recipe.student.keep_layers)
+        sequence = (recipe.data.max_prompt_tokens + rollout.max_new_tokens) * student.cached(2) / GIB
+        whole = rollout.engine_memory or sequence * rollout.num_rollouts / machine.processes
+        # Fewer sequences at once, of the same rollouts.
+        out += [[f"rollout.engine_memory={max(whole / (1 << halvings), sequence):.1f}"] for halvings in (1, 2, 3)]
     return [candidates for candidates in out if candidates]
 
 
@@ -266,17 +290,18 @@ def _scoring_parts(model: Shape, other: Shape | None, tokens: int, half: bool) -
     return {"head": logits + (0 if not half else model.head * 2) + model.head * _WIDE + 2 * tokens * model.hidden * _WIDE}
 
 
-def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other: Shape | None, training: dict[str, Any]) -> Phase:
+def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other: Shape | None, training: dict[str, Any]) -> list[Phase]:
     rows, length = training.get("per_device_train_batch_size", 8), recipe.data.max_prompt_tokens + recipe.responses.max_new_tokens
     half = bool(training.get("bf16")) and machine.bf16
     checkpointing = bool(training.get("gradient_checkpointing"))
-    parts = {"process": _PROCESS, **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
+    idle = {"process": _PROCESS, **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
+    if other is not None:
+        idle["teacher"] = _teacher_bytes(recipe, machine, other, half)
+    parts = dict(idle)
     parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
     tokens = rows * recipe.responses.max_new_tokens
     reads = other if name == "warmup" and recipe.warmup.cross_entropy < 1 else None
     parts |= _scoring_parts(model, reads, tokens, half)
-    if other is not None:
-        parts["teacher"] = _teacher_bytes(recipe, machine, other, half)
     if reads is not None:
         parts["teacher's states"] = tokens * reads.hidden * (2 if half else _WIDE)
     update = rows * training.get("gradient_accumulation_steps", 1) * machine.processes
@@ -285,7 +310,58 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
         updates = training.get("num_train_epochs", 3) * _rows(recipe) / update
     per_token = (8 if checkpointing else 6) * model.body + 6 * model.head + (0 if reads is None else 2 * (reads.body + reads.head))
     flops = updates * update * length * per_token
-    return Phase(name, parts, flops, _seconds(flops, machine))
+    trained = Phase(name, parts, flops, _seconds(flops, machine))
+    return [trained, *_validation(name, recipe, machine, model, training, idle, trained)]
+
+
+def _validation(
+    name: str, recipe: Recipe, machine: Machine, model: Shape, training: dict[str, Any], idle: dict[str, float], trained: Phase
+) -> list[Phase]:
+    """What sampling adds where a stage is validated; on a CPU its engine stays while the stage trains."""
+    if recipe.data.validation is None or training.get("eval_strategy", "no") == "no":
+        return []
+    size = 2 if training.get("bf16") and machine.bf16 else _WIDE
+    own, length = recipe.rollout.num_rollouts // machine.processes, recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    engine = _engine_parts(recipe, machine, model, size, own, length)
+    if not machine.gpu:
+        trained.parts |= engine
+    return [Phase(f"{name}: validation", {key: value for key, value in idle.items() if key != "gradients"} | engine)]
+
+
+def _answers(name: str, recipe: Recipe, machine: Machine, model: Shape, sizes: Any, drawn: int) -> Phase:
+    """Answers of a model that nothing trains, by one process."""
+    length = recipe.data.max_prompt_tokens + sizes.max_new_tokens
+    parts = {"process": _PROCESS, **_engine_parts(recipe, machine, model, machine.itemsize, _AT_ONCE, length)}
+    if recipe.rollout.engine == "transformers":
+        parts["the sampled model"] = model.parameters * machine.itemsize
+    phase, alone = Phase(name, parts, flops=drawn * length * 2 * model.body), replace(machine, processes=1)
+    decoding = _decoding(alone, model, machine.itemsize, _AT_ONCE, sizes.max_new_tokens, length)
+    phase.seconds = _seconds(phase.flops, alone) + drawn / _AT_ONCE * decoding
+    return phase
+
+
+def _engine_parts(recipe: Recipe, machine: Machine, model: Shape, size: int, sequences: int, length: int) -> dict[str, float]:
+    """What an engine holds: its copy of the weights and its cache, or, where the model at hand is sampled, the cache alone.
+
+    Args:
+        size: bytes of a weight.
+        sequences: drawn together, of `length` tokens.
+    """
+    rollout = recipe.rollout
+    if rollout.engine == "transformers":
+        return {"the sampled model's cache": min(sequences, 32) * length * model.cached(size)}
+    cache = rollout.engine_memory * GIB if rollout.engine_memory else sequences * (length + 32) * model.cached(size)
+    parts = {"vLLM's weights": model.parameters * size, "vLLM's cache": min(cache, 4 * GIB) if not machine.gpu else cache}
+    if machine.gpu:
+        parts["vLLM's buffers"] = 2 * GIB + 5 * min(max(sequences, 16), 256) * (model.head // model.hidden) * _WIDE
+    return parts
+
+
+def _decoding(machine: Machine, model: Shape, size: int, sequences: int, new_tokens: int, length: int) -> float:
+    """Seconds of a batch of answers: weights and cache are read once a token, by half of the memory's bandwidth."""
+    steps = new_tokens * -(-sequences // 256)
+    read = model.parameters * size + min(sequences, 256) * length / 2 * model.cached(size)
+    return steps * 2 * read / machine.bandwidth if machine.gpu else 0.0
 
 
 def _rows(recipe: Recipe) -> int:
@@ -309,15 +385,7 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
         shared["teacher"] = _teacher_bytes(recipe, machine, teacher, half)
         shared["teacher's states"] = own * rollout.max_new_tokens * teacher.hidden * size
     idle = {name: value for name, value in shared.items() if name != "gradients"}  # freed after each update
-    engine: dict[str, float] = {}
-    if rollout.engine == "transformers":  # it samples the trained model itself, some sequences at a time
-        engine = {"the student's cache": min(own, 32) * length * student.cached(size)}
-    elif rollout.engine != "server":
-        cache = rollout.engine_memory * GIB if rollout.engine_memory else own * (length + 32) * student.cached(size)
-        engine = {"vLLM's student": student.parameters * size, "vLLM's cache": min(cache, 4 * GIB) if not machine.gpu else cache}
-        if machine.gpu:
-            sequences = min(max(own, 16), 256)
-            engine["vLLM's buffers"] = 2 * GIB + 5 * sequences * (student.head // student.hidden) * _WIDE
+    engine = {} if rollout.engine == "server" else _engine_parts(recipe, machine, student, size, own, length)
     drawing = Phase("minillm: rollouts", idle | engine)
     if rollout.teacher_mix and not recipe.teacher.servers:
         drawing.parts["teacher's cache"] = own * length * teacher.cached(size)
@@ -343,9 +411,7 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
     training_phase.seconds = _seconds(training_phase.flops, machine)
     drawing.flops = drawn * length * 2 * (student.body + teacher.body)
     batches = drawn / rollout.num_rollouts
-    steps = rollout.max_new_tokens * -(-own // 256)
-    read = student.parameters * size + min(own, 256) * length / 2 * student.cached(size)
-    drawing.seconds = _seconds(drawing.flops, machine) + (batches * steps * 2 * read / machine.bandwidth if machine.gpu else 0.0)
+    drawing.seconds = _seconds(drawing.flops, machine) + batches * _decoding(machine, student, size, own, rollout.max_new_tokens, length)
     return [drawing, training_phase]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from minillm.data.examples import Example, Prompt, read_examples, read_jsonl, read_texts, render_all, render_answer, write_jsonl
 from minillm.hardware import give_back_memory
-from minillm.recipe import Recipe, RolloutConfig
+from minillm.recipe import Recipe, RolloutConfig, Stage
 from minillm.rollout.build import choose_engine
 from minillm.run_state import Interrupted, RunState
 
@@ -50,6 +50,7 @@ class Run:
         self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
         self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
         self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
+        self.fine_tuned = str(self.dir / "sft")
         self.student = str(self.dir / "student")
         self.answers = recipe.responses.file or self.dir / "responses.jsonl"
 
@@ -119,6 +120,11 @@ class Run:
         examples = [example for example in read_examples(data.validation, data.validation_limit) if example.references]
         prompts = self.prompts(examples, data.validation.name)
         return [{"prompt_ids": prompt.ids, "references": list(prompt.example.references)} for prompt in prompts]
+
+    def trained(self) -> dict[Stage, str]:
+        """Where every stage of the recipe that trains the student leaves it."""
+        folders: dict[Stage, str] = {"warmup": self.warmed, "sft": self.fine_tuned, "minillm": self.student}
+        return {stage: folder for stage, folder in folders.items() if stage in self.recipe.stages}
 
     def rollout(self) -> RolloutConfig:
         return self.recipe.rollout.model_copy(update={"max_prompt_tokens": self.recipe.data.max_prompt_tokens})
@@ -242,7 +248,7 @@ def _finetune(this: Run) -> None:
 
 
 def _sft(this: Run) -> None:
-    _fine_tune(this, "sft", this.start, str(this.dir / "sft"), this.recipe.sft, teacher=this.teacher)
+    _fine_tune(this, "sft", this.start, this.fine_tuned, this.recipe.sft, teacher=this.teacher)
 
 
 def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[str, Any], teacher: str | None = None) -> None:
@@ -434,12 +440,9 @@ def _evaluate(this: Run) -> None:
     from minillm.teacher.local import LocalTeacher
 
     settings = this.recipe.evaluate
-    folders = {"teacher": this.teacher, "pruned": this.start, "warmed": this.warmed, "minillm": this.student}
-    if this.recipe.student.source != "prune":
-        folders["student"] = folders.pop("pruned")
-    for stage, name in (("warmup", "warmed"), ("minillm", "minillm")):
-        if stage not in this.recipe.stages:
-            del folders[name]
+    start = "pruned" if this.recipe.student.source == "prune" else "student"
+    names = {"warmup": "warmed"}
+    folders = {"teacher": this.teacher, start: this.start, **{names.get(stage, stage): folder for stage, folder in this.trained().items()}}
     prompts = this.prompts(this.heldout_examples, this.recipe.data.heldout.name)
     sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
     tokenizer = load_tokenizer(this.teacher)
@@ -456,7 +459,8 @@ def _evaluate(this: Run) -> None:
         _say(0, f"  {name}")
         model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
         engine = engines.of(model, folder)
-        rows[name] = [row for seed in settings.seeds for row in evaluation.answer(engine, prompts, sampling, seed, tokenizer)]
+        by_seed = evaluation.answer(engine, prompts, sampling, settings.seeds, tokenizer)
+        rows[name] = [row for some in by_seed.values() for row in some]
         if name != "teacher":
             teacher = teacher or LocalTeacher(load_model(this.teacher, working_dtype(), this.recipe.teacher.quantization).to(device()))  # pyright: ignore[reportArgumentType]
             evaluation.add_reverse_kl(rows[name], prompts, model, teacher, sampling.vocab_size, settings.temperature)
@@ -490,9 +494,9 @@ def _report(this: Run) -> None:
     from minillm.report import write_report
 
     write_report(this.dir, {example.row: example.text for example in this.heldout_examples})
-    for stage, folder in (("warmup", this.warmed), ("sft", str(this.dir / "sft")), ("minillm", this.student)):
-        if stage in this.recipe.stages and Path(folder).is_dir():
-            write_card(Path(folder), this.recipe)
+    for stage, folder in this.trained().items():
+        if Path(folder).is_dir():
+            write_card(Path(folder), this.recipe, stage)
     if this.recipe.push_to_hub and Path(this.student).is_dir():
         _say(0, f"  uploaded to {push(Path(this.student), this.recipe.push_to_hub)}")
 

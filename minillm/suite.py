@@ -1,6 +1,7 @@
 """Test sets answered by several models: answers kept beside their scores, one table, one section of HTML.
 
-A part (a model, a set, a seed) that is there and was made from the same weights, prompts and settings is not made again.
+A part (a model, a set, a seed) that is there and was made from the same weights, prompts and settings is not made again. The seeds of a set
+that are missing are drawn together.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Exam
     sets = {name: read_set(name, test, suite.data_dir) for name, test in suite.sets.items()}
     config = RolloutConfig(engine="transformers" if suite.no_repeat_ngram else suite.engine)
     choose_engine(config.engine)
-    engines = OneEngine(config, suite.max_prompt_tokens + suite.max_new_tokens)
+    engines = OneEngine(config, suite.max_prompt_tokens + suite.max_new_tokens, sequences=256)
     teacher = _Teacher(suite)
     try:
         for name, folder in models.items():
@@ -121,7 +122,8 @@ def _answer_all(suite: Suite, sets: Mapping[str, list[Example]], name: str, fold
         if too_long:
             logger.warning("%s, %s: %d of %d prompts exceed max_prompt_tokens and are left out", name, key, len(too_long), len(examples))
     made_from = {key: _made_from(suite, folder, prompts[key], suite.sets[key]) for key in sets}
-    missing = [(key, seed) for key in sets for seed in suite.seeds if not _is_there(suite, name, key, str(seed), made_from[key])]
+    left = {key: [seed for seed in suite.seeds if not _is_there(suite, name, key, str(seed), made_from[key])] for key in sets}
+    missing = {key: seeds for key, seeds in left.items() if seeds}
     extra = [key for key, test in suite.sets.items() if test.choices and not _is_there(suite, name, key, "choices", made_from[key])]
     exposure = [key for key in sets if suite.exposure_bias and not _is_there(suite, name, key, "exposure", made_from[key])]
     if not missing and not extra and not exposure:
@@ -132,31 +134,40 @@ def _answer_all(suite: Suite, sets: Mapping[str, list[Example]], name: str, fold
         suite.max_new_tokens, eos_ids(model.generation_config, tokenizer), width, suite.temperature, no_repeat_ngram=suite.no_repeat_ngram
     )
     loaded = _Loaded(name, folder, model, tokenizer, prompts, sampling)
-    for key, seed in sorted(missing, key=lambda part: _whole_of(suite, part[0]) is not None):
+    for key in sorted(missing, key=lambda key: _whole_of(suite, key) is not None):
         whole = _whole_of(suite, key)
         if whole is not None:
             wanted = {prompt.example.row for prompt in prompts[key]}
-            rows = [row for row in read_jsonl(_file(suite, name, whole, str(seed))) if row["row"] in wanted]
+            theirs = {seed: read_jsonl(_file(suite, name, whole, str(seed))) for seed in missing[key]}
+            by_seed = {seed: [row for row in rows if row["row"] in wanted] for seed, rows in theirs.items()}
+        else:
+            by_seed = answer(engines.of(model, folder), prompts[key], sampling, missing[key], tokenizer)
+            _score(loaded, key, by_seed, suite, teacher)
+        for seed, rows in by_seed.items():
             _keep(suite, name, key, str(seed), rows, made_from[key])
-            continue
-        rows = answer(engines.of(model, folder), prompts[key], sampling, seed, tokenizer)
-        for row, prompt in zip(rows, prompts[key], strict=True):
-            row["references"] = list(prompt.example.references)
-            if prompt.example.references:
-                row["rouge_l"] = metrics.rouge_l(row["text"], prompt.example.references)
-                row["exact_match"] = metrics.exact_match(row["text"], prompt.example.references)
-        if teacher and seed == suite.seeds[0]:
-            found = token_divergences(
-                bind_scoring(model), teacher.get(tokenizer), [p.ids for p in prompts[key]], [row["ids"] for row in rows],
-                _shared(loaded, teacher), suite.temperature, progress=True,
-            )  # fmt: skip
-            for row, (reverse, forward) in zip(rows, found, strict=True):
-                row["reverse_kl"], row["forward_kl"] = float(reverse.sum()), float(forward.sum())
-        _keep(suite, name, key, str(seed), rows, made_from[key])
     for key in extra:
         _keep(suite, name, key, "choices", _choose(loaded, key, suite.sets[key]), made_from[key])
     for key in exposure:
         _keep(suite, name, key, "exposure", _exposure(loaded, key, suite, engines, teacher), made_from[key])
+
+
+def _score(loaded: _Loaded, key: str, by_seed: Mapping[int, list[Row]], suite: Suite, teacher: _Teacher) -> None:
+    """Write into every row what its answer is worth."""
+    prompts = loaded.prompts[key]
+    for rows in by_seed.values():
+        for row, prompt in zip(rows, prompts, strict=True):
+            row["references"] = list(prompt.example.references)
+            if prompt.example.references:
+                row["rouge_l"] = metrics.rouge_l(row["text"], prompt.example.references)
+                row["exact_match"] = metrics.exact_match(row["text"], prompt.example.references)
+    if teacher and suite.seeds[0] in by_seed:
+        rows = by_seed[suite.seeds[0]]
+        found = token_divergences(
+            bind_scoring(loaded.model), teacher.get(loaded.tokenizer), [p.ids for p in prompts], [row["ids"] for row in rows],
+            _shared(loaded, teacher), suite.temperature, progress=True,
+        )  # fmt: skip
+        for row, (reverse, forward) in zip(rows, found, strict=True):
+            row["reverse_kl"], row["forward_kl"] = float(reverse.sum()), float(forward.sum())
 
 
 def _whole_of(suite: Suite, key: str) -> str | None:
@@ -191,7 +202,8 @@ def _exposure(loaded: _Loaded, key: str, suite: Suite, engines: OneEngine, teach
     prompts, at_hand = loaded.prompts[key], teacher.get(loaded.tokenizer)
     rows: list[Row] = [{"row": prompt.example.row} for prompt in prompts]
     for who, model, folder in (("own", loaded.model, loaded.folder), ("oracle", at_hand.model, str(suite.teacher))):
-        drawn = answer(engines.of(model, folder), prompts, loaded.sampling, seed_of(suite.seeds[0], "exposure"), loaded.tokenizer)
+        seed = seed_of(suite.seeds[0], "exposure")
+        drawn = answer(engines.of(model, folder), prompts, loaded.sampling, [seed], loaded.tokenizer)[seed]
         found = token_divergences(
             bind_scoring(loaded.model), at_hand, [p.ids for p in prompts], [row["ids"] for row in drawn], _shared(loaded, teacher),
             suite.temperature, progress=True,

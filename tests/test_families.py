@@ -22,6 +22,7 @@ from transformers.models.qwen3 import Qwen3Config
 
 from minillm import stages
 from minillm.data.rollouts import Sampling
+from minillm.models.known import KNOWN
 from minillm.models.load import load_model
 from minillm.models.weights import plain_weights
 from minillm.recipe import RolloutConfig
@@ -30,6 +31,8 @@ from minillm.rollout.build import make_engine
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.rollout.vllm_engine import NOT_ON_CPUS, VLLMEngine, vllm_is_installed
 from tests.conftest import save
+from tests.test_recipes import FAMILIES as SHIPPED
+from tests.test_recipes import commands
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COMMON: dict[str, Any] = {"vocab_size": 32, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.2}
@@ -69,8 +72,10 @@ def tiny(config: Any, seed: int, folder: Path) -> str:
     return save(model, folder)
 
 
-def run(family: str, folder: Path, *overrides: str, engine: str = "transformers") -> stages.Run:
-    name, config = FAMILIES[family]
+def run(family: str, folder: Path, *overrides: str, engine: str = "transformers", recipe: str | None = None) -> stages.Run:
+    """A recipe, by default its family's first, on models of the family in a folder."""
+    first, config = FAMILIES[family]
+    name = recipe or first
     teacher, student = tiny(config(3), 1, folder / "teacher"), tiny(config(2), 2, folder / "student")
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w4"}) + "\n" for i in range(16)))
@@ -80,7 +85,7 @@ def run(family: str, folder: Path, *overrides: str, engine: str = "transformers"
         "max_steps=2", "per_device_train_batch_size=4", "gradient_accumulation_steps=1", "bf16=false", "use_cpu=true",
         "eval_strategy=steps", "eval_steps=1", "save_strategy=steps", "save_steps=1", "warmup_steps=0", "disable_tqdm=true",
     ]  # fmt: skip
-    recipe = load_recipe(
+    loaded = load_recipe(
         RECIPES / f"{name}.yaml",
         [
             *(f"data.{key}={data}" for key in ("train", "heldout", "validation")), f"data.text={text}", "data.validation_limit=2",
@@ -91,7 +96,7 @@ def run(family: str, folder: Path, *overrides: str, engine: str = "transformers"
             *(f"{section}.{setting}" for section in ("finetune", "sft", "warmup.training", "training") for setting in small), *overrides,
         ],
     )  # fmt: skip
-    return stages.run(recipe)
+    return stages.run(loaded)
 
 
 def check(run: stages.Run) -> None:
@@ -116,6 +121,52 @@ def check(run: stages.Run) -> None:
 @pytest.mark.parametrize("family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES])
 def test_a_familys_recipe_runs_all_its_stages(family: str, tmp_path: Path) -> None:
     check(run(family, tmp_path))
+
+
+def others() -> list[tuple[str, str]]:
+    """The recipes that are not the first of their family, with it."""
+    firsts = {name for name, _ in FAMILIES.values()}
+    names = [str(path.relative_to(RECIPES).with_suffix("")) for path in SHIPPED]
+    kinds = {"gemma3_text": "gemma3"}
+    found = []
+    for name in set(names) - firsts:
+        kind = str(KNOWN[load_recipe(RECIPES / f"{name}.yaml").teacher.source]["model_type"])
+        found.append((name, "smollm2" if name.startswith("smollm2") else kinds.get(kind, kind)))
+    return sorted(found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "family"), others())
+def test_every_other_recipe_runs_all_its_stages(name: str, family: str, tmp_path: Path) -> None:
+    check(run(family, tmp_path, recipe=name))
+
+
+@pytest.mark.parametrize(
+    ("family", "baseline"),
+    [
+        pytest.param(family, name, marks=() if (family, name) == ("gpt2", "sft") else pytest.mark.full)
+        for family in ("gpt2", "qwen3")
+        for name in ("sft", "kd", "seqkd", "gkd", "distillm")
+    ],
+)
+def test_a_baselines_command_trains_and_scores_it(family: str, baseline: str, tmp_path: Path) -> None:
+    named = f"recipes/{FAMILIES[family][0]}.yaml", f"run_dir=runs/{baseline}"
+    [overrides] = [words[2:] for words in commands("minillm run ") if tuple(words[:2]) == named]
+    done = run(family, tmp_path, *(text for text in overrides if "num_train_epochs" not in text))
+    results = json.loads((done.dir / "results.json").read_text())["models"]
+    last = {"sft": "sft", "kd": "warmed", "seqkd": "warmed"}.get(baseline, "minillm")
+    assert set(results) == {"teacher", "student", "warmed", last} - ({"warmed"} if baseline == "sft" else set())
+    folder = list(done.trained().values())[-1]
+    trained, before = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, done.start))
+    assert any(not torch.equal(value, trained[name]) for name, value in before.items())
+    card = (Path(folder) / "README.md").read_text()
+    how = {
+        "sft": "fine-tuned on the answers in",
+        "kd": "forward kl and 0.5 of",
+        "seqkd": "fine-tuned on answers of",
+        "gkd": "the reverse KL",
+    }
+    assert how.get(baseline, "skew reverse kl") in card
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from minillm.cli import app
 from minillm.models.known import KNOWN
-from minillm.plan import GIB, Machine, Phase, kept_bytes, plan, shape_of
+from minillm.plan import GIB, Machine, Phase, fitted, kept_bytes, plan, shape_of
 from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 from tests.conftest import save, tiny_llama
@@ -99,11 +99,47 @@ def test_what_moves_a_peak(tmp_path: Path) -> None:
     assert held["teacher"] == large.body + 2 * (m - large.body)
     assert held["student"] == pytest.approx(0.516 * small.body + 2 * (n - small.body))
     drawing = phase(whole, "rollouts").parts
-    assert {"vLLM's student", "vLLM's cache", "teacher's cache"} <= drawing.keys()
-    assert not {"vLLM's student", "gradients"} & update.keys() - {"gradients"}  # on a GPU vLLM sleeps while the student trains
+    assert {"vLLM's weights", "vLLM's cache", "teacher's cache"} <= drawing.keys()
+    assert "vLLM's weights" not in update  # on a GPU vLLM sleeps while the student trains
     cpu = phase(plan(recipe(tmp_path), Machine(gpu=False, bf16=False)), "update").parts
-    assert "vLLM's student" in cpu
+    assert "vLLM's weights" in cpu
     assert cpu["teacher"] == 4 * m
+
+
+def test_what_sampling_adds_to_other_stages(tmp_path: Path) -> None:
+    validated = {"max_steps": 10, "per_device_train_batch_size": 8, "bf16": True, "eval_strategy": "steps"}
+    given = recipe(
+        tmp_path, stages=["responses", "warmup", "sft", "minillm", "evaluate"], warmup={"training": validated}, sft=validated,
+        data={"train": "a", "heldout": "b", "validation": "b"},
+    )  # fmt: skip
+    found, n = plan(given, Machine(8)), shape_of(str(tmp_path / "s")).parameters
+    names = ["responses", "warmup", "warmup: validation", "sft", "sft: validation", "minillm: rollouts", "minillm: update", "evaluate"]
+    assert [each.name for each in found.phases] == names
+    validation = phase(found, "warmup: validation").parts
+    assert validation["vLLM's weights"] == 2 * n
+    assert "activations" not in validation
+    assert "vLLM's weights" not in phase(found, "warmup").parts  # asleep
+    alone = plan(given, Machine(gpu=False)).phases[1]
+    assert alone.parts["vLLM's weights"] == 2 * n
+    answers = found.phases[0]
+    assert answers.parts["vLLM's weights"] == 2 * shape_of(str(tmp_path / "t")).parameters
+    assert answers.seconds > 0
+    unvalidated = recipe(tmp_path, stages=["warmup"], warmup={"training": validated})
+    assert [each.name for each in plan(unvalidated, Machine(8)).phases] == ["warmup"]
+
+
+def test_a_smaller_cache_is_what_fits_a_large_batch_of_rollouts(tmp_path: Path) -> None:
+    given = recipe(tmp_path, rollout={"num_rollouts": 4096, "max_new_tokens": 1024})
+    rollouts = phase(plan(given, Machine()), "rollouts")
+    machine = Machine(memory=int(rollouts.peak - rollouts.parts["vLLM's cache"] / 2))
+    found, changed = fitted(given, machine, lambda changes: given.model_copy(update={"rollout": _with(given.rollout, changes)}))
+    assert found.fits
+    assert changed.rollout.num_rollouts == 4096
+
+
+def _with(rollout: Any, changes: list[str]) -> Any:
+    memory = [float(text.split("=")[1]) for text in changes if text.startswith("rollout.engine_memory=")]
+    return rollout.model_copy(update={"engine_memory": memory[-1]}) if memory else rollout
 
 
 @pytest.mark.full
@@ -135,5 +171,9 @@ def test_the_command_line(tmp_path: Path) -> None:
     shown = run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--memory", "2GiB"])
     assert "does not fit in 2 GiB" in shown.output
     assert "the student in shards" in shown.output
+    shown = run.invoke(app, ["plan", *given[:-1], "2GiB", "--fit", str(tmp_path / "none.yaml")])
+    assert shown.exit_code == 1
+    assert "none.yaml is not written" in shown.output
+    assert not (tmp_path / "none.yaml").exists()
     with pytest.raises(ValueError, match="--memory lots: a size such as 80GiB is needed"):
         run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--memory", "lots"], catch_exceptions=False)

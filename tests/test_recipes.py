@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_every_recipe_is_valid_and_short(path: Path, tmp_path: Path) -> None:
     text.write_text('{"text": "w1 w2"}\n')
     assert load(path, tmp_path, f"data.text={text}").data.text is not None
     assert recipe.objective.language_model == 1.0
+
+
+def commands(start: str) -> list[list[str]]:
+    """Those in the recipes' README, as a shell takes them apart."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith(start)]
+
+
+def test_the_readmes_commands_are_valid(tmp_path: Path) -> None:
+    found = commands("minillm run ")
+    assert len(found) >= 11
+    for recipe, *overrides in found:
+        load(ROOT.parent / recipe, tmp_path, *overrides)
 
 
 def test_run_directories_differ(tmp_path: Path) -> None:

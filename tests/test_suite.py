@@ -82,29 +82,31 @@ def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    made: list[tuple[int, int]] = []
+    made: list[tuple[int, list[int]]] = []
     original = suite.answer
     monkeypatch.setattr(
         suite, "answer", lambda engine, prompts, *rest: made.append((len(prompts), rest[1])) or original(engine, prompts, *rest)
     )
     first = suite.run_suite(make(data, out), models)
-    assert made == [(8, 1), (8, 2), (3, 1), (3, 2)] * 2  # the long ones are some of the others
+    assert made == [(8, [1, 2]), (3, [1, 2])] * 2  # all seeds of a set at once; the long ones are some of the others
     for name in models:
         some, long = (read_jsonl(out / name / f"{key}-2.jsonl") for key in ("some", "long"))
         assert long == [row for row in some if max(len(text.split()) for text in row["references"]) >= 4]
     assert suite.run_suite(make(data, out), models) == first
-    assert len(made) == 8
+    assert len(made) == 4
     suite.run_suite(make(data, out, seeds=[1, 2, 3]), models)
-    assert made[8:] == [(8, 3), (3, 3)] * 2
+    assert made[4:] == [(8, [3]), (3, [3])] * 2
     suite.run_suite(make(data, out, temperature=0.5), {"student": models["student"]})
-    assert len(made) == 12 + 4
+    assert len(made) == 8 + 2
     with (Path(data) / "some.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"instruction": "w9", "output": "w1"}))
     suite.run_suite(make(data, out, temperature=0.5), {"student": models["student"]})
-    assert made[16:] == [(9, 1), (9, 2)]
+    assert made[10:] == [(9, [1, 2])]
 
 
-def test_an_interruption_loses_one_part_at_most(data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_loses_one_set_of_one_model_at_most(
+    data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = 0
     original = suite.answer
 
@@ -119,7 +121,7 @@ def test_an_interruption_loses_one_part_at_most(data: str, models: dict[str, str
     with pytest.raises(KeyboardInterrupt):
         suite.run_suite(make(data, tmp_path / "out"), models)
     suite.run_suite(make(data, tmp_path / "out"), models)
-    assert calls == 3 + 8 - 2
+    assert calls == 3 + 4 - 2
 
 
 def test_calibration_and_exposure_bias_come_from_the_models_themselves(

@@ -104,10 +104,11 @@ class OneEngine:
     Args:
         config: `engine: server` samples here as `auto` does.
         max_length: prompt and response together.
+        sequences: that are drawn together.
     """
 
-    def __init__(self, config: RolloutConfig, max_length: int) -> None:
-        self._config, self._max_length = config, max_length
+    def __init__(self, config: RolloutConfig, max_length: int, sequences: int = 64) -> None:
+        self._config, self._max_length, self._sequences = config, max_length, sequences
         self._engine: Engine | None = None
         self._shape: dict[str, Any] = {}
 
@@ -119,7 +120,7 @@ class OneEngine:
             self._engine.update_weights(plain_weights(model, working_dtype()), self._engine.version + 1)
         else:
             self.close()
-            self._engine = make_engine(self._config, folder, max_length=self._max_length, tokenizer=folder)
+            self._engine = make_engine(self._config, folder, max_length=self._max_length, sequences=self._sequences, tokenizer=folder)
             self._shape = shape
         return self._engine
 

@@ -42,7 +42,7 @@ def cache_bytes(folder: str | Path, *, max_length: int, sequences: int, dtype: t
 def engine_limits(max_length: int, sequences: int) -> dict[str, int]:
     """Sequences drawn from at once, and tokens read in one step: vLLM's defaults are sized for a GPU of its own."""
     if not torch.cuda.is_available():
-        return {"max_num_seqs": 64, "max_num_batched_tokens": max(4096, max_length)}
+        return {"max_num_seqs": min(max(sequences, 64), 256), "max_num_batched_tokens": max(4096, max_length)}
     return {"max_num_seqs": min(max(sequences, 16), 256), "max_num_batched_tokens": max(8192, max_length)}
 
 

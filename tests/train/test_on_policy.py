@@ -615,7 +615,7 @@ deepspeed = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "kind", ["fsdp2", "fsdp2-lora", pytest.param("zero3", marks=deepspeed), pytest.param("zero3-lora", marks=deepspeed)]
+    "kind", ["fsdp2", "fsdp2-lora", *(pytest.param(kind, marks=deepspeed) for kind in ("zero2", "zero3", "zero3-lora"))]
 )
 def test_shards_train_and_save_the_student_of_one_process(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """Its head is scored without being called, its weights are gathered for the engine, for every update and to be saved."""

@@ -16,12 +16,17 @@ from minillm.models.weights import is_sharded
 from minillm.recipe import AdapterConfig
 from minillm.rollout.transformers_engine import TransformersEngine
 
-ZERO3 = {
-    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0},
-    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
-    "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
-}  # fmt: skip
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
+
+
+def deepspeed(stage: int) -> dict[str, Any]:
+    """Its configuration; in stage 3 weights are in shards, in stage 2 what belongs to them."""
+    whole = {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    zero = {"stage": stage} | (whole if stage == 3 else {})
+    return {
+        "zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+    }  # fmt: skip
 
 
 def shard_on_cpus() -> None:
@@ -43,7 +48,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the same.
     `server`: over a vLLM server of the run's own. `replay`: twelve updates, with earlier rollouts in every batch, of which each
     process has its own. `zero3`, `fsdp2`: the student in shards where there are two processes, sampled as a whole copy;
-    `zero3-lora`, `fsdp2-lora`: its adapter.
+    `zero2`: its gradients and moments; `zero3-lora`, `fsdp2-lora`: its adapter.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
@@ -52,7 +57,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     arguments = TrainingArguments(
         folder, optim="sgd", learning_rate=0.05, max_steps=2, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
         lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        deepspeed=ZERO3 if kind.startswith("zero3") and world > 1 else None,
+        deepspeed=deepspeed(int(kind[4])) if kind.startswith("zero") and world > 1 else None,
     )  # fmt: skip
     rollout = RolloutConfig(
         engine="server" if kind == "server" else "transformers", servers="auto" if kind == "server" else [], num_rollouts=8,
@@ -68,7 +73,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         arguments.max_steps, arguments.logging_steps = 12, 1
     engine = None
     given: Any = student
-    sharded = kind.startswith(("zero3", "fsdp2"))
+    sharded = kind.startswith(("zero", "fsdp2"))
     if sharded:
         engine = TransformersEngine(load_model(student, torch.float32))
     if kind.endswith("-lora"):
@@ -79,7 +84,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     )  # fmt: skip
     trainer.train()
     if sharded:
-        assert is_sharded(trainer.model) == (world == 2)
+        assert is_sharded(trainer.model) == (world == 2 and kind != "zero2")
         assert all(entry["engine_mismatch"] < 1e-5 for entry in trainer.state.log_history if "engine_mismatch" in entry)
         trainer.save_student(folder)
     trainer.close()
