@@ -27,6 +27,8 @@ SUITE = [
     "tests/rollout/test_vllm_server.py",
     "tests/rollout/test_engines.py",
     "tests/train",
+    "tests/test_suite.py",
+    "tests/test_jobs.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -226,6 +228,8 @@ MUTATIONS = [
         'if shards is not None and "FULL_STATE_DICT" not in',
         'if False and "FULL_STATE_DICT" not in',
     ),
+    Mutation("every seed of an evaluation the first one", "evaluation.py", 'seed_of("evaluate", seed, ', 'seed_of("evaluate", seeds[0], '),
+    Mutation("all processes of a comparison on the same cores", "jobs.py", "cores[place * each : (place + 1) * each]", "cores[:each]"),
     Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
 ]
 

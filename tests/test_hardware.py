@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,3 +45,25 @@ def test_the_working_dtype_is_one_of_the_two(monkeypatch: pytest.MonkeyPatch) ->
     for quick, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(hardware, "fast_bfloat16", lambda quick=quick: quick)
         assert hardware.working_dtype() == dtype
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="of glibc, without a GPU")
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    """By what the kernel has to hand out anew: pages of a block that was there before."""
+    code = """
+import resource, torch
+from minillm.hardware import give_back_memory, keep_freed_memory
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.set_num_threads(1)
+keep_freed_memory()
+kept = min(pages() for _ in range(8))  # the first ones may each find a place of their own
+give_back_memory()
+print(kept, pages())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, anew = map(int, done.stdout.split())
+    assert kept < 100
+    assert anew > 10_000  # 64 MB

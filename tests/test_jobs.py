@@ -43,6 +43,23 @@ def test_jobs_run_side_by_side_and_one_that_fails_stops_no_other(tmp_path: Path,
     assert f"{max(1, (os.cpu_count() or 1) // 2)} threads" in logs["two"]
 
 
+def cores(folder: Path, name: str, others: int) -> None:
+    (folder / f"{name}.cores").write_text(",".join(map(str, sorted(os.sched_getaffinity(0)))))
+    note(folder, name, others)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or (os.cpu_count() or 1) < 2, reason="no cores to share out")
+def test_without_gpus_each_has_cores_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_gpu", lambda _: None)
+    run_jobs([Job(name, cores, (tmp_path, name, 2), tmp_path / f"{name}.log") for name in ("one", "two")], 2)
+    one, two = (set((tmp_path / f"{name}.cores").read_text().split(",")) for name in ("one", "two"))
+    assert not one & two
+    assert len(one) == len(two) == len(os.sched_getaffinity(0)) // 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    assert [jobs._cores(place, 2) for place in range(2)] == [[0], [1]]
+    assert [jobs._cores(place, 4) for place in range(4)] == [[0], [1], [2], [0]]
+
+
 def test_one_at_a_time_is_here(tmp_path: Path) -> None:
     run_jobs(make(tmp_path, ["one", "two"]), 1)
     assert {path.read_text() for path in tmp_path.glob("*.begun")} == {str(os.getpid())}

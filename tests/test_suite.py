@@ -96,6 +96,12 @@ def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
     assert len(made) == 4
     suite.run_suite(make(data, out, seeds=[1, 2, 3]), models)
     assert made[4:] == [(8, [3]), (3, [3])] * 2
+    suite.run_suite(make(data, tmp_path / "together", seeds=[2, 3]), {"student": models["student"]})
+    kept = {seed: [row["ids"] for row in read_jsonl(out / "student" / f"some-{seed}.jsonl")] for seed in (1, 2, 3)}
+    for seed in (2, 3):  # drawn with another beside them, and with none
+        assert [row["ids"] for row in read_jsonl(tmp_path / "together" / "student" / f"some-{seed}.jsonl")] == kept[seed]
+    assert kept[1] != kept[2] != kept[3]
+    del made[8:]
     suite.run_suite(make(data, out, temperature=0.5), {"student": models["student"]})
     assert len(made) == 8 + 2
     with (Path(data) / "some.jsonl").open("a") as file:
