@@ -100,7 +100,7 @@ def _work(job: Job, gpu: str | None, cores: list[int]) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is first used below
     elif hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # vLLM binds its threads to the first cores that it may use
+        os.sched_setaffinity(0, cores)  # else the threads of two wait for each other on one core while another idles
     torch.set_num_threads(len(cores))
     keep_freed_memory()
     job.log.parent.mkdir(parents=True, exist_ok=True)

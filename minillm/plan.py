@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,7 @@ def _kept(config: str, kind: Any, rows: int, length: int, half: bool, checkpoint
 
 def plan(recipe: Recipe, machine: Machine) -> Plan:
     """Peak memory of a process, floating-point operations and seconds of each training phase."""
-    teacher = shape_of(recipe.teacher.source)
-    pruned = recipe.student.source == "prune"
-    student = shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
+    teacher, student = _models(recipe)
     phases = []
     if "finetune" in recipe.stages:
         phases += _supervised("finetune", recipe, machine, teacher, None, recipe.finetune)
@@ -194,13 +193,20 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     if "minillm" in recipe.stages:
         phases += _on_policy(recipe, machine, student, teacher)
     if "evaluate" in recipe.stages:
-        scored = _answers("evaluate", recipe, machine, student, recipe.evaluate, 0)
-        scored.parts |= {
-            "student": student.parameters * machine.itemsize,
-            "teacher": _teacher_bytes(recipe, machine, teacher, machine.bf16),
-        }
-        phases.append(scored)
+        for name, model in (("teacher", teacher), ("student", student)):
+            scored = _answers(f"evaluate: {name}", recipe, machine, model, recipe.evaluate, 0)
+            scored.parts[name] = model.parameters * machine.itemsize
+            if model is student:  # one process reads it, so there are no shards
+                scored.parts["teacher"] = _held(teacher, machine.itemsize, recipe.teacher.quantization)
+            phases.append(scored)
     return Plan(phases, machine)
+
+
+def _models(recipe: Recipe) -> tuple[Shape, Shape]:
+    """Teacher and student."""
+    pruned = recipe.student.source == "prune"
+    student = shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
+    return shape_of(recipe.teacher.source), student
 
 
 def fitted(recipe: Recipe, machine: Machine, overridden: Any) -> tuple[Plan, Recipe]:
@@ -255,13 +261,14 @@ def _remedies(recipe: Recipe, machine: Machine) -> list[list[str]]:
                 halved += [f"{name}.per_device_train_batch_size={micro >> halvings}"]
                 halved += [f"{name}.gradient_accumulation_steps={accumulation << halvings}"]
         out.append(halved)
-    if "minillm" in recipe.stages and recipe.rollout.engine not in ("transformers", "server") and machine.gpu:
-        rollout = recipe.rollout
-        student = shape_of(recipe.teacher.source if recipe.student.source == "prune" else recipe.student.source, recipe.student.keep_layers)
-        sequence = (recipe.data.max_prompt_tokens + rollout.max_new_tokens) * student.cached(2) / GIB
-        whole = rollout.engine_memory or sequence * rollout.num_rollouts / machine.processes
-        # Fewer sequences at once, of the same rollouts.
-        out += [[f"rollout.engine_memory={max(whole / (1 << halvings), sequence):.1f}"] for halvings in (1, 2, 3)]
+    if recipe.rollout.engine not in ("transformers", "server") and machine.gpu:
+        # Fewer sequences at once, of the same answers; of every model that samples one must find room.
+        teacher, student = _models(recipe)
+        longest = max(recipe.rollout.max_new_tokens, recipe.responses.max_new_tokens, recipe.evaluate.max_new_tokens)
+        least = max(model.cached(_WIDE) for model in (teacher, student)) * (recipe.data.max_prompt_tokens + longest + 64) / GIB
+        whole = recipe.rollout.engine_memory or max(_AT_ONCE, recipe.rollout.num_rollouts // machine.processes) * least
+        sizes = [ceil(10 * max(whole / (1 << halvings), least)) / 10 for halvings in range(1, 7)]
+        out += [[f"rollout.engine_memory={size}"] for size in sizes if size < whole]
     return [candidates for candidates in out if candidates]
 
 
@@ -322,8 +329,8 @@ def _validation(
         return []
     size = 2 if training.get("bf16") and machine.bf16 else _WIDE
     own, length = recipe.rollout.num_rollouts // machine.processes, recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
-    engine = _engine_parts(recipe, machine, model, size, own, length)
-    if not machine.gpu:
+    engine = {} if recipe.rollout.engine == "server" else _engine_parts(recipe, machine, model, size, own, length)
+    if not machine.gpu and recipe.rollout.engine != "transformers":
         trained.parts |= engine
     return [Phase(f"{name}: validation", {key: value for key, value in idle.items() if key != "gradients"} | engine)]
 

@@ -499,6 +499,8 @@ class TestSet(Source):
     min_reference_words: Positive | None = None
     """Only rows of which a reference has at least so many words (the paper's bins of S-NI and UnNI)."""
     max_reference_words: Positive | None = None
+    sample: Positive | None = None
+    """So many rows at random, always the same ones (files are often sorted by task), before reference lengths are looked at."""
     choices: list[str] = []
     """Answers of a classification task: the model's probabilities over them are calibrated against the reference (ECE)."""
     limit: Positive | None = None

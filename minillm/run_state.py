@@ -25,7 +25,7 @@ _READS: dict[str, tuple[str, ...]] = {
 }
 _NEEDS: dict[str, tuple[str, ...]] = {
     "teacher": (), "finetune": ("teacher",), "student": ("finetune",), "responses": ("finetune",), "warmup": ("student", "responses"),
-    "sft": ("student",), "minillm": ("warmup",), "evaluate": ("minillm",), "report": (),
+    "sft": ("student",), "minillm": ("warmup",), "evaluate": ("minillm", "sft"), "report": (),
 }  # fmt: skip
 
 # Where and when responses are drawn and scored, not from what. A run may go on with others.
@@ -141,7 +141,7 @@ class RunState:
     def _sections(self, stage: str) -> set[str]:
         """What a stage reads, itself or through the stages it builds on."""
         own = set(_READS[stage])
-        if stage == "finetune" and stage not in self._recipe.stages:
+        if stage in ("finetune", "sft") and stage not in self._recipe.stages:
             own = set()
         return own.union(*(self._sections(earlier) for earlier in _NEEDS[stage]))
 

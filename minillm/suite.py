@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from minillm import metrics
-from minillm.data.batches import seed_of
+from minillm.data.batches import permutation, seed_of
 from minillm.data.examples import DataError, Example, Prompt, read_examples, read_jsonl, render_all, write_jsonl
 from minillm.data.rollouts import Sampling
 from minillm.evaluation import Row, answer, token_divergences
@@ -46,6 +46,8 @@ def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
             raise DataError(f"sets.{name}: {test.file} is looked for below data_dir, which is not given: data_dir=FOLDER")
         test = test.model_copy(update={"file": Path(data_dir) / test.file})
     examples = read_examples(test)
+    if test.sample is not None:
+        examples = [examples[i] for i in sorted(permutation(len(examples), "sample")[: test.sample])]
     low, high = test.min_reference_words or 0, test.max_reference_words or 10**9
     if test.min_reference_words or test.max_reference_words:
         examples = [e for e in examples if any(low <= len(text.split()) <= high for text in e.references)]
@@ -86,7 +88,8 @@ def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Exam
     sets = {name: read_set(name, test, suite.data_dir) for name, test in suite.sets.items()}
     config = RolloutConfig(engine="transformers" if suite.no_repeat_ngram else suite.engine)
     choose_engine(config.engine)
-    engines = OneEngine(config, suite.max_prompt_tokens + suite.max_new_tokens, sequences=256)
+    most = max(len(examples) for examples in sets.values()) * len(suite.seeds)
+    engines = OneEngine(config, suite.max_prompt_tokens + suite.max_new_tokens, sequences=min(most, 256))
     teacher = _Teacher(suite)
     try:
         for name, folder in models.items():

@@ -150,7 +150,7 @@ def test_every_other_recipe_runs_all_its_stages(name: str, family: str, tmp_path
     ],
 )
 def test_a_baselines_command_trains_and_scores_it(family: str, baseline: str, tmp_path: Path) -> None:
-    named = f"recipes/{FAMILIES[family][0]}.yaml", f"run_dir=runs/{baseline}"
+    named = f"recipes/{FAMILIES[family][0]}.yaml", f"run_dir=runs/{FAMILIES[family][0].replace('/', '-')}-{baseline}"
     [overrides] = [words[2:] for words in commands("minillm run ") if tuple(words[:2]) == named]
     done = run(family, tmp_path, *(text for text in overrides if "num_train_epochs" not in text))
     results = json.loads((done.dir / "results.json").read_text())["models"]

@@ -113,8 +113,8 @@ def test_what_sampling_adds_to_other_stages(tmp_path: Path) -> None:
         data={"train": "a", "heldout": "b", "validation": "b"},
     )  # fmt: skip
     found, n = plan(given, Machine(8)), shape_of(str(tmp_path / "s")).parameters
-    names = ["responses", "warmup", "warmup: validation", "sft", "sft: validation", "minillm: rollouts", "minillm: update", "evaluate"]
-    assert [each.name for each in found.phases] == names
+    names = ["responses", "warmup", "warmup: validation", "sft", "sft: validation", "minillm: rollouts", "minillm: update"]
+    assert [each.name for each in found.phases] == [*names, "evaluate: teacher", "evaluate: student"]
     validation = phase(found, "warmup: validation").parts
     assert validation["vLLM's weights"] == 2 * n
     assert "activations" not in validation
@@ -124,6 +124,8 @@ def test_what_sampling_adds_to_other_stages(tmp_path: Path) -> None:
     answers = found.phases[0]
     assert answers.parts["vLLM's weights"] == 2 * shape_of(str(tmp_path / "t")).parameters
     assert answers.seconds > 0
+    served = given.model_copy(update={"rollout": given.rollout.model_copy(update={"engine": "server"})})
+    assert "vLLM's weights" not in phase(plan(served, Machine(8)), "warmup: validation").parts
     unvalidated = recipe(tmp_path, stages=["warmup"], warmup={"training": validated})
     assert [each.name for each in plan(unvalidated, Machine(8)).phases] == ["warmup"]
 

@@ -102,7 +102,8 @@ def test_a_lora_student_is_merged_after_every_stage_and_described(
             assert changed == any(part in name for part in ("q_proj", "down_proj")), (folder, name)
         card = (run / folder / "README.md").read_text()
         assert "license: apache-2.0" in card
-        assert "2 layers of its teacher, distilled from" in card
+        how = "fine-tuned on the answers in its training data" if folder == "sft" else "distilled from"
+        assert f"2 layers of its teacher, {how}" in card
         assert "| minillm | " in card  # the results
         assert "rank: 4" in card
         assert "convert_hf_to_gguf.py" in card

@@ -15,7 +15,7 @@ from minillm import cli, suite
 from minillm.data.examples import DataError, read_jsonl
 from minillm.metrics import calibration_error, excess_error, rouge_l
 from minillm.models.load import load_model
-from minillm.recipe import Suite
+from minillm.recipe import Suite, TestSet
 from minillm.recipe_file import RecipeError, load_recipe, load_suite
 from minillm.report import write_suite_report
 from tests.conftest import save, tiny_llama
@@ -128,6 +128,19 @@ def test_an_interruption_loses_one_set_of_one_model_at_most(
         suite.run_suite(make(data, tmp_path / "out"), models)
     suite.run_suite(make(data, tmp_path / "out"), models)
     assert calls == 3 + 4 - 2
+
+
+def test_a_sample_is_spread_over_the_file_and_always_the_same(tmp_path: Path) -> None:
+    rows = [{"instruction": f"w{i}", "output": " ".join(["w1"] * (1 + i % 4))} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    some = suite.read_set("x", TestSet(file=Path("rows.jsonl"), sample=10), str(tmp_path))
+    assert [e.row for e in some] == sorted({e.row for e in some})
+    assert len(some) == 10
+    assert some[-1].row >= 20
+    assert some == suite.read_set("x", TestSet(file=Path("rows.jsonl"), sample=10), str(tmp_path))
+    long = suite.read_set("x", TestSet(file=Path("rows.jsonl"), sample=10, min_reference_words=3), str(tmp_path))
+    assert long == [e for e in some if len(e.references[0].split()) >= 3]
+    assert len(suite.read_set("x", TestSet(file=Path("rows.jsonl"), sample=100), str(tmp_path))) == 40
 
 
 def test_calibration_and_exposure_bias_come_from_the_models_themselves(
