@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +176,9 @@ def _kept(config: str, kind: Any, rows: int, length: int, half: bool, checkpoint
 
 def plan(recipe: Recipe, machine: Machine) -> Plan:
     """Peak memory of a process, floating-point operations and seconds of each training phase."""
-    teacher, student = _models(recipe)
+    teacher = shape_of(recipe.teacher.source)
+    pruned = recipe.student.source == "prune"
+    student = shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
     phases = []
     if "finetune" in recipe.stages:
         phases += _supervised("finetune", recipe, machine, teacher, None, recipe.finetune)
@@ -199,14 +200,12 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
             if model is student:  # one process reads it, so there are no shards
                 scored.parts["teacher"] = _held(teacher, machine.itemsize, recipe.teacher.quantization)
             phases.append(scored)
+    for phase in phases:
+        cache = phase.parts.get("vLLM's cache")
+        if cache and machine.gpu and recipe.rollout.engine_memory is None:
+            # Where there is no room for all sequences at once, vLLM makes do with a smaller cache.
+            phase.parts["vLLM's cache"] = max(cache - max(phase.peak - machine.memory, 0), min(cache, GIB / 8))
     return Plan(phases, machine)
-
-
-def _models(recipe: Recipe) -> tuple[Shape, Shape]:
-    """Teacher and student."""
-    pruned = recipe.student.source == "prune"
-    student = shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
-    return shape_of(recipe.teacher.source), student
 
 
 def fitted(recipe: Recipe, machine: Machine, overridden: Any) -> tuple[Plan, Recipe]:
@@ -261,14 +260,6 @@ def _remedies(recipe: Recipe, machine: Machine) -> list[list[str]]:
                 halved += [f"{name}.per_device_train_batch_size={micro >> halvings}"]
                 halved += [f"{name}.gradient_accumulation_steps={accumulation << halvings}"]
         out.append(halved)
-    if recipe.rollout.engine not in ("transformers", "server") and machine.gpu:
-        # Fewer sequences at once, of the same answers; of every model that samples one must find room.
-        teacher, student = _models(recipe)
-        longest = max(recipe.rollout.max_new_tokens, recipe.responses.max_new_tokens, recipe.evaluate.max_new_tokens)
-        least = max(model.cached(_WIDE) for model in (teacher, student)) * (recipe.data.max_prompt_tokens + longest + 64) / GIB
-        whole = recipe.rollout.engine_memory or max(_AT_ONCE, recipe.rollout.num_rollouts // machine.processes) * least
-        sizes = [ceil(10 * max(whole / (1 << halvings), least)) / 10 for halvings in range(1, 7)]
-        out += [[f"rollout.engine_memory={size}"] for size in sizes if size < whole]
     return [candidates for candidates in out if candidates]
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from minillm.cli import app
 from minillm.models.known import KNOWN
-from minillm.plan import GIB, Machine, Phase, fitted, kept_bytes, plan, shape_of
+from minillm.plan import GIB, Machine, Phase, kept_bytes, plan, shape_of
 from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 from tests.conftest import save, tiny_llama
@@ -130,18 +130,14 @@ def test_what_sampling_adds_to_other_stages(tmp_path: Path) -> None:
     assert [each.name for each in plan(unvalidated, Machine(8)).phases] == ["warmup"]
 
 
-def test_a_smaller_cache_is_what_fits_a_large_batch_of_rollouts(tmp_path: Path) -> None:
+def test_where_there_is_no_room_for_all_sequences_the_cache_is_smaller(tmp_path: Path) -> None:
     given = recipe(tmp_path, rollout={"num_rollouts": 4096, "max_new_tokens": 1024})
-    rollouts = phase(plan(given, Machine()), "rollouts")
-    machine = Machine(memory=int(rollouts.peak - rollouts.parts["vLLM's cache"] / 2))
-    found, changed = fitted(given, machine, lambda changes: given.model_copy(update={"rollout": _with(given.rollout, changes)}))
-    assert found.fits
-    assert changed.rollout.num_rollouts == 4096
-
-
-def _with(rollout: Any, changes: list[str]) -> Any:
-    memory = [float(text.split("=")[1]) for text in changes if text.startswith("rollout.engine_memory=")]
-    return rollout.model_copy(update={"engine_memory": memory[-1]}) if memory else rollout
+    roomy = phase(plan(given, Machine()), "rollouts")
+    cache = roomy.parts["vLLM's cache"]
+    tight = phase(plan(given, Machine(memory=int(roomy.peak - cache / 2))), "rollouts")
+    assert tight.parts["vLLM's cache"] == pytest.approx(cache / 2, abs=1)
+    said = given.model_copy(update={"rollout": given.rollout.model_copy(update={"engine_memory": 1.5})})
+    assert phase(plan(said, Machine(memory=GIB)), "rollouts").parts["vLLM's cache"] == 1.5 * GIB
 
 
 @pytest.mark.full
