@@ -91,6 +91,7 @@ def _compare(file: Path, overrides: list[str]) -> None:
     comparison = load_comparison(file, overrides)
     results = compare(comparison)
     _show_suite(results["tests"])
+    _show_pairs(results["differences"])
     out = comparison.recipe["run_dir"]
     _console().print(
         f"Results: {Path(out) / 'compare.json'}, {Path(out) / 'report.html'}, {write_suite_report(Path(out) / 'tests')}", soft_wrap=True
@@ -137,6 +138,19 @@ def _show_suite(results: dict[str, Any]) -> None:
                 text += f"\n{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
             cells.append(text)
         table.add_row(model, *cells)
+    _console().print(table)
+
+
+def _show_pairs(differences: dict[str, Any]) -> None:
+    """Of every method, all its training seeds together, to each other one."""
+    from rich.table import Table
+
+    table = Table(title="Rouge-L on the average of the sets, row − column, over all training seeds [95 % interval]")
+    for column in ("method", *differences):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for one, found in differences.items():
+        cells = [found.get(other) for other in differences]
+        table.add_row(one, *("" if x is None else f"{x['mean']:+.2f}\n[{x['low']:+.2f}, {x['high']:+.2f}]" for x in cells))
     _console().print(table)
 
 

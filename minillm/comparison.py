@@ -28,7 +28,7 @@ from minillm.recipe import Comparison, Method, Recipe, Suite
 from minillm.recipe_file import merge, recipe_of
 from minillm.report import write_comparison_report
 from minillm.run_state import RunState
-from minillm.suite import answer_suite, run_suite
+from minillm.suite import answer_suite, pooled_differences, run_suite
 
 _FOLDERS = {"warmup": "warmed", "sft": "sft", "minillm": "student"}
 
@@ -63,11 +63,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         write_comparison_report(root)
 
-    def tune(names: Sequence[str]) -> None:
-        runs = [(f"{name}/tuning-{i}", plan, methods[name]) for name in names for i, plan in enumerate(plans[name])]
-        _train(runs, comparison.jobs, keep)
-
-    tune([name for name in methods if name in tested])
+    tuning = {name: [(f"{name}/tuning-{i}", plan, methods[name]) for i, plan in enumerate(plans[name])] for name in methods}
+    _train([run for name in methods if name in tested for run in tuning[name]], comparison.jobs, keep)
     chosen = {name: _best(_tried(methods[name], plans[name])) for name in tested}
     seeded |= {
         name: {
@@ -94,11 +91,12 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         )
     found = run_suite(suite, models)
     results |= {
-        "tests": found, "methods": _over_training_seeds(found, folders), "machine": machine(),
-        "settings": comparison.model_dump(mode="json"),
+        "tests": found, "methods": _over_training_seeds(found, folders),
+        "differences": pooled_differences(suite, {name: [f"{name}-{seed}" for seed in some] for name, some in folders.items()}),
+        "machine": machine(), "settings": comparison.model_dump(mode="json"),
     }  # fmt: skip
     keep()
-    tune([name for name in methods if name not in tested])
+    _train([run for name in methods if name not in tested for run in tuning[name]], comparison.jobs, keep)
     keep()
     return results
 

@@ -88,7 +88,7 @@ def write_comparison_report(root: Path) -> Path:
     results = _read(root / "compare.json")
     parts = [f"<h1>{html.escape(root.name)}</h1>", *_validation_curves(results["tuning"]), _tuning(results["tuning"])]
     if tests := results.get("tests"):
-        parts += [*(_set_table(tests, name) for name in [*tests["prompts"], "average"]), _by_words(tests)]
+        parts += [*(_set_table(tests, name) for name in [*tests["prompts"], "average"]), _pairs(results["differences"]), _by_words(tests)]
     page = root / "report.html"
     page.write_text(_page(root.name, parts), encoding="utf-8")
     return page
@@ -143,6 +143,19 @@ def _set_table(results: dict[str, Any], name: str) -> str:
         f"<th>Rouge-L, difference to {html.escape(results['compared_with'])}</th></tr>{rows}</table>"
         f"<p class=small>Mean ± spread over seeds {', '.join(map(str, results['seeds']))}; differences are paired over prompts, with a "
         "95 % bootstrap interval.</p>"
+    )
+
+
+def _pairs(differences: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(one)}</td>{''.join(_cell(found.get(other)) for other in differences)}</tr>"
+        for one, found in differences.items()
+    )
+    heads = "".join(f"<th>− {html.escape(other)}</th>" for other in differences)
+    return (
+        f"<h2>Differences on the average of the sets</h2><table><tr><th>method</th>{heads}</tr>{rows}</table>"
+        "<p class=small>Rouge-L, all training seeds of a method together; paired over prompts, with a 95 % bootstrap interval. Prompts are "
+        "resampled, training seeds are not.</p>"
     )
 
 

@@ -247,10 +247,28 @@ def _made_from(suite: Suite, folder: str, prompts: Sequence[Prompt], test: TestS
 # Results
 
 
-def _collect(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[str]) -> dict[str, Any]:
+def pooled_differences(suite: Suite, groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, dict[str, float]]]:
+    """What `run_suite` says of two models, of groups of them (a method's training seeds): `[one][other]` is one − other on the average of
+    the sets. A prompt's score is the mean over a group's models; prompts are resampled in pairs, training seeds are not.
+
+    Args:
+        groups: names of models that have answered.
+    """
     rows = {
-        name: {key: [read_jsonl(_file(suite, name, key, str(seed))) for seed in suite.seeds] for key in sets} for name in names
+        group: {key: [row for name in names for row in _answers(suite, name, key)] for key in suite.sets} for group, names in groups.items()
     }  # fmt: skip
+    return {
+        one: {other: _differences(rows[other], rows[one], suite.bootstrap)["average"] for other in groups if other != one} for one in groups
+    }  # fmt: skip
+
+
+def _answers(suite: Suite, name: str, key: str) -> list[list[Row]]:
+    """By seed."""
+    return [read_jsonl(_file(suite, name, key, str(seed))) for seed in suite.seeds]
+
+
+def _collect(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[str]) -> dict[str, Any]:
+    rows = {name: {key: _answers(suite, name, key) for key in sets} for name in names}
     models: dict[str, Any] = {}
     for name in names:
         models[name] = {key: _scores(suite, name, key, rows[name][key]) for key in sets}
@@ -258,12 +276,7 @@ def _collect(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
         if scored:
             by_seed = np.mean([models[name][key]["rouge_l"]["by_seed"] for key in scored], axis=0)
             models[name]["average"] = {"rouge_l": _over_seeds(by_seed)}
-    against = {}
-    for name in names[1:]:
-        pairs = {key: _paired(rows[names[0]][key], rows[name][key]) for key in sets if "rouge_l" in models[name][key]}
-        against[name] = {key: metrics.paired_bootstrap(*pair, suite.bootstrap) for key, pair in pairs.items()}
-        if against[name]:
-            against[name]["average"] = _average_difference(list(pairs.values()), suite.bootstrap)
+    against = {name: _differences(rows[names[0]], rows[name], suite.bootstrap) for name in names[1:]}
     return {
         "models": models, "compared_with": names[0], "differences": against, "seeds": suite.seeds,
         "prompts": {key: len(examples) for key, examples in sets.items()},
@@ -331,6 +344,13 @@ def _paired(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> 
     common = {row["row"] for row in first[0]} & {row["row"] for row in second[0]}
     one, other = ([[row for row in rows if row["row"] in common] for rows in by_seed] for by_seed in (first, second))
     return _by_prompt(one, "rouge_l"), _by_prompt(other, "rouge_l")
+
+
+def _differences(first: Mapping[str, list[list[Row]]], second: Mapping[str, list[list[Row]]], times: int) -> dict[str, dict[str, float]]:
+    """Second − first by set, and on the average of the sets; of those that have references."""
+    pairs = {key: _paired(first[key], second[key]) for key in first if any("rouge_l" in row for row in first[key][0])}
+    out = {key: metrics.paired_bootstrap(*pair, times) for key, pair in pairs.items()}
+    return out | ({"average": _average_difference(list(pairs.values()), times)} if pairs else {})
 
 
 def _average_difference(pairs: Sequence[tuple[Floats, Floats]], times: int) -> dict[str, float]:

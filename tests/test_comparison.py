@@ -111,12 +111,20 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
     # The baseline comes first, then every tested method with its seeds, and where all began.
     report = (file.parent / "run" / "report.html").read_text()
     assert all(f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm"))  # the curves' legends: text stays text
-    assert all(title in report for title in ("Validation while training", "KL(q‖p), nats a token", "training seed 1", "<h2>average"))
+    assert all(title in report for title in ("Validation while training", "KL(q‖p), nats a token", "training seed 1", "<h2>average", "<th>− kd"))
     assert list(results["tests"]["models"]) == ["kd-0", "sft-0", "minillm-0", "minillm-1", "start", "teacher"]
     seeds = [results["tests"]["models"][f"minillm-{seed}"]["average"]["rouge_l"]["mean"] for seed in (0, 1)]
     assert results["methods"]["minillm"]["by_training_seed"] == seeds
     assert results["methods"]["minillm"]["mean"] == pytest.approx(sum(seeds) / 2)
     assert "distillm" not in results["methods"]
+    # Pairs of methods: the seeds of one together, both ways round, as the answers' scores have it.
+    pairs = results["differences"]
+    assert list(pairs) == ["kd", "sft", "minillm"]
+    average = [results["tests"]["models"][f"{name}-0"]["average"]["rouge_l"]["mean"] for name in ("kd", "sft")]
+    assert pairs["minillm"]["kd"]["mean"] == pytest.approx(sum(seeds) / 2 - average[0])
+    assert pairs["kd"]["sft"]["mean"] == pytest.approx(average[0] - average[1])
+    assert pairs["kd"]["sft"]["low"] <= pairs["kd"]["sft"]["mean"] <= pairs["kd"]["sft"]["high"]
+    assert pairs["sft"]["kd"]["low"] == pytest.approx(-pairs["kd"]["sft"]["high"], abs=0.2)
     assert (file.parent / "run" / "distillm" / "tuning-0" / "student" / "model.safetensors").is_file()
 
 

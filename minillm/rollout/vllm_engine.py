@@ -71,6 +71,22 @@ def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtyp
     }
 
 
+def _sleep_beside_others(worker: Any) -> None:
+    """On a card that other processes share, what they take while this one falls asleep is counted as its own, and vLLM gives up; it
+    sleeps by then, and all is well.
+    """
+    sleep = worker.sleep
+
+    def forgiving(*args: Any, **kwargs: Any) -> None:
+        try:
+            sleep(*args, **kwargs)
+        except AssertionError as error:
+            if "increased after sleeping" not in str(error):
+                raise
+
+    worker.sleep = forgiving
+
+
 class _Tables(Sequence[dict[int, float]]):
     """Log-probabilities of the likeliest tokens of each place, out of vLLM's flat lists: a dictionary only where one is looked at."""
 
@@ -142,6 +158,8 @@ class VLLMEngine:
             skip_tokenizer_init=tokenizer is None, enable_prefix_caching=True, seed=0, **settings,
         )  # fmt: skip
         torch.set_num_threads = set_threads
+        if not cpu:
+            self._llm.collective_rpc(_sleep_beside_others)
         self._sleeps, self._asleep, self._decodes = not cpu, False, tokenizer is not None
         self._width = self._llm.model_config.get_vocab_size()
         self.takes_adapter = lora_rank > 0

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Confi
 from minillm.data.rollouts import EngineError
 from minillm.models.weights import plain_weights
 from minillm.rollout import build
-from minillm.rollout.vllm_engine import GIB, VLLMEngine, cache_bytes, memory_settings
+from minillm.rollout.vllm_engine import GIB, VLLMEngine, _sleep_beside_others, cache_bytes, memory_settings
 from tests.conftest import tiny_llama
 
 
@@ -59,6 +59,21 @@ def test_memory_follows_the_recipe_and_has_bounds_on_a_cpu(tmp_path: Path) -> No
     assert memory_settings(tmp_path, sequences=64, memory=None, **sized) == {"kv_cache_memory_bytes": GIB // 8}
     assert memory_settings(tmp_path, sequences=10**6, memory=None, **sized) == {"kv_cache_memory_bytes": 4 * GIB}
     assert memory_settings(tmp_path, sequences=64, memory=0.5, **sized) == {"kv_cache_memory_bytes": GIB // 2}
+
+
+def test_what_others_take_of_a_card_does_not_keep_an_engine_awake() -> None:
+    class Worker:
+        said = "Memory usage increased after sleeping."
+
+        def sleep(self, level: int = 1) -> None:
+            raise AssertionError(self.said)
+
+    worker = Worker()
+    _sleep_beside_others(worker)
+    worker.sleep(level=2)
+    worker.said = "another matter"
+    with pytest.raises(AssertionError, match="another matter"):
+        worker.sleep(2)
 
 
 def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
