@@ -467,6 +467,8 @@ def _evaluate(this: Run) -> None:
         else:
             for row in rows[name]:
                 row["reverse_kl"] = 0.0  # of a model to itself
+            if this.recipe.teacher.quantization is None:
+                teacher = LocalTeacher(model)
         write_jsonl(file, rows[name])
         note.write_text(json.dumps(made_from), encoding="utf-8")
     engines.close()

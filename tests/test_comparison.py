@@ -111,7 +111,8 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
     # The baseline comes first, then every tested method with its seeds, and where all began.
     report = (file.parent / "run" / "report.html").read_text()
     assert all(f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm"))  # the curves' legends: text stays text
-    assert all(title in report for title in ("Validation while training", "KL(q‖p), nats a token", "training seed 1", "<h2>average", "<th>− kd"))
+    titles = ("Validation while training", "KL(q‖p), nats a token", "training seed 1", "<h2>average", "<th>− kd")
+    assert all(title in report for title in titles)
     assert list(results["tests"]["models"]) == ["kd-0", "sft-0", "minillm-0", "minillm-1", "start", "teacher"]
     seeds = [results["tests"]["models"][f"minillm-{seed}"]["average"]["rouge_l"]["mean"] for seed in (0, 1)]
     assert results["methods"]["minillm"]["by_training_seed"] == seeds

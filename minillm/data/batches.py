@@ -61,6 +61,19 @@ def pad(
     return Padded(ids, at, drawn, lengths, places if packed else None)
 
 
+def share_rows(lengths: Sequence[int], width: int) -> list[int]:
+    """A row for each sequence, so that none is longer than `width`: the first with room for it (no sequence may be longer itself)."""
+    room: list[int] = []
+    rows = []
+    for length in lengths:
+        row = next((i for i, left in enumerate(room) if left >= length), len(room))
+        if row == len(room):
+            room.append(width)
+        room[row] -= length
+        rows.append(row)
+    return rows
+
+
 def bucket(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in groups of `size`, like lengths together, so that padding is small."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from minillm.data.batches import bucket, pack_text, pad, permutation, seed_of
+from minillm.data.batches import bucket, pack_text, pad, permutation, seed_of, share_rows
 from minillm.data.examples import chat_ids
 from minillm.data.rollouts import EngineError, Rollout, TeacherRows
 from minillm.loss.credit import SampledTokens, return_sum
@@ -122,6 +122,7 @@ class MiniLLMTrainer(DistillationTrainer):
                 f"rollout.max_prompt_tokens + max_new_tokens ({config.max_prompt_tokens} + {config.max_new_tokens}) "
                 f"exceed the student's context of {limit}"
             )
+        self._apart = False  # whether sequences may share a row; asked where there is text
         self._text = self._pack(text_dataset)
         if isinstance(self.teacher, ServedTeacher):
             self.sampling = replace(self.sampling, likeliest=self.teacher.top_k)
@@ -191,7 +192,10 @@ class MiniLLMTrainer(DistillationTrainer):
         device = self.args.device
         rollouts = [self._rollouts[i] for i in inputs.rollouts]
         rows, text = list(range(len(rollouts))), []
-        for row, block in enumerate(inputs.text, start=len(rollouts)):
+        if inputs.text and self._apart:  # beside blocks of text, a row each would be mostly padding
+            lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+            rows = share_rows(lengths, max(*lengths, self.objective.language_model_block))
+        for row, block in enumerate(inputs.text, start=max(rows) + 1):
             rows += [row] * len(self._text[block])
             text += self._text[block]
         prompts = [r.prompt_ids for r in rollouts] + [ids[:1] for ids in text]
@@ -445,6 +449,7 @@ class MiniLLMTrainer(DistillationTrainer):
         tokenizer: Any = self.processing_class
         student: Any = self.model
         several, block = keeps_sequences_apart(student), self.objective.language_model_block
+        self._apart = several
         if not several:
             logger.warning("%s lets packed documents see each other: a block of text holds one document.", type(student).__name__)
         endless = not hasattr(dataset, "__len__") and self.args.max_steps > 0

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from minillm.data.batches import pack_text, pad
+from minillm.data.batches import pack_text, pad, share_rows
 from minillm.models.scoring import hidden_states, keeps_sequences_apart
 from tests.conftest import tiny_llama
 
@@ -37,6 +37,11 @@ def test_sequences_that_share_a_row_count_from_zero() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
     assert batch.positions.tolist() == [0, 2, 3, 5]
     assert batch.targets.tolist() == [6, 1, 2, 3]
+
+
+def test_sequences_share_rows_while_there_is_room() -> None:
+    assert share_rows([3, 4, 2, 5, 1], 8) == [0, 0, 1, 1, 0]
+    assert share_rows([8, 8], 8) == [0, 1]
 
 
 def test_documents_fill_blocks_and_stay_apart() -> None:

@@ -26,6 +26,7 @@ from minillm.models.weights import save_plain
 from minillm.recipe import AdapterConfig
 from minillm.rollout.teacher_mixed import FIRST_DRAFT, draft_length
 from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.train import on_policy
 from tests.conftest import save, tiny_llama, tiny_tokenizer
 from tests.train.two_processes import run
 
@@ -185,6 +186,30 @@ def test_text_joins_the_update(pair: tuple[str, str], tmp_path: Path) -> None:
     assert logged[0]["language_model_loss"] == pytest.approx(0.5 * (0.5 * logged[0]["text_nll"] + 0.5 * text_kl(pair, text)), rel=1e-3)
     total = logged[0]["policy_loss"] + logged[0]["single_step_loss"] + logged[0]["language_model_loss"]
     assert logged[0]["loss"] == pytest.approx(total, rel=1e-3)
+
+
+def test_responses_share_rows_beside_text_and_train_as_in_rows_of_their_own(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(70))} for i in range(6)]
+    objective = Objective.recommended(language_model=0.5, language_model_block=64)
+    shapes: list[tuple[int, ...]] = []
+    original = on_policy.pad
+
+    def seen(*args: Any, **options: Any) -> Any:
+        batch = original(*args, **options)
+        shapes.append(tuple(batch.input_ids.shape))
+        return batch
+
+    monkeypatch.setattr(on_policy, "pad", seen)
+    common: Any = {"objective": objective, "text_dataset": text, "max_steps": 2}
+    shared = train(pair, tmp_path / "a", **common)
+    assert set(shapes) == {(3, 64)}  # two responses in one row, two blocks of text
+    monkeypatch.setattr(on_policy, "share_rows", lambda lengths, width: list(range(len(lengths))))
+    apart = train(pair, tmp_path / "b", **common)
+    assert set(shapes[4:]) == {(4, 64)}
+    for (name, one), other in zip(shared.model.named_parameters(), apart.model.parameters(), strict=True):  # pyright: ignore
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def text_kl(pair: tuple[str, str], text: list[dict[str, str]]) -> float:
