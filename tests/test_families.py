@@ -178,6 +178,16 @@ def test_with_lora(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])  # whose layers bitsandbytes does not take
+def test_with_qlora_and_a_quantised_teacher(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    lora = ("student.lora.rank=4", "student.lora.quantization=4bit", "teacher.quantization=8bit")
+    done = run(family, tmp_path, *lora, "training.learning_rate=1e-2", "warmup.training.learning_rate=1e-2")
+    check(done)
+    assert (Path(done.student) / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.full
 @pytest.mark.vllm
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_ON_CPUS])
