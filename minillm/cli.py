@@ -213,10 +213,14 @@ def plan(
             plans.append((str(path.relative_to(recipe).with_suffix("")), whole, sharded))
         typer.echo(table(plans), nl=False)
         return
-    loaded = load_recipe(recipe, overrides or [])
+
+    def overridden(changes: list[str]) -> Any:
+        return load_recipe(recipe, [*(overrides or []), *changes])
+
+    loaded = overridden([])
     found = planned(loaded, machine)
     if fit is not None:
-        found, loaded = fitted(loaded, machine, lambda changes: load_recipe(recipe, [*(overrides or []), *changes]))
+        found, loaded = fitted(loaded, machine, overridden)
         if found.fits:
             fit.write_text(written(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
     for phase in found.phases:
@@ -232,9 +236,9 @@ def plan(
     if found.overrides:
         typer.echo("changed: " + " ".join(found.overrides))
     if not found.fits:
-        typer.echo("what would help: " + "; ".join(advice(loaded, machine)))
+        typer.echo("what would help: " + "; ".join(advice(loaded, machine, overridden)))
     if fit is not None:
-        typer.echo(f"wrote {fit}" if found.fits else f"no settings that keep the update make it fit: {fit} is not written")
+        typer.echo(f"wrote {fit}" if found.fits else f"no settings make it fit: {fit} is not written")
         if not found.fits:
             raise typer.Exit(1)
 

@@ -60,6 +60,8 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     def keep() -> None:
         """What is known so far, and the report of it."""
         results["tuning"] = _tuned(comparison, plans, seeded)
+        if "warmup" in comparison.start:
+            results["start"] = _validated(Path(start.warmed))
         (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         write_comparison_report(root)
 
@@ -156,14 +158,26 @@ def _best(tried: Sequence[dict[str, Any]]) -> int:
 
 
 def _outcome(plan: Recipe, method: Method) -> dict[str, Any]:
-    """A finished run's best scores on validation."""
-    state = json.loads((plan.run_dir / _FOLDERS[method.stage] / "trainer_state.json").read_text(encoding="utf-8"))
-    curve = [entry for entry in state["log_history"] if "eval_rouge_l" in entry]
+    return {"run": str(plan.run_dir), **_validated(plan.run_dir / _FOLDERS[method.stage])}
+
+
+def _validated(folder: Path) -> dict[str, Any]:
+    """What a finished run logged: its scores on validation, the best of them, and what some means were at its two ends (a tenth each)."""
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    curve = [entry for entry in history if "eval_rouge_l" in entry]
     best = max(curve, key=lambda entry: entry["eval_rouge_l"], default={})
-    keys = ("eval_rouge_l", "eval_reverse_kl", "step")
-    return {"run": str(plan.run_dir), "rouge_l": best.get("eval_rouge_l", float("nan")), "update": best.get("step"), "curve": [
-        {key: entry[key] for key in keys if key in entry} for entry in curve
-    ]}  # fmt: skip
+    scores = ("eval_rouge_l", "eval_reverse_kl", "eval_length", "step")
+    updates = [entry for entry in history if "loss" in entry]
+    n = -(-len(updates) // 10)
+    ends: dict[str, list[float]] = {}
+    for key in ("entropy", "reverse_kl", "response_length"):
+        values = [entry[key] for entry in updates if key in entry]
+        if values:
+            ends[key] = [float(np.mean(values[:n])), float(np.mean(values[-n:]))]
+    return {
+        "rouge_l": best.get("eval_rouge_l", float("nan")), "update": best.get("step"),
+        "curve": [{key: entry[key] for key in scores if key in entry} for entry in curve], "while_training": ends,
+    }  # fmt: skip
 
 
 def _over_training_seeds(found: dict[str, Any], tested: dict[str, dict[int, Path]]) -> dict[str, Any]:

@@ -41,12 +41,23 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage = "minillm") -> Path:
         *_results(recipe.run_dir / "results.json"),
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(_said(recipe), sort_keys=False, allow_unicode=True) + "```",
         "## Use\n\n```python\nfrom transformers import pipeline\n\n"
-        f'ask = pipeline("text-generation", "{folder.name}")\nprint(ask([{{"role": "user", "content": "Why is the sky blue?"}}]))\n```\n\n'
+        f'ask = pipeline("text-generation", "{folder.name}")\nprint(ask({_question(recipe)}))\n```\n\n'
         f"For llama.cpp: `python convert_hf_to_gguf.py {folder.name} --outfile {folder.name}.gguf` (its own tool).",
     ]
     card = folder / "README.md"
     card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return card
+
+
+def _question(recipe: Recipe) -> str:
+    """What a pipeline is asked, in Python: as the model was trained to be asked."""
+    from minillm.data.examples import Example, prompt_text
+
+    example, data = Example(0, "Why is the sky blue?"), recipe.data
+    if data.template == "chat":
+        system = [] if data.system is None else [{"role": "system", "content": data.system}]
+        return json.dumps([*system, {"role": "user", "content": example.text}], ensure_ascii=False)
+    return json.dumps(prompt_text(example, data.template, data.system), ensure_ascii=False)
 
 
 def _tags(recipe: Recipe, stage: Stage) -> list[str]:

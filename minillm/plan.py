@@ -7,7 +7,9 @@ no data. The rest is sums of sizes; hours rest on assumptions, which are stated.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from minillm.loss.token_scores import CHUNK
 from minillm.models.known import KNOWN
 from minillm.models.load import find_gguf
-from minillm.recipe import Recipe
+from minillm.recipe import Recipe, Source
 
 GIB = 1 << 30
 _PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
@@ -184,7 +186,9 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         phases += _supervised("finetune", recipe, machine, teacher, None, recipe.finetune)
     if "responses" in recipe.stages:
         phases.append(
-            _answers("responses", recipe, machine, teacher, recipe.responses, _rows(recipe) * recipe.responses.samples_per_prompt)
+            _answers(
+                "responses", recipe, machine, teacher, recipe.responses, _rows(recipe.data.train) * recipe.responses.samples_per_prompt
+            )
         )
     for stage, training in (("warmup", recipe.warmup.training), ("sft", recipe.sft)):
         if stage in recipe.stages:
@@ -195,7 +199,9 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         phases += _on_policy(recipe, machine, student, teacher)
     if "evaluate" in recipe.stages:
         for name, model in (("teacher", teacher), ("student", student)):
-            scored = _answers(f"evaluate: {name}", recipe, machine, model, recipe.evaluate, 0)
+            models = 1 if model is teacher else 1 + sum(stage in recipe.stages for stage in ("warmup", "sft", "minillm"))  # and the start
+            drawn = models * _rows(recipe.data.heldout) * len(recipe.evaluate.seeds)
+            scored = _answers(f"evaluate: {name}", recipe, machine, model, recipe.evaluate, drawn)
             scored.parts[name] = model.parameters * machine.itemsize
             if model is student:  # one process reads it, so there are no shards
                 scored.parts["teacher"] = _held(teacher, machine.itemsize, recipe.teacher.quantization)
@@ -216,29 +222,40 @@ def fitted(recipe: Recipe, machine: Machine, overridden: Any) -> tuple[Plan, Rec
     """
     changes: list[str] = []
     current = plan(recipe, machine)
-    for candidates in _remedies(recipe, machine):
+    for candidates in _remedies(recipe, machine) + _concessions(recipe):
         if current.fits:
             break
-        changed = overridden([*changes, *candidates])
+        try:
+            changed = overridden([*changes, *candidates])
+        except ValueError:  # refused together with the rest of the recipe
+            continue
         found = plan(changed, machine)
         if found.peak < current.peak:
             changes, recipe, current = [*changes, *candidates], changed, found
     return replace(current, overrides=changes), recipe
 
 
-def advice(recipe: Recipe, machine: Machine) -> list[str]:
-    """What besides a recipe's settings would make it smaller."""
+def advice(recipe: Recipe, machine: Machine, overridden: Any) -> list[str]:
+    """What would make the largest phase smaller, besides smaller batches; see `fitted`."""
+    peak, out = plan(recipe, machine).peak, []
+    if machine.processes > 1 and not machine.shard and plan(recipe, replace(machine, shard=True)).peak < peak:
+        out.append("what is trained in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)")
+    for settings in [["teacher.shard=true", "rollout.teacher_mix=0"]] * (machine.processes > 1) + _concessions(recipe):
+        with suppress(ValueError):  # what cannot be combined with the rest is no advice
+            if plan(overridden(settings), machine).peak < peak:
+                out.append(" ".join(settings))
+    return out
+
+
+def _concessions(recipe: Recipe) -> list[list[str]]:
+    """Settings that train something else than the recipe, but nearly so, the least costly first."""
     out = []
-    if machine.processes > 1 and not machine.shard:
-        out.append("the student in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)")
-    if machine.processes > 1 and not recipe.teacher.shard:
-        out.append("the teacher in shards: teacher.shard=true rollout.teacher_mix=0")
     if not recipe.teacher.quantization and not recipe.teacher.shard:
-        out.append("the teacher in 8 or 4 bits: teacher.quantization=8bit")
+        out += [["teacher.quantization=8bit"], ["teacher.quantization=4bit"]]
     if recipe.student.lora is None:
-        out.append("an adapter instead of the whole student: student.lora.rank=16")
+        out += [["student.lora.rank=16"], ["student.lora.rank=16", "student.lora.quantization=4bit"]]
     elif recipe.student.lora.quantization is None:
-        out.append("the adapter's base in 4 bits: student.lora.quantization=4bit")
+        out.append(["student.lora.quantization=4bit"])
     return out
 
 
@@ -293,8 +310,12 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
     half = bool(training.get("bf16")) and machine.bf16
     checkpointing = bool(training.get("gradient_checkpointing"))
     idle = {"process": _PROCESS, **_training_parts(recipe, machine, model, training, adapted=name != "finetune")}
-    if other is not None:
-        idle["teacher"] = _teacher_bytes(recipe, machine, other, half)
+    if other is not None:  # beside TRL's trainer it is whole in every process
+        idle["teacher"] = (
+            _teacher_bytes(recipe, machine, other, half)
+            if name == "warmup"
+            else _held(other, 2 if half else _WIDE, recipe.teacher.quantization)
+        )
     parts = dict(idle)
     parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
     tokens = rows * recipe.responses.max_new_tokens
@@ -305,16 +326,17 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
     update = rows * training.get("gradient_accumulation_steps", 1) * machine.processes
     updates = training.get("max_steps", -1)
     if updates < 0:
-        updates = training.get("num_train_epochs", 3) * _rows(recipe) / update
+        updates = training.get("num_train_epochs", 3) * _rows(recipe.data.train) / update
     per_token = (8 if checkpointing else 6) * model.body + 6 * model.head + (0 if reads is None else 2 * (reads.body + reads.head))
     flops = updates * update * length * per_token
     trained = Phase(name, parts, flops, _seconds(flops, machine))
-    return [trained, *_validation(name, recipe, machine, model, training, idle, trained)]
+    return [trained, *_validation(name, recipe, machine, model, training, updates, idle, trained)]
 
 
 def _validation(
-    name: str, recipe: Recipe, machine: Machine, model: Shape, training: dict[str, Any], idle: dict[str, float], trained: Phase
-) -> list[Phase]:
+    name: str, recipe: Recipe, machine: Machine, model: Shape, training: dict[str, Any], updates: float, idle: dict[str, float],
+    trained: Phase,
+) -> list[Phase]:  # fmt: skip
     """What sampling adds where a stage is validated; on a CPU its engine stays while the stage trains."""
     if recipe.data.validation is None or training.get("eval_strategy", "no") == "no":
         return []
@@ -323,7 +345,21 @@ def _validation(
     engine = {} if recipe.rollout.engine == "server" else _engine_parts(recipe, machine, model, size, own, length)
     if not machine.gpu and recipe.rollout.engine != "transformers":
         trained.parts |= engine
-    return [Phase(f"{name}: validation", {key: value for key, value in idle.items() if key != "gradients"} | engine)]
+    phase = Phase(f"{name}: validation", {key: value for key, value in idle.items() if key != "gradients"} | engine)
+    phase.flops, phase.seconds = _validating(recipe, machine, model, training, updates, size)
+    return [phase]
+
+
+def _validating(recipe: Recipe, machine: Machine, model: Shape, training: dict[str, Any], updates: float, size: int) -> tuple[float, float]:
+    """Operations and seconds of all validations of a stage: one answer to each row, read once by the student and the teacher."""
+    if recipe.data.validation is None or training.get("eval_strategy", "no") == "no":
+        return 0.0, 0.0
+    times = training.get("num_train_epochs", 3) if training["eval_strategy"] == "epoch" else updates / (training.get("eval_steps") or 500)
+    rows, length = _rows(recipe.data.validation), recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
+    rows = min(rows, recipe.data.validation_limit or rows)
+    flops = times * rows * length * 4 * (model.body + model.head)
+    decoding = _decoding(machine, model, size, -(-rows // machine.processes), recipe.rollout.max_new_tokens, length)
+    return flops, _seconds(flops, machine) + times * decoding
 
 
 def _answers(name: str, recipe: Recipe, machine: Machine, model: Shape, sizes: Any, drawn: int) -> Phase:
@@ -362,11 +398,12 @@ def _decoding(machine: Machine, model: Shape, size: int, sequences: int, new_tok
     return steps * 2 * read / machine.bandwidth if machine.gpu else 0.0
 
 
-def _rows(recipe: Recipe) -> int:
-    """Of training data; a data set that has not been read counts as Dolly's 11,435."""
-    file = recipe.data.train.file
+def _rows(source: Source) -> int:
+    """A data set that has not been read counts as Dolly's 11,435, a part of it as what it says of itself."""
+    file = source.file
     if file is None or not file.is_file():
-        return 11_435
+        part = re.fullmatch(r"\w+\[(\d*):(\d+)\]", source.split)
+        return int(part[2]) - int(part[1] or 0) if part else 11_435
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip())
 
@@ -409,7 +446,13 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
     training_phase.seconds = _seconds(training_phase.flops, machine)
     drawing.flops = drawn * length * 2 * (student.body + teacher.body)
     batches = drawn / rollout.num_rollouts
-    drawing.seconds = _seconds(drawing.flops, machine) + batches * _decoding(machine, student, size, own, rollout.max_new_tokens, length)
+    flops, seconds = _validating(recipe, machine, student, training, updates, size)
+    drawing.flops += flops
+    drawing.seconds = (
+        seconds
+        + _seconds(drawing.flops - flops, machine)
+        + batches * _decoding(machine, student, size, own, rollout.max_new_tokens, length)
+    )
     return [drawing, training_phase]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def write_suite_report(out: Path) -> Path:
     """Write `out/report.html` from the results and answers of a suite that lie there."""
     results = _read(out / "results.json")
     parts = [f"<h1>{html.escape(out.name)}</h1>", *(_set_table(results, name) for name in [*results["prompts"], "average"])]
-    parts.append(_by_words(results))
+    parts += [_by_words(results), _exposure(results)]
     for name in results["prompts"]:
         answers = {model: out / model / f"{name}-{results['seeds'][0]}.jsonl" for model in results["models"]}
         parts.append(_side_by_side(f"Answers: {name}", {model: read_jsonl(file) for model, file in answers.items() if file.is_file()}))
@@ -176,6 +177,18 @@ def _by_words(results: dict[str, Any]) -> str:
     return out
 
 
+def _exposure(results: dict[str, Any]) -> str:
+    """Excess accumulated error by position, where it was asked for."""
+    panels = [
+        (f"{name}: excess error, %", {
+            model: [(at, value) for at, value in enumerate(sets[name]["excess_error"]["by_position"], 1) if math.isfinite(value)]
+            for model, sets in results["models"].items() if "excess_error" in sets.get(name, {})
+        })
+        for name in results["prompts"]
+    ]  # fmt: skip
+    return _drawn("Exposure bias", panels, columns=2, height=4.0, along="token of the answer")
+
+
 def _side_by_side(title: str, answers: Mapping[str, Sequence[dict[str, Any]]]) -> str:
     if not answers:
         return ""
@@ -244,8 +257,14 @@ def _points(history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, floa
     return [(entry["step"], entry[key]) for entry in history if key in entry]
 
 
-def _drawn(title: str, panels: Sequence[tuple[str, dict[str, list[tuple[int, float]]]]], columns: int = 3, height: float = 3.1) -> str:
-    """Panels of curves against updates, those without a point left out."""
+def _drawn(
+    title: str,
+    panels: Sequence[tuple[str, dict[str, list[tuple[int, float]]]]],
+    columns: int = 3,
+    height: float = 3.1,
+    along: str = "update",
+) -> str:
+    """Panels of curves, those without a point left out."""
     present = [panel for panel in panels if any(panel[1].values())]
     if not present:
         return ""
@@ -262,7 +281,7 @@ def _drawn(title: str, panels: Sequence[tuple[str, dict[str, list[tuple[int, flo
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", linewidth=1.4, label=label)
         axis.set_title(name, fontsize=10)
-        axis.set_xlabel("update", fontsize=8)
+        axis.set_xlabel(along, fontsize=8)
         axis.grid(alpha=0.3)
         if len(series) > 1:
             axis.legend(fontsize=8)

@@ -66,7 +66,7 @@ class Run:
 
     def _check_model(self, source: str, who: str) -> None:
         """Before weights load; of a GGUF file the config is known once the teacher stage has made a folder of it."""
-        from minillm.models.load import context_length, find_gguf, text_config
+        from minillm.models.load import attends_fully, context_length, find_gguf, text_config
 
         if find_gguf(source):
             return
@@ -79,6 +79,13 @@ class Run:
                     f"data.max_prompt_tokens + {section}.max_new_tokens ({recipe.data.max_prompt_tokens} + {new}) exceed the {who}'s "
                     f"context of {limit} tokens ({source})"
                 )
+        if who == "student" and recipe.student.lora is not None and recipe.student.lora.quantization and config.model_type == "gpt2":
+            raise ValueError(f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out")
+        if who == "teacher" and "minillm" in recipe.stages and recipe.rollout.teacher_mix and not attends_fully(config):
+            raise ValueError(
+                f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has sliding windows: set "
+                "rollout.teacher_mix: 0"
+            )
         block = recipe.objective.language_model_block
         if limit is not None and recipe.data.text is not None and "minillm" in recipe.stages and block > limit:
             raise ValueError(f"objective.language_model_block: {block} exceeds the {who}'s context of {limit} tokens ({source})")
@@ -248,15 +255,17 @@ def _finetune(this: Run) -> None:
 
 
 def _sft(this: Run) -> None:
-    _fine_tune(this, "sft", this.start, this.fine_tuned, this.recipe.sft, teacher=this.teacher)
+    _fine_tune(this, "sft", this.start, this.fine_tuned, this.recipe.sft)
 
 
-def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[str, Any], teacher: str | None = None) -> None:
+def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[str, Any]) -> None:
     from minillm.train.finetune import FineTuner
 
     arguments = _training_arguments(this, stage, training)
+    validation = this.validation()
     trainer = FineTuner(
-        args=arguments, train_dataset=this.references(), rollout=this.rollout(), eval_dataset=this.validation(), teacher=teacher,
+        args=arguments, train_dataset=this.references(), rollout=this.rollout(), eval_dataset=validation,
+        teacher=None if stage == "finetune" or validation is None else _reading_teacher(this, arguments),
         **(_student_of(this, source, arguments) if stage == "sft" else {"model": source}),
     )  # fmt: skip
     _train(this, trainer, target, stage)

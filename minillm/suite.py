@@ -50,9 +50,9 @@ def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
         examples = [examples[i] for i in sorted(permutation(len(examples), "sample")[: test.sample])]
     low, high = test.min_reference_words or 0, test.max_reference_words or 10**9
     if test.min_reference_words or test.max_reference_words:
-        examples = [e for e in examples if any(low <= len(text.split()) <= high for text in e.references)]
+        examples = [e for e in examples if e.references and low <= max(len(text.split()) for text in e.references) <= high]
     if not examples:
-        raise DataError(f"sets.{name}: no row has a reference of {low} to {high} words")
+        raise DataError(f"sets.{name}: no row's longest reference has {low} to {high} words")
     return examples[: test.limit]
 
 
@@ -258,7 +258,7 @@ def pooled_differences(suite: Suite, groups: Mapping[str, Sequence[str]]) -> dic
         group: {key: [row for name in names for row in _answers(suite, name, key)] for key in suite.sets} for group, names in groups.items()
     }  # fmt: skip
     return {
-        one: {other: _differences(rows[other], rows[one], suite.bootstrap)["average"] for other in groups if other != one} for one in groups
+        one: {other: _differences(suite, rows[other], rows[one])["average"] for other in groups if other != one} for one in groups
     }  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def _collect(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
         if scored:
             by_seed = np.mean([models[name][key]["rouge_l"]["by_seed"] for key in scored], axis=0)
             models[name]["average"] = {"rouge_l": _over_seeds(by_seed)}
-    against = {name: _differences(rows[names[0]], rows[name], suite.bootstrap) for name in names[1:]}
+    against = {name: _differences(suite, rows[names[0]], rows[name]) for name in names[1:]}
     return {
         "models": models, "compared_with": names[0], "differences": against, "seeds": suite.seeds,
         "prompts": {key: len(examples) for key, examples in sets.items()},
@@ -339,26 +339,41 @@ def _by_prompt(by_seed: Sequence[Sequence[Row]], key: str) -> Floats:
     return np.mean([[row[key] for row in rows if key in row] for rows in by_seed], axis=0)
 
 
-def _paired(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> tuple[Floats, Floats]:
-    """Rouge-L of two models on the prompts that both answered: another tokenizer may leave out others as too long."""
-    common = {row["row"] for row in first[0]} & {row["row"] for row in second[0]}
+def _paired(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> tuple[list[int], Floats, Floats]:
+    """Rouge-L of two models on the prompts that both answered, and which those are: another tokenizer may leave out others as too long."""
+    common = {row["row"] for row in first[0] if "rouge_l" in row} & {row["row"] for row in second[0]}
     one, other = ([[row for row in rows if row["row"] in common] for rows in by_seed] for by_seed in (first, second))
-    return _by_prompt(one, "rouge_l"), _by_prompt(other, "rouge_l")
+    return [row["row"] for row in one[0]], _by_prompt(one, "rouge_l"), _by_prompt(other, "rouge_l")
 
 
-def _differences(first: Mapping[str, list[list[Row]]], second: Mapping[str, list[list[Row]]], times: int) -> dict[str, dict[str, float]]:
+def _differences(suite: Suite, first: Mapping[str, list[list[Row]]], second: Mapping[str, list[list[Row]]]) -> dict[str, dict[str, float]]:
     """Second − first by set, and on the average of the sets; of those that have references."""
-    pairs = {key: _paired(first[key], second[key]) for key in first if any("rouge_l" in row for row in first[key][0])}
-    out = {key: metrics.paired_bootstrap(*pair, times) for key, pair in pairs.items()}
-    return out | ({"average": _average_difference(list(pairs.values()), times)} if pairs else {})
+    out: dict[str, dict[str, float]] = {}
+    changes: dict[str, dict[int, float]] = {}
+    for key in first:
+        if any("rouge_l" in row for row in first[key][0]):
+            rows, before, after = _paired(first[key], second[key])
+            out[key] = metrics.paired_bootstrap(before, after, suite.bootstrap)
+            changes[key] = dict(zip(rows, (after - before).tolist(), strict=True))
+    return out | ({"average": _average_difference(suite, changes)} if changes else {})
 
 
-def _average_difference(pairs: Sequence[tuple[Floats, Floats]], times: int) -> dict[str, float]:
-    """Of the mean over sets, each set's prompts resampled by themselves."""
-    changes = [second - first for first, second in pairs]
-    draws = np.mean([values[metrics.resample(len(values), times, seed)].mean(-1) for seed, values in enumerate(changes)], axis=0)
-    low, high = np.percentile(draws, [2.5, 97.5])
+def _average_difference(suite: Suite, changes: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Of the mean over sets, from what changed by prompt. Each set's prompts are resampled by themselves, but those of a part of a set with
+    that set's: their answers are the same."""
+    groups: dict[str, list[str]] = {}
+    for key in changes:
+        groups.setdefault(_whole_of(suite, key) or key, []).append(key)
+    draws = []
+    for seed, keys in enumerate(groups.values()):
+        rows = sorted(set().union(*(changes[key] for key in keys)))
+        drawn = metrics.resample(len(rows), suite.bootstrap, seed)
+        for key in keys:
+            values, inside = np.array([changes[key].get(row, 0.0) for row in rows]), np.array([row in changes[key] for row in rows])
+            draws.append(values[drawn].sum(-1) / np.maximum(inside[drawn].sum(-1), 1))
+    means = np.mean(draws, axis=0)
+    low, high = np.percentile(means, [2.5, 97.5])
     return {
-        "mean": float(np.mean([values.mean() for values in changes])), "low": float(low), "high": float(high),
-        "p_worse": float((draws <= 0).mean()),
+        "mean": float(np.mean([np.mean(list(values.values())) for values in changes.values()])), "low": float(low), "high": float(high),
+        "p_worse": float((means <= 0).mean()),
     }  # fmt: skip

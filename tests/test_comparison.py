@@ -108,6 +108,9 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
             curve = [entry["eval_rouge_l"] for entry in tried["curve"]]
             assert len(curve) == 2, name
             assert max(curve) == tried["rouge_l"]
+            assert "entropy" in tried["while_training"]
+            assert ("response_length" in tried["while_training"]) == (name in ("minillm", "distillm"))
+    assert len(results["start"]["curve"]) == 2
     # The baseline comes first, then every tested method with its seeds, and where all began.
     report = (file.parent / "run" / "report.html").read_text()
     assert all(f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm"))  # the curves' legends: text stays text

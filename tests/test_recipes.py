@@ -31,6 +31,12 @@ def test_every_recipe_is_valid_and_short(path: Path, tmp_path: Path) -> None:
     assert "extends" in own[0]
     assert recipe.run_dir.name == f"{path.parent.name}-{path.stem}" or path.stem.startswith(path.parent.name)
     assert recipe.teacher.source != recipe.student.source
+    shipped = load_recipe(path).data
+    assert shipped.heldout != shipped.validation  # what chooses a checkpoint does not score it
+    assert (shipped.text is None) == (recipe.data.template == "chat")  # the paper's term, where the paper speaks
+    for training in (recipe.training, recipe.sft, recipe.warmup.training):
+        assert training["load_best_model_at_end"]
+        assert training["metric_for_best_model"] == "rouge_l"
     # An update of eight processes divides a rollout batch.
     update = 8 * recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]
     assert recipe.rollout.num_rollouts % update == 0

@@ -15,13 +15,15 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gpt2 import GPT2Config
 
 from minillm import stages
 from minillm.models import load
 from minillm.models.weights import is_quantized
 from minillm.recipe_file import RecipeError, load_recipe
 from minillm.run_state import RunError
-from tests.conftest import tiny_tokenizer
+from tests.conftest import save, tiny_tokenizer
 
 RECIPE = """\
 run_dir: {run}
@@ -182,6 +184,14 @@ def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "minillm", *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
 
 
+def save_sliding(folder: Path) -> str:
+    config = Gemma2Config(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=4,
+        sliding_window=16, max_position_embeddings=256, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return save(AutoModelForCausalLM.from_config(config), folder)
+
+
 def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("weights were loaded"))
     for setting in ("rollout.max_new_tokens", "responses.max_new_tokens", "evaluate.max_new_tokens"):
@@ -189,6 +199,15 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
             stages.run(load_recipe(recipe, [f"{setting}=5000"]))
     with pytest.raises(ValueError, match=r"objective\.language_model_block: 5000 exceeds the teacher's context of \d+"):
         stages.run(load_recipe(recipe, [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model_block=5000"]))
+    sliding = save_sliding(recipe.parent / "sliding")
+    with pytest.raises(
+        ValueError, match=r"rollout\.teacher_mix: mixing needs a teacher whose every layer is full attention, and .*sliding"
+    ):
+        stages.run(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.teacher_mix=0.2"]))
+    config = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=2, eos_token_id=1, pad_token_id=0)
+    gpt2 = save(AutoModelForCausalLM.from_config(config), recipe.parent / "gpt2")
+    with pytest.raises(ValueError, match=r"student\.lora\.quantization: bitsandbytes does not take the layers of GPT-2"):
+        stages.run(load_recipe(recipe, [f"student.source={gpt2}", "student.lora.rank=2", "student.lora.quantization=4bit"]))
     with pytest.raises(RecipeError, match=r"an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N"):
         load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"])
     with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):

@@ -184,10 +184,27 @@ def test_blocked_ngrams_do_not_repeat(data: str, models: dict[str, str], tmp_pat
     assert repeats[2] == 0 < repeats[0]
 
 
+def test_a_part_of_a_set_is_resampled_with_it(data: str, tmp_path: Path) -> None:
+    given = make(data, tmp_path / "out", bootstrap=2000)
+    values = {i: float(x) for i, x in enumerate(np.random.default_rng(0).normal(size=40))}
+    alone = suite._average_difference(given, {"some": values})
+    both = suite._average_difference(given, {"some": values, "long": values})  # all of it is long: it says nothing new
+    assert both == pytest.approx(alone)
+    apart = suite._average_difference(given, {"some": values, "bare": values})
+    assert apart["high"] - apart["low"] < 0.85 * (alone["high"] - alone["low"])  # two independent sets of prompts: 1/√2
+    part = suite._average_difference(given, {"some": values, "long": {i: values[i] for i in range(0, 40, 3)}})
+    draws = []
+    for rows in np.random.default_rng(1).integers(0, 40, size=(2000, 40)):
+        some = [values[int(i)] for i in rows if i % 3 == 0]
+        draws.append((np.mean([values[int(i)] for i in rows]) + np.mean(some)) / 2)
+    assert part["low"] == pytest.approx(np.percentile(draws, 2.5), abs=0.05)
+    assert part["high"] == pytest.approx(np.percentile(draws, 97.5), abs=0.05)
+
+
 def test_what_cannot_be_read_is_named(data: str, tmp_path: Path, models: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"sets.some: some.jsonl is looked for below data_dir, which is not given"):
         suite.run_suite(make(data, tmp_path, data_dir=None), models)
-    with pytest.raises(DataError, match=r"sets.x: no row has a reference of 99 to 1000000000 words"):
+    with pytest.raises(DataError, match=r"sets.x: no row's longest reference has 99 to 1000000000 words"):
         suite.run_suite(make(data, tmp_path, sets={"x": {"file": "some.jsonl", "min_reference_words": 99}}), models)
     file = tmp_path / "suite.yaml"
     file.write_text("sets:\n  one: {file: a.jsonl, limt: 3}\n")

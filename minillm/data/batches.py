@@ -7,7 +7,8 @@ with `lengths` [B]. Nothing is read off the pad id.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,7 @@ def permutation(n: int, *seed: int | str) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def pack_text(documents: Sequence[Sequence[int]], block: int, eos: int, *, several: bool = True) -> list[list[list[int]]]:
+def pack_text(documents: Iterable[Iterable[int]], block: int, eos: int, *, several: bool = True) -> list[list[array[int]]]:
     """Blocks of at most `block` tokens, each a list of pieces of documents, which `eos` ends.
 
     A piece sees nothing of its neighbours. A piece of one token predicts nothing and is left out.
@@ -99,10 +100,11 @@ def pack_text(documents: Sequence[Sequence[int]], block: int, eos: int, *, sever
     Args:
         several: whether a block may hold pieces of more than one document.
     """
-    blocks: list[list[list[int]]] = [[]]
+    blocks: list[list[array[int]]] = [[]]
     room = block
     for document in documents:
-        ids = [*document, eos]
+        ids = array("i", document)  # a corpus of Python integers would take ten times the room
+        ids.append(eos)
         while len(ids) > 1:
             if room < 2 or (blocks[-1] and not several):
                 blocks.append([])

@@ -183,23 +183,32 @@ def render(example: Example, template: str, tokenizer: Any, system: str | None =
     Raises:
         DataError: a chat of several turns for a template that takes one.
     """
-    messages = _messages(example, system)
     if template == "chat":
-        return chat_ids(messages, tokenizer)
+        return chat_ids(_messages(example, system), tokenizer)
+    marks = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    return list(tokenizer(prompt_text(example, template, system, **marks), add_special_tokens=False)["input_ids"])
+
+
+def prompt_text(example: Example, template: str, system: str | None = None, bos_token: str = "", eos_token: str = "") -> str:
+    """The prompt as text, for every template but `chat`; see `render`."""
     if template not in ("alpaca", "plain"):
-        text = _jinja(template).render(
-            instruction=example.instruction, input=example.input, system=system, messages=messages, bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
+        return _jinja(template).render(
+            instruction=example.instruction, input=example.input, system=system, messages=_messages(example, system), bos_token=bos_token,
+            eos_token=eos_token,
         )  # fmt: skip
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if any(role != "user" for role, _ in example.chat):
         raise DataError(f"row {example.row} is a chat of several messages, not one for template {template}; use chat or a Jinja text")
     text = example.text
-    if template == "alpaca":
-        head = _ALPACA.format(_ALPACA_INPUT if example.input else "")
-        middle = f"### Input:\n{example.input}\n\n" if example.input else ""
-        text = f"{head}### Instruction:\n{example.instruction}\n\n{middle}### Response:\n"
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if template == "plain":
+        return text
+    if "### Response:" in text:
+        raise DataError(
+            f"row {example.row} is rendered by the alpaca template already (it has '### Response:'): give its columns instruction, input "
+            "and output as they were before, or set template: plain"
+        )
+    head = _ALPACA.format(_ALPACA_INPUT if example.input else "")
+    middle = f"### Input:\n{example.input}\n\n" if example.input else ""
+    return f"{head}### Instruction:\n{example.instruction}\n\n{middle}### Response:\n"
 
 
 def _messages(example: Example, system: str | None) -> list[dict[str, str]]:
@@ -246,7 +255,8 @@ def chat_ids(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
     """Token ids of a conversation, ending where the assistant's answer begins."""
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
-    return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
+    # Templates that can have a model think first (Qwen3's) are told not to: it would think longer than an answer may be.
+    return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, enable_thinking=False))
 
 
 def render_all(

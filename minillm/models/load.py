@@ -138,6 +138,12 @@ def text_config(model: PreTrainedModel | str) -> Any:
     return config.get_text_config()
 
 
+def attends_fully(config: Any) -> bool:
+    """Whether every layer of a model with this (text) config attends to all that came before."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    return not kinds - {"full_attention"} and (bool(kinds) or not getattr(config, "sliding_window", None))
+
+
 def context_length(config: Any) -> int | None:
     """Positions a model was built for, where its config says."""
     return getattr(config, "max_position_embeddings", None)

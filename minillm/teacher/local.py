@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket, pad
 from minillm.data.rollouts import Rollout, Sampling
+from minillm.models.load import attends_fully
 from minillm.models.prune import decoder_layers
 from minillm.models.scoring import body, head_of, hidden_states
 from minillm.models.weights import is_sharded
@@ -46,7 +47,7 @@ class LocalTeacher:
             size = max(size, min(_GPU_TOKENS // max(lengths, default=1), _GPU_SEQUENCES))
         return bucket(lengths, size)
 
-    def hidden(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> list[Tensor]:
+    def hidden(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Tensor]:
         """Final states [T_i, H] that predict each response's tokens: one forward, no gradient."""
         out: list[Tensor | None] = [None] * len(prompts)
         for group in self.groups([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
@@ -131,12 +132,10 @@ class TeacherStream:
     """
 
     def __init__(self, teacher: LocalTeacher, lengths: Sequence[int]) -> None:
-        config: Any = teacher.model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or [])
-        if kinds - {"full_attention"} or (not kinds and getattr(config, "sliding_window", None)):
+        if not attends_fully(teacher.model.config.get_text_config()):
             raise ValueError(
-                f"teacher-mixed sampling needs a teacher whose every layer is full attention ({type(teacher.model).__name__} has "
-                f"{', '.join(sorted(kinds - {'full_attention'})) or 'a sliding window'}): set rollout.teacher_mix: 0"
+                f"teacher-mixed sampling needs a teacher whose every layer is full attention ({type(teacher.model).__name__} has sliding "
+                "windows): set rollout.teacher_mix: 0"
             )
         self._groups = [_Group(teacher, rows) for rows in teacher.groups(lengths)]
 

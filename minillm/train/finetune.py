@@ -25,13 +25,13 @@ class FineTuner(Validated, SFTTrainer):
     Args:
         model: a folder or hub id, loaded in float32; or a loaded model, whose tokenizer is `processing_class`.
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
-        teacher: folder or hub id of the model that validation takes KL(q‖p) to, if there is one.
+        teacher: what validation takes KL(q‖p) to, if there is one: a folder, a hub id or a loaded model.
     """
 
     def __init__(
         self, model: str | PreTrainedModel, args: TrainingArguments, *, train_dataset: Sequence[dict[str, Any]],
-        rollout: RolloutConfig | None = None, eval_dataset: Sequence[dict[str, Any]] | None = None, teacher: str | None = None,
-        processing_class: Any = None,
+        rollout: RolloutConfig | None = None, eval_dataset: Sequence[dict[str, Any]] | None = None,
+        teacher: str | PreTrainedModel | None = None, processing_class: Any = None,
     ) -> None:  # fmt: skip
         tokenizer = load_tokenizer(model) if isinstance(model, str) else processing_class
         student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
@@ -55,5 +55,5 @@ class FineTuner(Validated, SFTTrainer):
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.sample_with(rollout or RolloutConfig(), min(head_width(student), token_count(tokenizer)), compute)  # pyright: ignore[reportArgumentType]
         if teacher is not None and eval_dataset is not None:
-            other: Any = load_model(teacher, compute)
+            other: Any = load_model(teacher, compute) if isinstance(teacher, str) else teacher
             self.teacher = LocalTeacher(other.to(args.device))

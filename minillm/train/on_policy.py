@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -217,12 +218,12 @@ class MiniLLMTrainer(DistillationTrainer):
         self.tally({name: total for name, total in sums.items() if name != "log_ratio"})
         return value
 
-    def _read_by_teacher(self, rollouts: Sequence[Rollout], text: Sequence[list[int]], device: torch.device) -> Tensor | TeacherRows:
+    def _read_by_teacher(self, rollouts: Sequence[Rollout], text: Sequence[array[int]], device: torch.device) -> Tensor | TeacherRows:
         """The teacher's states, or what it tells of some tokens, for rollouts followed by text."""
         if isinstance(self.teacher, ServedTeacher):
             rows = [r.teacher_rows for r in rollouts if r.teacher_rows is not None]
             for ids in text:  # without a say in it
-                drawn = torch.tensor(ids[1:])[:, None]
+                drawn = torch.tensor(list(ids[1:]))[:, None]
                 rows.append(TeacherRows(drawn, torch.full(drawn.shape, -1.0)))
             rows = join(rows)
             return TeacherRows(rows.ids.to(device), rows.logprobs.to(device))
@@ -440,7 +441,7 @@ class MiniLLMTrainer(DistillationTrainer):
             return list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
         return chat_ids(row["prompt"], tokenizer)
 
-    def _pack(self, dataset: Iterable[dict[str, Any]] | None) -> list[list[list[int]]]:
+    def _pack(self, dataset: Iterable[dict[str, Any]] | None) -> list[list[array[int]]]:
         if dataset is None:
             return []
         if not self.objective.language_model:
@@ -456,7 +457,7 @@ class MiniLLMTrainer(DistillationTrainer):
         needed = self.args.max_steps * self._update_size * self._processes * block if endless else math.inf
         documents, read = [], 0
         for row in dataset:
-            documents.append(tokenizer(row["text"], add_special_tokens=False)["input_ids"])
+            documents.append(array("i", tokenizer(row["text"], add_special_tokens=False)["input_ids"]))
             read += len(documents[-1]) + 1 if several else -(-(len(documents[-1]) + 1) // block) * block
             if read >= needed:
                 break
