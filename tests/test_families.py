@@ -173,6 +173,8 @@ def test_a_baselines_command_trains_and_scores_it(family: str, baseline: str, tm
         "gkd": "the reverse KL",
     }
     assert how.get(baseline, "skew reverse kl") in card
+    assert ("### Response:" in card) == (family == "gpt2")  # asked as it was trained to be
+    assert ('"role": "user"' in card) == (family == "qwen3")
 
 
 @pytest.mark.full

@@ -169,6 +169,7 @@ def test_calibration_and_exposure_bias_come_from_the_models_themselves(
     assert found["excess_error"]["by_position"] == pytest.approx(
         excess_error([r["own"] for r in rows], [r["oracle"] for r in rows], 6).tolist()
     )
+    assert "Exposure bias" in write_suite_report(tmp_path / "out").read_text()
 
 
 def test_blocked_ngrams_do_not_repeat(data: str, models: dict[str, str], tmp_path: Path) -> None:

@@ -185,16 +185,15 @@ def render(example: Example, template: str, tokenizer: Any, system: str | None =
     """
     if template == "chat":
         return chat_ids(_messages(example, system), tokenizer)
-    marks = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    return list(tokenizer(prompt_text(example, template, system, **marks), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt_text(example, template, system, tokenizer), add_special_tokens=False)["input_ids"])
 
 
-def prompt_text(example: Example, template: str, system: str | None = None, bos_token: str = "", eos_token: str = "") -> str:
-    """The prompt as text, for every template but `chat`; see `render`."""
+def prompt_text(example: Example, template: str, system: str | None = None, tokenizer: Any = None) -> str:
+    """The prompt as text, for every template but `chat`; see `render`. `tokenizer`: whose marks a Jinja text may name."""
     if template not in ("alpaca", "plain"):
         return _jinja(template).render(
-            instruction=example.instruction, input=example.input, system=system, messages=_messages(example, system), bos_token=bos_token,
-            eos_token=eos_token,
+            instruction=example.instruction, input=example.input, system=system, messages=_messages(example, system),
+            bos_token=getattr(tokenizer, "bos_token", None) or "", eos_token=getattr(tokenizer, "eos_token", None) or "",
         )  # fmt: skip
     if any(role != "user" for role, _ in example.chat):
         raise DataError(f"row {example.row} is a chat of several messages, not one for template {template}; use chat or a Jinja text")

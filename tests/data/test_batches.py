@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -45,11 +47,14 @@ def test_sequences_share_rows_while_there_is_room() -> None:
 
 
 def test_documents_fill_blocks_and_stay_apart() -> None:
+    def packed(*given: Any, **options: Any) -> list[list[list[int]]]:
+        return [[list(piece) for piece in block] for block in pack_text(*given, **options)]
+
     documents = [[1, 2], [3, 4, 5, 6], [7]]
-    assert pack_text(documents, 5, eos=9) == [[[1, 2, 9], [3, 4]], [[5, 6, 9], [7, 9]]]
-    assert pack_text(documents, 5, eos=9, several=False) == [[[1, 2, 9]], [[3, 4, 5, 6, 9]], [[7, 9]]]
-    assert pack_text([[1, 2, 3]], 3, eos=9) == [[[1, 2, 3]]]  # an end token alone predicts nothing
-    assert pack_text([[]], 4, eos=9) == []
+    assert packed(documents, 5, eos=9) == [[[1, 2, 9], [3, 4]], [[5, 6, 9], [7, 9]]]
+    assert packed(documents, 5, eos=9, several=False) == [[[1, 2, 9]], [[3, 4, 5, 6, 9]], [[7, 9]]]
+    assert packed([[1, 2, 3]], 3, eos=9) == [[[1, 2, 3]]]  # an end token alone predicts nothing
+    assert packed([[]], 4, eos=9) == []
 
 
 def test_a_packed_row_gives_the_states_and_gradients_of_separate_ones() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_bad_lines_are_named(tmp_path: Path, text: str, message: str) -> None:
         read_examples(tmp_path / "y.jsonl")
 
 
+def test_a_template_that_can_think_is_told_not_to(tokenizer: Any) -> None:
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template += "{% if enable_thinking is defined and enable_thinking is false %}w7{% endif %}"
+    assert tokenizer.decode(render(Example(0, "w1", ""), "chat", thinking)).endswith("w7")
+
+
 def test_templates(tokenizer: Any) -> None:
     example = Example(0, "w1 w2", "w3")
     assert tokenizer.decode(render(example, "chat", tokenizer)) == "<user> w1 w2 w3 <bot>"
@@ -44,6 +51,8 @@ def test_templates(tokenizer: Any) -> None:
             assert not add_special_tokens
             return {"input_ids": list(text)}
 
+    with pytest.raises(DataError, match="row 0 is rendered by the alpaca template already"):
+        render(Example(0, "### Instruction:\nw1\n\n### Response:\n", ""), "alpaca", Text())
     shown = "".join(render(example, "alpaca", Text()))  # pyright: ignore
     assert "paired with an input that provides further context. Write" in shown
     assert shown.endswith("### Instruction:\nw1 w2\n\n### Input:\nw3\n\n### Response:\n")
