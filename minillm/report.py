@@ -87,7 +87,7 @@ def write_suite_report(out: Path) -> Path:
 def write_comparison_report(root: Path) -> Path:
     """Write `root/report.html` from a comparison's `compare.json`: curves of every method, and the tests where they were read."""
     results = _read(root / "compare.json")
-    parts = [f"<h1>{html.escape(root.name)}</h1>", *_validation_curves(results["tuning"]), _tuning(results["tuning"])]
+    parts = [f"<h1>{html.escape(root.name)}</h1>", *_validation_curves(results), _tuning(results["tuning"])]
     if tests := results.get("tests"):
         parts += [*(_set_table(tests, name) for name in [*tests["prompts"], "average"]), _pairs(results["differences"]), _by_words(tests)]
     page = root / "report.html"
@@ -95,11 +95,12 @@ def write_comparison_report(root: Path) -> Path:
     return page
 
 
-def _validation_curves(tuning: dict[str, Any]) -> list[str]:
-    """Of the settings that each method was taken with, its first training seed."""
+def _validation_curves(results: dict[str, Any]) -> list[str]:
+    """Of the settings that each method was taken with, its first training seed; from where all start, if that was validated."""
     titles = {"eval_rouge_l": "Rouge-L", "eval_reverse_kl": "KL(q‖p), nats a token"}
+    start = [{**entry, "step": 0} for entry in results.get("start", {}).get("curve", [])[-1:]]
     panels = [
-        (title, {name: _points(found["tried"][found["chosen"]]["curve"], key) for name, found in tuning.items()})
+        (title, {name: _points(start + found["tried"][found["chosen"]]["curve"], key) for name, found in results["tuning"].items()})
         for key, title in titles.items()
     ]
     return [_drawn("Validation while training", panels, columns=2, height=4.4)]

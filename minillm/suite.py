@@ -236,11 +236,14 @@ def _is_there(suite: Suite, name: str, key: str, part: str, made_from: str) -> b
 
 def _made_from(suite: Suite, folder: str, prompts: Sequence[Prompt], test: TestSet) -> str:
     """A digest of what a part depends on."""
-    weights = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
+    weights, taught = (
+        {file.name: file.stat().st_mtime_ns for file in sorted(Path(place).glob("*.safetensors"))} if place is not None else {}
+        for place in (folder, suite.teacher)
+    )
     engine = "transformers" if suite.no_repeat_ngram else choose_engine(suite.engine)
     settings = suite.model_dump(mode="json", include={"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"})
     rows = [(prompt.ids, prompt.example.references) for prompt in prompts]
-    seen = (weights or folder, settings, engine, test.choices, rows)
+    seen = (weights or folder, settings, engine, test.choices, rows, *([taught] if taught else []))
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
@@ -300,8 +303,8 @@ def _scores(suite: Suite, name: str, key: str, by_seed: Sequence[Sequence[Row]])
             for low, high in _LENGTH_BINS
             if (some := [r for rows in referenced for r in rows if low <= _words(r) <= (high or 10**9)])
         }
-    first = by_seed[0]
-    if "reverse_kl" in first[0]:
+    first = next((rows for rows in by_seed if "reverse_kl" in rows[0]), None)  # of one seed
+    if first is not None:
         tokens = sum(len(row["ids"]) for row in first)
         out |= {kl: {"mean": sum(row[kl] for row in first) / tokens} for kl in ("reverse_kl", "forward_kl")}
     choices = _file(suite, name, key, "choices")
