@@ -29,6 +29,7 @@ GIB = 1 << 30
 _PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.516}  # bytes a weight: NF4's scales, themselves in 8 bits, take an eighth of a bit
 _AT_ONCE = 64  # sequences that an engine makes room for where nothing is trained
+_TRL_TILE = (4096, 32768)  # tokens, entries of the vocabulary
 _WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
 
 
@@ -305,6 +306,14 @@ def _scoring_parts(model: Shape, other: Shape | None, tokens: int, half: bool) -
     return {"head": logits + (0 if not half else model.head * 2) + model.head * _WIDE + 2 * tokens * model.hidden * _WIDE}
 
 
+def _trl_head(model: Shape, tokens: int, gpu: bool) -> float:
+    """What TRL's head takes of tokens in tiles: on a GPU of those that count, in bfloat16, and the gradient of the weights; elsewhere of all
+    of them, in float32, and eight times over (counted in its backward)."""
+    width = model.head // model.hidden
+    tile = min(tokens, _TRL_TILE[0]) * min(width, _TRL_TILE[1])
+    return tile * 2 + model.head * _WIDE if gpu else 8 * tile * _WIDE
+
+
 def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other: Shape | None, training: dict[str, Any]) -> list[Phase]:
     rows, length = training.get("per_device_train_batch_size", 8), recipe.data.max_prompt_tokens + recipe.responses.max_new_tokens
     half = bool(training.get("bf16")) and machine.bf16
@@ -320,7 +329,10 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
     parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
     tokens = rows * recipe.responses.max_new_tokens
     reads = other if name == "warmup" and recipe.warmup.cross_entropy < 1 else None
-    parts |= _scoring_parts(model, reads, tokens, half)
+    if name == "warmup":
+        parts |= _scoring_parts(model, reads, tokens, half)
+    else:
+        parts["head"] = _trl_head(model, tokens if machine.gpu else rows * length, machine.gpu)
     if reads is not None:
         parts["teacher's states"] = tokens * reads.hidden * (2 if half else _WIDE)
     update = rows * training.get("gradient_accumulation_steps", 1) * machine.processes
