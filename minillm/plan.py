@@ -307,8 +307,8 @@ def _scoring_parts(model: Shape, other: Shape | None, tokens: int, half: bool) -
 
 
 def _trl_head(model: Shape, tokens: int, gpu: bool) -> float:
-    """What TRL's head takes of tokens in tiles: on a GPU of those that count, in bfloat16, and the gradient of the weights; elsewhere of all
-    of them, in float32, and eight times over (counted in its backward)."""
+    """What TRL's head takes, in tiles: on a GPU of the tokens that count, in bfloat16, and the gradient of the weights; elsewhere of all of
+    them, in float32, eight times over (as seen in its backward)."""
     width = model.head // model.hidden
     tile = min(tokens, _TRL_TILE[0]) * min(width, _TRL_TILE[1])
     return tile * 2 + model.head * _WIDE if gpu else 8 * tile * _WIDE
