@@ -67,7 +67,10 @@ def make_engine(
     chosen = choose_engine(config.engine)
     if config.engine == "auto" and not torch.cuda.is_available() and text_config(str(folder)).model_type in NOT_ON_CPUS:
         chosen = "transformers"
-        logger.warning("vLLM on a CPU takes no new weights of %s: sampling with transformers instead.", text_config(str(folder)).model_type)
+        logger.warning(
+            "vLLM on a CPU changes the class of %s in transformers: sampling with transformers instead.",
+            text_config(str(folder)).model_type,
+        )
     if chosen == "vllm":
         return VLLMEngine(
             folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,

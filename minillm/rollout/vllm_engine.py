@@ -21,7 +21,8 @@ GIB = 1 << 30
 _CPU_BLOCK = 32
 # A GPU is shared with the trained model, its optimiser and the teacher; vLLM's own buffers beside weights and cache.
 _MOST_ON_CPU, _BUFFERS = 4 * GIB, 2 * GIB
-NOT_ON_CPUS = frozenset({"gpt_neox"})  # model types that its CPU build loads, and takes no new weights of
+# Model types that its CPU build runs by changing transformers' class, of which then no model works in this process but its own.
+NOT_ON_CPUS = frozenset({"gpt_neox"})
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM keeps room for
 _SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it draws from
 
