@@ -232,7 +232,8 @@ def fitted(recipe: Recipe, machine: Machine, overridden: Any) -> tuple[Plan, Rec
             continue
         found = plan(changed, machine)
         if found.peak < current.peak:
-            changes, recipe, current = [*changes, *candidates], changed, found
+            last = {change.split("=")[0]: change for change in [*changes, *candidates]}  # a batch that is halved again
+            changes, recipe, current = list(last.values()), changed, found
     return replace(current, overrides=changes), recipe
 
 
