@@ -50,11 +50,12 @@ def mix_per_token(student: Any, teacher: Any, alpha: float, prompts: Sequence[li
     feed, mask = left_pad(prompts)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     caches: list[Any] = [None, None]
+    last = torch.tensor([-1], device=feed.device)  # a slice (1) would copy the head for each row, on a CPU in bfloat16
     drawn = 0
     for _ in range(sampling.max_new_tokens):
         rows = []
         for i, model in enumerate((student, teacher)):
-            out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
+            out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=caches[i], use_cache=True, logits_to_keep=last)
             caches[i] = out.past_key_values
             rows.append(next_token_logprobs(out.logits[:, -1], sampling).exp())
         tokens = torch.multinomial((1 - alpha) * rows[0] + alpha * rows[1], 1)[:, 0]

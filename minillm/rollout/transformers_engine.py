@@ -52,8 +52,9 @@ class TransformersEngine:
         cache: Any = None
         was_training = model.training
         model.eval()
+        last = _last(device)
         for _ in range(sampling.max_new_tokens):
-            out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last)
             cache = out.past_key_values
             logq = next_token_logprobs(out.logits[:, -1], sampling)
             if sampling.no_repeat_ngram:
@@ -88,10 +89,11 @@ class TransformersEngine:
         out: list[Tensor] = [torch.zeros(0)] * len(prefixes)
         was_training = self._model.training
         self._model.eval()
+        last = _last(self._model.device)
         for group in bucket([len(prefix) for prefix in prefixes], self._batch_size):
             feed, mask = _left_pad([prefixes[i] for i in group], self._model.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._model(feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1).logits[:, -1]
+            logits = self._model(feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=last).logits[:, -1]
             for i, row in zip(group, next_token_logprobs(logits, sampling), strict=True):
                 out[i] = row[torch.tensor(ids[i], device=row.device)].cpu()
         self._model.train(was_training)
@@ -121,6 +123,12 @@ def _without_repeats(logq: Tensor, sequences: Sequence[list[int]], n: int) -> Te
         if seen and len(ids) >= n - 1:
             row[torch.tensor(seen, device=row.device)] = -torch.inf
     return torch.log_softmax(logq, -1)
+
+
+def _last(device: torch.device) -> Tensor:
+    """The position whose logits are wanted. As a number it would be a slice, of rows that lie apart, for which PyTorch copies
+    the head's weights once a row on a CPU in bfloat16 (4.2 s and 0.9 GB for 16 rows of 49,152 × 576, instead of 0.01 s)."""
+    return torch.tensor([-1], device=device)
 
 
 def _left_pad(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
