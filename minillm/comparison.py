@@ -24,9 +24,11 @@ import numpy as np
 from minillm import stages
 from minillm.hardware import machine
 from minillm.jobs import Job, run_jobs
-from minillm.recipe import Comparison, Method, Recipe, Suite
+from minillm.recipe import Recipe
+from minillm.recipe_compare import Comparison, Method, Suite
 from minillm.recipe_file import merge, recipe_of
 from minillm.report import write_comparison_report
+from minillm.run import Run
 from minillm.run_state import RunState
 from minillm.suite import answer_suite, pooled_differences, run_suite
 
@@ -47,7 +49,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     root = Path(comparison.recipe["run_dir"])
     suite = Suite.model_validate({**comparison.suite, "out": root / "tests"})
     shared = {"run_dir": str(root / "start"), "stages": comparison.start}
-    start = stages.Run(recipe_of(merge(comparison.recipe, shared), "the shared recipe"))
+    start = Run(recipe_of(merge(comparison.recipe, shared), "the shared recipe"))
     plans = {
         name: [_recipe(comparison, start, name, tuning, method.seeds[0], f"tuning-{i}") for i, tuning in enumerate(method.tuning)]
         for name, method in comparison.methods.items()
@@ -109,7 +111,7 @@ def _tested(comparison: Comparison) -> list[str]:
     return sorted(names, key=lambda name: name != comparison.baseline)
 
 
-def _recipe(comparison: Comparison, start: stages.Run, name: str, tuning: dict[str, Any], seed: int, folder: str) -> Recipe:
+def _recipe(comparison: Comparison, start: Run, name: str, tuning: dict[str, Any], seed: int, folder: str) -> Recipe:
     """A method's run: the shared settings, its own, those that are tried, and what the shared stages leave."""
     method = comparison.methods[name]
     own = {

@@ -1,34 +1,24 @@
 """What a recipe takes before it is launched: memory of each phase in one process, arithmetic, hours. No weights are read.
 
-What autograd keeps of the student's forward is counted, not guessed: the body is run on fake tensors, which have shapes and
-no data. The rest is sums of sizes; hours rest on assumptions, which are stated.
+What autograd keeps is counted (`models.shape`), the rest is sums of sizes; hours rest on assumptions, which are stated.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
-
 from minillm.loss.token_scores import CHUNK
-from minillm.models.known import KNOWN
-from minillm.models.load import find_gguf
+from minillm.models.shape import Shape, kept_bytes, shape_of
 from minillm.recipe import Recipe, Source
 
 GIB = 1 << 30
 _PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.516}  # bytes a weight: NF4's scales, themselves in 8 bits, take an eighth of a bit
-_AT_ONCE = 64  # sequences that an engine makes room for where nothing is trained
+_AT_ONCE = 64  # sequences that an engine makes room for where nothing is trained; the transformers engine's batch
 _TRL_TILE = (4096, 32768)  # tokens, entries of the vocabulary
 _WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
 
@@ -88,93 +78,6 @@ class Plan:
     @property
     def hours(self) -> float:
         return sum(phase.seconds for phase in self.phases) / 3600
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model."""
-
-    name: str
-    config: Any
-    parameters: int
-    head: int  # parameters of the output head, tied or not
-
-    @property
-    def hidden(self) -> int:
-        return self.config.hidden_size
-
-    @property
-    def body(self) -> int:
-        """Parameters that multiply in the body."""
-        tied = getattr(self.config, "tie_word_embeddings", False)
-        return self.parameters - (self.head if tied else 2 * self.head)
-
-    def cached(self, itemsize: int) -> int:
-        """Bytes of one token's keys and values."""
-        c = self.config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        return 2 * c.num_hidden_layers * heads * size * itemsize
-
-
-def shape_of(source: str, keep_layers: int | None = None) -> Shape:
-    """From a folder, from published dimensions, or from the hub's config. `keep_layers`: after pruning."""
-    config = _config(source)
-    if keep_layers is not None:
-        config.num_hidden_layers = keep_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:keep_layers]
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    return Shape(source, config.get_text_config(), model.num_parameters(), model.get_output_embeddings().weight.numel())
-
-
-def _config(source: str) -> Any:
-    gguf = find_gguf(source)
-    if gguf is not None:
-        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if source in KNOWN and not Path(source).is_dir():
-        sizes = dict(KNOWN[source])
-        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    return AutoConfig.from_pretrained(source)
-
-
-def kept_bytes(shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool) -> float:
-    """What autograd keeps of the body's forward over `rows` sequences of `length` tokens, float32 weights left out.
-
-    Args:
-        half: under autocast to bfloat16, whose copies of the weights count.
-        checkpointing: then one block is computed again at a time, and autocast's copies live through the forward.
-    """
-    config, kind = shape.config.to_json_string(use_diff=False), type(shape.config)
-    if not checkpointing:
-        return _kept(config, kind, rows, length, half, False)
-    block = _kept(config, kind, rows, length, half, False) / shape.config.num_hidden_layers
-    return _kept(config, kind, rows, length, half, True) + max(block, 2.0 * shape.body if half else 0.0)
-
-
-@cache
-def _kept(config: str, kind: Any, rows: int, length: int, half: bool, checkpointing: bool) -> int:
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        model: Any = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config)), dtype=torch.float32)
-        model.eval()  # dropout is off in training too, and OPT draws a number for each layer, which a fake one cannot be
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        kept: dict[int, torch.Tensor] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            place = tensor.untyped_storage()._cdata
-            if place not in weights:
-                kept[place] = tensor  # held, so that no other takes its place
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model.base_model(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def plan(recipe: Recipe, machine: Machine) -> Plan:
@@ -288,9 +191,7 @@ def _training_parts(recipe: Recipe, machine: Machine, model: Shape, training: di
     half = bool(training.get("bf16")) and machine.bf16
     lora = recipe.student.lora
     if adapted and lora is not None:
-        c = model.config
-        inner = getattr(c, "intermediate_size", None) or getattr(c, "ffn_dim", None) or 4 * c.hidden_size
-        adapter = lora.rank * c.num_hidden_layers * (8 * c.hidden_size + 3 * (c.hidden_size + inner))
+        adapter = lora.rank * model.config.num_hidden_layers * (11 * model.hidden + 3 * model.inner)
         whole = _held(model, 2 if half else _WIDE, lora.quantization)
         return {"student": whole / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
     names = {"student" if adapted else "teacher": _WIDE, "gradients": _WIDE, "moments": 2 * _WIDE}
@@ -355,7 +256,7 @@ def _validation(
         return []
     size = 2 if training.get("bf16") and machine.bf16 else _WIDE
     own, length = recipe.rollout.num_rollouts // machine.processes, recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
-    engine = {} if recipe.rollout.engine == "server" else _engine_parts(recipe, machine, model, size, own, length)
+    engine = {} if recipe.rollout.engine == "server" else _engine_parts(recipe, machine, model, size, own, length, copied=machine.shard)
     if not machine.gpu and recipe.rollout.engine != "transformers":
         trained.parts |= engine
     phase = Phase(f"{name}: validation", {key: value for key, value in idle.items() if key != "gradients"} | engine)
@@ -387,16 +288,22 @@ def _answers(name: str, recipe: Recipe, machine: Machine, model: Shape, sizes: A
     return phase
 
 
-def _engine_parts(recipe: Recipe, machine: Machine, model: Shape, size: int, sequences: int, length: int) -> dict[str, float]:
-    """What an engine holds: its copy of the weights and its cache, or, where the model at hand is sampled, the cache alone.
+def _engine_parts(
+    recipe: Recipe, machine: Machine, model: Shape, size: int, sequences: int, length: int, *, copied: bool = False
+) -> dict[str, float]:
+    """What an engine holds: its copy of the weights and its cache; where the model at hand is sampled, the cache and its forward alone.
 
     Args:
         size: bytes of a weight.
         sequences: drawn together, of `length` tokens.
+        copied: the model at hand is in shards, of which no process can sample alone.
     """
     rollout = recipe.rollout
     if rollout.engine == "transformers":
-        return {"the sampled model's cache": min(sequences, 32) * length * model.cached(size)}
+        rows = min(sequences, _AT_ONCE)
+        reading = rows * recipe.data.max_prompt_tokens * (4 * model.hidden + 3 * model.inner) * size
+        copy: dict[str, float] = {"a whole copy to sample": model.parameters * size} if copied else {}
+        return copy | {"the sampled model's cache": rows * length * model.cached(size), "its reading of prompts": reading}
     cache = rollout.engine_memory * GIB if rollout.engine_memory else sequences * (length + 32) * model.cached(size)
     parts = {"vLLM's weights": model.parameters * size, "vLLM's cache": min(cache, 4 * GIB) if not machine.gpu else cache}
     if machine.gpu:
@@ -433,7 +340,7 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
         shared["teacher"] = _teacher_bytes(recipe, machine, teacher, half)
         shared["teacher's states"] = own * rollout.max_new_tokens * teacher.hidden * size
     idle = {name: value for name, value in shared.items() if name != "gradients"}  # freed after each update
-    engine = {} if rollout.engine == "server" else _engine_parts(recipe, machine, student, size, own, length)
+    engine = {} if rollout.engine == "server" else _engine_parts(recipe, machine, student, size, own, length, copied=machine.shard)
     drawing = Phase("minillm: rollouts", idle | engine)
     if rollout.teacher_mix and not recipe.teacher.servers:
         drawing.parts["teacher's cache"] = own * length * teacher.cached(size)

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from minillm.recipe import Comparison, Recipe, Suite
+from minillm.recipe import Recipe
+from minillm.recipe_compare import Comparison, Suite
 
 Key = tuple[str, ...]
 Kind = TypeVar("Kind", bound=BaseModel)

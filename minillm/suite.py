@@ -27,7 +27,8 @@ from minillm.metrics import Floats
 from minillm.models.load import eos_ids, load_model, load_tokenizer
 from minillm.models.scoring import bind_scoring
 from minillm.models.vocabulary import check_same_tokens, head_width, token_count
-from minillm.recipe import RolloutConfig, Suite, TestSet
+from minillm.recipe import RolloutConfig
+from minillm.recipe_compare import Suite, TestSet
 from minillm.rollout.build import OneEngine, choose_engine
 from minillm.teacher.local import LocalTeacher
 

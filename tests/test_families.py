@@ -30,6 +30,7 @@ from minillm.recipe_file import load_recipe
 from minillm.rollout.build import make_engine
 from minillm.rollout.transformers_engine import TransformersEngine
 from minillm.rollout.vllm_engine import NOT_ON_CPUS, VLLMEngine, vllm_is_installed
+from minillm.run import Run
 from tests.conftest import save
 from tests.test_recipes import FAMILIES as SHIPPED
 from tests.test_recipes import commands
@@ -72,7 +73,7 @@ def tiny(config: Any, seed: int, folder: Path) -> str:
     return save(model, folder)
 
 
-def run(family: str, folder: Path, *overrides: str, engine: str = "transformers", recipe: str | None = None) -> stages.Run:
+def run(family: str, folder: Path, *overrides: str, engine: str = "transformers", recipe: str | None = None) -> Run:
     """A recipe, by default its family's first, on models of the family in a folder."""
     first, config = FAMILIES[family]
     name = recipe or first
@@ -102,7 +103,7 @@ def run(family: str, folder: Path, *overrides: str, engine: str = "transformers"
     return stages.run(loaded)
 
 
-def check(run: stages.Run) -> None:
+def check(run: Run) -> None:
     done = json.loads((run.dir / "state.json").read_text())["stages"]
     assert list(done) == run.recipe.stages
     assert all(entry["finished"] for entry in done.values())

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from minillm.cli import app
 from minillm.models.known import KNOWN
-from minillm.plan import GIB, Machine, Phase, kept_bytes, plan, shape_of
+from minillm.models.shape import kept_bytes, shape_of
+from minillm.plan import GIB, Machine, Phase, plan
 from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 from tests.conftest import save, tiny_llama

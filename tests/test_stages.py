@@ -312,3 +312,40 @@ def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
     log = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]
     steps = [entry["step"] for entry in log if "loss" in entry]
     assert steps == list(range(1, 301))  # no update lost, none done twice
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_every_training_stage_in_shards_leaves_what_one_process_does(
+    recipe: Path, pair: tuple[str, str], tmp_path: Path, adapter: bool
+) -> None:
+    """Fine-tuning, warm-up and minillm in FSDP2's shards, with validation and checkpoints."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12)))
+    training = "use_cpu: true, optim: sgd, learning_rate: 0.05, lr_scheduler_type: constant, max_grad_norm: 0.0, save_steps: 2"
+    training += ", eval_strategy: steps, eval_steps: 2"
+
+    def words(name: str, micro: int) -> list[str]:
+        sections = {"finetune": 4, "warmup.training": 2, "sft": 2, "training": 4}
+        return [
+            "run", str(recipe), f"run_dir={tmp_path / name}", "stages=[finetune,responses,warmup,sft,minillm]",
+            f"student={{source: {pair[0]}{', lora: {rank: 4, targets: [q_proj, down_proj]}' if adapter else ''}}}",
+            f"data.train={data}", f"data.heldout={data}", f"data.validation={data}", "rollout.teacher_mix=0",
+            *(f"{section}={{max_steps: {steps}, per_device_train_batch_size: {micro}, {training}}}" for section, steps in sections.items()),
+        ]  # fmt: skip
+
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.sharded_run",
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }  # fmt: skip
+    root = Path(__file__).parents[1]
+    done = subprocess.run([*launch, *words("two", 2)], capture_output=True, text=True, timeout=400, env=environment, cwd=root)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    stages.run(load_recipe(recipe, words("one", 4)[2:]))
+    for folder in ("tuned", "warmed", "sft", "student"):
+        one, two = (load.load_model(tmp_path / name / folder, torch.float32).state_dict() for name in ("one", "two"))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, at=f"{folder}: {name}": f"{at}: {text}")

@@ -15,7 +15,7 @@ from minillm import cli, suite
 from minillm.data.examples import DataError, read_jsonl
 from minillm.metrics import calibration_error, excess_error, rouge_l
 from minillm.models.load import load_model
-from minillm.recipe import Suite, TestSet
+from minillm.recipe_compare import Suite, TestSet
 from minillm.recipe_file import RecipeError, load_recipe, load_suite
 from minillm.report import write_suite_report
 from tests.conftest import save, tiny_llama

@@ -7,8 +7,7 @@ with `lengths` [B]. Nothing is read off the pad id.
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,26 +89,3 @@ def seed_of(*parts: int | str) -> int:
 def permutation(n: int, *seed: int | str) -> list[int]:
     generator = torch.Generator().manual_seed(seed_of(*seed))
     return torch.randperm(n, generator=generator).tolist()
-
-
-def pack_text(documents: Iterable[Iterable[int]], block: int, eos: int, *, several: bool = True) -> list[list[array[int]]]:
-    """Blocks of at most `block` tokens, each a list of pieces of documents, which `eos` ends.
-
-    A piece sees nothing of its neighbours. A piece of one token predicts nothing and is left out.
-
-    Args:
-        several: whether a block may hold pieces of more than one document.
-    """
-    blocks: list[list[array[int]]] = [[]]
-    room = block
-    for document in documents:
-        ids = array("i", document)  # a corpus of Python integers would take ten times the room
-        ids.append(eos)
-        while len(ids) > 1:
-            if room < 2 or (blocks[-1] and not several):
-                blocks.append([])
-                room = block
-            piece, ids = ids[:room], ids[room:]
-            blocks[-1].append(piece)
-            room -= len(piece)
-    return [pieces for pieces in blocks if pieces]

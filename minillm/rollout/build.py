@@ -55,8 +55,8 @@ def make_engine(
         dtype: what the model runs in; by default what this machine is quick in.
         sequences: rollouts that are drawn together, by which the memory for keys and values is sized.
         tokenizer: its folder, where responses have stop strings.
-        model: the trained model, where there is one: the transformers engine samples it as it is, and servers, which
-            hold a student whose weights are sent to them by way of a folder in `work`, serve nothing else.
+        model: the trained model, where there is one: the transformers engine samples it as it is (of one in shards a copy), and
+            servers, which hold a student whose weights are sent to them by way of a folder in `work`, serve nothing else.
     """
     dtype = dtype or working_dtype()
     rank = 0 if model is None or config.lora == "merged" else adapter_rank(model)
@@ -76,13 +76,9 @@ def make_engine(
             folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,
             tokenizer=tokenizer if config.stop else None, lora_rank=rank, options=config.engine_options,
         )  # fmt: skip
-    if model is not None:
-        if is_sharded(model):
-            raise EngineError(
-                "rollout.engine: the transformers engine cannot sample a sharded student (FSDP): processes that end at different "
-                "lengths would wait for each other for ever; install vLLM, or use rollout.engine: server"
-            )
+    if model is not None and not is_sharded(model):
         return TransformersEngine(model, shared=True)
+    # Of a model in shards every forward is a collective, and processes end at different lengths: each samples a whole copy.
     loaded: Any = load_model(folder, dtype)
     return TransformersEngine(loaded.to(device()))
 

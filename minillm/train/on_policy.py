@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from minillm.data.batches import bucket, pack_text, pad, permutation, seed_of, share_rows
+from minillm.data.batches import bucket, pad, permutation, seed_of, share_rows
 from minillm.data.examples import chat_ids
 from minillm.data.rollouts import EngineError, Rollout, TeacherRows
+from minillm.data.text import TextBlocks
 from minillm.loss.credit import SampledTokens, return_sum
 from minillm.loss.objective import OnPolicyLoss, extra_divergence
 from minillm.models.load import context_length, text_config
@@ -123,7 +124,6 @@ class MiniLLMTrainer(DistillationTrainer):
                 f"rollout.max_prompt_tokens + max_new_tokens ({config.max_prompt_tokens} + {config.max_new_tokens}) "
                 f"exceed the student's context of {limit}"
             )
-        self._apart = False  # whether sequences may share a row; asked where there is text
         self._text = self._pack(text_dataset)
         if isinstance(self.teacher, ServedTeacher):
             self.sampling = replace(self.sampling, likeliest=self.teacher.top_k)
@@ -193,12 +193,12 @@ class MiniLLMTrainer(DistillationTrainer):
         device = self.args.device
         rollouts = [self._rollouts[i] for i in inputs.rollouts]
         rows, text = list(range(len(rollouts))), []
-        if inputs.text and self._apart:  # beside blocks of text, a row each would be mostly padding
+        if self._text and self._text.share_rows:  # beside blocks of text, a row each would be mostly padding
             lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
             rows = share_rows(lengths, max(*lengths, self.objective.language_model_block))
-        for row, block in enumerate(inputs.text, start=max(rows) + 1):
-            rows += [row] * len(self._text[block])
-            text += self._text[block]
+        for row, pieces in enumerate((self._text.pieces(block) for block in inputs.text) if self._text else (), start=max(rows) + 1):
+            rows += [row] * len(pieces)
+            text += pieces
         prompts = [r.prompt_ids for r in rollouts] + [ids[:1] for ids in text]
         responses = [r.response_ids for r in rollouts] + [ids[1:] for ids in text]
         batch = pad(prompts, responses, device, rows=rows)
@@ -441,43 +441,31 @@ class MiniLLMTrainer(DistillationTrainer):
             return list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
         return chat_ids(row["prompt"], tokenizer)
 
-    def _pack(self, dataset: Iterable[dict[str, Any]] | None) -> list[list[array[int]]]:
+    def _pack(self, dataset: Iterable[dict[str, Any]] | None) -> TextBlocks | None:
         if dataset is None:
-            return []
+            return None
         if not self.objective.language_model:
             logger.warning("text_dataset is not used: objective.language_model is 0")
-            return []
-        tokenizer: Any = self.processing_class
+            return None
         student: Any = self.model
-        several, block = keeps_sequences_apart(student), self.objective.language_model_block
-        self._apart = several
+        several = keeps_sequences_apart(student)
         if not several:
             logger.warning("%s lets packed documents see each other: a block of text holds one document.", type(student).__name__)
-        endless = not hasattr(dataset, "__len__") and self.args.max_steps > 0
-        needed = self.args.max_steps * self._update_size * self._processes * block if endless else math.inf
-        documents, read = [], 0
-        for row in dataset:
-            documents.append(array("i", tokenizer(row["text"], add_special_tokens=False)["input_ids"]))
-            read += len(documents[-1]) + 1 if several else -(-(len(documents[-1]) + 1) // block) * block
-            if read >= needed:
-                break
-        return pack_text(documents, block, tokenizer.eos_token_id, several=several)
-
-    def _text_tokens(self, blocks: list[int]) -> int:
-        """Tokens that are predicted in some blocks of text."""
-        return sum(len(piece) - 1 for block in blocks for piece in self._text[block])
+        return TextBlocks(
+            dataset, self.processing_class, self.objective.language_model_block, self._update_size * self._processes, self.args.seed,
+            updates=self.args.max_steps, several=several,
+        )  # fmt: skip
 
     def _text_rows(self, update: int, micro_batches: int) -> list[list[int]]:
         """This process's blocks of text for each micro-batch of an update."""
         if not self._text:
             return [[] for _ in range(micro_batches)]
-        size = self._update_size * self._processes
-        rows = [
-            permutation(len(self._text), self.args.seed, "text", place // len(self._text))[place % len(self._text)]
-            for place in range(update * size, (update + 1) * size)
-        ][self.accelerator.process_index :: self._processes]
+        rows = self._text.of_update(update)[self.accelerator.process_index :: self._processes]
         each = self.args.per_device_train_batch_size
         return [rows[i * each : (i + 1) * each] for i in range(micro_batches)]
+
+    def _text_tokens(self, blocks: list[int]) -> int:
+        return self._text.tokens(blocks) if self._text else 0
 
     # Checkpoints
 

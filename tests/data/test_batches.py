@@ -17,7 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from minillm.data.batches import pack_text, pad, share_rows
+from minillm.data.batches import pad, share_rows
+from minillm.data.text import pack_text
 from minillm.models.scoring import hidden_states, keeps_sequences_apart
 from tests.conftest import tiny_llama
 

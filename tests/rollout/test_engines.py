@@ -210,7 +210,8 @@ def test_the_head_reads_rows_that_lie_together() -> None:
     engine = TransformersEngine(model)
     engine.generate([PROMPT, PROMPT, PROMPT], SAMPLING, [1, 2, 3])
     engine.logprobs_of([PROMPT, PROMPT], [[1], [2]], SAMPLING)
-    assert len(together) > 1 and all(together)
+    assert len(together) > 1
+    assert all(together)
 
 
 def test_more_prompt_tokens_than_one_scheduler_step_takes(as_saved: Engine) -> None:

@@ -18,8 +18,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from minillm import MiniLLMTrainer, Objective, RolloutConfig
-from minillm.data.batches import pack_text, permutation, seed_of
+from minillm.data.batches import permutation, seed_of
 from minillm.data.rollouts import EngineError
+from minillm.data.text import pack_text
 from minillm.metrics import rouge_l
 from minillm.models.load import load_model, load_student
 from minillm.models.weights import save_plain
