@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from minillm import stages
-from minillm.hardware import cpu_multiplies_bfloat16, keep_freed_memory, machine
+from minillm.hardware import cpu_multiplies_bfloat16, machine
 from minillm.models.load import load_tokenizer
 from minillm.plan import Machine, plan
 from minillm.recipe_file import load_recipe
@@ -58,7 +58,6 @@ def made_up(folder: Path, source: str, prompt: int, answer: int) -> list[str]:
 def measured(recipe: str, overrides: list[str], stage: str) -> float:
     """Bytes, in this process."""
     torch.manual_seed(0)
-    keep_freed_memory()  # as the command line does
     with _peak_of_the_card() as peak:
         stages.run(load_recipe(recipe, overrides), stage)
     return peak[0] if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,10 +39,8 @@ def run(
     Several processes: accelerate launch -m minillm run RECIPE
     """
     from minillm import stages
-    from minillm.hardware import keep_freed_memory
     from minillm.recipe_file import is_comparison, load_recipe
 
-    keep_freed_memory()
     if is_comparison(recipe):
         _compare(recipe, overrides or [])
         return
@@ -70,11 +68,9 @@ def evaluate(
     if not is_suite(file):
         run(file, overrides, stage="evaluate")
         return
-    from minillm.hardware import keep_freed_memory
     from minillm.report import write_suite_report
     from minillm.suite import run_suite
 
-    keep_freed_memory()
     given = overrides or []
     models = _models([text.removeprefix("model=") for text in given if text.startswith("model=")])
     suite = load_suite(file, [text for text in given if not text.startswith("model=")])

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minillm.hardware import keep_freed_memory
-
 
 class JobError(RuntimeError):
     """Pieces of work that failed, with where their logs are."""
@@ -102,7 +100,6 @@ def _work(job: Job, gpu: str | None, cores: list[int]) -> None:
     elif hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # else the threads of two wait for each other on one core while another idles
     torch.set_num_threads(len(cores))
-    keep_freed_memory()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.examples import read_jsonl, read_texts, write_jsonl
-from minillm.hardware import give_back_memory
+from minillm.hardware import freed_memory_kept, give_back_memory
 from minillm.recipe import Recipe
 from minillm.rollout.build import choose_engine
 from minillm.run import Run
@@ -152,7 +152,8 @@ def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[s
         teacher=None if stage == "finetune" or validation is None else _reading_teacher(this, arguments),
         **(_student_of(this, source, arguments) if stage == "sft" else {"model": source}),
     )  # fmt: skip
-    _train(this, trainer, target, stage)
+    with freed_memory_kept():
+        _train(this, trainer, target, stage)
 
 
 def _student(this: Run) -> None:

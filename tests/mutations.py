@@ -228,6 +228,12 @@ MUTATIONS = [
         'if shards is not None and "FULL_STATE_DICT" not in',
         'if False and "FULL_STATE_DICT" not in',
     ),
+    Mutation(
+        "the head copied once a row",
+        "rollout/transformers_engine.py",
+        "return torch.tensor([-1], device=device)",
+        "return 1  # type: ignore",
+    ),
     Mutation("every seed of an evaluation the first one", "evaluation.py", 'seed_of("evaluate", seed, ', 'seed_of("evaluate", seeds[0], '),
     Mutation("all processes of a comparison on the same cores", "jobs.py", "cores[place * each : (place + 1) * each]", "cores[:each]"),
     Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),

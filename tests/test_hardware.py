@@ -48,22 +48,21 @@ def test_the_working_dtype_is_one_of_the_two(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="of glibc, without a GPU")
-def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+def test_freed_memory_is_kept_as_long_as_is_asked_for() -> None:
     """By what the kernel has to hand out anew: pages of a block that was there before."""
     code = """
 import resource, torch
-from minillm.hardware import give_back_memory, keep_freed_memory
+from minillm.hardware import freed_memory_kept
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 torch.set_num_threads(1)
-keep_freed_memory()
-kept = min(pages() for _ in range(8))  # the first ones may each find a place of their own
-give_back_memory()
-print(kept, pages())
+with freed_memory_kept():
+    kept = min(pages() for _ in range(8))  # the first ones may each find a place of their own
+print(kept, pages(), pages())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    kept, anew = map(int, done.stdout.split())
+    kept, *anew = map(int, done.stdout.split())
     assert kept < 100
-    assert anew > 10_000  # 64 MB
+    assert min(anew) > 10_000  # 64 MB
