@@ -318,6 +318,21 @@ def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
         raise ValueError("objective.language_model_distill with a served teacher: text is not scored by it; set 0")
 
 
+def check_sharded_teacher(rollout: RolloutConfig, objective: Objective, text: bool) -> None:
+    """What a teacher in shards cannot do, whose every reading is done by all processes together.
+
+    Raises:
+        ValueError: naming the setting to change.
+    """
+    if rollout.teacher_mix:
+        raise ValueError("teacher.shard: teacher mixing reads in rounds that differ between processes: set rollout.teacher_mix: 0")
+    if text and objective.language_model and objective.language_model_distill:
+        raise ValueError(
+            "teacher.shard: processes read text in different numbers of pieces and would wait for each other for ever: set "
+            "objective.language_model_distill: 0"
+        )
+
+
 class Objective(Section):
     """What is minimised; see `minillm.loss.credit` for the equations. Start from a preset and change what differs."""
 
@@ -481,8 +496,8 @@ class Recipe(Section):
         if "max_prompt_tokens" in self.rollout.model_fields_set and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens:
             raise ValueError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
         check_off_policy(self.rollout, self.objective)
-        if self.teacher.shard and self.rollout.teacher_mix:
-            raise ValueError("teacher.shard: teacher mixing reads in rounds that differ between processes: set rollout.teacher_mix: 0")
+        if self.teacher.shard:
+            check_sharded_teacher(self.rollout, self.objective, self.data.text is not None)
         if self.teacher.servers:
             check_served_teacher(self.rollout, self.objective)
         if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:

@@ -50,6 +50,13 @@ class Run:
         training, rollouts = self.recipe.training, self.recipe.rollout.num_rollouts
         micro, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
         processes = int(os.environ.get("WORLD_SIZE", 1))
+        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+        lora = self.recipe.student.lora
+        if sharded and lora is not None and lora.quantization:
+            raise ValueError(
+                "student.lora.quantization: a quantised student is not dealt out over processes (FSDP, ZeRO-3): use "
+                "recipes/accelerate/8-gpus.yaml"
+            )
         if "minillm" in self.recipe.stages and rollouts % (micro * accumulation * processes):
             raise ValueError(
                 f"rollout.num_rollouts ({rollouts}) must be a multiple of the responses of one update: "

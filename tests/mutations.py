@@ -224,8 +224,8 @@ MUTATIONS = [
     Mutation("a base that teaches with its adapter on", "teacher/local.py", "with self._student.disable_adapter():", "with nullcontext():"),
     Mutation(
         "shards saved as such",
-        "train/base.py",
-        'if shards is not None and "FULL_STATE_DICT" not in',
+        "train/validation.py",
+        'if fsdp is not None and "FULL_STATE_DICT" not in',
         'if False and "FULL_STATE_DICT" not in',
     ),
     Mutation(

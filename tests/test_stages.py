@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from minillm.models.weights import is_quantized
 from minillm.recipe_file import RecipeError, load_recipe
 from minillm.run_state import RunError
 from tests.conftest import save, tiny_tokenizer
+from tests.train.two_processes import deepspeed
 
 RECIPE = """\
 run_dir: {run}
@@ -208,6 +210,13 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
     gpt2 = save(AutoModelForCausalLM.from_config(config), recipe.parent / "gpt2")
     with pytest.raises(ValueError, match=r"student\.lora\.quantization: bitsandbytes does not take the layers of GPT-2"):
         stages.run(load_recipe(recipe, [f"student.source={gpt2}", "student.lora.rank=2", "student.lora.quantization=4bit"]))
+    text = [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model=1", "objective.language_model_distill=1"]
+    with pytest.raises(RecipeError, match=r"processes read text in different numbers of pieces .*language_model_distill: 0"):
+        load_recipe(recipe, ["teacher.shard=true", "rollout.teacher_mix=0", *text])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
+        stages.run(load_recipe(recipe, ["student.lora.rank=2", "student.lora.quantization=4bit"]))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     with pytest.raises(RecipeError, match=r"an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N"):
         load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"])
     with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):
@@ -314,36 +323,48 @@ def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
     assert steps == list(range(1, 301))  # no update lost, none done twice
 
 
+zero3 = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)")
+
+
 @pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=zero3)])
 def test_every_training_stage_in_shards_leaves_what_one_process_does(
-    recipe: Path, pair: tuple[str, str], tmp_path: Path, adapter: bool
+    recipe: Path, pair: tuple[str, str], tmp_path: Path, kind: str, adapter: bool
 ) -> None:
-    """Fine-tuning, warm-up and minillm in FSDP2's shards, with validation and checkpoints."""
+    """Fine-tuning, warm-up and minillm, validated; the processes die in two of them and go on from their checkpoints."""
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12)))
     training = "use_cpu: true, optim: sgd, learning_rate: 0.05, lr_scheduler_type: constant, max_grad_norm: 0.0, save_steps: 2"
     training += ", eval_strategy: steps, eval_steps: 2"
+    sharded = tmp_path / "deepspeed.json"
+    sharded.write_text(json.dumps(deepspeed(3)))
 
-    def words(name: str, micro: int) -> list[str]:
+    def words(name: str, micro: int, more: str = "") -> list[str]:
         sections = {"finetune": 4, "warmup.training": 2, "sft": 2, "training": 4}
         return [
             "run", str(recipe), f"run_dir={tmp_path / name}", "stages=[finetune,responses,warmup,sft,minillm]",
             f"student={{source: {pair[0]}{', lora: {rank: 4, targets: [q_proj, down_proj]}' if adapter else ''}}}",
             f"data.train={data}", f"data.heldout={data}", f"data.validation={data}", "rollout.teacher_mix=0",
-            *(f"{section}={{max_steps: {steps}, per_device_train_batch_size: {micro}, {training}}}" for section, steps in sections.items()),
+            *(f"{part}={{max_steps: {n}, per_device_train_batch_size: {micro}, {training}{more}}}" for part, n in sections.items()),
         ]  # fmt: skip
 
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.sharded_run",
+        *words("two", 2, f", deepspeed: {sharded}" if kind == "zero3" else ""),
     ]  # fmt: skip
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    }  # fmt: skip
-    root = Path(__file__).parents[1]
-    done = subprocess.run([*launch, *words("two", 2)], capture_output=True, text=True, timeout=400, env=environment, cwd=root)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    if kind == "fsdp2":
+        environment |= {
+            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        }  # fmt: skip
+    for dies_in in ("finetune", "minillm", ""):
+        root = Path(__file__).parents[1]
+        done = subprocess.run(launch, capture_output=True, text=True, timeout=400, env=environment | {"DIES_IN": dies_in}, cwd=root)
+        assert (done.returncode == 0) == (not dies_in), done.stdout[-2000:] + done.stderr[-6000:]
+        left = [path.name for path in (tmp_path / "two" / "work").glob("*/checkpoint-*")]
+        assert left == (["checkpoint-2"] if dies_in else [])
     stages.run(load_recipe(recipe, words("one", 4)[2:]))
     for folder in ("tuned", "warmed", "sft", "student"):
         one, two = (load.load_model(tmp_path / name / folder, torch.float32).state_dict() for name in ("one", "two"))

@@ -23,7 +23,7 @@ from minillm.loss.token_scores import Divergence, Weigh
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import Scoring, bind_scoring, check_head, gather_head, head_of, score
 from minillm.models.vocabulary import check_same_tokens, head_width, token_count
-from minillm.models.weights import is_quantized, is_sharded
+from minillm.models.weights import is_sharded
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import AdapterOff, LocalTeacher, shard
@@ -89,23 +89,13 @@ class DistillationTrainer(Validated, Trainer):
         if zero3:
             gather_head(student)  # pyright: ignore[reportArgumentType]
         super().__init__(model=student, args=args, processing_class=processing_class, eval_dataset=eval_dataset, **kwargs)  # pyright: ignore[reportArgumentType]
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None) if zero3 else None
-        if plugin is not None and not plugin.hf_ds_config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
-            raise ValueError(
-                "ZeRO-3 would save a student that nothing can read: set zero3_save_16bit_model: true in accelerate's configuration "
-                "(stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
-            )
         self.sample_with(rollout or RolloutConfig(), self.width, compute, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        shards = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if shards is not None and "FULL_STATE_DICT" not in str(shards.state_dict_type):
+        if teacher is None and (zero3 or self.is_fsdp_enabled):
             raise ValueError(
-                "FSDP would save no student, but shards of one: set fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration"
+                "a student whose base is its teacher is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism"
             )
-        if (teacher is None or is_quantized(student)) and (zero3 or self.is_fsdp_enabled):
-            what = "a quantised student" if is_quantized(student) else "a student whose base is its teacher"
-            raise ValueError(f"{what} is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism")
         if served is not None:
             self.teacher = served
         elif teacher is None:

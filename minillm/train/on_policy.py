@@ -21,12 +21,13 @@ from minillm.data.batches import bucket, pad, permutation, seed_of, share_rows
 from minillm.data.examples import chat_ids
 from minillm.data.rollouts import EngineError, Rollout, TeacherRows
 from minillm.data.text import TextBlocks
+from minillm.hardware import give_back_memory
 from minillm.loss.credit import SampledTokens, return_sum
 from minillm.loss.objective import OnPolicyLoss, extra_divergence
 from minillm.models.load import context_length, text_config
 from minillm.models.scoring import Scoring, keeps_sequences_apart, score
 from minillm.models.weights import check_adapter
-from minillm.recipe import Objective, RolloutConfig, check_off_policy, check_served_teacher
+from minillm.recipe import Objective, RolloutConfig, check_off_policy, check_served_teacher, check_sharded_teacher
 from minillm.rollout.engine import Engine
 from minillm.rollout.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
 from minillm.teacher.served import ServedTeacher, join
@@ -90,13 +91,8 @@ class MiniLLMTrainer(DistillationTrainer):
         if isinstance(teacher, ServedTeacher):
             check_served_teacher(config, self.objective)
         check_off_policy(config, self.objective)
-        if kwargs.get("shard_teacher") and config.teacher_mix:
-            raise ValueError("shard_teacher: teacher mixing reads in rounds that differ between processes: set rollout.teacher_mix: 0")
-        if kwargs.get("shard_teacher") and self.objective.language_model and self.objective.language_model_distill:
-            raise ValueError(
-                "shard_teacher: processes read text in different numbers of pieces and would wait for each other for ever: set "
-                "objective.language_model_distill: 0"
-            )
+        if kwargs.get("shard_teacher"):
+            check_sharded_teacher(config, self.objective, text_dataset is not None)
         if teacher is None and config.overlap and config.teacher_mix:
             raise ValueError(
                 "rollout.overlap: the student's own base, its adapter off, cannot draw while the student trains: set rollout.teacher_mix: 0"
@@ -253,6 +249,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _draw(self, number: int) -> None:
         """The rollouts of batch `number`, for this process: sampled, read by the teacher, credited."""
+        self._apart_in_memory()
         ahead, self._ahead = self._ahead, None
         with self._or_checkpoint():
             if ahead is not None and ahead[0] == number:
@@ -284,6 +281,7 @@ class MiniLLMTrainer(DistillationTrainer):
             with self.phase("rescoring", tokens):
                 self._rescore(rollouts)
         self._adopt(number, rollouts)
+        self._apart_in_memory()
         ahead_too = self.rollout_config.overlap and (number + 1) * self._updates_per_batch < self.state.max_steps
         if ahead_too:
             with self._or_checkpoint():
@@ -291,6 +289,11 @@ class MiniLLMTrainer(DistillationTrainer):
         self._keep_for_replay(drawn.rollouts)  # not before: a checkpoint of a lost engine has this batch drawn again
         if ahead_too:
             self._ahead = number + 1, self._background.submit(self._sample, number + 1)
+
+    def _apart_in_memory(self) -> None:
+        """On a CPU, what sampling and updates freed goes back between them: the holes of one are not the size of the other's blocks."""
+        if self.args.device.type == "cpu":
+            give_back_memory()
 
     @contextmanager
     def _or_checkpoint(self) -> Iterator[None]:

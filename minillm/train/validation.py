@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minillm import metrics
 from minillm.data.batches import seed_of
 from minillm.data.rollouts import Rollout, Sampling, StopStrings
 from minillm.evaluation import token_divergences
 from minillm.models.load import context_length, eos_ids, text_config
-from minillm.models.weights import is_sharded, save_plain
+from minillm.models.weights import is_quantized, is_sharded, save_plain
 from minillm.recipe import RolloutConfig
 from minillm.rollout.build import hand_over, make_engine
 from minillm.rollout.engine import Engine
@@ -52,13 +53,33 @@ class Validated:
     teacher: LocalTeacher | ServedTeacher | None = None
 
     def sample_with(self, config: RolloutConfig, width: int, compute_dtype: torch.dtype, engine: Engine | None = None) -> None:
-        """How the student is sampled; called once the trainer is built."""
+        """How the student is sampled; called once the trainer is built.
+
+        Raises:
+            ValueError: the student is dealt out over processes (FSDP, ZeRO-3) in a way that it cannot be, or be saved whole.
+        """
+        self._check_shards()
         self.rollout_config, self.width, self.compute_dtype, self._engine = config, width, compute_dtype, engine
         stop = StopStrings(self.processing_class, config.stop) if config.stop else None
         eos = eos_ids(self.model.generation_config, self.processing_class)
         self.sampling = Sampling(config.max_new_tokens, eos, width, config.temperature, stop=stop)
         self._seconds: dict[str, float] = defaultdict(float)
         self._phase_tokens: dict[str, float] = defaultdict(float)
+
+    def _check_shards(self) -> None:
+        zero3, state = is_deepspeed_zero3_enabled(), self.accelerator.state
+        deepspeed, fsdp = getattr(state, "deepspeed_plugin", None) if zero3 else None, getattr(state, "fsdp_plugin", None)
+        if deepspeed is not None and not deepspeed.hf_ds_config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "ZeRO-3 would save a student that nothing can read: set zero3_save_16bit_model: true in accelerate's configuration "
+                "(stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
+            )
+        if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+            raise ValueError(
+                "FSDP would save no student, but shards of one: set fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration"
+            )
+        if (deepspeed is not None or fsdp is not None) and is_quantized(self.model):
+            raise ValueError("a quantised student is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism")
 
     def sync(self) -> Engine:
         """Hand the current weights to the engine, which is started at its first use."""

@@ -658,14 +658,16 @@ def test_shards_train_and_save_the_student_of_one_process(pair: tuple[str, str],
 
 def test_shards_that_would_leave_no_student_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
     environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    code = (
-        "import sys; from tests.train.two_processes import run, shard_on_cpus; shard_on_cpus(); "
-        "run(sys.argv[1], sys.argv[2], sys.argv[3])"
-    )  # fmt: skip
-    command = [sys.executable, "-c", code, *pair, str(tmp_path)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=root)
-    assert "set fsdp_state_dict_type: FULL_STATE_DICT" in done.stderr, done.stderr[-2000:]
+    for what in (
+        "from tests.train.two_processes import run; run(sys.argv[1], sys.argv[2], sys.argv[3])",
+        "from transformers import TrainingArguments; from minillm.train.finetune import FineTuner; "
+        "FineTuner(sys.argv[1], TrainingArguments(sys.argv[3], use_cpu=True), train_dataset=[{'prompt_ids': [2], 'response_ids': [1]}])",
+    ):
+        code = f"import sys; from tests.train.two_processes import shard_on_cpus; shard_on_cpus(); {what}"
+        command = [sys.executable, "-c", code, *pair, str(tmp_path)]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=root)
+        assert "set fsdp_state_dict_type: FULL_STATE_DICT" in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -700,7 +702,7 @@ def test_of_a_stream_no_more_text_is_read_than_the_updates_need(pair: tuple[str,
 
 
 def test_a_sharded_teacher_does_not_mix(pair: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"shard_teacher: .* set rollout\.teacher_mix: 0"):
+    with pytest.raises(ValueError, match=r"teacher\.shard: .* set rollout\.teacher_mix: 0"):
         MiniLLMTrainer(*pair, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS, shard_teacher=True)
 
 
