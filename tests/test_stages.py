@@ -326,15 +326,20 @@ def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
 zero3 = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)")
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("zero3", marks=zero3)])
+@pytest.mark.parametrize(
+    ("kind", "adapter"),
+    [
+        ("fsdp2", False), pytest.param("fsdp2", True, marks=pytest.mark.full),
+        pytest.param("zero3", False, marks=[zero3, pytest.mark.full]), pytest.param("zero3", True, marks=[zero3, pytest.mark.full]),
+    ],
+)  # fmt: skip
 def test_every_training_stage_in_shards_leaves_what_one_process_does(
     recipe: Path, pair: tuple[str, str], tmp_path: Path, kind: str, adapter: bool
 ) -> None:
     """Fine-tuning, warm-up and minillm, validated; the processes die in two of them and go on from their checkpoints."""
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12)))
-    training = "use_cpu: true, optim: sgd, learning_rate: 0.05, lr_scheduler_type: constant, max_grad_norm: 0.0, save_steps: 2"
+    training = "use_cpu: true, learning_rate: 0.01, adam_epsilon: 1.0e-3, lr_scheduler_type: constant, max_grad_norm: 0.0, save_steps: 2"
     training += ", eval_strategy: steps, eval_steps: 2"
     sharded = tmp_path / "deepspeed.json"
     sharded.write_text(json.dumps(deepspeed(3)))
@@ -366,7 +371,11 @@ def test_every_training_stage_in_shards_leaves_what_one_process_does(
         left = [path.name for path in (tmp_path / "two" / "work").glob("*/checkpoint-*")]
         assert left == (["checkpoint-2"] if dies_in else [])
     stages.run(load_recipe(recipe, words("one", 4)[2:]))
-    for folder in ("tuned", "warmed", "sft", "student"):
-        one, two = (load.load_model(tmp_path / name / folder, torch.float32).state_dict() for name in ("one", "two"))
-        for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4, msg=lambda text, at=f"{folder}: {name}": f"{at}: {text}")
+    for folder, start in (("tuned", pair[1]), ("warmed", pair[0]), ("sft", pair[0]), ("student", str(tmp_path / "one" / "warmed"))):
+        one, two, before = (
+            torch.cat([value.flatten() for value in load.load_model(source, torch.float32).state_dict().values()])
+            for source in (tmp_path / "one" / folder, tmp_path / "two" / folder, start)
+        )
+        moved = float((one - before).norm())
+        assert moved > 0, folder
+        assert float((two - one).norm()) <= 5e-3 * moved, folder
