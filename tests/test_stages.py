@@ -363,6 +363,7 @@ def test_every_training_stage_in_shards_leaves_what_one_process_does(
         environment |= {
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
             "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         }  # fmt: skip
     for dies_in in ("finetune", "minillm", ""):
         root = Path(__file__).parents[1]

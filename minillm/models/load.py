@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers.integrations import deepspeed
 
 from minillm.models.weights import check_adapter
 from minillm.recipe import AdapterConfig
+
+_FIRST_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's default under FSDP
 
 
 def find_gguf(source: str) -> Path | None:
@@ -106,13 +109,16 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
 @contextmanager
 def _in_one_piece() -> Iterator[None]:
     """Under a ZeRO-3 configuration transformers would deal the weights out while it loads them; DeepSpeed does that with the
-    student's when it is prepared, and the teacher stays whole."""
-    kept = deepspeed._hf_deepspeed_config_weak_ref
+    student's when it is prepared, and the teacher stays whole. Under accelerate's FSDP it would leave zeros in all processes but
+    the first of a machine, for the first one's weights to be sent to; a teacher's never are."""
+    kept, told = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FIRST_ALONE, None)
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+        if told is not None:
+            os.environ[_FIRST_ALONE] = told
 
 
 def load_tokenizer(source: str | Path) -> Any:
