@@ -126,7 +126,7 @@ def fitted(recipe: Recipe, machine: Machine, overridden: Any) -> tuple[Plan, Rec
     """
     changes: list[str] = []
     current = plan(recipe, machine)
-    for candidates in _remedies(recipe, machine) + _concessions(recipe):
+    for candidates in _remedies(recipe, machine) + _concessions(recipe, machine):
         if current.fits:
             break
         try:
@@ -145,21 +145,23 @@ def advice(recipe: Recipe, machine: Machine, overridden: Any) -> list[str]:
     peak, out = plan(recipe, machine).peak, []
     if machine.processes > 1 and not machine.shard and plan(recipe, replace(machine, shard=True)).peak < peak:
         out.append("what is trained in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)")
-    for settings in [["teacher.shard=true", "rollout.teacher_mix=0"]] * (machine.processes > 1) + _concessions(recipe):
+    for settings in [["teacher.shard=true", "rollout.teacher_mix=0"]] * (machine.processes > 1) + _concessions(recipe, machine):
         with suppress(ValueError):  # what cannot be combined with the rest is no advice
             if plan(overridden(settings), machine).peak < peak:
                 out.append(" ".join(settings))
     return out
 
 
-def _concessions(recipe: Recipe) -> list[list[str]]:
+def _concessions(recipe: Recipe, machine: Machine) -> list[list[str]]:
     """Settings that train something else than the recipe, but nearly so, the least costly first."""
+    source = recipe.teacher.source if recipe.student.source == "prune" else recipe.student.source
+    quantizable = not machine.shard and shape_of(source).config.model_type != "gpt2"  # else the run refuses it
     out = []
     if not recipe.teacher.quantization and not recipe.teacher.shard:
         out += [["teacher.quantization=8bit"], ["teacher.quantization=4bit"]]
     if recipe.student.lora is None:
-        out += [["student.lora.rank=16"], ["student.lora.rank=16", "student.lora.quantization=4bit"]]
-    elif recipe.student.lora.quantization is None:
+        out += [["student.lora.rank=16"]] + [["student.lora.rank=16", "student.lora.quantization=4bit"]] * quantizable
+    elif recipe.student.lora.quantization is None and quantizable:
         out.append(["student.lora.quantization=4bit"])
     return out
 

@@ -50,7 +50,9 @@ class Run:
         training, rollouts = self.recipe.training, self.recipe.rollout.num_rollouts
         micro, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
         processes = int(os.environ.get("WORLD_SIZE", 1))
+        # What a DeepSpeed file says is refused by the trainer.
         sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+        sharded = sharded or any(given.get("fsdp") for given in (training, self.recipe.warmup.training, self.recipe.sft))
         lora = self.recipe.student.lora
         if sharded and lora is not None and lora.quantization:
             raise ValueError(

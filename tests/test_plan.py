@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.gpt2 import GPT2Config
 from typer.testing import CliRunner
 
 from minillm.cli import app
 from minillm.models.known import KNOWN
 from minillm.models.shape import kept_bytes, shape_of
-from minillm.plan import GIB, Machine, Phase, plan
+from minillm.plan import GIB, Machine, Phase, fitted, plan
 from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 from tests.conftest import save, tiny_llama
@@ -80,6 +82,23 @@ def recipe(tmp_path: Path, **changes: Any) -> Recipe:
 
 def phase(found: Any, name: str) -> Phase:
     return next(phase for phase in found.phases if phase.name.endswith(name))
+
+
+def test_no_change_is_proposed_that_the_run_would_refuse(tmp_path: Path) -> None:
+    """A quantised student in shards, or of GPT-2."""
+    whole = recipe(tmp_path)
+    config = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    gpt2 = recipe(tmp_path, student={"source": save(AutoModelForCausalLM.from_config(config), tmp_path / "gpt2")})
+    tried: list[str] = []
+    for given, machine in ((whole, Machine(8, 1)), (whole, Machine(8, 1, shard=True)), (gpt2, Machine(8, 1))):
+        tried.clear()
+
+        def overridden(settings: list[str], given: Recipe = given) -> Recipe:
+            tried.extend(settings)
+            return given
+
+        fitted(given, machine, overridden)
+        assert ("student.lora.quantization=4bit" in tried) == (given is whole and not machine.shard)
 
 
 def test_what_moves_a_peak(tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ class Validated:
             )
         if (deepspeed is not None or fsdp is not None) and is_quantized(self.model):
             raise ValueError("a quantised student is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism")
+        if (deepspeed is not None or fsdp is not None) and str(self.args.metric_for_best_model).endswith("reverse_kl"):
+            raise ValueError("metric_for_best_model: KL(q‖p) is not validated in shards (FSDP, ZeRO-3): choose by rouge_l")
 
     def sync(self) -> Engine:
         """Hand the current weights to the engine, which is started at its first use."""

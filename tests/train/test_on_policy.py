@@ -657,17 +657,26 @@ def test_shards_train_and_save_the_student_of_one_process(pair: tuple[str, str],
 
 
 def test_shards_that_would_leave_no_student_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
-    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    for what in (
-        "from tests.train.two_processes import run; run(sys.argv[1], sys.argv[2], sys.argv[3])",
+    tuner = (
         "from transformers import TrainingArguments; from minillm.train.finetune import FineTuner; "
-        "FineTuner(sys.argv[1], TrainingArguments(sys.argv[3], use_cpu=True), train_dataset=[{'prompt_ids': [2], 'response_ids': [1]}])",
+        "FineTuner(sys.argv[1], TrainingArguments(sys.argv[3], use_cpu=True{}), train_dataset=[{{'prompt_ids': [2], 'response_ids': [1]}}])"
+    )
+    run_it = "from tests.train.two_processes import run; run(sys.argv[1], sys.argv[2], sys.argv[3])"
+    for what, saved_as, refusal in (
+        (run_it, "SHARDED_STATE_DICT", "set fsdp_state_dict_type: FULL_STATE_DICT"),
+        (tuner.format(""), "SHARDED_STATE_DICT", "set fsdp_state_dict_type: FULL_STATE_DICT"),
+        (
+            tuner.format(", metric_for_best_model='reverse_kl'"),
+            "FULL_STATE_DICT",
+            "not validated in shards (FSDP, ZeRO-3): choose by rouge_l",
+        ),
     ):
+        environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": saved_as}
         code = f"import sys; from tests.train.two_processes import shard_on_cpus; shard_on_cpus(); {what}"
         command = [sys.executable, "-c", code, *pair, str(tmp_path)]
         root = Path(__file__).parents[2]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=root)
-        assert "set fsdp_state_dict_type: FULL_STATE_DICT" in done.stderr, done.stderr[-2000:]
+        assert refusal in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("adapter", [False, True])
