@@ -103,7 +103,7 @@ def run(family: str, folder: Path, *overrides: str, engine: str = "transformers"
     return stages.run(loaded)
 
 
-def check(run: Run) -> None:
+def assert_all_stages_ran(run: Run) -> None:
     done = json.loads((run.dir / "state.json").read_text())["stages"]
     assert list(done) == run.recipe.stages
     assert all(entry["finished"] for entry in done.values())
@@ -127,7 +127,7 @@ def check(run: Run) -> None:
 
 @pytest.mark.parametrize("family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES])
 def test_a_familys_recipe_runs_all_its_stages(family: str, tmp_path: Path) -> None:
-    check(run(family, tmp_path))
+    assert_all_stages_ran(run(family, tmp_path))
 
 
 def others() -> list[tuple[str, str]]:
@@ -145,7 +145,7 @@ def others() -> list[tuple[str, str]]:
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "family"), others())
 def test_every_other_recipe_runs_all_its_stages(name: str, family: str, tmp_path: Path) -> None:
-    check(run(family, tmp_path, recipe=name))
+    assert_all_stages_ran(run(family, tmp_path, recipe=name))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_baselines_command_trains_and_scores_it(family: str, baseline: str, tm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_lora(family: str, tmp_path: Path) -> None:
     done = run(family, tmp_path, "student.lora.rank=4", "training.learning_rate=1e-2", "warmup.training.learning_rate=1e-2")
-    check(done)
+    assert_all_stages_ran(done)
     assert (Path(done.student) / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -192,7 +192,7 @@ def test_with_qlora_and_a_quantised_teacher(family: str, tmp_path: Path) -> None
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
     lora = ("student.lora.rank=4", "student.lora.quantization=4bit", "teacher.quantization=8bit")
     done = run(family, tmp_path, *lora, "training.learning_rate=1e-2", "warmup.training.learning_rate=1e-2")
-    check(done)
+    assert_all_stages_ran(done)
     assert (Path(done.student) / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -201,7 +201,7 @@ def test_with_qlora_and_a_quantised_teacher(family: str, tmp_path: Path) -> None
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_ON_CPUS])
 def test_on_vllm(family: str, tmp_path: Path) -> None:
-    check(run(family, tmp_path, engine="vllm"))
+    assert_all_stages_ran(run(family, tmp_path, engine="vllm"))
 
 
 @pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))
