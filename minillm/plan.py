@@ -14,6 +14,7 @@ from typing import Any
 from minillm.loss.token_scores import CHUNK
 from minillm.models.shape import Shape, kept_bytes, shape_of
 from minillm.recipe import Recipe, Source
+from minillm.rollout.vllm_engine import why_not_on_cpus
 
 GIB = 1 << 30
 _PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
@@ -282,12 +283,16 @@ def _answers(name: str, recipe: Recipe, machine: Machine, model: Shape, sizes: A
     """Answers of a model that nothing trains, by one process."""
     length = recipe.data.max_prompt_tokens + sizes.max_new_tokens
     parts = {"process": _PROCESS, **_engine_parts(recipe, machine, model, machine.itemsize, _AT_ONCE, length)}
-    if recipe.rollout.engine == "transformers":
+    if _by_transformers(recipe, machine, model):
         parts["the sampled model"] = model.parameters * machine.itemsize
     phase, alone = Phase(name, parts, flops=drawn * length * 2 * model.body), replace(machine, processes=1)
     decoding = _decoding(alone, model, machine.itemsize, _AT_ONCE, sizes.max_new_tokens, length)
     phase.seconds = _seconds(phase.flops, alone) + drawn / _AT_ONCE * decoding
     return phase
+
+
+def _by_transformers(recipe: Recipe, machine: Machine, model: Shape) -> bool:
+    return recipe.rollout.engine == "transformers" or (not machine.gpu and why_not_on_cpus(model.config) is not None)
 
 
 def _engine_parts(
@@ -301,7 +306,7 @@ def _engine_parts(
         copied: the model at hand is in shards, of which no process can sample alone.
     """
     rollout = recipe.rollout
-    if rollout.engine == "transformers":
+    if _by_transformers(recipe, machine, model):
         rows = min(sequences, _AT_ONCE)
         reading = rows * recipe.data.max_prompt_tokens * (4 * model.hidden + 3 * model.inner) * size
         copy: dict[str, float] = {"a whole copy to sample": model.parameters * size} if copied else {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minillm.data.examples import Example, Prompt, read_examples, render_all, render_answer
@@ -29,8 +31,6 @@ class Run:
         # Everything that can be refused without a model is refused here.
         self.train_examples = read_examples(recipe.data.train, recipe.data.limit)
         self.heldout_examples = read_examples(recipe.data.heldout, recipe.data.limit)
-        if {"responses", "minillm", "evaluate"} & set(recipe.stages):
-            choose_engine(recipe.rollout.engine)
         self._check_sizes()
         gguf = find_gguf(recipe.teacher.source)
         teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here
@@ -50,9 +50,7 @@ class Run:
         training, rollouts = self.recipe.training, self.recipe.rollout.num_rollouts
         micro, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        # What a DeepSpeed file says is refused by the trainer.
-        sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-        sharded = sharded or any(given.get("fsdp") for given in (training, self.recipe.warmup.training, self.recipe.sft))
+        sharded = any(map(_deals_out, (training, self.recipe.warmup.training, self.recipe.sft)))
         lora = self.recipe.student.lora
         if sharded and lora is not None and lora.quantization:
             raise ValueError(
@@ -72,6 +70,8 @@ class Run:
         if find_gguf(source):
             return
         recipe, config = self.recipe, text_config(source)
+        if {"responses", "minillm", "evaluate"} & set(recipe.stages):
+            choose_engine(recipe.rollout.engine, config)
         limit, supervised = context_length(config), {"finetune", "responses", "warmup", "sft"}
         for section, stages in (("rollout", {"minillm"}), ("responses", supervised), ("evaluate", {"evaluate"})):
             new = getattr(recipe, section).max_new_tokens
@@ -139,3 +139,17 @@ class Run:
 
     def max_length(self, new_tokens: int) -> int:
         return self.recipe.data.max_prompt_tokens + new_tokens
+
+
+def _deals_out(training: dict[str, Any]) -> bool:
+    """Whether a stage's training arguments, or accelerate's variables, deal the student out over processes: FSDP or ZeRO-3."""
+    zero = training.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if isinstance(zero, str | Path) and Path(zero).is_file():
+        zero = json.loads(Path(zero).read_text(encoding="utf-8"))
+    if isinstance(zero, dict) and zero.get("zero_optimization", {}).get("stage") == 3:
+        return True
+    return (
+        bool(training.get("fsdp"))
+        or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    )

@@ -380,9 +380,11 @@ def _evaluate(this: Run) -> None:
 
 def _made_from(this: Run, folder: str) -> dict[str, Any]:
     """What a model's answers depend on: if it is the same, they need not be made again."""
+    from minillm.models.load import text_config
+
     weights: Any = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
     settings = this.state.settings(("data", "evaluate", "teacher"))
-    return {"weights": weights or folder, "settings": settings, "engine": choose_engine(this.recipe.rollout.engine)}
+    return {"weights": weights or folder, "settings": settings, "engine": choose_engine(this.recipe.rollout.engine, text_config(folder))}
 
 
 def _report(this: Run) -> None:

@@ -24,7 +24,7 @@ from minillm.data.rollouts import Sampling
 from minillm.evaluation import Row, answer, token_divergences
 from minillm.hardware import device, working_dtype
 from minillm.metrics import Floats
-from minillm.models.load import eos_ids, load_model, load_tokenizer
+from minillm.models.load import eos_ids, load_model, load_tokenizer, text_config
 from minillm.models.scoring import bind_scoring
 from minillm.models.vocabulary import check_same_tokens, head_width, token_count
 from minillm.recipe import RolloutConfig
@@ -241,7 +241,7 @@ def _made_from(suite: Suite, folder: str, prompts: Sequence[Prompt], test: TestS
         {file.name: file.stat().st_mtime_ns for file in sorted(Path(place).glob("*.safetensors"))} if place is not None else {}
         for place in (folder, suite.teacher)
     )
-    engine = "transformers" if suite.no_repeat_ngram else choose_engine(suite.engine)
+    engine = "transformers" if suite.no_repeat_ngram else choose_engine(suite.engine, text_config(folder))
     settings = suite.model_dump(mode="json", include={"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"})
     rows = [(prompt.ids, prompt.example.references) for prompt in prompts]
     seen = (weights or folder, settings, engine, test.choices, rows, *([taught] if taught else []))

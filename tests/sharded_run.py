@@ -1,4 +1,5 @@
-"""`minillm` in shards on CPUs, started by accelerate launch; dies after the third update of the stage that `DIES_IN` names."""
+"""`minillm` in several processes on CPUs, started by accelerate launch with a shipped file; sees that every update is one in shards where
+the file says so, and dies after the third of the stage that `DIES_IN` names."""
 
 from __future__ import annotations
 
@@ -8,30 +9,35 @@ from typing import Any
 from transformers import TrainerCallback
 
 from minillm.cli import main
+from minillm.models.weights import is_sharded
 from minillm.train import resumable
 from tests.train.two_processes import shard_on_cpus
 
+SHARDS = "ACCELERATE_USE_FSDP" in os.environ or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
-class _Dies(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 3:
+
+class _Watches(TrainerCallback):
+    def __init__(self, dies: bool) -> None:
+        self._dies = dies
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        assert is_sharded(given["model"]) == SHARDS
+        if self._dies and state.global_step == 3:
             os._exit(9)
 
 
-def die_in(stage: str) -> None:
+def watch(dies_in: str | None) -> None:
     train = resumable.train
 
-    def dying(trainer: Any, folder: str, name: str) -> None:
-        if name == stage:
-            trainer.add_callback(_Dies())
+    def watched(trainer: Any, folder: str, name: str) -> None:
+        trainer.add_callback(_Watches(name == dies_in))
         train(trainer, folder, name)
 
-    resumable.train = dying
+    resumable.train = watched
 
 
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP"):
         shard_on_cpus()
-    if stage := os.environ.get("DIES_IN"):
-        die_in(stage)
+    watch(os.environ.get("DIES_IN"))
     main()

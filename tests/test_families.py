@@ -1,5 +1,5 @@
 """Every shipped family's recipe through all its stages, on tiny random models of its architecture: the same YAML with only sizes and
-paths overridden."""
+paths overridden (and, where a test compares closely, `bf16: false`)."""
 
 from __future__ import annotations
 
@@ -73,8 +73,12 @@ def tiny(config: Any, seed: int, folder: Path) -> str:
     return save(model, folder)
 
 
-def run(family: str, folder: Path, *overrides: str, engine: str = "transformers", recipe: str | None = None) -> Run:
-    """A recipe, by default its family's first, on models of the family in a folder."""
+def run(family: str, folder: Path, *overrides: str, engine: str = "transformers", recipe: str | None = None, exact: bool = True) -> Run:
+    """A recipe, by default its family's first, on models of the family in a folder.
+
+    Args:
+        exact: without bfloat16, whose rounding hides small faults.
+    """
     first, config = FAMILIES[family]
     name = recipe or first
     small_teacher, small_student = config(3), config(2)
@@ -85,19 +89,20 @@ def run(family: str, folder: Path, *overrides: str, engine: str = "transformers"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w4"}) + "\n" for i in range(16)))
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": " ".join(f"w{(i * j) % 28}" for j in range(20))}) + "\n" for i in range(8)))
-    small = [
-        "max_steps=2", "per_device_train_batch_size=4", "gradient_accumulation_steps=1", "bf16=false", "use_cpu=true",
-        "eval_strategy=steps", "eval_steps=1", "save_strategy=steps", "save_steps=1", "warmup_steps=0", "disable_tqdm=true",
-    ]  # fmt: skip
+    small = ["gradient_accumulation_steps=1", "use_cpu=true", "disable_tqdm=true", *(["bf16=false"] if exact else [])]
+    sizes = {part: ["num_train_epochs=1", "per_device_train_batch_size=8", *small] for part in ("finetune", "sft", "warmup.training")}
+    sizes["training"] = ["max_steps=2", "per_device_train_batch_size=4", "eval_steps=1", "save_steps=1", "warmup_steps=0", *small]
+    reads_text = load_recipe(RECIPES / f"{name}.yaml").data.text is not None
     loaded = load_recipe(
         RECIPES / f"{name}.yaml",
         [
-            *(f"data.{key}={data}" for key in ("train", "heldout", "validation")), f"data.text={text}", "data.validation_limit=2",
+            *(f"data.{key}={data}" for key in ("train", "heldout", "validation")), f"data.text={text if reads_text else 'null'}",
+            "data.validation_limit=2",
             "data.limit=16", "data.max_prompt_tokens=96", f"run_dir={folder / 'run'}", f"teacher.source={teacher}",
-            f"student.source={student}", "responses.max_new_tokens=6", "rollout.num_rollouts=8", "rollout.inner_epochs=1",
+            f"student.source={student}", "responses.max_new_tokens=6", "rollout.num_rollouts=8",
             "rollout.max_new_tokens=6", f"rollout.engine={engine}", "objective.language_model_block=16", "evaluate.seeds=[1, 2]",
             "evaluate.max_new_tokens=6", "evaluate.bootstrap=100",
-            *(f"{section}.{setting}" for section in ("finetune", "sft", "warmup.training", "training") for setting in small), *overrides,
+            *(f"{section}.{setting}" for section, settings in sizes.items() for setting in settings), *overrides,
         ],
     )  # fmt: skip
     return stages.run(loaded)
@@ -107,8 +112,9 @@ def assert_all_stages_ran(run: Run) -> None:
     done = json.loads((run.dir / "state.json").read_text())["stages"]
     assert list(done) == run.recipe.stages
     assert all(entry["finished"] for entry in done.values())
-    for folder in (run.warmed, run.student):
-        before = AutoModelForCausalLM.from_pretrained(run.start if folder == run.warmed else run.warmed).state_dict()
+    tuned = [(run.teacher, run.untuned)] if "finetune" in run.recipe.stages else []
+    for folder, start in (*tuned, (run.warmed, run.start), (run.student, run.warmed)):
+        before = AutoModelForCausalLM.from_pretrained(start).state_dict()
         after = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         assert before.keys() == after.keys()
         assert any(not torch.equal(value, after[name]) for name, value in before.items())
@@ -122,7 +128,8 @@ def assert_all_stages_ran(run: Run) -> None:
     logged = json.loads((Path(run.student) / "trainer_state.json").read_text())["log_history"]
     mismatch = [entry["engine_mismatch"] for entry in logged if "engine_mismatch" in entry]
     assert mismatch
-    assert max(mismatch) < 1e-3, mismatch
+    assert max(mismatch) < (5e-2 if run.recipe.training["bf16"] else 1e-3), mismatch
+    assert any("text_nll" in entry for entry in logged) == (run.recipe.data.text is not None)
 
 
 @pytest.mark.parametrize("family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES])
@@ -145,7 +152,7 @@ def others() -> list[tuple[str, str]]:
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "family"), others())
 def test_every_other_recipe_runs_all_its_stages(name: str, family: str, tmp_path: Path) -> None:
-    assert_all_stages_ran(run(family, tmp_path, recipe=name))
+    assert_all_stages_ran(run(family, tmp_path, recipe=name, exact=False))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +208,7 @@ def test_with_qlora_and_a_quantised_teacher(family: str, tmp_path: Path) -> None
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NOT_ON_CPUS])
 def test_on_vllm(family: str, tmp_path: Path) -> None:
-    assert_all_stages_ran(run(family, tmp_path, engine="vllm"))
+    assert_all_stages_ran(run(family, tmp_path, engine="vllm", exact=False))
 
 
 @pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))

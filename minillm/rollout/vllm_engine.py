@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.data.rollouts import EngineError, Rollout, Sampling
+from minillm.models.load import head_size
 from minillm.rollout.engine import NamedTensors, Offers
 
 GIB = 1 << 30
@@ -21,8 +23,10 @@ GIB = 1 << 30
 _CPU_BLOCK = 32
 # A GPU is shared with the trained model, its optimiser and the teacher; vLLM's own buffers beside weights and cache.
 _MOST_ON_CPU, _BUFFERS = 4 * GIB, 2 * GIB
-# Model types that its CPU build runs by changing transformers' class, of which then no model works in this process but its own.
+# Model types that its CPU build runs by changing transformers' class, of which then no model works in this process but its own; and
+# the sizes of attention heads that the build has kernels for.
 NOT_ON_CPUS = frozenset({"gpt_neox"})
+HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM keeps room for
 _SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it draws from
 
@@ -31,13 +35,21 @@ def vllm_is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def why_not_on_cpus(config: Any) -> str | None:
+    """What keeps vLLM's CPU build from sampling a model of this text config, if anything does."""
+    if config.model_type in NOT_ON_CPUS:
+        return f"vLLM on a CPU changes the class of {config.model_type} in transformers"
+    if (size := head_size(config)) not in HEADS_ON_CPUS:
+        return f"vLLM on a CPU has no attention for heads of {size} (but for {', '.join(map(str, HEADS_ON_CPUS))})"
+    return None
+
+
 def cache_bytes(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of so many sequences of full length (at most: windows of attention are not seen)."""
     config: Any = AutoConfig.from_pretrained(folder).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     blocks = sequences * (-(-max_length // _CPU_BLOCK) + 1)
-    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize * _CPU_BLOCK * blocks
+    return 2 * config.num_hidden_layers * heads * head_size(config) * dtype.itemsize * _CPU_BLOCK * blocks
 
 
 def engine_limits(max_length: int, sequences: int) -> dict[str, int]:
@@ -88,6 +100,23 @@ def _sleep_beside_others(worker: Any) -> None:
     worker.sleep = forgiving
 
 
+@contextmanager
+def _process_group_kept() -> Iterator[None]:
+    """vLLM, closed, destroys every process group, and the trainers' is not its own: the stages after would wait for ever."""
+    destroy = torch.distributed.destroy_process_group
+    own = torch.distributed.group.WORLD
+
+    def destroy_others(group: Any = None) -> None:
+        if group is not None and group is not own:
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_others
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
+
+
 class _Tables(Sequence[dict[int, float]]):
     """Log-probabilities of the likeliest tokens of each place, out of vLLM's flat lists: a dictionary only where one is looked at."""
 
@@ -125,6 +154,7 @@ class VLLMEngine:
     offers = Offers(likeliest=20, named=128)  # vLLM's own bounds
     takes_adapter = False
     _adapter: Any = None
+    _guest = False  # in a process that trains with others
 
     def __init__(
         self, folder: str | Path, *, max_length: int, sequences: int = 64, memory: float | None = None,
@@ -149,7 +179,8 @@ class VLLMEngine:
             settings |= {"enable_sleep_mode": True}
         if lora_rank:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in _LORA_RANKS if r >= lora_rank)}
-        if torch.distributed.is_initialized():
+        self._guest = torch.distributed.is_initialized()
+        if self._guest:
             # Every training process has its own engine; without this vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
         settings |= engine_limits(max_length, sequences) | dict(options or {})
@@ -242,7 +273,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         if hasattr(self, "_llm"):
-            self._llm.llm_engine.engine_core.shutdown()
+            with _process_group_kept() if self._guest else nullcontext():
+                self._llm.llm_engine.engine_core.shutdown()
             del self._llm
 
     def _allowed(self, sampling: Sampling) -> list[int] | None:

@@ -20,7 +20,7 @@ from minillm.data.batches import seed_of
 from minillm.data.rollouts import Rollout, Sampling, StopStrings
 from minillm.evaluation import token_divergences
 from minillm.models.load import context_length, eos_ids, text_config
-from minillm.models.weights import is_quantized, is_sharded, save_plain
+from minillm.models.weights import is_quantized, save_plain
 from minillm.recipe import RolloutConfig
 from minillm.rollout.build import hand_over, make_engine
 from minillm.rollout.engine import Engine
@@ -80,8 +80,6 @@ class Validated:
             )
         if (deepspeed is not None or fsdp is not None) and is_quantized(self.model):
             raise ValueError("a quantised student is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism")
-        if (deepspeed is not None or fsdp is not None) and str(self.args.metric_for_best_model).endswith("reverse_kl"):
-            raise ValueError("metric_for_best_model: KL(q‖p) is not validated in shards (FSDP, ZeRO-3): choose by rouge_l")
 
     def sync(self) -> Engine:
         """Hand the current weights to the engine, which is started at its first use."""
@@ -148,13 +146,13 @@ class Validated:
                 sums["finished"] += 100 * rollout.finished
                 sums["length"] += len(rollout.response_ids)
             found = {name: self.global_sum(total) / len(rows) for name, total in sums.items()}
-            # With shards every forward is done together, and processes have different numbers of them here.
-            if isinstance(self.teacher, LocalTeacher) and not self.teacher.sharded and not is_sharded(self.model_wrapped):
-                kl = token_divergences(
-                    self.model_wrapped, self.teacher, [r.prompt_ids for r in drawn], [r.response_ids for r in drawn], self.width,
-                    self.sampling.temperature,
-                )  # fmt: skip
-                found["reverse_kl"] = self.global_sum(sum(float(reverse.sum()) for reverse, _ in kl)) / self.global_sum(sums["length"])
+            if isinstance(self.teacher, LocalTeacher):
+                # With shards every forward is done together: a process with a row less than others reads one more, which does not count.
+                idle = [(list(rows[0]["prompt_ids"]), [0])] * (-(-len(rows) // self.accelerator.num_processes) - len(drawn))
+                prompts, responses = zip(*[(r.prompt_ids, r.response_ids) for r in drawn], *idle, strict=True)
+                kl = token_divergences(self.model_wrapped, self.teacher, prompts, responses, self.width, self.sampling.temperature)
+                total = self.global_sum(sum(float(reverse.sum()) for reverse, _ in kl[: len(drawn)]))
+                found["reverse_kl"] = total / self.global_sum(sums["length"])
         out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(out)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)

@@ -1,17 +1,27 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, Qwen3Config
 
 from minillm.data.rollouts import EngineError
 from minillm.models.weights import plain_weights
 from minillm.rollout import build
-from minillm.rollout.vllm_engine import GIB, VLLMEngine, _sleep_beside_others, cache_bytes, memory_settings
+from minillm.rollout.vllm_engine import (
+    GIB,
+    HEADS_ON_CPUS,
+    VLLMEngine,
+    _sleep_beside_others,
+    cache_bytes,
+    memory_settings,
+    vllm_is_installed,
+)
 from tests.conftest import tiny_llama
 
 
@@ -26,11 +36,40 @@ def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
     assert [record.message for record in caplog.records] == [
         "vLLM is not installed: sampling with transformers instead, several times slower."
     ]
-    with pytest.raises(EngineError, match=r"vllm is not installed; pip install 'minillm\[vllm\]'"):
+    with pytest.raises(EngineError, match=r"rollout\.engine: vLLM is not installed: pip install 'minillm\[vllm\]'"):
         build.choose_engine("vllm")
     assert build.choose_engine("transformers") == "transformers"
     monkeypatch.setattr(build, "vllm_is_installed", lambda: True)
     assert build.choose_engine("auto") == "vllm"
+
+
+@pytest.mark.skipif(not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs")
+def test_the_heads_that_a_cpu_takes_are_those_vllm_lists() -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(HEADS_ON_CPUS) == CPUAttentionBackend.get_supported_head_sizes()
+
+
+@pytest.mark.parametrize(
+    ("config", "refusal"),
+    [
+        (GPTNeoXConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1), "vLLM on a CPU changes the class of gpt_neox"),
+        (GPT2Config(n_embd=64, n_head=4, n_layer=1), r"vLLM on a CPU has no attention for heads of 16 \(but for 32, 64"),
+    ],
+)
+def test_a_model_that_vllm_does_not_take_on_a_cpu_is_sampled_by_transformers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, config: Any, refusal: str
+) -> None:
+    monkeypatch.setattr(build, "vllm_is_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    build._say_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert build.choose_engine("auto", config) == "transformers"
+    assert re.search(refusal, caplog.text)
+    with pytest.raises(EngineError, match=rf"rollout\.engine: {refusal}.*set rollout\.engine=auto"):
+        build.choose_engine("vllm", config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert build.choose_engine("auto", config) == "vllm"
 
 
 SMALL: dict[str, Any] = {"vocab_size": 32, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -74,6 +113,32 @@ def test_what_others_take_of_a_card_does_not_keep_an_engine_awake() -> None:
     worker.said = "another matter"
     with pytest.raises(AssertionError, match="another matter"):
         worker.sleep(2)
+
+
+def test_a_closed_engine_leaves_the_trainers_their_process_group(tmp_path: Path) -> None:
+    """vLLM destroys its groups, and then the default one, which training goes on in."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        own = [dist.new_group()]
+
+        class Closing:
+            class llm_engine:
+                class engine_core:
+                    @staticmethod
+                    def shutdown() -> None:
+                        while own:
+                            dist.destroy_process_group(own.pop())
+                        dist.destroy_process_group()
+
+        for guest in (True, False):
+            engine = VLLMEngine.__new__(VLLMEngine)
+            engine._llm, engine._guest = Closing(), guest  # pyright: ignore
+            assert dist.is_initialized()
+            engine.close()
+            assert dist.is_initialized() == guest
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
