@@ -117,9 +117,9 @@ def test_what_others_take_of_a_card_does_not_keep_an_engine_awake() -> None:
 
 def test_a_closed_engine_leaves_the_trainers_their_process_group(tmp_path: Path) -> None:
     """vLLM destroys its groups, and then the default one, which training goes on in."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
-        own = [dist.new_group()]
+        own: list[Any] = [dist.new_group()]
 
         class Closing:
             class llm_engine:
