@@ -94,7 +94,7 @@ def run(family: str, folder: Path, *overrides: str, engine: str = "transformers"
     name = recipe or first
     small_teacher, small_student = config(3), config(2)
     if family == "qwen2":
-        small_teacher.vocab_size, small_student.vocab_size = 44, 36  # widths differ inside the family, whose tokenizer adds a token
+        small_teacher.vocab_size, small_student.vocab_size = 44, 36  # widths differ inside the family
     teacher, student = tiny(small_teacher, 1, folder / "teacher"), tiny(small_student, 2, folder / "student")
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w4"}) + "\n" for i in range(16)))

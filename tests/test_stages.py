@@ -419,7 +419,7 @@ def validated(folder: Path) -> dict[int, float]:
 @pytest.mark.parametrize("file", ["8-gpus", "fsdp2-8-gpus", pytest.param("zero3-8-gpus", marks=zero)])
 def test_several_processes_with_a_vllm_each_in_bfloat16(recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str) -> None:
     bf16 = [f"{section}.bf16=true" for section in ("finetune", "warmup.training", "sft", "training")]
-    done = sharded_run(file, "bf16", sharded_words(recipe, pair, tmp_path / "run", 2, "rollout.engine=vllm", *bf16))
+    done = sharded_run(file, "bf16", sharded_words(recipe, pair, tmp_path / "run", 2, "rollout.engine=vllm", "rollout.teacher_mix=0.2", *bf16))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     logged = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]
     mismatch = [entry["engine_mismatch"] for entry in logged if "engine_mismatch" in entry]
