@@ -1,5 +1,6 @@
 """`minillm` in several processes on CPUs, started by accelerate launch with a shipped file; sees that every update is one in shards where
-the file says so, and dies after the third of the stage that `DIES_IN` names."""
+the file says so, and dies after the third of the stage that `DIES_IN` names, or at the end of the one that `DIES_AFTER` names, which is
+not saved then."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ class _Watches(TrainerCallback):
             os._exit(9)
 
 
-def watch(dies_in: str | None) -> None:
+def watch(dies_in: str | None, dies_after: str | None) -> None:
     train = resumable.train
 
     def watched(trainer: Any, folder: str, name: str) -> None:
         trainer.add_callback(_Watches(name == dies_in))
+        if name == dies_after:
+            trainer.save_student = lambda *_: os._exit(9)
         train(trainer, folder, name)
 
     resumable.train = watched
@@ -39,5 +42,5 @@ def watch(dies_in: str | None) -> None:
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP"):
         shard_on_cpus()
-    watch(os.environ.get("DIES_IN"))
+    watch(os.environ.get("DIES_IN"), os.environ.get("DIES_AFTER"))
     main()

@@ -344,7 +344,7 @@ zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason=
 ROOT = Path(__file__).parents[1]
 
 
-def sharded_run(file: str, precision: str, words: list[str], dies_in: str = "") -> subprocess.CompletedProcess[str]:
+def sharded_run(file: str, precision: str, words: list[str], **dies: str) -> subprocess.CompletedProcess[str]:
     """`minillm` as accelerate launches it by a shipped file, in two processes on the CPU."""
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{file}.yaml",
@@ -352,8 +352,7 @@ def sharded_run(file: str, precision: str, words: list[str], dies_in: str = "") 
         "-m", "tests.sharded_run", *words,
     ]  # fmt: skip
     environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
-        "DIES_IN": dies_in,
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", **dies,
     }  # fmt: skip
     return subprocess.run(launch, capture_output=True, text=True, timeout=400, env=environment, cwd=ROOT)
 
@@ -363,13 +362,15 @@ def sharded_words(recipe: Path, pair: tuple[str, str], run_dir: Path, micro: int
     data = run_dir.parent / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12)))
     training = "use_cpu: true, learning_rate: 0.01, adam_epsilon: 1.0e-3, lr_scheduler_type: constant, max_grad_norm: 0.0, save_steps: 2"
-    training += ", eval_strategy: steps, eval_steps: 2"
-    sections = {"finetune": 4, "warmup.training": 2, "sft": 2, "training": 4}
+    training += ", eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true, metric_for_best_model: "
+    read, taught = training + "rouge_l", training + "reverse_kl, greater_is_better: false"
+    sections = {"finetune": (4, read), "warmup.training": (2, taught), "sft": (2, read), "training": (4, taught)}
     return [
         "run", str(recipe), f"run_dir={run_dir}", "stages=[finetune,responses,warmup,sft,minillm]", f"student={{source: {pair[0]}}}",
         f"data.train={data}", f"data.heldout={data}", f"data.validation={data}", "data.validation_limit=7",
         "rollout.teacher_mix=0",
-        *(f"{part}={{max_steps: {n}, per_device_train_batch_size: {micro}, {training}}}" for part, n in sections.items()), *overrides,
+        *(f"{part}={{max_steps: {n}, per_device_train_batch_size: {micro}, {settings}}}" for part, (n, settings) in sections.items()),
+        *overrides,
     ]  # fmt: skip
 
 
@@ -383,13 +384,14 @@ def sharded_words(recipe: Path, pair: tuple[str, str], run_dir: Path, micro: int
 def test_every_training_stage_in_shards_leaves_what_one_process_does(
     recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str, adapter: bool
 ) -> None:
-    """Fine-tuning, warm-up and minillm; the processes die in two of them and go on from their checkpoints."""
+    """Fine-tuning, warm-up and minillm, of each the best of two checkpoints; the processes die in two of them, and between the training
+    and the saving of the warm-up, and go on from their checkpoints."""
     lora = ["student.lora={rank: 4, targets: [q_proj, down_proj]}"] if adapter else []
-    for dies_in in ("finetune", "minillm", ""):
-        done = sharded_run(file, "no", sharded_words(recipe, pair, tmp_path / "two", 2, *lora), dies_in)
-        assert (done.returncode == 0) == (not dies_in), done.stdout[-2000:] + done.stderr[-6000:]
+    for dies in ({"DIES_IN": "finetune"}, {"DIES_AFTER": "warmup"}, {"DIES_IN": "minillm"}, {}):
+        done = sharded_run(file, "no", sharded_words(recipe, pair, tmp_path / "two", 2, *lora), **dies)
+        assert (done.returncode == 0) == (not dies), done.stdout[-2000:] + done.stderr[-6000:]
         left = [path.name for path in (tmp_path / "two" / "work").glob("*/checkpoint-*")]
-        assert left == (["checkpoint-2"] if dies_in else [])
+        assert left == (["checkpoint-2"] if dies else [])
     stages.run(load_recipe(recipe, sharded_words(recipe, pair, tmp_path / "one", 4, *lora)[2:]))
     for folder, start in (("tuned", pair[1]), ("warmed", pair[0]), ("sft", pair[0]), ("student", str(tmp_path / "one" / "warmed"))):
         one, two, before = (
@@ -419,7 +421,9 @@ def validated(folder: Path) -> dict[int, float]:
 @pytest.mark.parametrize("file", ["8-gpus", "fsdp2-8-gpus", pytest.param("zero3-8-gpus", marks=zero)])
 def test_several_processes_with_a_vllm_each_in_bfloat16(recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str) -> None:
     bf16 = [f"{section}.bf16=true" for section in ("finetune", "warmup.training", "sft", "training")]
-    done = sharded_run(file, "bf16", sharded_words(recipe, pair, tmp_path / "run", 2, "rollout.engine=vllm", "rollout.teacher_mix=0.2", *bf16))
+    done = sharded_run(
+        file, "bf16", sharded_words(recipe, pair, tmp_path / "run", 2, "rollout.engine=vllm", "rollout.teacher_mix=0.2", *bf16)
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     logged = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]
     mismatch = [entry["engine_mismatch"] for entry in logged if "engine_mismatch" in entry]
