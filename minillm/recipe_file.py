@@ -266,3 +266,9 @@ def _training_faults(section: Key, given: dict[str, Any]) -> Iterable[tuple[Key,
             given[name] = checked
             if name in _AT_LEAST and checked < _AT_LEAST[name]:
                 yield key, f"must be at least {_AT_LEAST[name]} (given: {value!r})"
+    by_steps = given.get("eval_strategy") == "steps" and given.get("save_strategy", "steps") == "steps"
+    if given.get("load_best_model_at_end") and by_steps:
+        evaluated, saved = given.get("eval_steps") or given.get("logging_steps", 1), given.get("save_steps", 500)
+        if saved != evaluated:
+            fault = f"with load_best_model_at_end it has to be eval_steps ({evaluated:g}): a best score without a checkpoint is lost"
+            yield (*section, "save_steps"), f"{fault} (given: {saved:g})"

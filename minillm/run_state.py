@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def _by_content(value: Any) -> Any:
     return value
 
 
+def _whole(key: str, value: Any) -> Any:
+    """A local path in full: one setting however it is written, and wherever from."""
+    named = key.endswith((".source", ".adapter", ".file", ".dataset")) and isinstance(value, str) and value != "prune"
+    return os.path.abspath(value) if named and Path(value).exists() else value
+
+
 class RunError(RuntimeError):
     """A run directory that does not fit the recipe, or lacks what a stage needs."""
 
@@ -56,7 +63,7 @@ class Interrupted(Exception):
 def _is_ours(run_dir: Path) -> bool:
     """Empty, or begun this moment by another process."""
     names = {file.name for file in run_dir.iterdir()}
-    return names <= {"recipe.json", "state.part"} or "state.json" in names
+    return names <= {"recipe.json", "state.part", "launched"} or "state.json" in names
 
 
 class RunState:
@@ -88,7 +95,7 @@ class RunState:
         entry = self._stages.get(stage)
         if entry is None:
             return
-        new, old = self.settings(self._sections(stage)), entry["settings"]
+        new, old = self.settings(self._sections(stage)), {key: _whole(key, value) for key, value in entry["settings"].items()}
         changed = [
             f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
             for key in sorted(old.keys() | new.keys())
@@ -109,13 +116,13 @@ class RunState:
                     f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first (--stage {earlier})"
                 )
 
-    def forget(self, stage: str, write: bool = True) -> list[str]:
-        """Drop a stage and those that build on it; returns their names. `write`: in the file too."""
+    def forget(self, stage: str) -> list[str]:
+        """Drop a stage and those that build on it; returns their names."""
         dropped = [stage]
         for later, needs in _NEEDS.items():
             if stage in needs:
-                dropped += self.forget(later, write)
-        if self._stages.pop(stage, None) and write:
+                dropped += self.forget(later)
+        if self._stages.pop(stage, None):
             self._write()
         return dropped
 
@@ -136,7 +143,7 @@ class RunState:
         for section, names in _OPERATIONAL.items():
             if section in sections:
                 sections[section] = {name: value for name, value in sections[section].items() if name not in names}
-        return {".".join(key): value for key, value in flatten(sections).items()}
+        return {".".join(key): _whole(".".join(key), value) for key, value in flatten(sections).items()}
 
     def _sections(self, stage: str) -> set[str]:
         """What a stage reads, itself or through the stages it builds on."""

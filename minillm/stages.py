@@ -18,9 +18,10 @@ from minillm.hardware import freed_memory_kept, give_back_memory
 from minillm.recipe import Recipe
 from minillm.rollout.build import choose_engine
 from minillm.run import Run
-from minillm.run_state import Interrupted, RunState
+from minillm.run_state import Interrupted, RunError, RunState
 
 logger = logging.getLogger(__name__)
+_MEETING = 120  # seconds in which a process has to see what process 0 wrote
 _WAVE = 128  # prompts answered between two writes of the responses file
 
 
@@ -36,17 +37,31 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
     this = Run(recipe)
     stages: list[str] = [only] if only else list(recipe.stages)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    forgotten_stages = this.state.forget(stages[0], write=rank == 0) if redo else []
     if rank == 0:
+        forgotten_stages = this.state.forget(stages[0]) if redo else []
         for forgotten in forgotten_stages:
             shutil.rmtree(this.dir / "work" / forgotten, ignore_errors=True)
             if forgotten == "responses":
                 (this.dir / "responses.jsonl").unlink(missing_ok=True)
         if forgotten_stages[:1] == ["evaluate"]:
             shutil.rmtree(this.dir / "evaluate", ignore_errors=True)
+    if processes > 1:
+        _meet(this, rank)
     for stage in stages:
         this.state.check(stage)
         this.state.needs(stage, stages[: stages.index(stage)])
+    try:
+        _do_all(this, stages, rank, processes)
+    except BaseException:
+        if rank == 0:
+            _launched(this).unlink(missing_ok=True)  # others that wait for a stage see it
+        raise
+    if processes > 1:
+        _leave_together()
+    return this
+
+
+def _do_all(this: Run, stages: list[str], rank: int, processes: int) -> None:
     for number, stage in enumerate(stages, 1):
         if this.state.finished(stage) and stage != "report":
             _say(rank, f"[{number}/{len(stages)}] {stage}: finished before")
@@ -66,9 +81,32 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
         if rank == 0:
             this.state.finish(stage, time.perf_counter() - started, this.processes)
         _say(rank, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.0f} s")
-    if processes > 1:
-        _leave_together()
-    return this
+
+
+def _launched(this: Run) -> Path:
+    return this.dir / "launched"
+
+
+def _meet(this: Run, rank: int) -> None:
+    """Process 0 says in the run directory that it has begun. A process that does not see it has another directory.
+
+    Raises:
+        RunError: in such a process, which would wait for every stage for ever.
+    """
+    file, launch = _launched(this), ":".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
+    if rank == 0:
+        this.dir.mkdir(parents=True, exist_ok=True)
+        file.write_text(launch, encoding="utf-8")
+        return
+    until = time.monotonic() + _MEETING
+    while not (file.is_file() and file.read_text(encoding="utf-8") == launch):
+        if time.monotonic() > until:
+            raise RunError(
+                f"run_dir: process {rank} does not see in {this.dir.absolute()} what process 0 wrote there {_MEETING} s ago: every node "
+                "needs the same folder (a shared file system) at that path"
+            )
+        time.sleep(0.1)
+    this.state = RunState(this.recipe)
 
 
 def _leave_together() -> None:
@@ -103,6 +141,8 @@ def _in_one_process(this: Run, stage: str, rank: int) -> None:
         this.state = RunState(this.recipe)
     else:
         while not this.state.finished(stage):
+            if not _launched(this).is_file():
+                raise RunError(f"process 0 gave up at stage {stage}; what it printed says why")
             time.sleep(1)
             this.state = RunState(this.recipe)
 
@@ -116,7 +156,8 @@ def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
     for section, key in (*places, (tree["data"], "template"), *others):
         if section[key] is not None and len(section[key]) < 4096 and Path(section[key]).exists():
             section[key] = os.path.abspath(section[key])
-    tree["rollout"]["max_prompt_tokens"] = tree["data"]["max_prompt_tokens"]
+    if "max_prompt_tokens" not in recipe.rollout.model_fields_set:
+        del tree["rollout"]["max_prompt_tokens"]  # a recipe says it for every stage in data
     return tree | {"run_dir": os.path.abspath(tree["run_dir"])}
 
 
@@ -239,8 +280,9 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
         "use_cpu": not torch.accelerator.is_available(),
         "report_to": "none",
         "logging_steps": 1,
-        "save_total_limit": 1,
+        "save_total_limit": 2 if given.get("load_best_model_at_end") else 1,  # of one, the last would go when training stops
         "logging_first_step": True,
+        "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not given.get("fp16"),
     }
     return TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given))
 
@@ -354,6 +396,7 @@ def _evaluate(this: Run) -> None:
         model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
         engine = engines.of(model, folder)
         by_seed = evaluation.answer(engine, prompts, sampling, settings.seeds, tokenizer)
+        engines.rest()
         rows[name] = [row for some in by_seed.values() for row in some]
         if name != "teacher":
             teacher = teacher or LocalTeacher(load_model(this.teacher, working_dtype(), this.recipe.teacher.quantization).to(device()))  # pyright: ignore[reportArgumentType]

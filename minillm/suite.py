@@ -95,6 +95,7 @@ def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Exam
     try:
         for name, folder in models.items():
             _answer_all(suite, sets, name, folder, engines, teacher)
+            engines.rest()
     finally:
         engines.close()
     return sets

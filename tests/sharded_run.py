@@ -1,10 +1,12 @@
 """`minillm` in several processes on CPUs, started by accelerate launch with a shipped file; sees that every update is one in shards where
-the file says so, and dies after the third of the stage that `DIES_IN` names, or at the end of the one that `DIES_AFTER` names, which is
-not saved then."""
+the file says so. Variables name the stage that dies after its third update (`DIES_IN`), in which one process alone hears Ctrl-C then
+(`CTRL_C_IN`), or that dies when it is trained and not saved (`DIES_AFTER`).
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 from transformers import TrainerCallback
@@ -18,21 +20,24 @@ SHARDS = "ACCELERATE_USE_FSDP" in os.environ or os.environ.get("ACCELERATE_DEEPS
 
 
 class _Watches(TrainerCallback):
-    def __init__(self, dies: bool) -> None:
-        self._dies = dies
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         assert is_sharded(given["model"]) == SHARDS
-        if self._dies and state.global_step == 3:
+        if state.global_step == 3 and os.environ.get("DIES_IN") == self._stage:
             os._exit(9)
+        if state.global_step == 3 and os.environ.get("CTRL_C_IN") == self._stage and os.environ["RANK"] == "1":
+            for _ in range(2):  # as from the terminal, and from the launcher
+                os.kill(os.getpid(), signal.SIGINT)
 
 
-def watch(dies_in: str | None, dies_after: str | None) -> None:
+def watch() -> None:
     train = resumable.train
 
     def watched(trainer: Any, folder: str, name: str) -> None:
-        trainer.add_callback(_Watches(name == dies_in))
-        if name == dies_after:
+        trainer.add_callback(_Watches(name))
+        if name == os.environ.get("DIES_AFTER"):
             trainer.save_student = lambda *_: os._exit(9)
         train(trainer, folder, name)
 
@@ -42,5 +47,5 @@ def watch(dies_in: str | None, dies_after: str | None) -> None:
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP"):
         shard_on_cpus()
-    watch(os.environ.get("DIES_IN"), os.environ.get("DIES_AFTER"))
+    watch()
     main()

@@ -26,7 +26,8 @@ from minillm.models.weights import is_quantized
 from minillm.recipe_file import RecipeError, load_recipe
 from minillm.rollout import build
 from minillm.rollout.vllm_engine import vllm_is_installed
-from minillm.run_state import RunError
+from minillm.run import Run
+from minillm.run_state import RunError, RunState
 from tests.conftest import save, tiny_tokenizer
 from tests.train.two_processes import deepspeed
 
@@ -58,6 +59,8 @@ def test_a_run_leaves_its_results(recipe: Path) -> None:
     run = recipe.parent / "run"
     results = json.loads((run / "results.json").read_text())
     assert list(results["models"]) == ["teacher", "pruned", "warmed", "minillm"]
+    for folder in ("warmed", "student"):
+        assert json.loads((run / folder / "config.json").read_text())["use_cache"]
     for scores in results["models"].values():
         for key in ("rouge_l", "reverse_kl", "finished", "length"):
             assert scores[key]["low"] <= scores[key]["mean"] <= scores[key]["high"]
@@ -237,6 +240,41 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
         load_recipe(recipe, ["student.lora.targets=[q_proj, lm_head]"])
 
 
+def test_a_node_without_the_run_directory_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stages, "_MEETING", 0.2)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    loaded = load_recipe(recipe, [f"run_dir={tmp_path / 'run'}", "training.per_device_train_batch_size=2"])
+    with pytest.raises(RunError, match=r"run_dir: process 1 does not see in .*run what process 0 wrote"):
+        stages.run(loaded)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the stage's own error"))
+    with pytest.raises(pytest.fail.Exception, match="the stage's own error"):
+        stages.run(loaded)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(stages, "_meet", lambda *_: None)
+    with pytest.raises(RunError, match="process 0 gave up at stage teacher"):  # and does not wait for ever
+        stages.run(loaded)
+
+
+def test_a_path_is_one_setting_however_it_is_written(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = f"run_dir={recipe.parent / 'run'}"
+    teacher = load_recipe(recipe).teacher.source
+    monkeypatch.chdir(tmp_path)
+    for written in (os.path.relpath(teacher), teacher):
+        RunState(load_recipe(recipe, [run_dir, f"teacher.source={written}"])).check("minillm")
+    with pytest.raises(RunError, match=r"teacher\.source"):
+        RunState(load_recipe(recipe, [run_dir, "teacher.source=another/teacher"])).check("minillm")
+
+
+def test_accelerates_precision_is_a_stages_own(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("minillm.hardware.fast_bfloat16", lambda: True)
+    this = Run(load_recipe(recipe, [f"run_dir={tmp_path / 'run'}"]))
+    assert not stages._training_arguments(this, "minillm", {"use_cpu": True}).bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert stages._training_arguments(this, "minillm", {"use_cpu": True}).bf16
+
+
 def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:
     done = command("run", str(recipe), "rollout.teacher_mix=7")
     assert done.returncode == 2
@@ -358,17 +396,18 @@ def sharded_run(file: str, precision: str, words: list[str], **dies: str) -> sub
 
 
 def sharded_words(recipe: Path, pair: tuple[str, str], run_dir: Path, micro: int, *overrides: str) -> list[str]:
-    """A run of every training stage, validated."""
+    """A run of every training stage, validated, and evaluated; to be begun in `ROOT`."""
     data = run_dir.parent / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12)))
-    training = "use_cpu: true, learning_rate: 0.01, adam_epsilon: 1.0e-3, lr_scheduler_type: constant, max_grad_norm: 0.0, save_steps: 2"
+    training = "use_cpu: true, learning_rate: 0.01, adam_epsilon: 1.0e-3, lr_scheduler_type: constant, max_grad_norm: 1.0, save_steps: 2"
     training += ", eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true, metric_for_best_model: "
-    read, taught = training + "rouge_l", training + "reverse_kl, greater_is_better: false"
+    read, taught = training + "rouge_l", training + "reverse_kl, greater_is_better: true"  # the best must not be the last
     sections = {"finetune": (4, read), "warmup.training": (2, taught), "sft": (2, read), "training": (4, taught)}
     return [
-        "run", str(recipe), f"run_dir={run_dir}", "stages=[finetune,responses,warmup,sft,minillm]", f"student={{source: {pair[0]}}}",
+        "run", str(recipe), f"run_dir={run_dir}", "stages=[finetune,responses,warmup,sft,minillm,evaluate,report]",
+        f"teacher.source={os.path.relpath(pair[1], ROOT)}", f"student={{source: {pair[0]}}}",
         f"data.train={data}", f"data.heldout={data}", f"data.validation={data}", "data.validation_limit=7",
-        "rollout.teacher_mix=0",
+        "warmup.targets=references", "rollout.teacher_mix=0",
         *(f"{part}={{max_steps: {n}, per_device_train_batch_size: {micro}, {settings}}}" for part, (n, settings) in sections.items()),
         *overrides,
     ]  # fmt: skip
@@ -382,16 +421,18 @@ def sharded_words(recipe: Path, pair: tuple[str, str], run_dir: Path, micro: int
     ],
 )  # fmt: skip
 def test_every_training_stage_in_shards_leaves_what_one_process_does(
-    recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str, adapter: bool
+    recipe: Path, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, adapter: bool
 ) -> None:
-    """Fine-tuning, warm-up and minillm, of each the best of two checkpoints; the processes die in two of them, and between the training
-    and the saving of the warm-up, and go on from their checkpoints."""
+    """Fine-tuning, warm-up and minillm, of each the best of two checkpoints. One stage dies, in one a single process hears Ctrl-C, one
+    dies between training and saving; each time the same command goes on."""
     lora = ["student.lora={rank: 4, targets: [q_proj, down_proj]}"] if adapter else []
-    for dies in ({"DIES_IN": "finetune"}, {"DIES_AFTER": "warmup"}, {"DIES_IN": "minillm"}, {}):
+    for dies, kept in (({"DIES_IN": "finetune"}, [2]), ({"CTRL_C_IN": "minillm"}, [2, 3]), ({"DIES_AFTER": "minillm"}, [2, 4]), ({}, [])):
         done = sharded_run(file, "no", sharded_words(recipe, pair, tmp_path / "two", 2, *lora), **dies)
         assert (done.returncode == 0) == (not dies), done.stdout[-2000:] + done.stderr[-6000:]
-        left = [path.name for path in (tmp_path / "two" / "work").glob("*/checkpoint-*")]
-        assert left == (["checkpoint-2"] if dies else [])
+        left = sorted(path.name for path in (tmp_path / "two" / "work").glob("*/checkpoint-*"))
+        assert left == [f"checkpoint-{step}" for step in kept]
+        assert ("the same command continues it" in done.stderr) == ("CTRL_C_IN" in dies)
+    monkeypatch.chdir(ROOT)
     stages.run(load_recipe(recipe, sharded_words(recipe, pair, tmp_path / "one", 4, *lora)[2:]))
     for folder, start in (("tuned", pair[1]), ("warmed", pair[0]), ("sft", pair[0]), ("student", str(tmp_path / "one" / "warmed"))):
         one, two, before = (
@@ -402,6 +443,7 @@ def test_every_training_stage_in_shards_leaves_what_one_process_does(
         assert moved > 0, folder
         assert float((two - one).norm()) <= 5e-3 * moved, folder
     # Of seven rows one process validates on one more than the other.
+    assert set(json.loads((tmp_path / "two" / "results.json").read_text())["models"]) == {"teacher", "student", "warmed", "sft", "minillm"}
     for folder in ("warmed", "student"):
         one, two = (validated(tmp_path / name / folder) for name in ("one", "two"))
         assert one.keys() == two.keys() != set()
@@ -420,7 +462,11 @@ def validated(folder: Path) -> dict[int, float]:
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize("file", ["8-gpus", "fsdp2-8-gpus", pytest.param("zero3-8-gpus", marks=zero)])
 def test_several_processes_with_a_vllm_each_in_bfloat16(recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str) -> None:
-    bf16 = [f"{section}.bf16=true" for section in ("finetune", "warmup.training", "sft", "training")]
+    bf16 = [
+        f"{section}.{setting}=true"
+        for section in ("finetune", "warmup.training", "sft", "training")
+        for setting in ("bf16", "gradient_checkpointing")
+    ]
     done = sharded_run(
         file, "bf16", sharded_words(recipe, pair, tmp_path / "run", 2, "rollout.engine=vllm", "rollout.teacher_mix=0.2", *bf16)
     )

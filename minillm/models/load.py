@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import deepspeed
 
@@ -148,6 +149,16 @@ def attends_fully(config: Any) -> bool:
     """Whether every layer of a model with this (text) config attends to all that came before."""
     kinds = set(getattr(config, "layer_types", None) or [])
     return not kinds - {"full_attention"} and (bool(kinds) or not getattr(config, "sliding_window", None))
+
+
+def cached(source: str) -> str:
+    """The folder in which the hub's cache holds a model; a folder as it is, and what is not cached too."""
+    if Path(source).is_dir():
+        return source
+    try:
+        return snapshot_download(source, local_files_only=True)
+    except (OSError, ValueError):  # not cached, or no hub id
+        return source
 
 
 def head_size(config: Any) -> int:

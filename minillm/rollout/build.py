@@ -115,7 +115,8 @@ class OneEngine:
     def of(self, model: PreTrainedModel, folder: str | Path) -> Engine:
         """The engine, sampling `model`, which was loaded from `folder`."""
         given: dict[str, Any] = model.config.to_dict()
-        shape = {key: value for key, value in given.items() if not key.startswith("_") and key not in ("dtype", "transformers_version")}
+        no_shape = ("dtype", "transformers_version", "use_cache")
+        shape = {key: value for key, value in given.items() if not key.startswith("_") and key not in no_shape}
         if self._engine is not None and shape == self._shape:
             self._engine.update_weights(plain_weights(model, working_dtype()), self._engine.version + 1)
         else:
@@ -123,6 +124,11 @@ class OneEngine:
             self._engine = make_engine(self._config, folder, max_length=self._max_length, sequences=self._sequences, tokenizer=folder)
             self._shape = shape
         return self._engine
+
+    def rest(self) -> None:
+        """Give memory back, where there is some to give, until the next model comes."""
+        if self._engine is not None:
+            self._engine.rest()
 
     def close(self) -> None:
         if self._engine is not None:

@@ -28,7 +28,7 @@ from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import AdapterOff, LocalTeacher, shard
 from minillm.teacher.served import ServedTeacher
-from minillm.train.validation import Validated
+from minillm.train.validation import Validated, check_one_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class DistillationTrainer(Validated, Trainer):
             if not isinstance(model, str):
                 raise ValueError("processing_class: a tokenizer is needed when the student is given as a model object")
             processing_class = load_tokenizer(model)
-        if args.n_gpu > 1:
-            raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
+        check_one_gpu(args)
         # A different tokenizer is found before any weights load, where the teacher is still a name.
         served = teacher if isinstance(teacher, ServedTeacher) else None
         named = served.source if served else teacher if isinstance(teacher, str) else str(getattr(teacher, "name_or_path", ""))

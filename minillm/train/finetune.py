@@ -16,7 +16,7 @@ from minillm.models.scoring import bind_scoring
 from minillm.models.vocabulary import head_width, token_count
 from minillm.recipe import RolloutConfig
 from minillm.teacher.local import LocalTeacher
-from minillm.train.validation import Validated
+from minillm.train.validation import Validated, check_one_gpu
 
 
 class FineTuner(Validated, SFTTrainer):
@@ -33,6 +33,7 @@ class FineTuner(Validated, SFTTrainer):
         rollout: RolloutConfig | None = None, eval_dataset: Sequence[dict[str, Any]] | None = None,
         teacher: str | PreTrainedModel | None = None, processing_class: Any = None,
     ) -> None:  # fmt: skip
+        check_one_gpu(args)
         tokenizer = load_tokenizer(model) if isinstance(model, str) else processing_class
         student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
         without_dropout(student)

@@ -7,10 +7,13 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from minillm.run_state import Interrupted
+
+_MOMENT = 1.0  # seconds between two Ctrl-C that are two
 
 
 def train(trainer: Any, folder: str, stage: str) -> None:
@@ -31,7 +34,7 @@ def _train(trainer: Any, folder: str, stage: str) -> None:
     from transformers.trainer_utils import get_last_checkpoint
 
     stopping = _StopCleanly()
-    trainer.add_callback(stopping.callback())
+    trainer.add_callback(stopping.callback(trainer))
     work = trainer.args.output_dir
     if os.path.isdir(work) and trainer.is_world_process_zero():
         for left in Path(work).glob("checkpoint-*"):  # cut short while it was written
@@ -47,6 +50,7 @@ def _train(trainer: Any, folder: str, stage: str) -> None:
         with stopping:
             trainer.train(resume_from_checkpoint=last)
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
+        trainer.accelerator.wait_for_everyone()  # the first that leaves takes the others with it
         raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
     trainer.save_student(folder)
     if trainer.is_world_process_zero():
@@ -62,9 +66,13 @@ def _is_complete(checkpoint: str) -> bool:
 
 
 class _StopCleanly:
-    """The first Ctrl-C lets the update end and saves a checkpoint; the second stops at once."""
+    """The first Ctrl-C lets the update end and saves a checkpoint; the second stops at once.
+
+    Under a launcher one Ctrl-C comes twice, from the terminal and from the launcher, so that a second counts after a moment only.
+    """
 
     asked = False
+    _heard = 0.0
 
     def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGINT, self._ask)
@@ -73,19 +81,26 @@ class _StopCleanly:
         signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, *_: object) -> None:
-        if self.asked:
+        before, self._heard = self._heard, time.monotonic()
+        if self.asked and self._heard - before > _MOMENT:
             raise KeyboardInterrupt
+        if self.asked:
+            return
         self.asked = True
         print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
-    def callback(self) -> Any:
+    def callback(self, trainer: Any) -> Any:
         from transformers import TrainerCallback
 
         outer = self
 
         class Stop(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                if outer.asked:
+                agreed = outer.asked
+                if trainer.accelerator.num_processes > 1:  # they stop after the same update, whichever heard it first
+                    agreed = trainer.global_sum(float(agreed)) > 0
+                if agreed:
+                    outer.asked = True
                     control.should_save = control.should_training_stop = True
                 return control
 

@@ -13,19 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minillm import metrics
 from minillm.data.batches import seed_of
 from minillm.data.rollouts import Rollout, Sampling, StopStrings
 from minillm.evaluation import token_divergences
-from minillm.models.load import context_length, eos_ids, text_config
+from minillm.models.load import cached, context_length, eos_ids, text_config
 from minillm.models.weights import is_quantized, save_plain
 from minillm.recipe import RolloutConfig
 from minillm.rollout.build import hand_over, make_engine
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
+
+
+def check_one_gpu(args: TrainingArguments) -> None:
+    """Refuse several GPUs in one process (DataParallel).
+
+    Raises:
+        ValueError: saying how to start.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
 
 
 class Validated:
@@ -100,7 +111,7 @@ class Validated:
 
     def _folder_of(self, student: Any, spare: str) -> str:
         """Where an engine can read the student and its tokenizer from: its own folder, or `spare`, where they are put."""
-        own = Path(str(student.name_or_path))
+        own = Path(cached(str(student.name_or_path)))
         apart = self.rollout_config.lora == "adapter"  # then the base is never sent, and may not be what its folder holds
         if not apart and (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
             return str(own)
@@ -111,6 +122,7 @@ class Validated:
     def save_student(self, folder: str | Path) -> None:
         """Save the student and its tokenizer; one with an adapter merged, and the adapter by itself in `adapter`."""
         student = self.accelerator.unwrap_model(self.model)
+        student.config.use_cache = True  # off for training, and not meant to be off for those who use it
         if not hasattr(student, "get_base_model"):
             if self.is_deepspeed_enabled and self.deepspeed is None:  # trained to the end before; DeepSpeed has nothing in hand
                 if self.accelerator.is_main_process:

@@ -27,7 +27,7 @@ from transformers import (
 from minillm.data.batches import pad
 from minillm.loss.divergences import forward_kl
 from minillm.loss.objective import SupervisedLoss
-from minillm.models.load import find_gguf, load_model, load_student, without_dropout
+from minillm.models.load import cached, find_gguf, load_model, load_student, without_dropout
 from minillm.models.prune import block_similarity, decoder_layers, layers_to_keep, prune
 from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
 from minillm.models.vocabulary import VocabularyError, check_same_tokens, token_count
@@ -318,3 +318,16 @@ def test_a_copy_of_a_bound_model_has_weights_of_its_own() -> None:
         other.model.norm.weight.mul_(2)
         assert torch.equal(model(ids).logits, before)  # pyright: ignore[reportCallIssue]
         assert not torch.allclose(other(ids).logits, before)
+
+
+def test_a_hub_model_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an engine reads it there, and nothing writes it again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    place = tmp_path / "models--some--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    assert Path(cached("some/model")) == place / "snapshots" / ("0" * 40)
+    assert cached("another/model") == "another/model"
+    assert cached(str(place)) == str(place)
+    assert cached("not a hub id") == "not a hub id"
