@@ -31,6 +31,8 @@ class Run:
         # Everything that can be refused without a model is refused here.
         self.train_examples = read_examples(recipe.data.train, recipe.data.limit)
         self.heldout_examples = read_examples(recipe.data.heldout, recipe.data.limit)
+        if {"responses", "minillm", "evaluate"} & set(recipe.stages):
+            choose_engine(recipe.rollout.engine)
         self._check_sizes()
         gguf = find_gguf(recipe.teacher.source)
         teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here

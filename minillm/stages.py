@@ -57,11 +57,12 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
             _launched(this).unlink(missing_ok=True)  # others that wait for a stage see it
         raise
     if processes > 1:
-        _leave_together()
+        _leave_together(this, rank)
     return this
 
 
 def _do_all(this: Run, stages: list[str], rank: int, processes: int) -> None:
+    """What is not finished yet."""
     for number, stage in enumerate(stages, 1):
         if this.state.finished(stage) and stage != "report":
             _say(rank, f"[{number}/{len(stages)}] {stage}: finished before")
@@ -109,13 +110,15 @@ def _meet(this: Run, rank: int) -> None:
     this.state = RunState(this.recipe)
 
 
-def _leave_together() -> None:
+def _leave_together(this: Run, rank: int) -> None:
     """Left to the interpreter's exit, the communication threads end in std::terminate now and then."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        if rank == 0:
+            _launched(this).unlink(missing_ok=True)
 
 
 def _say(rank: int, text: str) -> None:

@@ -24,6 +24,7 @@ SUITE = [
     "tests/loss/test_objective.py",
     "tests/loss/test_token_scores.py",
     "tests/rollout/test_teacher_mixed.py",
+    "tests/rollout/test_build.py",
     "tests/rollout/test_vllm_server.py",
     "tests/rollout/test_engines.py",
     "tests/train",
@@ -236,6 +237,12 @@ MUTATIONS = [
     ),
     Mutation("every seed of an evaluation the first one", "evaluation.py", 'seed_of("evaluate", seed, ', 'seed_of("evaluate", seeds[0], '),
     Mutation("all processes of a comparison on the same cores", "jobs.py", "cores[place * each : (place + 1) * each]", "cores[:each]"),
+    Mutation(
+        "the trainers' process group gone with an engine",
+        "rollout/vllm_engine.py",
+        "with _process_group_kept() if self._guest else nullcontext():",
+        "with nullcontext():",
+    ),
     Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
 ]
 

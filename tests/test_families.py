@@ -197,12 +197,12 @@ def test_a_baselines_command_trains_and_scores_it(family: str, baseline: str, tm
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
-def test_with_lora(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "family"), [*((name, family) for family, (name, _) in FAMILIES.items()), *others()])
+def test_every_recipe_with_lora(name: str, family: str, tmp_path: Path) -> None:
     """With the language-model term where its recipe is without, and without it where it is with."""
-    reads_text = load_recipe(RECIPES / f"{FAMILIES[family][0]}.yaml").data.text is not None
+    reads_text = load_recipe(RECIPES / f"{name}.yaml").data.text is not None
     other = "null" if reads_text else str(tmp_path / "text.jsonl")
-    done = run(family, tmp_path, "student.lora.rank=4", f"data.text={other}")
+    done = run(family, tmp_path, "student.lora.rank=4", f"data.text={other}", recipe=name)
     assert_all_stages_ran(done)
     assert (Path(done.student) / "adapter" / "adapter_model.safetensors").is_file()
 

@@ -28,7 +28,7 @@ from minillm.rollout import build
 from minillm.rollout.vllm_engine import vllm_is_installed
 from minillm.run import Run
 from minillm.run_state import RunError, RunState
-from tests.conftest import save, tiny_tokenizer
+from tests.conftest import save, tiny_llama, tiny_tokenizer
 from tests.train.two_processes import deepspeed
 
 RECIPE = """\
@@ -462,17 +462,16 @@ def validated(folder: Path) -> dict[int, float]:
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize("file", ["8-gpus", "fsdp2-8-gpus", pytest.param("zero3-8-gpus", marks=zero)])
 def test_several_processes_with_a_vllm_each_in_bfloat16(recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str) -> None:
-    bf16 = [
-        f"{section}.{setting}=true"
-        for section in ("finetune", "warmup.training", "sft", "training")
-        for setting in ("bf16", "gradient_checkpointing")
-    ]
-    done = sharded_run(
-        file, "bf16", sharded_words(recipe, pair, tmp_path / "run", 2, "rollout.engine=vllm", "rollout.teacher_mix=0.2", *bf16)
-    )
+    """Every stage, as the recipes train: in bfloat16, checkpointed, clipped, with a head of its own."""
+    untied = save(tiny_llama(5, tied=False), tmp_path / "untied")
+    sections, settings = ("finetune", "warmup.training", "sft", "training"), ("bf16", "gradient_checkpointing")
+    as_recipes = [f"{section}.{setting}=true" for section in sections for setting in settings]
+    overrides = ["rollout.engine=vllm", "rollout.teacher_mix=0.2", *as_recipes]
+    done = sharded_run(file, "bf16", sharded_words(recipe, (untied, pair[1]), tmp_path / "run", 2, *overrides))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     logged = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]
     mismatch = [entry["engine_mismatch"] for entry in logged if "engine_mismatch" in entry]
     assert len(mismatch) == 2  # of each first update on what was drawn: what was trained is what vLLM samples next
     assert max(mismatch) < 0.05, mismatch
     assert set(validated(tmp_path / "run" / "student")) == {2, 4}
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["models"]) == {"teacher", "student", "warmed", "sft", "minillm"}
