@@ -6,22 +6,20 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from minillm import processes
 from minillm.data.examples import read_jsonl, read_texts, write_jsonl
 from minillm.hardware import freed_memory_kept, give_back_memory
 from minillm.recipe import Recipe
 from minillm.rollout.build import choose_engine
 from minillm.run import Run
-from minillm.run_state import Interrupted, RunError, RunState
+from minillm.run_state import Interrupted
 
 logger = logging.getLogger(__name__)
-_MEETING = 120  # seconds in which a process has to see what process 0 wrote
 _WAVE = 128  # prompts answered between two writes of the responses file
 
 
@@ -36,7 +34,7 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
     """
     this = Run(recipe)
     stages: list[str] = [only] if only else list(recipe.stages)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank == 0:
         forgotten_stages = this.state.forget(stages[0]) if redo else []
         for forgotten in forgotten_stages:
@@ -45,30 +43,30 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
                 (this.dir / "responses.jsonl").unlink(missing_ok=True)
         if forgotten_stages[:1] == ["evaluate"]:
             shutil.rmtree(this.dir / "evaluate", ignore_errors=True)
-    if processes > 1:
-        _meet(this, rank)
+    if world > 1:
+        processes.meet(this, rank)
     for stage in stages:
         this.state.check(stage)
         this.state.needs(stage, stages[: stages.index(stage)])
     try:
-        _do_all(this, stages, rank, processes)
+        _do_all(this, stages, rank, world)
     except BaseException:
         if rank == 0:
-            _launched(this).unlink(missing_ok=True)  # others that wait for a stage see it
+            processes.give_up(this)
         raise
-    if processes > 1:
-        _leave_together(this, rank)
+    if world > 1:
+        processes.leave_together(this, rank)
     return this
 
 
-def _do_all(this: Run, stages: list[str], rank: int, processes: int) -> None:
+def _do_all(this: Run, stages: list[str], rank: int, world: int) -> None:
     """What is not finished yet."""
     for number, stage in enumerate(stages, 1):
         if this.state.finished(stage) and stage != "report":
             _say(rank, f"[{number}/{len(stages)}] {stage}: finished before")
             continue
-        if processes > 1 and stage not in _IN_EVERY_PROCESS:
-            _in_one_process(this, stage, rank)
+        if world > 1 and stage not in _IN_EVERY_PROCESS:
+            processes.in_one(this, stage, rank)
             continue
         _say(rank, f"[{number}/{len(stages)}] {stage}")
         if rank == 0:
@@ -84,84 +82,11 @@ def _do_all(this: Run, stages: list[str], rank: int, processes: int) -> None:
         _say(rank, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.0f} s")
 
 
-def _launched(this: Run) -> Path:
-    return this.dir / "launched"
-
-
-def _meet(this: Run, rank: int) -> None:
-    """Process 0 says in the run directory that it has begun. A process that does not see it has another directory.
-
-    Raises:
-        RunError: in such a process, which would wait for every stage for ever.
-    """
-    file, launch = _launched(this), ":".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
-    if rank == 0:
-        this.dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(launch, encoding="utf-8")
-        return
-    until = time.monotonic() + _MEETING
-    while not (file.is_file() and file.read_text(encoding="utf-8") == launch):
-        if time.monotonic() > until:
-            raise RunError(
-                f"run_dir: process {rank} does not see in {this.dir.absolute()} what process 0 wrote there {_MEETING} s ago: every node "
-                "needs the same folder (a shared file system) at that path"
-            )
-        time.sleep(0.1)
-    this.state = RunState(this.recipe)
-
-
-def _leave_together(this: Run, rank: int) -> None:
-    """Left to the interpreter's exit, the communication threads end in std::terminate now and then."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        if rank == 0:
-            _launched(this).unlink(missing_ok=True)
-
-
 def _say(rank: int, text: str) -> None:
     if rank == 0:
         from rich import print as show
 
         show(f"[bold cyan]{text.replace('[', chr(92) + '[')}[/]", flush=True)
-
-
-def _in_one_process(this: Run, stage: str, rank: int) -> None:
-    """Process 0 has a process of its own do the stage, outside the process group; the others wait for its file."""
-    if rank == 0:
-        kept = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        }
-        kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-        this.dir.mkdir(parents=True, exist_ok=True)
-        whole = this.dir / "recipe.json"
-        whole.write_text(json.dumps(_without_relative_paths(this.recipe), indent=1), encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "minillm", "run", str(whole), "--stage", stage], env=kept, check=True)
-        this.state = RunState(this.recipe)
-    else:
-        while not this.state.finished(stage):
-            if not _launched(this).is_file():
-                raise RunError(f"process 0 gave up at stage {stage}; what it printed says why")
-            time.sleep(1)
-            this.state = RunState(this.recipe)
-
-
-def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as another file can say it: there, a path that starts with a dot would mean another place."""
-    tree = recipe.model_dump(mode="json")
-    sources = [source for key in ("train", "heldout", "validation", "text") if (source := tree["data"][key]) is not None]
-    places = [(source, key) for source in sources for key in ("file", "dataset")]
-    others = ((tree["teacher"], "source"), (tree["teacher"], "adapter"), (tree["student"], "source"), (tree["responses"], "file"))
-    for section, key in (*places, (tree["data"], "template"), *others):
-        if section[key] is not None and len(section[key]) < 4096 and Path(section[key]).exists():
-            section[key] = os.path.abspath(section[key])
-    if "max_prompt_tokens" not in recipe.rollout.model_fields_set:
-        del tree["rollout"]["max_prompt_tokens"]  # a recipe says it for every stage in data
-    return tree | {"run_dir": os.path.abspath(tree["run_dir"])}
 
 
 def _teacher(this: Run) -> None:

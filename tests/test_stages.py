@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gpt2 import GPT2Config
 
-from minillm import stages
+from minillm import processes, stages
 from minillm.data.rollouts import EngineError
 from minillm.models import load
 from minillm.models.weights import is_quantized
@@ -241,7 +241,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
 
 
 def test_a_node_without_the_run_directory_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(stages, "_MEETING", 0.2)
+    monkeypatch.setattr(processes, "_MEETING", 0.2)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     loaded = load_recipe(recipe, [f"run_dir={tmp_path / 'run'}", "training.per_device_train_batch_size=2"])
@@ -252,7 +252,7 @@ def test_a_node_without_the_run_directory_says_so(recipe: Path, monkeypatch: pyt
     with pytest.raises(pytest.fail.Exception, match="the stage's own error"):
         stages.run(loaded)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(stages, "_meet", lambda *_: None)
+    monkeypatch.setattr(processes, "meet", lambda *_: None)
     with pytest.raises(RunError, match="process 0 gave up at stage teacher"):  # and does not wait for ever
         stages.run(loaded)
 
