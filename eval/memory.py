@@ -4,7 +4,8 @@
 
 The data is made up, so that prompts have `data.max_prompt_tokens` and the answers that are trained on
 `responses.max_new_tokens`, as the plan assumes; a stage makes three updates. Measured is the largest resident size of
-its process (Linux), or the most that NVML saw the process hold of the card, looking every 5 ms.
+its process (Linux), or the most that NVML saw the process hold of the card, looking every 5 ms. On a GPU the plan's seconds
+stand beside those of the last update, which compiles nothing any more, and of a batch of rollouts with the teacher's reading.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from transformers import TrainerCallback
+from transformers.trainer import DEFAULT_CALLBACKS
 
 from minillm import stages
 from minillm.hardware import cpu_multiplies_bfloat16, machine
 from minillm.models.load import load_tokenizer
-from minillm.plan import Machine, plan
+from minillm.plan import Machine, Plan, plan
+from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 
 _SECTIONS = {"finetune": "finetune", "warmup": "warmup.training", "sft": "sft", "minillm": "training"}
+_UPDATES = 3
 
 
 def made_up(folder: Path, source: str, prompt: int, answer: int) -> list[str]:
@@ -55,17 +61,50 @@ def made_up(folder: Path, source: str, prompt: int, answer: int) -> list[str]:
     ]  # fmt: skip
 
 
-def measured(recipe: str, overrides: list[str], stage: str) -> float:
-    """Bytes, in this process."""
+class _Clock(TrainerCallback):
+    """When each update of this process ended."""
+
+    ends: ClassVar[list[float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def measured(recipe: str, overrides: list[str], stage: str) -> dict[str, Any]:
+    """Bytes, and seconds where something is trained, in this process."""
     torch.manual_seed(0)
+    DEFAULT_CALLBACKS.append(_Clock)  # pyright: ignore[reportArgumentType]
+    loaded = load_recipe(recipe, overrides)
     with _peak_of_the_card() as peak:
-        stages.run(load_recipe(recipe, overrides), stage)
-    return peak[0] if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        stages.run(loaded, stage)
+    out: dict[str, Any] = {"bytes": peak[0] if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if len(_Clock.ends) > 1:
+        out["update"] = _Clock.ends[-1] - _Clock.ends[-2]
+    for state in Path(loaded.run_dir).glob("*/trainer_state.json"):
+        drawn = [log for log in json.loads(state.read_text(encoding="utf-8"))["log_history"] if log.get("rollout_seconds")]
+        if drawn:
+            out["rollouts"] = drawn[-1]["rollout_seconds"] + drawn[-1]["teacher_seconds"]
+    return out
+
+
+def planned_seconds(recipe: Recipe, found: Plan, stage: str) -> dict[str, float]:
+    """Of an update, and of a batch of rollouts, by the phases' names here."""
+    seconds = {phase.name: phase.seconds for phase in found.phases}
+    if stage != "minillm":
+        return {"update": seconds[stage] / _UPDATES}
+    drawn = _UPDATES * recipe.training.get("per_device_train_batch_size", 8) * recipe.training.get("gradient_accumulation_steps", 1)
+    batches = drawn / recipe.rollout.inner_epochs / recipe.rollout.num_rollouts
+    return {"update": seconds["minillm: update"] / _UPDATES, "rollouts": seconds["minillm: rollouts"] / batches}
 
 
 @contextmanager
 def _peak_of_the_card() -> Iterator[list[int]]:
-    """The most bytes this process held of the first GPU, in a list of one, once it is left."""
+    """The most bytes this process held of the first GPU, in a list of one, once it is left.
+
+    Where NVML does not tell processes apart (in a container, say), what the whole card holds more than at the start: it must be idle.
+    """
     peak = [0]
     if not torch.cuda.is_available():
         yield peak
@@ -74,18 +113,32 @@ def _peak_of_the_card() -> Iterator[list[int]]:
 
     pynvml.nvmlInit()
     card = pynvml.nvmlDeviceGetHandleByIndex(0)
-    done = Event()
+    done, before = Event(), pynvml.nvmlDeviceGetMemoryInfo(card).used
+    torch.zeros(1, device="cuda")
+    told = any(p.pid == os.getpid() and p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card))
 
     def look() -> None:
         while not done.wait(0.005):
-            mine = (p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card) if p.pid == os.getpid())
-            peak[0] = max(peak[0], *mine, 0)
+            if told:
+                held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card) if p.pid == os.getpid()]
+            else:
+                held = [pynvml.nvmlDeviceGetMemoryInfo(card).used - before]
+            peak[0] = max(peak[0], *held, 0)
 
     looking = Thread(target=look, daemon=True)
     looking.start()
     yield peak
     done.set()
     looking.join()
+
+
+def worked(recipe: str, overrides: list[str], stage: str) -> dict[str, Any]:
+    """What a fresh process measured."""
+    done = subprocess.run([sys.executable, __file__, recipe, *overrides, "--worker", stage], capture_output=True, text=True)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("MEASURED")), None)
+    if line is None:
+        raise SystemExit(f"{stage} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
+    return json.loads(line.removeprefix("MEASURED"))
 
 
 def main() -> None:
@@ -98,7 +151,7 @@ def main() -> None:
     wanted = [text for text in options.given if "=" not in text]
     overrides = [text for text in options.given if "=" in text]
     if options.worker:
-        print("MEASURED", measured(options.recipe, overrides, options.worker))
+        print("MEASURED", json.dumps(measured(options.recipe, overrides, options.worker)))
         return
     gpu = torch.cuda.is_available()
     results: list[dict[str, Any]] = []
@@ -106,47 +159,33 @@ def main() -> None:
         folder = Path(name)
         recipe = load_recipe(options.recipe, overrides)
         overrides += [f"run_dir={folder / 'run'}"]
-        overrides += [
-            f"{_SECTIONS[stage]}.{setting}" for stage in wanted for setting in ("max_steps=3", 'save_strategy="no"', 'eval_strategy="no"')
-        ]
+        briefly = (f"max_steps={_UPDATES}", "logging_steps=1", 'save_strategy="no"', 'eval_strategy="no"', "load_best_model_at_end=false")
+        overrides += [f"{_SECTIONS[stage]}.{setting}" for stage in wanted for setting in briefly]
         made = made_up(folder, recipe.teacher.source, recipe.data.max_prompt_tokens, recipe.responses.max_new_tokens)
-        for stage in ("teacher", "student"):  # not here: a process begins with the peak of the one that starts it
-            subprocess.run(
-                [sys.executable, __file__, options.recipe, *overrides, *made, "--worker", stage], capture_output=True, check=True
-            )
+        for stage in (
+            ("teacher", "student") if recipe.student.source == "prune" else ()
+        ):  # not here: a process begins with the peak of the one that starts it
+            worked(options.recipe, [*overrides, *made, "stages=[teacher, student]"], stage)
         source = str(folder / "run" / "teacher") if (folder / "run" / "teacher").is_dir() else recipe.teacher.source
         start = str(folder / "run" / "pruned") if (folder / "run" / "pruned").is_dir() else recipe.student.source
         for stage in wanted:
-            run = [
-                *overrides,
-                *made,
-                f"stages=[{stage}]",
-                f"teacher.source={source}",
-                f"student.source={start}",
-                f"run_dir={folder / stage}",
-            ]
-            found = plan(load_recipe(options.recipe, run), Machine(gpu=gpu, bf16=gpu or cpu_multiplies_bfloat16()))
-            done = subprocess.run([sys.executable, __file__, options.recipe, *run, "--worker", stage], capture_output=True, text=True)
-            line = next((line for line in done.stdout.splitlines() if line.startswith("MEASURED")), None)
-            if line is None:
-                raise SystemExit(done.stdout[-1000:] + done.stderr[-3000:])
-            if not float(line.split()[1]):
-                raise SystemExit(f"{stage}: NVML does not tell this process's memory here (a process namespace of its own?)")
-            results.append(
-                {
-                    "stage": stage,
-                    "planned": found.peak,
-                    "measured": float(line.split()[1]),
-                    "parts": max(found.phases, key=lambda p: p.peak).parts,
-                }
-            )
-    for row in results:
-        row["ratio"] = row["planned"] / row["measured"]
+            own = [f"stages=[{stage}]", f"teacher.source={source}", f"student.source={start}", f"run_dir={folder / stage}"]
+            run = [*overrides, *made, *own]
+            loaded = load_recipe(options.recipe, run)
+            found = plan(loaded, Machine(gpu=gpu, bf16=gpu or cpu_multiplies_bfloat16()))
+            seen = worked(options.recipe, run, stage)
+            row = {
+                "stage": stage, "planned": found.peak, "measured": seen["bytes"], "ratio": found.peak / seen["bytes"],
+                "parts": max(found.phases, key=lambda p: p.peak).parts,
+            }  # fmt: skip
+            text = f"{stage}: planned {found.peak / 1e9:.2f} GB, measured {seen['bytes'] / 1e9:.2f} GB, {row['ratio']:.2f}"
+            if gpu:
+                row["seconds"] = {name: [of, seen.get(name)] for name, of in planned_seconds(loaded, found, stage).items()}
+                text += "".join(f"; {name} {of:.2f} s, measured {took or 0:.2f} s" for name, (of, took) in row["seconds"].items())
+            print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
+            results.append(row)
     if options.json:
         print(json.dumps({"machine": machine(), "recipe": options.recipe, "overrides": options.given, "results": results}))
-        return
-    for row in results:
-        print(f"{row['stage']}: planned {row['planned'] / 1e9:.2f} GB, measured {row['measured'] / 1e9:.2f} GB, {row['ratio']:.2f}")
 
 
 if __name__ == "__main__":

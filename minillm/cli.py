@@ -192,7 +192,7 @@ def plan(
     from dataclasses import replace
 
     from minillm.hardware import cpu_multiplies_bfloat16
-    from minillm.plan import GIB, Machine, advice, fitted, table
+    from minillm.plan import GIB, Machine, advice, fewest, fitted, table
     from minillm.plan import plan as planned
     from minillm.recipe_file import load_recipe, written
 
@@ -206,7 +206,7 @@ def plan(
         for path in files:
             loaded = load_recipe(path, overrides or [])
             whole, sharded = (planned(loaded, replace(machine, shard=shard)) for shard in (False, True))
-            plans.append((str(path.relative_to(recipe).with_suffix("")), whole, sharded))
+            plans.append((str(path.relative_to(recipe).with_suffix("")), whole, sharded, fewest(loaded, machine)))
         typer.echo(table(plans), nl=False)
         return
 
@@ -227,7 +227,7 @@ def plan(
     word = "fits" if found.fits else "does not fit"
     typer.echo(
         f"{word} in {machine.memory / GIB:.0f} GiB; about {found.hours:.1f} h, estimated for {machine.processes} process(es) at "
-        f"{machine.utilisation:.0%} of {machine.flops:.0e} operations a second (small models reach less)"
+        f"{machine.utilisation:.0%} of {machine.flops:.0e} operations a second (small models: 4 ms a layer)"
     )
     if found.overrides:
         typer.echo("changed: " + " ".join(found.overrides))

@@ -21,6 +21,8 @@ _PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffer
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.516}  # bytes a weight: NF4's scales, themselves in 8 bits, take an eighth of a bit
 _AT_ONCE = 64  # sequences that an engine makes room for where nothing is trained; the transformers engine's batch
 _TRL_TILE = (4096, 32768)  # tokens, entries of the vocabulary
+# Seconds however few the numbers, as measured on an H100: of a layer's forward and backward (PyTorch's launches), and of a step of vLLM.
+_LAYER, _STEP = 4e-3, 12e-3
 _WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
 
 
@@ -240,13 +242,15 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
         parts["head"] = _trl_head(model, tokens if machine.gpu else rows * length, machine.gpu)
     if reads is not None:
         parts["teacher's states"] = tokens * reads.hidden * (2 if half else _WIDE)
-    update = rows * training.get("gradient_accumulation_steps", 1) * machine.processes
+    passes = training.get("gradient_accumulation_steps", 1)
+    update = rows * passes * machine.processes
     updates = training.get("max_steps", -1)
     if updates < 0:
         updates = training.get("num_train_epochs", 3) * _rows(recipe.data.train) / update
     per_token = (8 if checkpointing else 6) * model.body + 6 * model.head + (0 if reads is None else 2 * (reads.body + reads.head))
     flops = updates * update * length * per_token
-    trained = Phase(name, parts, flops, _seconds(flops, machine))
+    layers = model.layers * (4 / 3 if checkpointing else 1) + (0 if reads is None else reads.layers / 3)
+    trained = Phase(name, parts, flops, _training_seconds(flops, machine, updates * passes * layers))
     return [trained, *_validation(name, recipe, machine, model, training, updates, idle, trained)]
 
 
@@ -322,7 +326,7 @@ def _decoding(machine: Machine, model: Shape, size: int, sequences: int, new_tok
     """Seconds of a batch of answers: weights and cache are read once a token, by half of the memory's bandwidth."""
     steps = new_tokens * -(-sequences // 256)
     read = model.parameters * size + min(sequences, 256) * length / 2 * model.cached(size)
-    return steps * 2 * read / machine.bandwidth if machine.gpu else 0.0
+    return steps * max(2 * read / machine.bandwidth, _STEP) if machine.gpu else 0.0
 
 
 def _rows(source: Source) -> int:
@@ -356,21 +360,24 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
         update |= engine  # vLLM sleeps on GPUs alone
     update["activations"] = kept_bytes(student, rows, length, half=half, checkpointing=checkpointing)
     tokens = rows * rollout.max_new_tokens
-    if recipe.data.text is not None and recipe.objective.language_model:
+    text = recipe.data.text is not None and recipe.objective.language_model > 0
+    if text:
         block = recipe.objective.language_model_block
         update["activations"] += kept_bytes(student, rows, block, half=half, checkpointing=checkpointing)
         tokens += rows * block
     update |= _scoring_parts(student, teacher, tokens, half)
     training_phase = Phase("minillm: update", update)
     updates = max(training.get("max_steps", 1000), 1)
-    responses = updates * rows * training.get("gradient_accumulation_steps", 1) * machine.processes
+    passes = training.get("gradient_accumulation_steps", 1)
+    responses = updates * rows * passes * machine.processes
     drawn = responses / rollout.inner_epochs
     training_phase.flops = responses * length * ((8 if checkpointing else 6) * student.body) + responses * rollout.max_new_tokens * (
         6 * student.head + 2 * teacher.head
     )
-    if recipe.data.text is not None and recipe.objective.language_model:
+    if text:
         training_phase.flops += responses * recipe.objective.language_model_block * 6 * (student.body + student.head)
-    training_phase.seconds = _seconds(training_phase.flops, machine)
+    layers = student.layers * (4 / 3 if checkpointing else 1) * (2 if text else 1)
+    training_phase.seconds = _training_seconds(training_phase.flops, machine, updates * passes * layers)
     drawing.flops = drawn * length * 2 * (student.body + teacher.body)
     batches = drawn / rollout.num_rollouts
     flops, seconds = _validating(recipe, machine, student, training, updates, size)
@@ -399,12 +406,26 @@ def _seconds(flops: float, machine: Machine) -> float:
     return flops / (machine.processes * machine.flops * machine.utilisation)
 
 
-def table(plans: Sequence[tuple[str, Plan, Plan]]) -> str:
-    """Markdown: one row a recipe, its plan with the student whole in each process, and in shards."""
+def _training_seconds(flops: float, machine: Machine, layers: float) -> float:
+    """Of so many operations of all processes, in so many forwards and backwards of a layer in each."""
+    return max(_seconds(flops, machine), layers * _LAYER if machine.gpu else 0.0)
+
+
+def fewest(recipe: Recipe, machine: Machine) -> int | None:
+    """The fewest of 1, 2, 4 … of the machine's GPUs that the recipe fits on as it is, the student whole or in shards."""
+    counts = [1 << power for power in range(machine.processes.bit_length())]
+    plans = ((count, shard) for count in counts for shard in (False, True))
+    return next((n for n, shard in plans if plan(recipe, replace(machine, processes=n, shard=shard and n > 1)).fits), None)
+
+
+def table(plans: Sequence[tuple[str, Plan, Plan, int | None]]) -> str:
+    """Markdown: one row a recipe, its plan with the student whole in each process and in shards, and the fewest GPUs that it fits on."""
 
     def cell(plan: Plan) -> str:
         fits = "" if plan.fits else ", **does not fit**"
         return f"{plan.peak / GIB:.0f} GiB ({max(plan.phases, key=lambda phase: phase.peak).name}){fits}"
 
-    rows = "".join(f"| {name} | {cell(whole)} | {cell(sharded)} | {whole.hours:.1f} |\n" for name, whole, sharded in plans)
-    return "| recipe | peak per GPU, student whole | in shards | hours, estimated |\n|---|---|---|---|\n" + rows
+    rows = "".join(
+        f"| {name} | {cell(whole)} | {cell(sharded)} | {least or 'more'} | {whole.hours:.1f} |\n" for name, whole, sharded, least in plans
+    )
+    return "| recipe | peak per GPU, student whole | in shards | GPUs, at least | hours, estimated |\n|---|---|---|---|---|\n" + rows

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minillm.data.examples import Example, Prompt, read_examples, render_all, render_answer
 from minillm.recipe import Recipe, RolloutConfig, Stage
 from minillm.rollout.build import choose_engine
+from minillm.rollout.engine import padding_bias
 from minillm.run_state import RunState
 
 logger = logging.getLogger(__name__)
@@ -67,13 +70,16 @@ class Run:
 
     def _check_model(self, source: str, who: str) -> None:
         """Before weights load; of a GGUF file the config is known once the teacher stage has made a folder of it."""
-        from minillm.models.load import attends_fully, context_length, find_gguf, text_config
+        from minillm.models.load import attends_fully, context_length, find_gguf, load_tokenizer, text_config
+        from minillm.models.vocabulary import token_count
 
         if find_gguf(source):
             return
         recipe, config = self.recipe, text_config(source)
         if {"responses", "minillm", "evaluate"} & set(recipe.stages):
-            choose_engine(recipe.rollout.engine, config)
+            chosen = choose_engine(recipe.rollout.engine, config)
+            if chosen == "vllm" and torch.cuda.is_available():  # refused by name, before weights load
+                padding_bias(token_count(load_tokenizer(source)), config.vocab_size)
         limit, supervised = context_length(config), {"finetune", "responses", "warmup", "sft"}
         for section, stages in (("rollout", {"minillm"}), ("responses", supervised), ("evaluate", {"evaluate"})):
             new = getattr(recipe, section).max_new_tokens

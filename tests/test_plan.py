@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from minillm.cli import app
 from minillm.models.known import KNOWN
 from minillm.models.shape import kept_bytes, shape_of
-from minillm.plan import GIB, Machine, Phase, fitted, plan
+from minillm.plan import GIB, Machine, Phase, fewest, fitted, plan
 from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 from tests.conftest import save, tiny_llama
@@ -132,6 +132,34 @@ def test_what_moves_a_peak(tmp_path: Path) -> None:
     cpu = phase(plan(recipe(tmp_path), Machine(gpu=False, bf16=False)), "update").parts
     assert "vLLM's weights" in cpu
     assert cpu["teacher"] == 4 * m
+
+
+def test_small_models_take_their_layers_and_steps(tmp_path: Path) -> None:
+    """4 ms a layer of a forward and backward, 12 ms a step of decoding; a CPU's hours are its arithmetic alone."""
+    found, layers = plan(recipe(tmp_path), Machine(8)), shape_of(str(tmp_path / "s")).layers
+    assert phase(found, "update").seconds == pytest.approx(10 * layers * 4e-3)
+    drawn = 10 * 8 * 8 / recipe(tmp_path).rollout.inner_epochs / 64
+    steps = recipe(tmp_path).rollout.max_new_tokens
+    assert phase(found, "rollouts").seconds == pytest.approx(drawn * steps * 12e-3, rel=1e-3)
+    checkpointed = recipe(tmp_path, training={"max_steps": 10, "gradient_checkpointing": True, "gradient_accumulation_steps": 3})
+    assert phase(plan(checkpointed, Machine(8)), "update").seconds == pytest.approx(10 * 3 * layers * 4 / 3 * 4e-3)
+    assert phase(plan(recipe(tmp_path), Machine(gpu=False, flops=1e30)), "update").seconds < 1e-6
+
+
+def test_the_fewest_gpus(tmp_path: Path) -> None:
+    given = recipe(tmp_path, teacher={"source": str(tmp_path / "s")})
+    two = int(plan(given, Machine(2, shard=True)).peak)
+    assert two < plan(given, Machine(1)).peak
+    assert fewest(given, Machine(8, two + 1)) == 2
+    assert fewest(given, Machine(8, 1 << 40)) == 1
+    assert fewest(given, Machine(8, 1)) is None
+
+
+@pytest.mark.full
+def test_the_table_of_recipes_is_what_the_command_says() -> None:
+    said = CliRunner().invoke(app, ["plan", str(RECIPES)])
+    assert said.exit_code == 0, said.output
+    assert said.stdout.rstrip() in (RECIPES / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_sampling_adds_to_other_stages(tmp_path: Path) -> None:

@@ -34,6 +34,10 @@ class Shape:
         return self.config.hidden_size
 
     @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
     def inner(self) -> int:
         """Width of the feed-forward layers."""
         return getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * self.hidden

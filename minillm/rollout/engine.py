@@ -12,6 +12,9 @@ from minillm.data.rollouts import EngineError, Rollout, Sampling
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 
+_LEAST_BIAS = -100.0  # that vLLM takes
+_MOST_BIASED = 1024  # tokens of a request, on a GPU: one more ends vLLM
+
 
 @dataclass(frozen=True)
 class Offers:
@@ -34,6 +37,25 @@ class Offers:
             raise EngineError("no_repeat_ngram: vLLM blocks no n-grams; use engine: transformers")
         if sampling.likeliest > self.likeliest:
             raise EngineError(f"{sampling.likeliest} likeliest tokens a place are asked for; this engine tells {self.likeliest}")
+
+
+def padding_bias(vocab_size: int, width: int, *, limited: bool = True) -> dict[int, float] | None:
+    """What vLLM adds to the logits of a head's rows beyond the vocabulary, so that it draws none of them.
+
+    Its list of allowed tokens would say so exactly, but on a GPU it has room for 1,024.
+
+    Args:
+        limited: where vLLM runs on a GPU, or may.
+    Raises:
+        EngineError: more rows than vLLM takes.
+    """
+    if limited and width - vocab_size > _MOST_BIASED:
+        raise EngineError(
+            f"the model's head has {width - vocab_size:,} rows beyond the tokenizer's {vocab_size:,} tokens, of which vLLM leaves out "
+            f"{_MOST_BIASED:,} at most; use the tokenizer that belongs to the model, cut the head "
+            "(model.resize_token_embeddings(len(tokenizer))), or rollout.engine: transformers"
+        )
+    return dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None
 
 
 class Engine(Protocol):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.data.rollouts import EngineError, Rollout, Sampling
 from minillm.models.load import head_size
-from minillm.rollout.engine import NamedTensors, Offers
+from minillm.rollout.engine import NamedTensors, Offers, padding_bias
 
 GIB = 1 << 30
 # On the CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
@@ -201,14 +201,14 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         self.offers.check(sampling)
-        allowed = self._allowed(sampling)
+        bias = self._padding(sampling)
         text: dict[str, Any] = {"detokenize": False}
         if sampling.stop is not None and self._decodes:
             text = {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True, "skip_special_tokens": False}
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.likeliest,
-                stop_token_ids=list(sampling.eos_ids), ignore_eos=True, allowed_token_ids=allowed, flat_logprobs=True, **text,
+                stop_token_ids=list(sampling.eos_ids), ignore_eos=True, logit_bias=bias, flat_logprobs=True, **text,
             )
             for seed in seeds
         ]  # fmt: skip
@@ -225,11 +225,11 @@ class VLLMEngine:
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
         from vllm import SamplingParams
 
-        allowed = self._allowed(sampling)
+        bias = self._padding(sampling)
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=1, logprob_token_ids=some, detokenize=False,
-                allowed_token_ids=allowed,
+                logit_bias=bias,
             )
             for some in ids
         ]  # fmt: skip
@@ -277,9 +277,8 @@ class VLLMEngine:
                 self._llm.llm_engine.engine_core.shutdown()
             del self._llm
 
-    def _allowed(self, sampling: Sampling) -> list[int] | None:
-        """The ids below `vocab_size`, where the model's head is padded beyond it."""
-        return list(range(sampling.vocab_size)) if sampling.vocab_size < self._width else None
+    def _padding(self, sampling: Sampling) -> dict[int, float] | None:
+        return padding_bias(sampling.vocab_size, self._width, limited=torch.cuda.is_available())
 
     def _run(self, prompts: Sequence[list[int]], params: list[Any], progress: bool) -> list[Any]:
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]

@@ -24,12 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.data.rollouts import EngineError, Rollout, Sampling
-from minillm.rollout.engine import NamedTensors, Offers
+from minillm.rollout.engine import NamedTensors, Offers, padding_bias
 from minillm.rollout.local_server import LocalServer
 from minillm.serving import PLAIN, Completion, Server, Servers, Trouble, read_completion
 
 logger = logging.getLogger(__name__)
-_NEVER = -100.0  # added to the logits of padded vocabulary rows
 
 
 class VLLMServerEngine:
@@ -218,6 +217,6 @@ class VLLMServerEngine:
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
         settings = PLAIN | {"temperature": sampling.temperature}
-        if sampling.vocab_size < self._width:
-            settings["logit_bias"] = {str(token): _NEVER for token in range(sampling.vocab_size, self._width)}
+        if bias := padding_bias(sampling.vocab_size, self._width):
+            settings["logit_bias"] = {str(token): value for token, value in bias.items()}
         return settings

@@ -123,18 +123,16 @@ class Validated:
         """Save the student and its tokenizer; one with an adapter merged, and the adapter by itself in `adapter`."""
         student = self.accelerator.unwrap_model(self.model)
         student.config.use_cache = True  # off for training, and not meant to be off for those who use it
-        if not hasattr(student, "get_base_model"):
-            if self.is_deepspeed_enabled and self.deepspeed is None:  # trained to the end before; DeepSpeed has nothing in hand
-                if self.accelerator.is_main_process:
-                    self._save(str(folder), state_dict=student.state_dict())
-            else:
-                self.save_model(str(folder))
-            return
         main = self.accelerator.is_main_process
-        save_plain(student, folder, write=main)
-        if main:
-            self.processing_class.save_pretrained(folder)
-        self.save_model(str(Path(folder) / "adapter"))
+        if hasattr(student, "get_base_model"):
+            save_plain(student, folder, write=main)
+            if main:
+                self.processing_class.save_pretrained(folder)
+            folder = Path(folder) / "adapter"
+        if not (self.is_deepspeed_enabled and self.deepspeed is None):
+            self.save_model(str(folder))
+        elif main:  # trained to the end before; DeepSpeed has nothing in hand
+            self._save(str(folder), state_dict=student.state_dict())
 
     def close(self) -> None:
         """Shut the engine down, and let go of a served teacher."""

@@ -121,7 +121,8 @@ def worker(rank: int, world: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no distributed package")
-def test_two_processes_compute_the_gradient_of_one(tmp_path: Path) -> None:
+def test_two_processes_compute_the_gradient_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is a GPU, shards would go there
     torch.multiprocessing.spawn(worker, args=(2, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world"] == 2

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTCon
 from minillm.data.rollouts import EngineError
 from minillm.models.weights import plain_weights
 from minillm.rollout import build
+from minillm.rollout.engine import padding_bias
 from minillm.rollout.vllm_engine import (
     GIB,
     HEADS_ON_CPUS,
@@ -198,3 +199,12 @@ def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
     assert calls == [("sleep", 1), ("wake", "all"), ("adapter", 1), ("sleep", 1), ("wake", "all"), ("without", 1), ("adapter", 2)]
     assert engine.version == 6
     del engine._llm
+
+
+def test_rows_beyond_the_vocabulary_are_biased_away_as_far_as_vllm_on_a_gpu_takes_it() -> None:
+    assert padding_bias(20, 20) is None
+    assert padding_bias(20, 22) == {20: -100.0, 21: -100.0}
+    assert len(padding_bias(20, 20 + 1024) or {}) == 1024
+    assert len(padding_bias(20, 2000, limited=False) or {}) == 1980
+    with pytest.raises(EngineError, match="head has 1,025 rows beyond the tokenizer's 20 tokens, of which vLLM leaves out 1,024 at most"):
+        padding_bias(20, 20 + 1025)

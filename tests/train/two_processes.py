@@ -48,7 +48,8 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the same.
     `server`: over a vLLM server of the run's own. `replay`: twelve updates, with earlier rollouts in every batch, of which each
     process has its own. `zero3`, `fsdp2`: the student in shards where there are two processes, sampled as a whole copy;
-    `zero2`: its gradients and moments; `zero3-lora`, `fsdp2-lora`: its adapter.
+    `zero2`: its gradients and moments; `zero3-lora`, `fsdp2-lora`: its adapter. `own-base`: a student with an adapter and no teacher but
+    its own base, the adapter off.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
@@ -76,12 +77,14 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     sharded = kind.startswith(("zero", "fsdp2"))
     if sharded:
         engine = TransformersEngine(load_model(student, torch.float32))
-    if kind.endswith("-lora"):
+    if kind.endswith("-lora") or kind == "own-base":
+        torch.manual_seed(0)
         given = load_student(student, AdapterConfig(rank=4))
     trainer = MiniLLMTrainer(
-        given, teacher, arguments, processing_class=load_tokenizer(student), objective=objective, rollout=rollout,
-        train_dataset=PROMPTS, text_dataset=text, engine=engine,
+        given, None if kind == "own-base" else teacher, arguments, processing_class=load_tokenizer(student), objective=objective,
+        rollout=rollout, train_dataset=PROMPTS, text_dataset=text, engine=engine,
     )  # fmt: skip
+    before = {name: value.clone() for name, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
     trainer.train()
     if sharded:
         assert is_sharded(trainer.model) == (world == 2 and kind != "zero2")
@@ -96,7 +99,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         assert any("engine_mismatch" in entry for entry in logged)
     if trainer.accelerator.is_main_process:
         weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-        torch.save({"world": trainer.accelerator.num_processes, "weights": weights}, f"{folder}/weights.pt")
+        torch.save({"world": trainer.accelerator.num_processes, "weights": weights, "before": before}, f"{folder}/weights.pt")
     return trainer.accelerator.num_processes
 
 
