@@ -192,7 +192,7 @@ def plan(
     from dataclasses import replace
 
     from minillm.hardware import cpu_multiplies_bfloat16
-    from minillm.plan import GIB, Machine, advice, fewest, fitted, table
+    from minillm.plan import GIB, Machine, advice, fewest, fitted, table, update_responses
     from minillm.plan import plan as planned
     from minillm.recipe_file import load_recipe, written
 
@@ -229,10 +229,16 @@ def plan(
         f"{word} in {machine.memory / GIB:.0f} GiB; about {found.hours:.1f} h, estimated for {machine.processes} process(es) at "
         f"{machine.utilisation:.0%} of {machine.flops:.0e} operations a second (small models: 4 ms a layer)"
     )
+    trained = (("finetune", loaded.finetune), ("warmup", loaded.warmup.training), ("sft", loaded.sft), ("minillm", loaded.training))
+    sizes = [f"{stage} {update_responses(training, machine)}" for stage, training in trained if stage in loaded.stages]
+    if sizes:
+        typer.echo(f"responses in an update, which grow with the processes: {', '.join(sizes)}")
     if found.overrides:
         typer.echo("changed: " + " ".join(found.overrides))
     if not found.fits:
-        typer.echo("what would help: " + "; ".join(advice(loaded, machine, overridden)))
+        largest = max(found.phases, key=lambda phase: phase.peak).name
+        smaller = f"nothing that is a setting: {largest} needs GPUs with more memory, or a smaller model"
+        typer.echo("what would help: " + ("; ".join(advice(loaded, machine, overridden)) or smaller))
     if fit is not None:
         typer.echo(f"wrote {fit}" if found.fits else f"no settings make it fit: {fit} is not written")
         if not found.fits:

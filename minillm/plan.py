@@ -121,6 +121,11 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     return Plan(phases, machine)
 
 
+def update_responses(training: dict[str, Any], machine: Machine) -> int:
+    """Responses that an update trains on, in all processes."""
+    return training.get("per_device_train_batch_size", 8) * training.get("gradient_accumulation_steps", 1) * machine.processes
+
+
 def fitted(recipe: Recipe, machine: Machine, overridden: Any) -> tuple[Plan, Recipe]:
     """The plan of a recipe with as few changes as make it fit, in the order of what they cost.
 
@@ -195,14 +200,17 @@ def _training_parts(recipe: Recipe, machine: Machine, model: Shape, training: di
     shards = machine.processes if machine.shard else 1
     half = bool(training.get("bf16")) and machine.bf16
     lora = recipe.student.lora
+    # What belongs to no block stays gathered through an update; of the blocks the one at work, the next, and a gradient on its way.
+    size = 2 if half else _WIDE
+    gathered = {"gathered weights": size * (model.parameters - model.body + 3 * model.body / model.layers)} if shards > 1 else {}
     if adapted and lora is not None:
-        adapter = lora.rank * model.config.num_hidden_layers * (11 * model.hidden + 3 * model.inner)
-        whole = _held(model, 2 if half else _WIDE, lora.quantization)
-        return {"student": whole / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
+        adapter = lora.rank * model.layers * (11 * model.hidden + 3 * model.inner)
+        whole = _held(model, size, lora.quantization)
+        return gathered | {"student": whole / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
     names = {"student" if adapted else "teacher": _WIDE, "gradients": _WIDE, "moments": 2 * _WIDE}
     if machine.processes > 1 and not machine.shard:
         names["gradients on their way"] = _WIDE  # DDP's buckets, a copy of all
-    return {name: model.parameters * size / shards for name, size in names.items()}
+    return gathered | {name: model.parameters * size / shards for name, size in names.items()}
 
 
 def _scoring_parts(model: Shape, other: Shape | None, tokens: int, half: bool) -> dict[str, float]:
@@ -233,7 +241,7 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
             else _held(other, 2 if half else _WIDE, recipe.teacher.quantization)
         )
     parts = dict(idle)
-    parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing)
+    parts["activations"] = kept_bytes(model, rows, length, half=half, checkpointing=checkpointing, sharded=machine.shard)
     tokens = rows * recipe.responses.max_new_tokens
     reads = other if name == "warmup" and recipe.warmup.cross_entropy < 1 else None
     if name == "warmup":
@@ -242,8 +250,7 @@ def _supervised(name: str, recipe: Recipe, machine: Machine, model: Shape, other
         parts["head"] = _trl_head(model, tokens if machine.gpu else rows * length, machine.gpu)
     if reads is not None:
         parts["teacher's states"] = tokens * reads.hidden * (2 if half else _WIDE)
-    passes = training.get("gradient_accumulation_steps", 1)
-    update = rows * passes * machine.processes
+    passes, update = training.get("gradient_accumulation_steps", 1), update_responses(training, machine)
     updates = training.get("max_steps", -1)
     if updates < 0:
         updates = training.get("num_train_epochs", 3) * _rows(recipe.data.train) / update
@@ -358,18 +365,19 @@ def _on_policy(recipe: Recipe, machine: Machine, student: Shape, teacher: Shape)
     update = dict(shared)
     if not machine.gpu and rollout.engine != "transformers":
         update |= engine  # vLLM sleeps on GPUs alone
-    update["activations"] = kept_bytes(student, rows, length, half=half, checkpointing=checkpointing)
+    sharded = machine.shard
+    update["activations"] = kept_bytes(student, rows, length, half=half, checkpointing=checkpointing, sharded=sharded)
     tokens = rows * rollout.max_new_tokens
     text = recipe.data.text is not None and recipe.objective.language_model > 0
     if text:
         block = recipe.objective.language_model_block
-        update["activations"] += kept_bytes(student, rows, block, half=half, checkpointing=checkpointing)
+        update["activations"] += kept_bytes(student, rows, block, half=half, checkpointing=checkpointing, sharded=sharded)
         tokens += rows * block
     update |= _scoring_parts(student, teacher, tokens, half)
     training_phase = Phase("minillm: update", update)
     updates = max(training.get("max_steps", 1000), 1)
     passes = training.get("gradient_accumulation_steps", 1)
-    responses = updates * rows * passes * machine.processes
+    responses = updates * update_responses(training, machine)
     drawn = responses / rollout.inner_epochs
     training_phase.flops = responses * length * ((8 if checkpointing else 6) * student.body) + responses * rollout.max_new_tokens * (
         6 * student.head + 2 * teacher.head

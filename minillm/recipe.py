@@ -39,6 +39,8 @@ class Source(Section):
     """Instead: anything that `datasets.load_dataset` takes, e.g. a hub id."""
     config: str | None = None
     """Its configuration."""
+    revision: str | None = None
+    """Its branch, tag or commit on the hub; `refs/convert/parquet` is the hub's own copy of one that is still a program."""
     split: str = "train"
     """Its split, slices included: `train[:1000]`."""
     columns: dict[str, str] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minillm.data.examples import Example, Prompt, read_examples, render_all, render_answer
+from minillm.data.examples import Example, Prompt, read_examples, read_texts, render_all, render_answer
 from minillm.recipe import Recipe, RolloutConfig, Stage
 from minillm.rollout.build import choose_engine
 from minillm.rollout.engine import padding_bias
@@ -43,6 +43,8 @@ class Run:
             check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
             self._check_model(recipe.student.source, "student")
         self._check_model(recipe.teacher.source, "teacher")
+        if recipe.data.text is not None and "minillm" in recipe.stages:
+            next(read_texts(recipe.data.text, seed=None), None)  # and not after the stages before, which take hours
         self.untuned = str(self.dir / "teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
         self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
         self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
@@ -70,7 +72,15 @@ class Run:
 
     def _check_model(self, source: str, who: str) -> None:
         """Before weights load; of a GGUF file the config is known once the teacher stage has made a folder of it."""
-        from minillm.models.load import attends_fully, context_length, find_gguf, load_tokenizer, text_config
+        from minillm.models.load import (
+            attends_fully,
+            check_quantization,
+            check_student,
+            context_length,
+            find_gguf,
+            load_tokenizer,
+            text_config,
+        )
         from minillm.models.vocabulary import token_count
 
         if find_gguf(source):
@@ -88,8 +98,12 @@ class Run:
                     f"data.max_prompt_tokens + {section}.max_new_tokens ({recipe.data.max_prompt_tokens} + {new}) exceed the {who}'s "
                     f"context of {limit} tokens ({source})"
                 )
-        if who == "student" and recipe.student.lora is not None and recipe.student.lora.quantization and config.model_type == "gpt2":
-            raise ValueError(f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out")
+        if who == "student" and recipe.student.lora is not None:
+            if recipe.student.lora.quantization and config.model_type == "gpt2":
+                raise ValueError(f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out")
+            check_student(source, recipe.student.lora)
+        if who == "teacher" and recipe.teacher.quantization:
+            check_quantization(recipe.teacher.quantization)
         if who == "teacher" and "minillm" in recipe.stages and recipe.rollout.teacher_mix and not attends_fully(config):
             raise ValueError(
                 f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has sliding windows: set "

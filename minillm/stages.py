@@ -366,8 +366,9 @@ def _report(this: Run) -> None:
     for stage, folder in this.trained().items():
         if Path(folder).is_dir():
             write_card(Path(folder), this.recipe, stage)
-    if this.recipe.push_to_hub and Path(this.student).is_dir():
-        _say(0, f"  uploaded to {push(Path(this.student), this.recipe.push_to_hub)}")
+    done = [folder for folder in this.trained().values() if Path(folder).is_dir()]
+    if this.recipe.push_to_hub and done:
+        _say(0, f"  uploaded to {push(Path(done[-1]), this.recipe.push_to_hub)}")
 
 
 _STAGES: dict[str, Callable[[Run], None]] = {

@@ -189,7 +189,7 @@ def test_a_baselines_command_trains_and_scores_it(family: str, baseline: str, tm
         "sft": "fine-tuned on the answers in",
         "kd": "forward kl and 0.5 of",
         "seqkd": "fine-tuned on answers of",
-        "gkd": "the reverse KL",
+        "gkd": "jensen shannon",
     }
     assert how.get(baseline, "skew reverse kl") in card
     assert ("### Response:" in card) == (family == "gpt2")  # asked as it was trained to be

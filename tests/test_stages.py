@@ -20,6 +20,7 @@ from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gpt2 import GPT2Config
 
 from minillm import processes, stages
+from minillm.data.examples import DataError
 from minillm.data.rollouts import EngineError
 from minillm.models import load
 from minillm.models.weights import is_quantized
@@ -238,6 +239,17 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
         load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"])
     with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):
         load_recipe(recipe, ["student.lora.targets=[q_proj, lm_head]"])
+    whole = ["student.source=" + load_recipe(recipe).teacher.source, "student.keep_layers=null"]
+    with pytest.raises(ValueError, match=r"student\.lora: Target modules .*c_attn.* not found"):
+        stages.run(load_recipe(recipe, [*whole, "student.lora.targets=[c_attn]"]))
+    with monkeypatch.context() as bare:
+        found = importlib.util.find_spec
+        bare.setattr(importlib.util, "find_spec", lambda name, *given: None if name == "bitsandbytes" else found(name, *given))
+        for setting in ("teacher.quantization=4bit", "student.lora={rank: 2, quantization: 4bit}"):
+            with pytest.raises(ValueError, match="4bit needs bitsandbytes, which is not installed"):
+                stages.run(load_recipe(recipe, [*whole, setting]))
+    with pytest.raises(DataError, match="nowhere"):  # the corpus too, though only the last stages read it
+        stages.run(load_recipe(recipe, [f"data.text={{dataset: {recipe.parent / 'nowhere'}}}", "objective.language_model_block=32"]))
 
 
 def test_a_node_without_the_run_directory_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -460,13 +472,20 @@ def validated(folder: Path) -> dict[int, float]:
 @pytest.mark.full
 @pytest.mark.vllm
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
-@pytest.mark.parametrize("file", ["8-gpus", "fsdp2-8-gpus", pytest.param("zero3-8-gpus", marks=zero)])
-def test_several_processes_with_a_vllm_each_in_bfloat16(recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str) -> None:
-    """Every stage, as the recipes train: in bfloat16, checkpointed, clipped, with a head of its own."""
+@pytest.mark.parametrize(
+    ("file", "adapter"),
+    [("8-gpus", False), ("fsdp2-8-gpus", False), ("fsdp2-8-gpus", True), pytest.param("zero3-8-gpus", False, marks=zero)],
+)
+def test_several_processes_with_a_vllm_each_in_bfloat16(
+    recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str, adapter: bool
+) -> None:
+    """Every stage, as the recipes train: in bfloat16, checkpointed, clipped, with a head of its own, or as llama/7b-lora does."""
     untied = save(tiny_llama(5, tied=False), tmp_path / "untied")
     sections, settings = ("finetune", "warmup.training", "sft", "training"), ("bf16", "gradient_checkpointing")
     as_recipes = [f"{section}.{setting}=true" for section in sections for setting in settings]
     overrides = ["rollout.engine=vllm", "rollout.teacher_mix=0.2", *as_recipes]
+    if adapter:
+        overrides += ["student.lora={rank: 4, targets: [q_proj, v_proj]}", "rollout.lora=adapter"]
     done = sharded_run(file, "bf16", sharded_words(recipe, (untied, pair[1]), tmp_path / "run", 2, *overrides))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     logged = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]

@@ -75,11 +75,13 @@ def read_examples(source: Source | str | Path, limit: int | None = None) -> list
     return examples
 
 
-def read_texts(source: Source, seed: int = 0) -> Iterator[dict[str, str]]:
+def read_texts(source: Source, seed: int | None = 0) -> Iterator[dict[str, str]]:
     """Rows of `text`, one after another: a data set is streamed, in an order that a buffer of some thousand rows mixes.
 
+    Args:
+        seed: of that order; None leaves rows as they come, the first at once.
     Raises:
-        DataError: a row without.
+        DataError: a row without, or a data set that cannot be opened.
     """
     for fields, place in _rows(source, stream=True, seed=seed):
         if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
@@ -87,7 +89,7 @@ def read_texts(source: Source, seed: int = 0) -> Iterator[dict[str, str]]:
         yield {"text": fields["text"]}
 
 
-def _rows(source: Source, stream: bool, seed: int = 0) -> Iterator[tuple[Any, str]]:
+def _rows(source: Source, stream: bool, seed: int | None = 0) -> Iterator[tuple[Any, str]]:
     """A source's rows under the names used here, each with the place to name in an error."""
     for fields, place in _lines(source.file) if source.file is not None else _records(source, stream, seed):
         if isinstance(fields, dict):
@@ -115,14 +117,16 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
                 raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
 
 
-def _records(source: Source, stream: bool, seed: int) -> Iterator[tuple[Any, str]]:
+def _records(source: Source, stream: bool, seed: int | None) -> Iterator[tuple[Any, str]]:
     from datasets import load_dataset
 
     try:
-        rows: Any = load_dataset(str(source.dataset), source.config, split=source.split, streaming=stream)
-    except (OSError, ValueError) as error:  # no such data set, configuration or split
+        rows: Any = load_dataset(str(source.dataset), source.config, split=source.split, revision=source.revision, streaming=stream)
+    except (OSError, ValueError) as error:  # no such data set, configuration, split or revision
         raise DataError(f"{source.name}: {error}") from error
-    if stream:
+    except RuntimeError as error:  # a data set that is a program, which `datasets` no longer runs
+        raise DataError(f"{source.name}: {error}; the hub's own copy of its rows: revision: refs/convert/parquet") from error
+    if stream and seed is not None:
         rows = rows.shuffle(seed=seed, buffer_size=_MIXED)
     for number, fields in enumerate(rows):
         yield dict(fields), f"{source.name}[{number}]"

@@ -74,11 +74,20 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantiza
     return model.eval()
 
 
+def check_quantization(quantization: str) -> None:
+    """Refuse `8bit` or `4bit` weights where bitsandbytes is not installed.
+
+    Raises:
+        ValueError: saying how to install it.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install 'minillm[quantized]'")
+
+
 def _bits(quantization: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install 'minillm[quantized]'")
+    check_quantization(quantization)
     if quantization == "8bit":
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every product, that it casts to float16
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -89,20 +98,39 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
     """A student to train: in float32, or with a LoRA adapter of float32 on a frozen base in `compute`."""
     if lora is None:
         return load_model(source, torch.float32)
-    from peft import LoraConfig, get_peft_model
-
     if lora.quantization and text_config(str(source)).model_type == "gpt2":
         raise ValueError(
             f"{source}: student.lora.quantization: GPT-2's layers are stored the other way round once they are quantised; leave it out"
         )
     torch.manual_seed(0)  # the same adapter in every process, and in a run that goes on
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
     base: Any = load_model(source, compute, lora.quantization)
     for module in base.modules():
         # On a CPU bitsandbytes repacks a layer that is read in evaluation mode, and what trains through it then has no gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    student = get_peft_model(base, config)
+    return _adapted(base, lora)
+
+
+def check_student(source: str, lora: AdapterConfig) -> None:
+    """Refuse an adapter that the student cannot take, without reading its weights.
+
+    Raises:
+        ValueError: its targets are no modules of the student, or cannot be scored; bitsandbytes is missing.
+    """
+    if lora.quantization:
+        check_quantization(lora.quantization)
+    with torch.device("meta"):
+        _adapted(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)), lora)
+
+
+def _adapted(base: Any, lora: AdapterConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+    try:
+        student = get_peft_model(base, config)
+    except ValueError as error:  # PEFT names the modules that are not there
+        raise ValueError(f"student.lora: {error}") from error
     check_adapter(student)
     return student
 

@@ -2,7 +2,7 @@
 
 DDP and FSDP2 gather the head's weights, and hook their gradients, inside the forward of the module they wrap. Scoring
 from outside would read shards. (ZeRO-3 gathers a module's weights when that very module is called, which the head is not:
-see `gather_head`.) A bound model called with `scoring=` returns the loss and the scores; called
+see `gather_head`.) A bound model called with `scoring=` returns the loss; called
 otherwise it is what it was. Nothing is wrapped and no checkpoint key changes.
 """
 
@@ -34,6 +34,17 @@ class Scoring:
     temperature: float = 1.0
     teacher_rows: TeacherRows | None = None
     divergence: Divergence | None = None
+
+
+class _Errand:
+    """A scoring and what came of it, in no container that FSDP2 looks into: under bf16 it rounds every tensor that it finds in arguments
+    and results, log-probabilities to a hundredth."""
+
+    loss: Tensor
+    scores: TokenScores
+
+    def __init__(self, scoring: Scoring) -> None:
+        self.scoring = scoring
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -110,19 +121,20 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         (lambda self, *args, **kwargs: patched(*args, **kwargs)) if (patched := vars(model).get("forward")) else type(model).forward
     )
 
-    def forward(self: Any, *args: Any, scoring: Scoring | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, scoring: _Errand | None = None, **kwargs: Any) -> Any:
         if scoring is None:
             return plain(self, *args, **kwargs)
-        hidden = hidden_states(self, scoring.batch)
+        asked = scoring.scoring
+        hidden = hidden_states(self, asked.batch)
         head: Any = _unwrap_adapter(self).get_output_embeddings()
         if isinstance(head, FSDPModule):
             head.unshard()  # a unit of its own: its weights are gathered when it is called, and here it is not
-        loss, scores = token_scores(
-            hidden, head_of(self), scoring.batch.targets, scoring.teacher_hidden, scoring.teacher_head,
-            teacher_rows=scoring.teacher_rows, weigh=scoring.weigh, divergence=scoring.divergence, temperature=scoring.temperature,
-            width=scoring.width,
+        scoring.loss, scoring.scores = token_scores(
+            hidden, head_of(self), asked.batch.targets, asked.teacher_hidden, asked.teacher_head,
+            teacher_rows=asked.teacher_rows, weigh=asked.weigh, divergence=asked.divergence, temperature=asked.temperature,
+            width=asked.width,
         )  # fmt: skip
-        return {"loss": loss, "scores": scores}
+        return {"loss": scoring.loss}
 
     forward.takes_scoring = True  # pyright: ignore[reportFunctionMemberAccess]
     model.forward = types.MethodType(forward, model)
@@ -140,5 +152,6 @@ def gather_head(model: PreTrainedModel) -> None:
 
 def score(model: Any, scoring: Scoring) -> tuple[Tensor, TokenScores]:
     """Loss and scores of a bound model, which may be wrapped by DDP or FSDP."""
-    out = model(scoring=scoring)
-    return out["loss"], out["scores"]
+    errand = _Errand(scoring)
+    through = model(scoring=errand)["loss"].float()  # by which a wrapper is told of the backward
+    return through + (errand.loss - through).detach(), errand.scores

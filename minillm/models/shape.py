@@ -77,18 +77,21 @@ def _config(source: str) -> Any:
     return AutoConfig.from_pretrained(source)
 
 
-def kept_bytes(shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool) -> float:
+def kept_bytes(shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool, sharded: bool = False) -> float:
     """What autograd keeps of the body's forward over `rows` sequences of `length` tokens, float32 weights left out.
 
     Args:
         half: under autocast to bfloat16, whose copies of the weights count.
         checkpointing: then one block is computed again at a time, and autocast's copies live through the forward.
+        sharded: weights are gathered in bfloat16 a block at a time, and let go of; there are no copies.
     """
     config, kind = shape.config.to_json_string(use_diff=False), type(shape.config)
+    copies = 2.0 * shape.body if half else 0.0
+    whole = _kept(config, kind, rows, length, half, False)
     if not checkpointing:
-        return _kept(config, kind, rows, length, half, False)
-    block = _kept(config, kind, rows, length, half, False) / shape.config.num_hidden_layers
-    return _kept(config, kind, rows, length, half, True) + max(block, 2.0 * shape.body if half else 0.0)
+        return whole - copies if sharded else whole
+    block = (whole - copies if sharded else whole) / shape.layers
+    return _kept(config, kind, rows, length, half, True) + (block if sharded else max(block, copies))
 
 
 @cache

@@ -85,6 +85,10 @@ class Validated:
                 "ZeRO-3 would save a student that nothing can read: set zero3_save_16bit_model: true in accelerate's configuration "
                 "(stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
             )
+        policy = getattr(fsdp, "mixed_precision_policy", None)
+        if fsdp is not None and fsdp.fsdp_version == 2 and policy is not None:
+            # Accelerate would sum gradients over processes in bfloat16; DDP sums them in float32.
+            fsdp.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
         if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
             raise ValueError(
                 "FSDP would save no student, but shards of one: set fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration"

@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.data.batches import pad
 from minillm.loss.credit import SampledTokens
 from minillm.loss.objective import OnPolicyLoss
+from minillm.loss.token_scores import TokenScores, TokenWeights
 from minillm.models.scoring import Scoring, bind_scoring, head_of, score
 from minillm.models.weights import plain_weights
 from minillm.recipe import Objective
@@ -68,6 +69,24 @@ def adapter_error() -> float:
     return max(float((got[name] - value).abs().max()) for name, value in want.items())
 
 
+def rounded(teacher: LocalTeacher) -> list[str]:
+    """Which of the scores and the loss FSDP2 rounds to bfloat16 under accelerate's policy for it."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
+    model: Any = bind_scoring(tiny_llama(1))
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    hidden = torch.cat(teacher.hidden(PROMPTS[1:2], RESPONSES[1:2]))
+
+    def weigh(part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+        return scores.logq.sum(), TokenWeights(logq=torch.ones_like(scores.logq))
+
+    loss, scores = score(model, Scoring(pad(PROMPTS[1:2], RESPONSES[1:2]), 32, hidden, head_of(teacher.model), weigh))
+    loss.backward()
+    found = {"loss": loss.detach(), "logq": scores.logq, "reverse_kl": scores.reverse_kl}
+    return [name for name, value in found.items() if value.dtype != torch.float32 or torch.equal(value, value.bfloat16().float())]
+
+
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -102,6 +121,7 @@ def worker(rank: int, world: int, folder: str) -> None:
                 error = max(float((got[k] - want[k]).norm() / want[k].norm()) for k in want)
                 report["errors"][f"{name} {kind} {'tied' if tied else 'untied'}"] = error
     report["adapter"] = adapter_error()
+    report["rounded"] = rounded(teacher)
     prompts, responses = [[PROMPTS[i] for i in (rank, rank + 2)], [RESPONSES[i] for i in (rank, rank + 2)]]
     whole = teacher.hidden(prompts, responses)  # another batch in each process
     dealt = LocalTeacher(shard(tiny_llama(2, layers=3), torch.device("cpu")), batch_size=1)
@@ -130,4 +150,5 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path: Path, monkeypatch: 
     assert len(report["errors"]) == 18
     assert max(report["errors"].values()) < 1e-5, report["errors"]
     assert report["adapter"] < 1e-6
+    assert not report["rounded"]
     assert max(report["teacher"]) < 1e-5
