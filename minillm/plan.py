@@ -420,8 +420,8 @@ def _training_seconds(flops: float, machine: Machine, layers: float) -> float:
 
 
 def fewest(recipe: Recipe, machine: Machine) -> int | None:
-    """The fewest of 1, 2, 4 … of the machine's GPUs that the recipe fits on as it is, the student whole or in shards."""
-    counts = [1 << power for power in range(machine.processes.bit_length())]
+    """The fewest of 1, 2, 4 … and all of the machine's GPUs that the recipe fits on as it is, the student whole or in shards."""
+    counts = sorted({1 << power for power in range(machine.processes.bit_length())} | {machine.processes})
     plans = ((count, shard) for count in counts for shard in (False, True))
     return next((n for n, shard in plans if plan(recipe, replace(machine, processes=n, shard=shard and n > 1)).fits), None)
 

@@ -152,6 +152,8 @@ def test_the_fewest_gpus(tmp_path: Path) -> None:
     assert two < plan(given, Machine(1)).peak
     assert fewest(given, Machine(8, two + 1)) == 2
     assert fewest(given, Machine(8, 1 << 40)) == 1
+    three = int(plan(given, Machine(3, shard=True)).peak)
+    assert fewest(given, Machine(3, three + 1)) == 3
     assert fewest(given, Machine(8, 1)) is None
 
 
