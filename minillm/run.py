@@ -24,7 +24,7 @@ class Run:
     """One recipe in its run directory."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from minillm.models.load import find_gguf, load_tokenizer
+        from minillm.models.load import check_student, find_gguf, load_tokenizer
         from minillm.models.vocabulary import check_same_tokens
 
         self.recipe = recipe
@@ -42,6 +42,8 @@ class Run:
         if recipe.student.source != "prune":
             check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
             self._check_model(recipe.student.source, "student")
+        elif recipe.student.lora is not None and not gguf:
+            check_student(recipe.teacher.source, recipe.student.lora)
         self._check_model(recipe.teacher.source, "teacher")
         if recipe.data.text is not None and "minillm" in recipe.stages:
             next(read_texts(recipe.data.text, seed=None), None)  # and not after the stages before, which take hours

@@ -240,8 +240,9 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
     with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):
         load_recipe(recipe, ["student.lora.targets=[q_proj, lm_head]"])
     whole = ["student.source=" + load_recipe(recipe).teacher.source, "student.keep_layers=null"]
-    with pytest.raises(ValueError, match=r"student\.lora: Target modules .*c_attn.* not found"):
-        stages.run(load_recipe(recipe, [*whole, "student.lora.targets=[c_attn]"]))
+    for start in ([], whole):  # a pruned one too
+        with pytest.raises(ValueError, match=r"student\.lora: Target modules .*c_attn.* not found"):
+            stages.run(load_recipe(recipe, [*start, "student.lora.targets=[c_attn]"]))
     with monkeypatch.context() as bare:
         found = importlib.util.find_spec
         bare.setattr(importlib.util, "find_spec", lambda name, *given: None if name == "bitsandbytes" else found(name, *given))
