@@ -30,6 +30,7 @@ SUITE = [
     "tests/train",
     "tests/test_suite.py",
     "tests/test_jobs.py",
+    "tests/test_plan.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -246,6 +247,12 @@ MUTATIONS = [
         "rollout/vllm_engine.py",
         "with _process_group_kept() if self._guest else nullcontext():",
         "with nullcontext():",
+    ),
+    Mutation(
+        "the loss as FSDP2 rounds it",
+        "models/scoring.py",
+        "return through + (errand.loss - through).detach(), errand.scores",
+        "return through, errand.scores",
     ),
     Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
 ]

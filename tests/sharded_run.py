@@ -9,6 +9,7 @@ import os
 import signal
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from minillm.cli import main
@@ -37,6 +38,8 @@ def watch() -> None:
 
     def watched(trainer: Any, folder: str, name: str) -> None:
         trainer.add_callback(_Watches(name))
+        policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
+        assert policy is None or policy.reduce_dtype == torch.float32  # as DDP sums gradients
         if name == os.environ.get("DIES_AFTER"):
             trainer.save_student = lambda *_: os._exit(9)
         train(trainer, folder, name)
