@@ -31,7 +31,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from minillm import stages
 from minillm.hardware import cpu_multiplies_bfloat16, machine
 from minillm.models.load import load_tokenizer
-from minillm.plan import Machine, Plan, plan
+from minillm.plan import Machine, Plan, plan, update_responses
 from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 
@@ -94,8 +94,7 @@ def planned_seconds(recipe: Recipe, found: Plan, stage: str) -> dict[str, float]
     seconds = {phase.name: phase.seconds for phase in found.phases}
     if stage != "minillm":
         return {"update": seconds[stage] / _UPDATES}
-    drawn = _UPDATES * recipe.training.get("per_device_train_batch_size", 8) * recipe.training.get("gradient_accumulation_steps", 1)
-    batches = drawn / recipe.rollout.inner_epochs / recipe.rollout.num_rollouts
+    batches = _UPDATES * update_responses(recipe.training, found.machine) / recipe.rollout.inner_epochs / recipe.rollout.num_rollouts
     return {"update": seconds["minillm: update"] / _UPDATES, "rollouts": seconds["minillm: rollouts"] / batches}
 
 
@@ -162,9 +161,7 @@ def main() -> None:
         briefly = (f"max_steps={_UPDATES}", "logging_steps=1", 'save_strategy="no"', 'eval_strategy="no"', "load_best_model_at_end=false")
         overrides += [f"{_SECTIONS[stage]}.{setting}" for stage in wanted for setting in briefly]
         made = made_up(folder, recipe.teacher.source, recipe.data.max_prompt_tokens, recipe.responses.max_new_tokens)
-        for stage in (
-            ("teacher", "student") if recipe.student.source == "prune" else ()
-        ):  # not here: a process begins with the peak of the one that starts it
+        for stage in ("teacher", "student"):  # not here: a process begins with the peak of the one that starts it
             worked(options.recipe, [*overrides, *made, "stages=[teacher, student]"], stage)
         source = str(folder / "run" / "teacher") if (folder / "run" / "teacher").is_dir() else recipe.teacher.source
         start = str(folder / "run" / "pruned") if (folder / "run" / "pruned").is_dir() else recipe.student.source

@@ -251,8 +251,8 @@ MUTATIONS = [
     Mutation(
         "the loss as FSDP2 rounds it",
         "models/scoring.py",
-        "return through + (errand.loss - through).detach(), errand.scores",
-        "return through, errand.scores",
+        "return through + (call.loss - through).detach(), call.scores",
+        "return through, call.scores",
     ),
     Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
 ]

@@ -36,7 +36,7 @@ class Scoring:
     divergence: Divergence | None = None
 
 
-class _Errand:
+class _ScoringCall:
     """A scoring and what came of it, in no container that FSDP2 looks into: under bf16 it rounds every tensor that it finds in arguments
     and results, log-probabilities to a hundredth."""
 
@@ -121,7 +121,7 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         (lambda self, *args, **kwargs: patched(*args, **kwargs)) if (patched := vars(model).get("forward")) else type(model).forward
     )
 
-    def forward(self: Any, *args: Any, scoring: _Errand | None = None, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, scoring: _ScoringCall | None = None, **kwargs: Any) -> Any:
         if scoring is None:
             return plain(self, *args, **kwargs)
         asked = scoring.scoring
@@ -152,6 +152,6 @@ def gather_head(model: PreTrainedModel) -> None:
 
 def score(model: Any, scoring: Scoring) -> tuple[Tensor, TokenScores]:
     """Loss and scores of a bound model, which may be wrapped by DDP or FSDP."""
-    errand = _Errand(scoring)
-    through = model(scoring=errand)["loss"].float()  # by which a wrapper is told of the backward
-    return through + (errand.loss - through).detach(), errand.scores
+    call = _ScoringCall(scoring)
+    through = model(scoring=call)["loss"].float()  # by which a wrapper is told of the backward
+    return through + (call.loss - through).detach(), call.scores
