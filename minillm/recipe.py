@@ -5,16 +5,27 @@ A section is a pydantic model that refuses unknown keys. The string under a fiel
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 STAGES = ("teacher", "student", "responses", "warmup", "minillm", "evaluate", "report")
 Stage = Literal["teacher", "finetune", "student", "responses", "warmup", "sft", "minillm", "evaluate", "report"]
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+
+def _at_home(given: Any) -> Any:
+    """`~` and `~name` are read here, once: other libraries read it in some places and not in others."""
+    return os.path.expanduser(given) if isinstance(given, str) else given.expanduser() if isinstance(given, Path) else given
+
+
+LocalPath = Annotated[Path, BeforeValidator(_at_home)]
+ModelSource = Annotated[str, BeforeValidator(_at_home)]
 
 
 class Section(BaseModel):
@@ -27,15 +38,15 @@ def _is_template(name: str) -> str:
     raise ValueError("chat, alpaca, plain, a .jinja file or a Jinja text is needed")
 
 
-Template = Annotated[str, AfterValidator(_is_template)]
+Template = Annotated[str, AfterValidator(_is_template), BeforeValidator(_at_home)]
 
 
 class Source(Section):
     """Where rows come from; the path of a JSONL file alone will do."""
 
-    file: Path | None = None
+    file: LocalPath | None = None
     """JSONL, one object a line."""
-    dataset: str | None = None
+    dataset: ModelSource | None = None
     """Instead: anything that `datasets.load_dataset` takes, e.g. a hub id."""
     config: str | None = None
     """Its configuration."""
@@ -55,7 +66,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Source:
         if (self.file is None) == (self.dataset is None):
-            raise ValueError("either file or dataset is needed")
+            raise ValueError("either file or dataset is needed, and not both")
         return self
 
     @property
@@ -88,9 +99,9 @@ class DataConfig(Section):
 
 
 class TeacherConfig(Section):
-    source: str
+    source: ModelSource
     """A Hugging Face folder or hub id, a `.gguf` file, or `package:NAME` for a GGUF file inside an installed package."""
-    adapter: str | None = None
+    adapter: ModelSource | None = None
     """A PEFT adapter's folder or hub id, which the teacher stage merges into `source`."""
     shard: bool = False
     """Deal its blocks out over all processes of the warm-up and minillm stages (FSDP2), for a teacher that one GPU does not hold.
@@ -132,19 +143,22 @@ class AdapterConfig(Section):
 
 
 class StudentConfig(Section):
-    source: Literal["prune"] | str = "prune"
+    source: ModelSource = "prune"
     """`prune`: the teacher with fewer layers; otherwise a folder or hub id."""
     keep_layers: Positive | None = None
     """Layers that stay when pruning."""
     probe_prompts: Positive = 64
     """Training prompts on which the similarity of each block's input and output is measured."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the student is saved in at the end; `auto` is what its teacher is saved in. Masters are float32 while it trains, and so are
+    folders that a later stage goes on from."""
     lora: AdapterConfig | None = None
     """Every stage that trains the student trains an adapter of its own and leaves the student with it merged, the adapter itself
     beside it in `adapter`."""
 
 
 class ResponsesConfig(Section):
-    file: Path | None = None
+    file: LocalPath | None = None
     """The `responses.jsonl` of another run with the same teacher and prompts, instead of answers of this run's own."""
     max_new_tokens: Positive = 128
     samples_per_prompt: Positive = 1
@@ -470,7 +484,7 @@ class EvaluateConfig(Section):
 
 
 class Recipe(Section):
-    run_dir: Path
+    run_dir: LocalPath
     """Where everything the run makes is kept."""
     seed: int = 0
     stages: list[Stage] = list(STAGES)
@@ -495,6 +509,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _pruning(self) -> Recipe:
+        if self.data.system is not None and self.data.template in ("alpaca", "plain"):
+            raise ValueError(f"data.system: template {self.data.template} has no system message; use chat or a Jinja text, or leave it out")
         if "max_prompt_tokens" in self.rollout.model_fields_set and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens:
             raise ValueError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
         check_off_policy(self.rollout, self.objective)

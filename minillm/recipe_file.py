@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
+import sys
 import typing
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +24,19 @@ from minillm.recipe import Recipe
 from minillm.recipe_compare import Comparison, Suite
 
 Key = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML, with numbers as everybody writes them: YAML 1.1 takes 1e-6 for text, since it has no point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
 Kind = TypeVar("Kind", bound=BaseModel)
+STANDARD_INPUT = Path("-")  # a recipe that is piped in
 
 
 class RecipeError(ValueError):
@@ -137,13 +152,17 @@ def flatten(tree: Any, prefix: Key = ()) -> dict[Key, Any]:
 
 
 def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
+    if path != STANDARD_INPUT and not path.is_file():
         raise RecipeError(f"{path}: no such recipe")
     if path.resolve() in seen:
         raise RecipeError(f"{path}: extends itself, by way of {seen[-1].name}")
-    text = path.read_text(encoding="utf-8")
     try:
-        node = yaml.compose(text)
+        text = _standard_input() if path == STANDARD_INPUT else path.read_text(encoding="utf-8-sig")
+        node = yaml.compose(text, _Loader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: byte {error.start + 1}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -156,9 +175,14 @@ def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str
     if parent is None:
         where.update(own)
         return tree
-    base = _read(path.parent / str(parent), where, (*seen, path.resolve()))
+    base = _read(path.parent / os.path.expanduser(str(parent)), where, (*seen, path.resolve()))
     where.update(own)
     return _merge(base, tree)
+
+
+@cache
+def _standard_input() -> str:
+    return sys.stdin.read()
 
 
 def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> Any:
@@ -176,7 +200,7 @@ def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> 
             out[name] = _construct(child, path, where, (*key, name))
             where[(*key, name)] = f"{path}:{key_node.start_mark.line + 1}"
         return {**merged, **out}
-    value = yaml.safe_load(yaml.serialize(node))
+    value = yaml.load(yaml.serialize(node), _Loader)
     if isinstance(value, str) and value.startswith(("./", "../")) and key != ("extends",):
         return str(path.parent / value)
     return value
@@ -201,8 +225,8 @@ def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
         if not isinstance(at, dict):
             raise RecipeError(f"{text!r}: {section} is not a section")
     try:
-        at[last] = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError:
+        at[last] = yaml.load(value, _Loader) if value else ""
+    except (yaml.YAMLError, RecursionError):
         raise RecipeError(f"{text!r}: the value is not YAML") from None
     where[tuple(name.split("."))] = "command line"
 

@@ -1,29 +1,34 @@
-"""Instruction data: rows of files and data sets to prompts, and prompts to token ids."""
+"""Instruction data: rows to examples, and examples to prompts and answers in token ids."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from minillm.data.encoding import Messages, encoder_of
+from minillm.data.rows import DataError, Remarks, read_jsonl, read_rows, write_jsonl
 from minillm.recipe import Source
 
+__all__ = [
+    "DataError", "Example", "Prompt", "chat_ids", "prompt_text", "read_examples", "read_jsonl", "read_texts", "render", "render_all",
+    "render_answer", "write_jsonl",
+]  # fmt: skip
+
 _ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
-# Names that a column goes by, the first that is there.
-_KNOWN = {
-    "instruction": ("instruction", "prompt"), "input": ("input", "context"), "output": ("output", "response", "completion"),
-    "messages": ("messages", "conversations"), "text": ("text",),
-}  # fmt: skip
-_MIXED = 10_000  # rows of a stream that are held to mix their order
-_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT's chats
 _ALPACA_INPUT = ", paired with an input that provides further context"
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the text names the file and the line."""
+# Who speaks, under the names of ShareGPT and its kin.
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter", "instruction", "question"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "chatgpt", "gpt-3.5", "gpt-4", "gpt4", "bing", "bard", "claude", "model", "bot", "ai", "llm", "chatbot"),
+        "assistant",
+    ),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+_MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "name", "id", "weight", "timestamp", "metadata", "markdown", "text"))
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Example:
     references: tuple[str, ...] = ()
     chat: tuple[tuple[str, str], ...] = ()
     """(role, content) of what was said before, where that is more than `instruction`, which is its last message."""
+    place: str = ""
+    """Where it was read (`file:line`), for messages."""
 
     @property
     def output(self) -> str:
@@ -58,21 +65,24 @@ class Prompt:
 def read_examples(source: Source | str | Path, limit: int | None = None) -> list[Example]:
     """Read rows of `instruction`, `input` and `output` (which may be a list of references) or of `messages`.
 
-    A chat gives an example for each answer of the assistant, or one without a reference where it ends with the user.
+    A chat gives an example for each answer of the assistant, or one without a reference where it ends with the user. `system`
+    and `history` ([question, answer] pairs) of a row become a chat. Columns that are passed over are reported.
 
     Raises:
         DataError: the source is missing or empty, or a row is not such a row.
     """
     source = source if isinstance(source, Source) else Source(file=Path(source))
     examples: list[Example] = []
-    for fields, place in _rows(source, stream=False):
-        for example in _examples_of(fields, place):
-            examples.append(replace(example, row=len(examples)))
-            if len(examples) == limit:
-                return examples
+    remarks = Remarks()
+    for fields, place in read_rows(source, remarks=remarks):
+        for example in _examples_of(fields, place, remarks):
+            examples.append(replace(example, row=len(examples), place=place))
+        if limit is not None and len(examples) >= limit:
+            break
+    remarks.report()
     if not examples:
         raise DataError(f"{source.name}: empty; one JSON object a line is needed")
-    return examples
+    return examples[:limit]
 
 
 def read_texts(source: Source, seed: int | None = 0) -> Iterator[dict[str, str]]:
@@ -80,91 +90,82 @@ def read_texts(source: Source, seed: int | None = 0) -> Iterator[dict[str, str]]
 
     Args:
         seed: of that order; None leaves rows as they come, the first at once.
+
     Raises:
         DataError: a row without, or a data set that cannot be opened.
     """
-    for fields, place in _rows(source, stream=True, seed=seed):
+    for fields, place in read_rows(source, stream=True, seed=seed):
         if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
             raise DataError(f"{place}: text is missing; a string is needed")
         yield {"text": fields["text"]}
 
 
-def _rows(source: Source, stream: bool, seed: int | None = 0) -> Iterator[tuple[Any, str]]:
-    """A source's rows under the names used here, each with the place to name in an error."""
-    for fields, place in _lines(source.file) if source.file is not None else _records(source, stream, seed):
-        if isinstance(fields, dict):
-            names = {name: next((old for old in known if fields.get(old) is not None), name) for name, known in _KNOWN.items()}
-            if unknown := set(source.columns.values()) - fields.keys():
-                raise DataError(f"{place}: no column {', '.join(sorted(unknown))}; there are {', '.join(map(str, fields))}")
-            names |= source.columns
-            fields = {name: fields[old] for name, old in names.items() if fields.get(old) is not None}
-        yield fields, place
-
-
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8")
-                if line.strip():
-                    yield json.loads(line), place
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8: byte {error.start + 1} of the line") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-
-
-def _records(source: Source, stream: bool, seed: int | None) -> Iterator[tuple[Any, str]]:
-    from datasets import load_dataset
-
-    try:
-        rows: Any = load_dataset(str(source.dataset), source.config, split=source.split, revision=source.revision, streaming=stream)
-    except (OSError, ValueError) as error:  # no such data set, configuration, split or revision
-        raise DataError(f"{source.name}: {error}") from error
-    except RuntimeError as error:  # a data set that is a program, which `datasets` no longer runs
-        raise DataError(f"{source.name}: {error}; the hub's own copy of its rows: revision: refs/convert/parquet") from error
-    if stream and seed is not None:
-        rows = rows.shuffle(seed=seed, buffer_size=_MIXED)
-    for number, fields in enumerate(rows):
-        yield dict(fields), f"{source.name}[{number}]"
-
-
-def _examples_of(fields: Any, place: str) -> Iterator[Example]:
+def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]:
     if not isinstance(fields, dict):
         raise DataError(f"{place}: a JSON object is needed, not {type(fields).__name__}")
     messages = fields.get("messages")
     if isinstance(fields.get("instruction"), list):  # TRL's conversational prompts, with a completion or without
         completion = fields.get("output", [])
         messages = fields["instruction"] + (completion if isinstance(completion, list) else [])
+        if isinstance(completion, str):
+            messages.append({"role": "assistant", "content": completion})
+    elif messages is not None and (meant := [name for name in ("instruction", "input", "output", "history") if fields.get(name)]):
+        remarks.add(f"a row of messages has {', '.join(meant)} too, which is not read", place)
     if messages is None:
         yield _example_of(fields, place)
         return
-    said: list[tuple[str, str]] = []
-    for number, message in enumerate(messages):
-        try:
-            role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        except AttributeError:
-            role = content = None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(f"{place}: messages[{number}] needs a role and a content, both strings")
-        role = _ROLES.get(role, role)
-        if role == "assistant":
-            if not said or said[-1][0] != "user":
-                raise DataError(f"{place}: messages[{number}]: an answer of the assistant follows a message of the user")
-            yield _answered(said, content)
-        said.append((role, content))
-    if not said or all(role != "user" for role, _ in said):
+    if not isinstance(messages, list):
+        raise DataError(f"{place}: messages is {type(messages).__name__}; a list is needed")
+    said = [_message(message, f"{place}: messages[{number}]", remarks) for number, message in enumerate(messages)]
+    if (system := _system(fields, place)) and not any(role == "system" for role, _ in said):
+        said.insert(0, ("system", system))
+    if all(role != "user" for role, _ in said):
         raise DataError(f"{place}: messages holds no message of the user")
+    for number, (role, content) in enumerate(said):
+        if role == "assistant":
+            if not number or said[number - 1][0] != "user":
+                raise DataError(f"{place}: messages[{number}]: an answer of the assistant follows a message of the user")
+            if content.strip():
+                yield _answered(said[:number], content)
+            else:
+                remarks.add("an answer of the assistant is blank, and not trained on", place)
     if said[-1][0] == "user":
         yield _answered(said, "")
+
+
+def _message(message: Any, where: str, remarks: Remarks) -> tuple[str, str]:
+    """(role, content) of a message under whatever names it has.
+
+    Raises:
+        DataError: it has none, or nobody knows who speaks.
+    """
+    if isinstance(message, dict):
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value", message.get("text")))
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text", "")) for part in content)
+        if isinstance(role, str) and isinstance(content, str):
+            if role.lower() not in _ROLES:
+                known = ", ".join(sorted(_ROLES))
+                raise DataError(
+                    f"{where}: nobody known speaks ({role!r}); roles are user, assistant and system, by one of the names {known}"
+                )
+            for name in message.keys() - _MESSAGE_KEYS:
+                if message[name]:
+                    remarks.add(f"{name} of a message is not read", where.split(": messages")[0])
+            return _ROLES[role.lower()], content
+    raise DataError(f"{where} needs a role and a content, both strings")
 
 
 def _answered(said: Sequence[tuple[str, str]], answer: str) -> Example:
     references = (answer,) if answer.strip() else ()
     return Example(0, said[-1][1], "", references, tuple(said) if len(said) > 1 else ())
+
+
+def _system(fields: dict[str, Any], place: str) -> str:
+    system = fields.get("system", "")
+    if not isinstance(system, str):
+        raise DataError(f"{place}: system is {type(system).__name__}; a string is needed")
+    return system
 
 
 def _example_of(fields: dict[str, Any], place: str) -> Example:
@@ -178,40 +179,69 @@ def _example_of(fields: dict[str, Any], place: str) -> Example:
     if not str(instruction).strip():
         raise DataError(f"{place}: instruction is blank")
     references = output if isinstance(output, list) else [output]
-    return Example(0, str(instruction), parts["input"], tuple(text for text in references if text.strip()))
+    example = Example(0, str(instruction), parts["input"], tuple(text for text in references if text.strip()))
+    before = [("system", system)] if (system := _system(fields, place)) else []
+    for number, pair in enumerate(fields.get("history", [])):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise DataError(f"{place}: history[{number}] needs a question and an answer, both strings")
+        before += [("user", pair[0]), ("assistant", pair[1])]
+    return replace(example, chat=(*before, ("user", example.text))) if before else example
 
 
 def render(example: Example, template: str, tokenizer: Any, system: str | None = None) -> list[int]:
     """Token ids of the prompt, up to where the response begins. `system`: the system message, where the example has none.
 
+    Only the template's own special tokens are control tokens; in the text of the example they are text. What the tokenizer
+    puts before a text by itself (BOS) begins a prompt that is not of a chat template, which brings its own.
+
     Raises:
-        DataError: a chat of several turns for a template that takes one.
+        DataError: naming the row; a chat of several turns for a template that takes one, or one that its template refuses.
     """
+    encoder = encoder_of(tokenizer)
     if template == "chat":
-        return chat_ids(_messages(example, system), tokenizer)
-    return list(tokenizer(prompt_text(example, template, system, tokenizer), add_special_tokens=False)["input_ids"])
+        return encoder.chat(_messages(example, system), example.place)
+    if template in ("alpaca", "plain"):
+        return encoder.document(prompt_text(example, template, system, tokenizer))
+    ids = encoder.rendered(_of_own_template(example, template, system, tokenizer))
+    begun = ids[: len(encoder.prefix)] == encoder.prefix  # a template may write the BOS itself
+    return ids if begun else [*encoder.prefix, *ids]
 
 
 def prompt_text(example: Example, template: str, system: str | None = None, tokenizer: Any = None) -> str:
     """The prompt as text, for every template but `chat`; see `render`. `tokenizer`: whose marks a Jinja text may name."""
     if template not in ("alpaca", "plain"):
-        return _jinja(template).render(
-            instruction=example.instruction, input=example.input, system=system, messages=_messages(example, system),
-            bos_token=getattr(tokenizer, "bos_token", None) or "", eos_token=getattr(tokenizer, "eos_token", None) or "",
-        )  # fmt: skip
+        return _of_own_template(example, template, system, tokenizer, marked=False)
+    where = example.place or f"row {example.row}"
     if any(role != "user" for role, _ in example.chat):
-        raise DataError(f"row {example.row} is a chat of several messages, not one for template {template}; use chat or a Jinja text")
+        raise DataError(
+            f"{where}: row {example.row} is a chat of several messages, not one for template {template}; use chat or a Jinja text"
+        )
     text = example.text
     if template == "plain":
         return text
     if "### Response:" in text:
         raise DataError(
-            f"row {example.row} is rendered by the alpaca template already (it has '### Response:'): give its columns instruction, input "
-            "and output as they were before, or set template: plain"
+            f"{where}: row {example.row} is rendered by the alpaca template already (it has '### Response:'): give its columns "
+            "instruction, input and output as they were before, or set template: plain"
         )
     head = _ALPACA.format(_ALPACA_INPUT if example.input else "")
     middle = f"### Input:\n{example.input}\n\n" if example.input else ""
     return f"{head}### Instruction:\n{example.instruction}\n\n{middle}### Response:\n"
+
+
+def _of_own_template(example: Example, template: str, system: str | None, tokenizer: Any, *, marked: bool = True) -> str:
+    """What the user's own template makes of an example, in which text that reads like special tokens is marked as text."""
+    from jinja2 import TemplateError
+
+    mark = encoder_of(tokenizer).mark if marked else str
+    try:
+        return _jinja(template).render(
+            instruction=mark(example.instruction), input=mark(example.input), system=None if system is None else mark(system),
+            messages=[{**message, "content": mark(message["content"])} for message in _messages(example, system)],
+            bos_token=getattr(tokenizer, "bos_token", None) or "", eos_token=getattr(tokenizer, "eos_token", None) or "",
+        )  # fmt: skip
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise DataError(f"{example.place or f'row {example.row}'}: data.template does not take it: {error}") from None
 
 
 def _messages(example: Example, system: str | None) -> list[dict[str, str]]:
@@ -227,19 +257,12 @@ def render_answer(prompt: Prompt, template: str, tokenizer: Any, system: str | N
     Of a chat template that is what it makes of the assistant's turn: where it marks what the assistant says (`generation`), exactly
     that, else everything up to the first special token. The tokenizer's EOS where no template says.
     """
+    encoder, example = encoder_of(tokenizer), prompt.example
     if template == "chat":
-        answered = [*_messages(prompt.example, system), {"role": "assistant", "content": prompt.example.output}]
-        marked = "generation %}" in str(tokenizer.chat_template).replace("add_generation", "")
-        whole = tokenizer.apply_chat_template(answered, return_dict=True, return_assistant_tokens_mask=marked)
-        ids, start = list(whole["input_ids"]), len(prompt.ids)
-        if ids[:start] == prompt.ids:
-            ids, special = ids[start:], set(tokenizer.all_special_ids)
-            said = whole["assistant_masks"][start:] if marked else [True] * len(ids)
-            ids = [token for token, by_assistant in zip(ids, said, strict=True) if by_assistant]
-            ends = [place for place, token in enumerate(ids) if token in special]
-            if marked or ends:
-                return ids if marked else ids[: ends[0] + 1]
-    return [*tokenizer(prompt.example.output, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids = encoder.answer(_messages(example, system), example.output, example.place)
+        if ids is not None:
+            return ids
+    return [*encoder.text(example.output, first=not prompt.ids), tokenizer.eos_token_id]
 
 
 @cache
@@ -248,18 +271,15 @@ def _jinja(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     try:
-        source = Path(template).read_text(encoding="utf-8") if template.endswith(".jinja") else template
+        source = Path(template).read_text(encoding="utf-8-sig") if template.endswith(".jinja") else template
         return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(source)
-    except (OSError, TemplateError) as error:
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
         raise DataError(f"data.template: {error}") from error
 
 
-def chat_ids(messages: Sequence[dict[str, str]], tokenizer: Any) -> list[int]:
+def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
     """Token ids of a conversation, ending where the assistant's answer begins."""
-    if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
-    # Templates that can have a model think first (Qwen3's) are told not to: it would think longer than an answer may be.
-    return list(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False, enable_thinking=False))
+    return encoder_of(tokenizer).chat(messages)
 
 
 def render_all(
@@ -274,17 +294,3 @@ def render_all(
         else:
             too_long.append(example)
     return prompts, too_long
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows so that the file is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    part.replace(path)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]

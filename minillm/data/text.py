@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minillm.data.batches import permutation
+from minillm.data.encoding import encoder_of
 
 
 def pack_text(documents: Iterable[Iterable[int]], block: int, eos: int, *, several: bool = True) -> list[list[array[int]]]:
@@ -36,6 +37,8 @@ def pack_text(documents: Iterable[Iterable[int]], block: int, eos: int, *, sever
 class TextBlocks:
     """Packed text; every update takes `each` blocks, of passes over all of them, each pass in a seeded order of its own.
 
+    A document begins with what the tokenizer puts before a text (BOS) and ends with EOS; in it, the text of a special token is text.
+
     Args:
         dataset: rows with `text`. Of a stream, which has no length, no more is read than `updates` need (all, if that is not positive).
         block: tokens.
@@ -47,9 +50,10 @@ class TextBlocks:
     ) -> None:
         endless = not hasattr(dataset, "__len__") and updates > 0
         needed = updates * each * block if endless else math.inf
+        encoder = encoder_of(tokenizer)
         documents, read = [], 0
         for row in dataset:
-            documents.append(array("i", tokenizer(row["text"], add_special_tokens=False)["input_ids"]))
+            documents.append(array("i", encoder.document(row["text"])))
             read += len(documents[-1]) + 1 if several else -(-(len(documents[-1]) + 1) // block) * block
             if read >= needed:
                 break

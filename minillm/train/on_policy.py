@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import bucket, pad, permutation, seed_of, share_rows
-from minillm.data.examples import chat_ids
+from minillm.data.encoding import encoder_of
 from minillm.data.rollouts import EngineError, Rollout, TeacherRows
 from minillm.data.text import TextBlocks
 from minillm.hardware import give_back_memory
@@ -441,8 +441,8 @@ class MiniLLMTrainer(DistillationTrainer):
             raise ValueError(f"train_dataset: a row needs prompt or prompt_ids; it has {', '.join(row)}")
         tokenizer: Any = self.processing_class
         if isinstance(row["prompt"], str):
-            return list(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"])
-        return chat_ids(row["prompt"], tokenizer)
+            return encoder_of(tokenizer).document(row["prompt"])
+        return encoder_of(tokenizer).chat(row["prompt"], "a prompt of train_dataset")
 
     def _pack(self, dataset: Iterable[dict[str, Any]] | None) -> TextBlocks | None:
         if dataset is None:

@@ -1,0 +1,195 @@
+"""Text to token ids, in which only a template's own special tokens are control tokens.
+
+Users and data may write the text of a special token ("a turn ends with <|im_end|>"). A tokenizer takes that text for the
+token itself, which would end an answer, or begin another speaker's turn. Such text is marked before a template renders
+it, and encoded as the ordinary text it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minillm.data.rows import DataError
+
+# Private-use characters, which no template looks at, around the number of a special token whose text was meant as text.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_ANSWER = f"{_OPEN}answer{_CLOSE}"
+Messages = Sequence[Mapping[str, str]]
+
+
+class TextEncoder:
+    """Encodes text for one tokenizer.
+
+    Attributes:
+        prefix: ids that the tokenizer puts before a text by itself, such as BOS.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = {token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._added = {text: added[text] for text in sorted(added, key=len, reverse=True)}  # the longest that fits is the token
+        self._numbers = {text: number for number, text in enumerate(self._added)}
+        self._texts = list(self._added)
+        self._special = re.compile("|".join(map(re.escape, self._added)) or r"(?!)")
+        plain, whole = self._ids("a"), list(tokenizer("a")["input_ids"])
+        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        self.prefix: list[int] = whole[:start]
+        # Some tokenizers put a space before what they take for the beginning of a text.
+        self._newline = self._ids("\n")
+        self._adds_space = self._ids("\na")[len(self._newline) :] != plain
+
+    def has_special(self, text: str) -> bool:
+        """Whether the text of a special token is in it."""
+        return self._special.search(text) is not None
+
+    def document(self, text: str) -> list[int]:
+        """Ids of a text by itself, after what the tokenizer puts before one (BOS)."""
+        return [*self.prefix, *self.text(text)]
+
+    def text(self, text: str, *, first: bool = True) -> list[int]:
+        """Ids of ordinary text. `first`: it begins a sequence, rather than following something."""
+        if not first and self._adds_space and text:
+            ids = self._ids("\n" + text)
+            if ids[: len(self._newline)] == self._newline:
+                return ids[len(self._newline) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        as_text = {"split_special_tokens": True} if self._special.search(text) else {}
+        return list(self._tokenizer(text, add_special_tokens=False, **as_text)["input_ids"])
+
+    def mark(self, text: str) -> str:
+        """The text with what reads like special tokens marked, to be put into a template; `rendered` takes the marks out."""
+        return self._special.sub(lambda found: f"{_OPEN}{self._numbers[found[0]]}{_CLOSE}", text)
+
+    def rendered(self, text: str, *, first: bool = True) -> list[int]:
+        """Ids of a rendered template: its special tokens are control tokens, marked text is text."""
+        if _OPEN not in text and first:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids: list[int] = []
+        place = 0
+        for found in self._special.finditer(text):
+            number, token = self._added[found[0]]
+            between = text[place : found.start()]
+            ids += self.text(self._unmarked(between.rstrip() if token.lstrip else between), first=first and not ids)
+            ids.append(number)
+            place = found.end()
+            if token.rstrip:
+                place += len(text[place:]) - len(text[place:].lstrip())
+        return ids + self.text(self._unmarked(text[place:]), first=first and not ids)
+
+    def _unmarked(self, text: str) -> str:
+        return _MARKED.sub(lambda found: self._texts[int(found[1])], text)
+
+    def chat(self, messages: Messages, place: str = "") -> list[int]:
+        """Ids of a conversation, ending where the assistant's answer begins.
+
+        Raises:
+            DataError: naming `place`; the tokenizer has no chat template, or its template refuses the conversation.
+        """
+        return self.rendered(self._prompt(messages, place))
+
+    def answer(self, messages: Messages, answer: str, place: str = "") -> list[int] | None:
+        """Ids of the assistant's answer to a conversation as its model would draw them after `chat`, the end included.
+
+        Where the template marks what the assistant says (`generation`), exactly that, else everything up to the first special token.
+        None where the template says neither.
+        """
+        prompt = self._prompt(messages, place)
+        whole, spans = self._conversation([*messages, {"role": "assistant", "content": _ANSWER}], place)
+        at = whole.find(_ANSWER)
+        if at < 0:
+            return None
+        lead = whole[len(prompt) : at] if whole.startswith(prompt) and at >= len(prompt) else ""
+        tail = whole[at + len(_ANSWER) :]
+        end = next((end for start, end in spans if start <= at < end), None)
+        if end is not None:
+            tail = whole[at + len(_ANSWER) : end]
+        elif (special := self._special.search(tail)) is not None:
+            tail = tail[: special.end()]
+        else:
+            return None
+        answer = self._stripped_as_template(messages, answer, whole, place)
+        lead, answer = _one_thought(prompt, lead, answer)
+        return self.rendered(lead + self.mark(answer) + tail, first=False)
+
+    def end_of_answer(self) -> int | None:
+        """The special token with which the chat template ends what the assistant says; None where there is none."""
+        if not self._tokenizer.chat_template:
+            return None
+        try:
+            ids = self.answer([{"role": "user", "content": "a"}], "a") or []
+        except DataError:
+            return None
+        special = {number for number, _ in self._added.values()}
+        return next((token for token in reversed(ids) if token in special), None)
+
+    def _stripped_as_template(self, messages: Messages, answer: str, whole: str, place: str) -> str:
+        """Many templates strip what is said; what they do not keep of an answer is not trained on."""
+        if answer == answer.strip():
+            return answer
+        spaced, _ = self._conversation([*messages, {"role": "assistant", "content": f" {_ANSWER} "}], place)
+        before, _, after = whole.partition(_ANSWER)
+        before_spaced, _, after_spaced = spaced.partition(_ANSWER)
+        answer = answer.lstrip() if before == before_spaced else answer
+        return answer.rstrip() if after == after_spaced else answer
+
+    def _prompt(self, messages: Messages, place: str) -> str:
+        # Templates that can have a model think first (Qwen3's) are told not to: it would think longer than an answer may be.
+        return self._apply(messages, place, add_generation_prompt=True, enable_thinking=False)[0]
+
+    def _conversation(self, messages: Messages, place: str) -> tuple[str, list[tuple[int, int]]]:
+        marks_answers = "generation %}" in str(self._tokenizer.chat_template).replace("add_generation", "")
+        return self._apply(messages, place, return_assistant_tokens_mask=marks_answers, enable_thinking=False)
+
+    def _apply(self, messages: Messages, place: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tokenizer = self._tokenizer
+        if not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
+        marked = [{**message, "content": self._mark_but_answer(message["content"])} for message in messages]
+        try:
+            rendered, spans = render_jinja_template(  # pyright: ignore[reportGeneralTypeIssues]
+                [marked], chat_template=tokenizer.get_chat_template(), **options, **tokenizer.special_tokens_map
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {error}; mend the conversation, or "
+                "set data.template to one that takes it"
+            ) from None
+        return str(rendered[0]), [tuple(span) for span in spans[0]] if spans else []
+
+    def _mark_but_answer(self, text: str) -> str:
+        return text if _ANSWER in text else self.mark(text)
+
+
+def _one_thought(prompt: str, lead: str, answer: str) -> tuple[str, str]:
+    """Thoughts stand once: where the prompt has closed (or opened) the thought, an answer does not think it again."""
+    end = prompt.rstrip()
+    if "</think>" in answer:
+        if end.endswith("</think>"):
+            return lead, answer.rpartition("</think>")[2].lstrip()
+        if end.endswith("<think>"):
+            return "", answer.lstrip().removeprefix("<think>")
+        return (lead.partition("<think>")[0] if "</think>" in lead else lead), answer
+    if end.endswith("<think>") and "</think>" not in lead:
+        return lead, f"\n</think>\n\n{answer}"
+    return lead, answer
+
+
+_ENCODERS: dict[int, tuple[Any, TextEncoder]] = {}
+
+
+def encoder_of(tokenizer: Any) -> TextEncoder:
+    """The encoder of a tokenizer, made once while the tokenizer is in use."""
+    kept = _ENCODERS.get(id(tokenizer))
+    if kept is None or kept[0] is not tokenizer:
+        _ENCODERS.clear()  # a run has one tokenizer, a suite one after another
+        kept = _ENCODERS[id(tokenizer)] = (tokenizer, TextEncoder(tokenizer))
+    return kept[1]

@@ -1,0 +1,49 @@
+"""Keeps secrets out of everything that is written: model cards, run states, results, checkpoints."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+HIDDEN = "(hidden)"
+# A setting's own name says that it is secret; `max_prompt_tokens` and `update_tokens` count tokens, and are not.
+_SECRET_NAME = re.compile(
+    r"(^|[_.-])(token|hub_token|api[_-]?key|key|secret|password|passwd|passphrase|credentials?|auth|authorization|bearer|cookie)$", re.I
+)
+# What secrets look like, whatever the key: tokens of well-known services, and long ones that announce themselves.
+_SECRET_TEXT = re.compile(
+    r"\b(hf_[A-Za-z0-9_]{8,}|api_org_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"
+    r"|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
+)
+_BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+_IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
+_IN_QUERY = re.compile(
+    r"([?&;](?:[a-z0-9_.-]*(?:token|api[_-]?key|secret|password|passwd|signature|credential|auth)|key|sig|pwd)=)[^&#\s\"']+", re.I
+)
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """The same settings without what is secret: values of keys that are called so, tokens, credentials in URLs.
+
+    Args:
+        value: what JSON can hold.
+        name: the key that holds it.
+    """
+    if isinstance(value, dict):
+        return {key: redacted(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(inner, name) for inner in value]
+    if _SECRET_NAME.search(name) and isinstance(value, str) and value:
+        return HIDDEN
+    return redacted_text(value) if isinstance(value, str) else value
+
+
+def redacted_text(text: str) -> str:
+    """A text without tokens, and with URLs without credentials."""
+    text = _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(f"{HIDDEN}@", text))
+    return _BEARER.sub(rf"\1 {HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
+
+
+def is_secret(name: str, value: Any) -> bool:
+    """Whether a setting is left out of what is written, whole or in part."""
+    return redacted(value, name) != (list(value) if isinstance(value, tuple) else value)
