@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from minillm.recipe import Recipe, Stage
+from minillm.redaction import redacted
 
 _MEASURED = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
 
@@ -92,8 +93,8 @@ def push(folder: Path, hub_id: str) -> str:
 
 
 def _said(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what it leaves to the defaults, and without where this machine keeps it."""
-    return recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run_dir", "push_to_hub"})
+    """The recipe without what it leaves to the defaults, without where this machine keeps it, and without secrets."""
+    return redacted(recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run_dir", "push_to_hub"}))
 
 
 def _results(file: Path) -> list[str]:

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from minillm.recipe import Recipe
+from minillm.recipe_file import STANDARD_INPUT
 from minillm.run import Run
-from minillm.run_state import RunError, RunState
+from minillm.run_state import RunError, RunState, absolute_paths
 
 _MEETING = 120  # seconds in which a process has to see what process 0 wrote
 
@@ -68,10 +68,9 @@ def in_one(this: Run, stage: str, rank: int) -> None:
             if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         }
         kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-        this.dir.mkdir(parents=True, exist_ok=True)
-        whole = this.dir / "recipe.json"
-        whole.write_text(json.dumps(_without_relative_paths(this.recipe), indent=1), encoding="utf-8")
-        subprocess.run([sys.executable, "-m", "minillm", "run", str(whole), "--stage", stage], env=kept, check=True)
+        # By a pipe: a recipe may hold secrets, which are written nowhere.
+        words = [sys.executable, "-m", "minillm", "run", str(STANDARD_INPUT), "--stage", stage]
+        subprocess.run(words, env=kept, check=True, input=_as_piped(this.recipe), text=True)
         this.state = RunState(this.recipe)
     else:
         while not this.state.finished(stage):
@@ -81,15 +80,9 @@ def in_one(this: Run, stage: str, rank: int) -> None:
             this.state = RunState(this.recipe)
 
 
-def _without_relative_paths(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as another file can say it: there, a path that starts with a dot would mean another place."""
-    tree = recipe.model_dump(mode="json")
-    sources = [source for key in ("train", "heldout", "validation", "text") if (source := tree["data"][key]) is not None]
-    places = [(source, key) for source in sources for key in ("file", "dataset")]
-    others = ((tree["teacher"], "source"), (tree["teacher"], "adapter"), (tree["student"], "source"), (tree["responses"], "file"))
-    for section, key in (*places, (tree["data"], "template"), *others):
-        if section[key] is not None and len(section[key]) < 4096 and Path(section[key]).exists():
-            section[key] = os.path.abspath(section[key])
+def _as_piped(recipe: Recipe) -> str:
+    """The recipe as another process reads it, from wherever: paths in full, a path that starts with a dot would mean another place."""
+    tree = absolute_paths(recipe)
     if "max_prompt_tokens" not in recipe.rollout.model_fields_set:
         del tree["rollout"]["max_prompt_tokens"]  # a recipe says it for every stage in data
-    return tree | {"run_dir": os.path.abspath(tree["run_dir"])}
+    return json.dumps(tree)

@@ -18,7 +18,6 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-
 def _at_home(given: Any) -> Any:
     """`~` and `~name` are read here, once: other libraries read it in some places and not in others."""
     return os.path.expanduser(given) if isinstance(given, str) else given.expanduser() if isinstance(given, Path) else given

@@ -6,22 +6,32 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minillm.data.encoding import encoder_of
 from minillm.data.examples import Example, Prompt, read_examples, read_texts, render_all, render_answer
-from minillm.recipe import Recipe, RolloutConfig, Stage
+from minillm.data.rows import DataError, read_rows
+from minillm.models.conventions import Conventions, settle_run
+from minillm.recipe import Recipe, RolloutConfig, Source, Stage
 from minillm.rollout.build import choose_engine
 from minillm.rollout.engine import padding_bias
 from minillm.run_state import RunState
 
 logger = logging.getLogger(__name__)
+_SAMPLE = {"responses", "minillm", "evaluate"}
+_SUPERVISED = {"finetune", "responses", "warmup", "sft"}
 
 
 class Run:
-    """One recipe in its run directory."""
+    """One recipe in its run directory.
+
+    Raises:
+        RunError, DataError, EngineError, ValueError, OSError: everything that can be refused without a model's weights.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         from minillm.models.load import check_student, find_gguf, load_tokenizer
@@ -31,29 +41,28 @@ class Run:
         self.dir = recipe.run_dir
         self.processes = 1  # that the last training stage ran in
         self.state = RunState(recipe)
-        # Everything that can be refused without a model is refused here.
         self.train_examples = read_examples(recipe.data.train, recipe.data.limit)
         self.heldout_examples = read_examples(recipe.data.heldout, recipe.data.limit)
-        if {"responses", "minillm", "evaluate"} & set(recipe.stages):
+        if _SAMPLE & set(recipe.stages):
             choose_engine(recipe.rollout.engine)
         self._check_sizes()
-        gguf = find_gguf(recipe.teacher.source)
-        teacher_tokenizer = None if gguf else load_tokenizer(recipe.teacher.source)  # a missing folder or hub id is refused here
-        if recipe.student.source != "prune":
-            check_same_tokens(load_tokenizer(recipe.student.source), teacher_tokenizer or load_tokenizer(recipe.teacher.source))
+        pruned, gguf = recipe.student.source == "prune", find_gguf(recipe.teacher.source)
+        chat = recipe.data.template == "chat"
+        self.conventions: Conventions = settle_run(recipe.teacher.source, None if pruned else recipe.student.source, template=chat)
+        if not pruned:
+            check_same_tokens(load_tokenizer(recipe.student.source), self.conventions.tokenizer)
             self._check_model(recipe.student.source, "student")
         elif recipe.student.lora is not None and not gguf:
             check_student(recipe.teacher.source, recipe.student.lora)
         self._check_model(recipe.teacher.source, "teacher")
-        if recipe.data.text is not None and "minillm" in recipe.stages:
-            next(read_texts(recipe.data.text, seed=None), None)  # and not after the stages before, which take hours
         self.untuned = str(self.dir / "teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
         self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
-        self.start = str(self.dir / "pruned") if recipe.student.source == "prune" else recipe.student.source
+        self.start = str(self.dir / "pruned") if pruned else recipe.student.source
         self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
         self.fine_tuned = str(self.dir / "sft")
         self.student = str(self.dir / "student")
         self.answers = recipe.responses.file or self.dir / "responses.jsonl"
+        self._check_rows()
 
     def _check_sizes(self) -> None:
         training, rollouts = self.recipe.training, self.recipe.rollout.num_rollouts
@@ -73,27 +82,17 @@ class Run:
             )
 
     def _check_model(self, source: str, who: str) -> None:
-        """Before weights load; of a GGUF file the config is known once the teacher stage has made a folder of it."""
-        from minillm.models.load import (
-            attends_fully,
-            check_quantization,
-            check_student,
-            context_length,
-            find_gguf,
-            load_tokenizer,
-            text_config,
-        )
+        """Before weights load."""
+        from minillm.models.load import attends_fully, check_quantization, check_student, context_length, find_gguf, text_config
         from minillm.models.vocabulary import token_count
 
-        if find_gguf(source):
-            return
         recipe, config = self.recipe, text_config(source)
-        if {"responses", "minillm", "evaluate"} & set(recipe.stages):
+        if _SAMPLE & set(recipe.stages):
             chosen = choose_engine(recipe.rollout.engine, config)
             if chosen == "vllm" and torch.cuda.is_available():  # refused by name, before weights load
-                padding_bias(token_count(load_tokenizer(source)), config.vocab_size)
-        limit, supervised = context_length(config), {"finetune", "responses", "warmup", "sft"}
-        for section, stages in (("rollout", {"minillm"}), ("responses", supervised), ("evaluate", {"evaluate"})):
+                padding_bias(token_count(self.conventions.tokenizer), config.vocab_size)
+        limit = context_length(config)
+        for section, stages in (("rollout", {"minillm"}), ("responses", _SUPERVISED), ("evaluate", {"evaluate"})):
             new = getattr(recipe, section).max_new_tokens
             if limit is not None and stages & set(recipe.stages) and recipe.data.max_prompt_tokens + new > limit:
                 raise ValueError(
@@ -106,6 +105,8 @@ class Run:
             check_student(source, recipe.student.lora)
         if who == "teacher" and recipe.teacher.quantization:
             check_quantization(recipe.teacher.quantization)
+            if find_gguf(source):
+                raise ValueError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
         if who == "teacher" and "minillm" in recipe.stages and recipe.rollout.teacher_mix and not attends_fully(config):
             raise ValueError(
                 f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has sliding windows: set "
@@ -115,12 +116,72 @@ class Run:
         if limit is not None and recipe.data.text is not None and "minillm" in recipe.stages and block > limit:
             raise ValueError(f"objective.language_model_block: {block} exceeds the {who}'s context of {limit} tokens ({source})")
 
-    def prompts(self, examples: Sequence[Example], what: str) -> list[Prompt]:
-        """Rendered prompts; those over the limit are left out and reported."""
-        from minillm.models.load import load_tokenizer
+    def _check_rows(self) -> None:
+        """Render everything that the stages will read, so that no row fails after the stages before, which take hours."""
+        recipe, stages = self.recipe, set(self.recipe.stages)
+        if stages - {"teacher", "report"}:
+            _ = self.train_prompts
+        if "evaluate" in stages:
+            _ = self.heldout_prompts
+        if (
+            {"finetune", "sft"} & stages
+            or ("warmup" in stages and recipe.warmup.targets == "references")
+            or ("minillm" in stages and recipe.rollout.on_policy < 1)
+        ):
+            self.references()
+        if stages & {"finetune", "sft", "warmup", "minillm"}:
+            self.validation()
+        if recipe.data.text is not None and "minillm" in stages:
+            self._check_texts(recipe.data.text)
+        if recipe.responses.file is not None and "warmup" in stages and recipe.warmup.targets == "teacher":
+            self.given_responses(recipe.responses.file)
 
-        data = self.recipe.data
-        prompts, too_long = render_all(examples, data.template, load_tokenizer(self.untuned), data.max_prompt_tokens, data.system)
+    @staticmethod
+    def _check_texts(source: Source) -> None:
+        """A file whole; of a data set, which is streamed, the first row."""
+        rows = read_texts(source, seed=None)
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"{source.name}: empty; rows of text are needed")
+        if source.file is not None:
+            for _ in rows:
+                pass
+
+    def given_responses(self, file: Path) -> list[dict[str, Any]]:
+        """Rows of a `responses.jsonl`, checked.
+
+        Raises:
+            DataError: naming the line; a row without ids, or with ids that are no tokens.
+        """
+        rows = []
+        for fields, place in read_rows(Source(file=file)):
+            for name in ("prompt_ids", "response_ids"):
+                ids = fields.get(name) if isinstance(fields, dict) else None
+                if not (isinstance(ids, list) and ids and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)):
+                    raise DataError(
+                        f"{place}: {name} is missing, or no list of token ids: responses.file is the responses.jsonl of a run with this "
+                        "teacher. Answers as text are references: name them output in data.train and set warmup.targets: references"
+                    )
+                if strange := [token for token in ids if not 0 <= token < self.conventions.vocab_size]:
+                    known = self.conventions.vocab_size
+                    raise DataError(f"{place}: {name} has id {strange[0]}, beyond the {known} tokens of {self.recipe.teacher.source}")
+            rows.append(fields)
+        if not rows:
+            raise DataError(f"{file}: empty; the responses.jsonl of a run is needed")
+        return rows
+
+    @cached_property
+    def train_prompts(self) -> list[Prompt]:
+        return self._prompts(self.train_examples, self.recipe.data.train.name)
+
+    @cached_property
+    def heldout_prompts(self) -> list[Prompt]:
+        return self._prompts(self.heldout_examples, self.recipe.data.heldout.name)
+
+    def _prompts(self, examples: Sequence[Example], what: str) -> list[Prompt]:
+        """Rendered prompts; those over the limit are left out and reported."""
+        data, tokenizer = self.recipe.data, self.conventions.tokenizer
+        prompts, too_long = render_all(examples, data.template, tokenizer, data.max_prompt_tokens, data.system)
         if too_long:
             logger.warning(
                 "%s: %d of %d prompts exceed data.max_prompt_tokens (%d) and are left out; the first is row %d",
@@ -128,15 +189,20 @@ class Run:
             )  # fmt: skip
         if not prompts:
             raise ValueError(f"{what}: no prompt is within data.max_prompt_tokens ({data.max_prompt_tokens})")
+        encoder = encoder_of(tokenizer)
+        literal = [e for e in examples if any(map(encoder.has_special, (e.text, *e.references, *(content for _, content in e.chat))))]
+        if literal:
+            logger.warning(
+                "%s: %d of %d rows hold the text of a special token of the tokenizer, which is read as ordinary text (first: %s)",
+                what, len(literal), len(examples), literal[0].place,
+            )  # fmt: skip
         return prompts
 
-    def references(self) -> list[dict[str, Any]]:
-        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
-        from minillm.models.load import load_tokenizer
-
-        tokenizer, data = load_tokenizer(self.untuned), self.recipe.data
+    @cached_property
+    def _references(self) -> list[dict[str, Any]]:
+        tokenizer, data = self.conventions.tokenizer, self.recipe.data
         rows = []
-        for prompt in self.prompts(self.train_examples, data.train.name):
+        for prompt in self.train_prompts:
             if prompt.example.output:
                 ids = render_answer(prompt, data.template, tokenizer, data.system)[: self.recipe.responses.max_new_tokens]
                 rows.append({"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids})
@@ -144,13 +210,23 @@ class Run:
             raise ValueError(f"{data.train.name}: no row has an output to train on")
         return rows
 
+    def references(self) -> list[dict[str, Any]]:
+        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
+        return self._references
+
     def validation(self) -> list[dict[str, Any]] | None:
         """Rows that training stages are validated on, where there are any."""
+        return self._validation
+
+    @cached_property
+    def _validation(self) -> list[dict[str, Any]] | None:
         data = self.recipe.data
         if data.validation is None:
             return None
         examples = [example for example in read_examples(data.validation, data.validation_limit) if example.references]
-        prompts = self.prompts(examples, data.validation.name)
+        if not examples:
+            raise DataError(f"{data.validation.name}: no row has a reference (output) to validate on")
+        prompts = self._prompts(examples, data.validation.name)
         return [{"prompt_ids": prompt.ids, "references": list(prompt.example.references)} for prompt in prompts]
 
     def trained(self) -> dict[Stage, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from minillm import processes
-from minillm.data.examples import read_jsonl, read_texts, write_jsonl
+from minillm.data.examples import read_texts
+from minillm.data.rows import read_jsonl, write_jsonl
 from minillm.hardware import freed_memory_kept, give_back_memory
 from minillm.recipe import Recipe
 from minillm.rollout.build import choose_engine
@@ -90,7 +92,7 @@ def _say(rank: int, text: str) -> None:
 
 
 def _teacher(this: Run) -> None:
-    from minillm.models.load import load_model, load_tokenizer
+    from minillm.models.load import load_model
 
     if this.untuned == this.recipe.teacher.source:
         return  # a folder or hub id is used where it is
@@ -100,7 +102,7 @@ def _teacher(this: Run) -> None:
 
         model = PeftModel.from_pretrained(model, this.recipe.teacher.adapter).merge_and_unload()
     model.save_pretrained(this.untuned)
-    load_tokenizer(this.recipe.teacher.source).save_pretrained(this.untuned)
+    this.conventions.tokenizer.save_pretrained(this.untuned)
 
 
 def _finetune(this: Run) -> None:
@@ -119,28 +121,28 @@ def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[s
     trainer = FineTuner(
         args=arguments, train_dataset=this.references(), rollout=this.rollout(), eval_dataset=validation,
         teacher=None if stage == "finetune" or validation is None else _reading_teacher(this, arguments),
-        **(_student_of(this, source, arguments) if stage == "sft" else {"model": source}),
+        **(_student_of(this, source, arguments) if stage == "sft" else {"model": source, "conventions": this.conventions}),
     )  # fmt: skip
     with freed_memory_kept():
-        _train(this, trainer, target, stage)
+        _train(this, trainer, target, stage, final=stage == "sft")
 
 
 def _student(this: Run) -> None:
     import torch
 
     from minillm.hardware import device, working_dtype
-    from minillm.models.load import load_model, load_tokenizer
+    from minillm.models.load import load_model
     from minillm.models.prune import block_similarity, layers_to_keep, prune
 
     settings = this.recipe.student
     if settings.source != "prune" or settings.keep_layers is None:
         return
     teacher: Any = load_model(this.teacher, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-    prompts = this.prompts(this.train_examples, this.recipe.data.train.name)[: settings.probe_prompts]
+    prompts = this.train_prompts[: settings.probe_prompts]
     similarity = block_similarity(teacher, [prompt.ids for prompt in prompts])
     kept = layers_to_keep(similarity, settings.keep_layers)
     prune(teacher.to(torch.bfloat16), kept).save_pretrained(this.start)
-    load_tokenizer(this.teacher).save_pretrained(this.start)
+    this.conventions.tokenizer.save_pretrained(this.start)
     notes = {"kept": kept, "block_similarity": [round(float(x), 4) for x in similarity]}
     (Path(this.start) / "pruning.json").write_text(json.dumps(notes), encoding="utf-8")
     _say(0, f"  of {len(similarity)} layers, dropped {sorted(set(range(len(similarity))) - set(kept))}")
@@ -153,22 +155,7 @@ def _engine(this: Run, folder: str, new_tokens: int) -> Any:
 
 
 def _sampling(this: Run, new_tokens: int, temperature: float) -> Any:
-    """As the teacher's folder has it, which all models of a run share a vocabulary with."""
-    from transformers import AutoConfig, GenerationConfig
-
-    from minillm.data.rollouts import Sampling, StopStrings
-    from minillm.models.load import eos_ids, load_tokenizer
-    from minillm.models.vocabulary import token_count
-
-    folder, stop = this.teacher, this.recipe.rollout.stop
-    tokenizer = load_tokenizer(folder)
-    try:
-        generation = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        generation = GenerationConfig()
-    width = min(AutoConfig.from_pretrained(folder).get_text_config().vocab_size, token_count(tokenizer))
-    strings = StopStrings(tokenizer, stop) if stop else None
-    return Sampling(new_tokens, eos_ids(generation, tokenizer), width, temperature, stop=strings)
+    return this.conventions.sampling(new_tokens, temperature, this.recipe.rollout.stop)
 
 
 def _responses(this: Run) -> None:
@@ -176,7 +163,7 @@ def _responses(this: Run) -> None:
 
     settings = this.recipe.responses
     file = this.dir / "responses.jsonl"
-    prompts = this.prompts(this.train_examples, this.recipe.data.train.name)
+    prompts = this.train_prompts
     wanted = [(prompt, sample) for sample in range(settings.samples_per_prompt) for prompt in prompts]
     rows = read_jsonl(file) if file.is_file() else []
     sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
@@ -217,13 +204,11 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
 
 def _student_of(this: Run, folder: str, arguments: Any) -> dict[str, Any]:
     """What a trainer is given of its student: a name, or a model with an adapter."""
-    from minillm.models.load import load_student, load_tokenizer
+    from minillm.models.load import load_student
 
-    tokenizer = load_tokenizer(folder)
-    if this.recipe.data.template == "chat" and not tokenizer.chat_template:
-        tokenizer.chat_template = load_tokenizer(this.untuned).chat_template  # a base student leaves as the chat model it has become
     lora = this.recipe.student.lora
-    return {"model": folder if lora is None else load_student(folder, lora, _computes_in(arguments)), "processing_class": tokenizer}
+    model = folder if lora is None else load_student(folder, lora, _computes_in(arguments))
+    return {"model": model, "processing_class": this.conventions.tokenizer, "conventions": this.conventions}
 
 
 def _computes_in(arguments: Any) -> Any:
@@ -242,11 +227,24 @@ def _reading_teacher(this: Run, arguments: Any) -> Any:
     return load_model(this.teacher, _computes_in(arguments), bits)
 
 
-def _train(this: Run, trainer: Any, folder: str, stage: str) -> None:
+def _train(this: Run, trainer: Any, folder: str, stage: str, *, final: bool) -> None:
+    """Train a stage. `final`: no later stage goes on from what it leaves, which is saved as the student is wanted."""
     from minillm.train.resumable import train
 
     this.processes = trainer.accelerator.num_processes
-    train(trainer, folder, stage)
+    train(trainer, folder, stage, _saved_in(this) if final else None)
+
+
+def _saved_in(this: Run) -> Any:
+    """The dtype that the student is saved in."""
+    import torch
+
+    from minillm.models.load import text_config
+
+    name = this.recipe.student.dtype
+    if name == "auto":
+        name = str(getattr(text_config(this.teacher), "dtype", None) or "float32").removeprefix("torch.")
+    return getattr(torch, name)
 
 
 def _warmup(this: Run) -> None:
@@ -257,11 +255,18 @@ def _warmup(this: Run) -> None:
     trainer = SupervisedTrainer(
         **_student_of(this, this.start, arguments), teacher=_reading_teacher(this, arguments), args=arguments,
         shard_teacher=this.recipe.teacher.shard,
-        train_dataset=this.references() if settings.targets == "references" else read_jsonl(this.answers),
+        train_dataset=_warmup_rows(this),
         cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
         eval_dataset=this.validation(),
     )  # fmt: skip
-    _train(this, trainer, this.warmed, "warmup")
+    _train(this, trainer, this.warmed, "warmup", final="minillm" not in this.recipe.stages)
+
+
+def _warmup_rows(this: Run) -> list[dict[str, Any]]:
+    given = this.recipe.responses.file
+    if this.recipe.warmup.targets == "references":
+        return this.references()
+    return read_jsonl(Path(this.answers)) if given is None else this.given_responses(given)
 
 
 def _minillm(this: Run) -> None:
@@ -269,7 +274,7 @@ def _minillm(this: Run) -> None:
     from minillm.train.on_policy import MiniLLMTrainer
 
     recipe = this.recipe
-    prompts = this.prompts(this.train_examples, recipe.data.train.name)
+    prompts = this.train_prompts
     rollout = this.rollout()
     arguments = _training_arguments(this, "minillm", recipe.training)
     teacher = _reading_teacher(this, arguments)
@@ -285,7 +290,7 @@ def _minillm(this: Run) -> None:
         eval_dataset=this.validation(), text_dataset=_texts(recipe),
         responses=this.references() if rollout.on_policy < 1 else None,
     )  # fmt: skip
-    _train(this, trainer, this.student, "minillm")
+    _train(this, trainer, this.student, "minillm", final=True)
 
 
 def _texts(recipe: Recipe) -> Iterable[dict[str, Any]] | None:
@@ -299,7 +304,7 @@ def _texts(recipe: Recipe) -> Iterable[dict[str, Any]] | None:
 def _evaluate(this: Run) -> None:
     from minillm import evaluation
     from minillm.hardware import device, working_dtype
-    from minillm.models.load import load_model, load_tokenizer
+    from minillm.models.load import load_model
     from minillm.rollout.build import OneEngine
     from minillm.teacher.local import LocalTeacher
 
@@ -307,9 +312,9 @@ def _evaluate(this: Run) -> None:
     start = "pruned" if this.recipe.student.source == "prune" else "student"
     names = {"warmup": "warmed"}
     folders = {"teacher": this.teacher, start: this.start, **{names.get(stage, stage): folder for stage, folder in this.trained().items()}}
-    prompts = this.prompts(this.heldout_examples, this.recipe.data.heldout.name)
+    prompts = this.heldout_prompts
     sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
-    tokenizer = load_tokenizer(this.teacher)
+    tokenizer = this.conventions.tokenizer
     teacher: LocalTeacher | None = None
     engines = OneEngine(this.recipe.rollout, this.max_length(settings.max_new_tokens))
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -354,8 +359,20 @@ def _made_from(this: Run, folder: str) -> dict[str, Any]:
     from minillm.models.load import text_config
 
     weights: Any = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
-    settings = this.state.settings(("data", "evaluate", "teacher"))
-    return {"weights": weights or folder, "settings": settings, "engine": choose_engine(this.recipe.rollout.engine, text_config(folder))}
+    settings = this.state.settings("evaluate")
+    own = {key: value for key, value in settings.items() if key.startswith(("evaluate.", "data.", "rollout.stop", "teacher."))}
+    return {
+        "weights": weights or folder,
+        "settings": own,
+        "prompts": _digest_of(this),
+        "engine": choose_engine(this.recipe.rollout.engine, text_config(folder)),
+    }
+
+
+def _digest_of(this: Run) -> str:
+    """Of the held-out prompts as they are drawn from, and of where answers end."""
+    seen = [prompt.ids for prompt in this.heldout_prompts], this.conventions.eos_ids, this.conventions.vocab_size
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def _report(this: Run) -> None:

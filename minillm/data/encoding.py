@@ -154,7 +154,7 @@ class TextEncoder:
             raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
         marked = [{**message, "content": self._mark_but_answer(message["content"])} for message in messages]
         try:
-            rendered, spans = render_jinja_template(  # pyright: ignore[reportGeneralTypeIssues]
+            found: Any = render_jinja_template(
                 [marked], chat_template=tokenizer.get_chat_template(), **options, **tokenizer.special_tokens_map
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
@@ -163,7 +163,8 @@ class TextEncoder:
                 f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {error}; mend the conversation, or "
                 "set data.template to one that takes it"
             ) from None
-        return str(rendered[0]), [tuple(span) for span in spans[0]] if spans else []
+        [rendered], spans = found
+        return rendered, [(start, end) for start, end in spans[0]] if spans else []
 
     def _mark_but_answer(self, text: str) -> str:
         return text if _ANSWER in text else self.mark(text)

@@ -146,9 +146,7 @@ def _message(message: Any, where: str, remarks: Remarks) -> tuple[str, str]:
         if isinstance(role, str) and isinstance(content, str):
             if role.lower() not in _ROLES:
                 known = ", ".join(sorted(_ROLES))
-                raise DataError(
-                    f"{where}: nobody known speaks ({role!r}); roles are user, assistant and system, by one of the names {known}"
-                )
+                raise DataError(f"{where}: unknown role {role!r}; known are user, assistant and system, by one of the names {known}")
             for name in message.keys() - _MESSAGE_KEYS:
                 if message[name]:
                     remarks.add(f"{name} of a message is not read", where.split(": messages")[0])

@@ -52,7 +52,7 @@ class StopStrings:
     """Strings of which the first to appear in a response's text ends it.
 
     Args:
-        tokenizer: decodes the response by itself, special tokens included.
+        tokenizer: decodes the response by itself; special tokens are no text (their ids end a response, where they do).
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
@@ -72,7 +72,7 @@ class StopStrings:
         return high
 
     def _found(self, ids: Sequence[int]) -> bool:
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return any(string in text for string in self.strings)
 
 

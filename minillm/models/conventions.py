@@ -48,7 +48,8 @@ class Conventions:
     def write_to(self, model: Any) -> None:
         """Have a model say the same of itself, so that whoever loads it from where it is saved ends its answers where they end here."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        eos: Any = list(self.eos_ids) if len(self.eos_ids) > 1 else self.eos_ids[0]
+        [first, *others] = self.eos_ids
+        eos: Any = [first, *others] if others else first
         generation = getattr(base, "generation_config", None)
         for holder in (generation, base.config, base.config.get_text_config()):
             if holder is not None:

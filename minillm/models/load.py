@@ -168,8 +168,12 @@ def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def text_config(model: PreTrainedModel | str) -> Any:
-    """Of a model, or of the one in a folder or under a hub id, whose weights are not read."""
-    config: Any = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    """Of a model, or of the one in a folder, a GGUF file or under a hub id, whose weights are not read."""
+    gguf = find_gguf(model) if isinstance(model, str) else None
+    if gguf is not None:
+        config: Any = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    else:
+        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
     return config.get_text_config()
 
 

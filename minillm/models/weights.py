@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -212,3 +212,27 @@ def save_plain(model: Any, folder: str | Path, *, merged: bool = True, write: bo
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(target)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def cast_folder(folder: str | Path, dtype: torch.dtype) -> None:
+    """Cast the floating-point weights of a saved model, a file at a time, each replaced when its successor is whole."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        weights = load_file(file)
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+        if all(cast[name] is weights[name] for name in weights):
+            continue
+        part = file.with_name(file.name + ".part")
+        save_file(cast, part, metadata={"format": "pt"})
+        del weights  # its memory is mapped from the file
+        part.replace(file)
+    config = Path(folder) / "config.json"
+    said = json.loads(config.read_text(encoding="utf-8"))
+    for section in [said, *(value for key, value in said.items() if key.endswith("_config") and isinstance(value, dict))]:
+        if "dtype" in section:
+            section["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.is_file():
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        listed.get("metadata", {}).pop("total_size", None)  # of the weights as they were
+        index.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")

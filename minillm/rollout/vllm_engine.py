@@ -204,7 +204,7 @@ class VLLMEngine:
         bias = self._padding(sampling)
         text: dict[str, Any] = {"detokenize": False}
         if sampling.stop is not None and self._decodes:
-            text = {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True, "skip_special_tokens": False}
+            text = {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True, "skip_special_tokens": True}
         params = [
             SamplingParams(
                 temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.likeliest,

@@ -70,7 +70,7 @@ class VLLMServerEngine:
             "logprobs": sampling.likeliest,
         }
         if sampling.stop is not None:
-            shared |= {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True}
+            shared |= {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True, "skip_special_tokens": True}
 
         def read(answer: Any) -> Completion:
             return read_completion(answer, tables=bool(sampling.likeliest))

@@ -20,9 +20,10 @@ from minillm.data.batches import Padded
 from minillm.data.rollouts import TeacherRows
 from minillm.hardware import fast_bfloat16
 from minillm.loss.token_scores import Divergence, Weigh
+from minillm.models.conventions import Conventions, settle
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import Scoring, bind_scoring, check_head, gather_head, head_of, score
-from minillm.models.vocabulary import check_same_tokens, head_width, token_count
+from minillm.models.vocabulary import check_same_tokens, head_width
 from minillm.models.weights import is_sharded
 from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
@@ -40,13 +41,15 @@ class DistillationTrainer(Validated, Trainer):
     resume; the dataloader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
 
     Without a `teacher` it is the student's base, its adapter switched off, which takes no memory of its own. Rows of
-    `eval_dataset` are what `Validated` says. `shard_teacher` deals the teacher's blocks out over the processes.
+    `eval_dataset` are what `Validated` says. `shard_teacher` deals the teacher's blocks out over the processes. Where answers end is
+    settled from the tokenizer and the teacher, unless it is given (`conventions`), and saved with the student.
     """
 
     def __init__(
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher | None, args: TrainingArguments, *,
         processing_class: Any = None, temperature: float = 1.0, rollout: RolloutConfig | None = None, engine: Engine | None = None,
-        eval_dataset: Sequence[dict[str, Any]] | None = None, shard_teacher: bool = False, **kwargs: Any,
+        eval_dataset: Sequence[dict[str, Any]] | None = None, shard_teacher: bool = False, conventions: Conventions | None = None,
+        **kwargs: Any,
     ) -> None:  # fmt: skip
         if processing_class is None:
             if not isinstance(model, str):
@@ -78,7 +81,10 @@ class DistillationTrainer(Validated, Trainer):
         widths = head_width(student), served.vocab_size if served else head_width(teacher_model)
         if widths[0] != widths[1]:
             logger.warning("The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.", *widths, min(widths))
-        self.width = min(*widths, token_count(processing_class))
+        if conventions is None:
+            conventions = settle(processing_class, served.source if served else teacher_model if teacher is not None else None, [student])
+        conventions = replace(conventions, vocab_size=min(*widths, conventions.vocab_size))
+        self.width = conventions.vocab_size
         self.temperature = temperature
         without_dropout(student)
         check_head(student, "student")  # pyright: ignore[reportArgumentType]
@@ -88,7 +94,7 @@ class DistillationTrainer(Validated, Trainer):
         if zero3:
             gather_head(student)  # pyright: ignore[reportArgumentType]
         super().__init__(model=student, args=args, processing_class=processing_class, eval_dataset=eval_dataset, **kwargs)  # pyright: ignore[reportArgumentType]
-        self.sample_with(rollout or RolloutConfig(), self.width, compute, engine)
+        self.sample_with(rollout or RolloutConfig(), conventions, compute, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         if teacher is None and (zero3 or self.is_fsdp_enabled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from minillm.models.conventions import Conventions, settle
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.scoring import bind_scoring
-from minillm.models.vocabulary import head_width, token_count
+from minillm.models.vocabulary import head_width
 from minillm.recipe import RolloutConfig
 from minillm.teacher.local import LocalTeacher
 from minillm.train.validation import Validated, check_one_gpu
@@ -24,6 +26,7 @@ class FineTuner(Validated, SFTTrainer):
 
     Args:
         model: a folder or hub id, loaded in float32; or a loaded model, whose tokenizer is `processing_class`.
+        conventions: where answers end, if that is settled already.
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
         teacher: what validation takes KL(q‖p) to, if there is one: a folder, a hub id or a loaded model.
     """
@@ -31,10 +34,10 @@ class FineTuner(Validated, SFTTrainer):
     def __init__(
         self, model: str | PreTrainedModel, args: TrainingArguments, *, train_dataset: Sequence[dict[str, Any]],
         rollout: RolloutConfig | None = None, eval_dataset: Sequence[dict[str, Any]] | None = None,
-        teacher: str | PreTrainedModel | None = None, processing_class: Any = None,
+        teacher: str | PreTrainedModel | None = None, processing_class: Any = None, conventions: Conventions | None = None,
     ) -> None:  # fmt: skip
         check_one_gpu(args)
-        tokenizer = load_tokenizer(model) if isinstance(model, str) else processing_class
+        tokenizer = processing_class or (conventions.tokenizer if conventions else load_tokenizer(str(model)))
         student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
         without_dropout(student)
         bind_scoring(student)
@@ -54,7 +57,9 @@ class FineTuner(Validated, SFTTrainer):
         super().__init__(model=student, args=config, train_dataset=data, eval_dataset=stand_in, processing_class=tokenizer)
         self.eval_dataset = eval_dataset
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        self.sample_with(rollout or RolloutConfig(), min(head_width(student), token_count(tokenizer)), compute)  # pyright: ignore[reportArgumentType]
+        conventions = conventions or settle(tokenizer, None, [student])
+        width = min(head_width(student), conventions.vocab_size)
+        self.sample_with(rollout or RolloutConfig(), replace(conventions, vocab_size=width), compute)
         if teacher is not None and eval_dataset is not None:
             other: Any = load_model(teacher, compute) if isinstance(teacher, str) else teacher
             self.teacher = LocalTeacher(other.to(args.device))

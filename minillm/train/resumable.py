@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import shutil
@@ -11,24 +12,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minillm.run_state import Interrupted
+import torch
+
+from minillm.run_state import Interrupted, RunError
 
 _MOMENT = 1.0  # seconds between two Ctrl-C that are two
 
 
-def train(trainer: Any, folder: str, stage: str) -> None:
+def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = None) -> None:
     """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`.
+
+    Args:
+        dtype: of the weights that are left; by default they are saved as they were trained.
 
     Raises:
         Interrupted: after Ctrl-C, with a checkpoint; `stage` names what was stopped.
+        RunError: the last checkpoint lacks what training goes on from.
     """
     try:
-        _train(trainer, folder, stage)
+        _train(trainer, folder, stage, dtype)
     finally:
         trainer.close()
 
 
-def _train(trainer: Any, folder: str, stage: str) -> None:
+def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> None:
     from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_callback import TrainerState
     from transformers.trainer_utils import get_last_checkpoint
@@ -47,16 +54,43 @@ def _train(trainer: Any, folder: str, stage: str) -> None:
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         trainer._load_from_checkpoint(best or last)
     else:
+        if last is not None:
+            check_checkpoint(Path(last), stage)
         with stopping:
             trainer.train(resume_from_checkpoint=last)
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         trainer.accelerator.wait_for_everyone()  # the first that leaves takes the others with it
         raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
-    trainer.save_student(folder)
+    trainer.save_student(folder, dtype)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
         shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def check_checkpoint(checkpoint: Path, stage: str) -> None:
+    """Refuse to go on from a checkpoint without all of its state: the optimiser would begin anew, in the middle of a schedule.
+
+    Raises:
+        RunError: naming what is missing.
+    """
+    wanted = {
+        "its optimiser": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "*optimizer*.safetensors"),
+        "its learning-rate schedule": ("scheduler.pt", "global_step*"),
+        "its random states": ("rng_state*.pth",),
+        "its weights": ("*.safetensors", "*.bin", "pytorch_model_fsdp*", "global_step*"),
+    }
+    there = [path.name for path in checkpoint.iterdir() if path.name != "training_args.bin" and not _is_empty(path)]
+    missing = [what for what, names in wanted.items() if not any(fnmatch.filter(there, name) for name in names)]
+    if missing:
+        raise RunError(
+            f"{checkpoint}: training cannot go on from here without {', '.join(missing)}, which the checkpoint lacks. Delete it to go on "
+            f"from the one before, or make the stage again: --stage {stage} --redo"
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
 
 
 def _is_complete(checkpoint: str) -> bool:

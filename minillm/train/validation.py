@@ -18,11 +18,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minillm import metrics
 from minillm.data.batches import seed_of
-from minillm.data.rollouts import Rollout, Sampling, StopStrings
+from minillm.data.rollouts import Rollout
 from minillm.evaluation import token_divergences
-from minillm.models.load import cached, context_length, eos_ids, text_config
-from minillm.models.weights import is_quantized, save_plain
+from minillm.models.conventions import Conventions
+from minillm.models.load import cached, context_length, text_config
+from minillm.models.weights import cast_folder, is_quantized, save_plain
 from minillm.recipe import RolloutConfig
+from minillm.redaction import is_secret
 from minillm.rollout.build import hand_over, make_engine
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher
@@ -47,7 +49,6 @@ class Validated:
     `metric_for_best_model="rouge_l"` keeps the best checkpoint.
     """
 
-    _save: Any
     accelerator: Any
     args: Any
     callback_handler: Any
@@ -63,17 +64,18 @@ class Validated:
     state: Any
     teacher: LocalTeacher | ServedTeacher | None = None
 
-    def sample_with(self, config: RolloutConfig, width: int, compute_dtype: torch.dtype, engine: Engine | None = None) -> None:
-        """How the student is sampled; called once the trainer is built.
+    def sample_with(
+        self, config: RolloutConfig, conventions: Conventions, compute_dtype: torch.dtype, engine: Engine | None = None
+    ) -> None:
+        """How the student is sampled; called once the trainer is built. What is saved says of itself where its answers end.
 
         Raises:
             ValueError: the student is dealt out over processes (FSDP, ZeRO-3) in a way that it cannot be, or be saved whole.
         """
         self._check_shards()
-        self.rollout_config, self.width, self.compute_dtype, self._engine = config, width, compute_dtype, engine
-        stop = StopStrings(self.processing_class, config.stop) if config.stop else None
-        eos = eos_ids(self.model.generation_config, self.processing_class)
-        self.sampling = Sampling(config.max_new_tokens, eos, width, config.temperature, stop=stop)
+        self.rollout_config, self.width, self.compute_dtype, self._engine = config, conventions.vocab_size, compute_dtype, engine
+        conventions.write_to(self.model)
+        self.sampling = conventions.sampling(config.max_new_tokens, config.temperature, config.stop)
         self._seconds: dict[str, float] = defaultdict(float)
         self._phase_tokens: dict[str, float] = defaultdict(float)
 
@@ -123,11 +125,15 @@ class Validated:
         self.processing_class.save_pretrained(spare)
         return spare
 
-    def save_student(self, folder: str | Path) -> None:
-        """Save the student and its tokenizer; one with an adapter merged, and the adapter by itself in `adapter`."""
+    def save_student(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Save the student and its tokenizer; one with an adapter merged, and the adapter by itself in `adapter`.
+
+        Args:
+            dtype: of the saved weights; by default they are saved as they were trained.
+        """
         student = self.accelerator.unwrap_model(self.model)
         student.config.use_cache = True  # off for training, and not meant to be off for those who use it
-        main = self.accelerator.is_main_process
+        main, target = self.accelerator.is_main_process, Path(folder)
         if hasattr(student, "get_base_model"):
             save_plain(student, folder, write=main)
             if main:
@@ -137,6 +143,17 @@ class Validated:
             self.save_model(str(folder))
         elif main:  # trained to the end before; DeepSpeed has nothing in hand
             self._save(str(folder), state_dict=student.state_dict())
+        if main and dtype is not None:
+            cast_folder(target, dtype)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As transformers saves, but for the secrets of its arguments, which it would write down too."""
+        secret = {name: value for name, value in vars(self.args).items() if isinstance(value, str) and is_secret(name, value)}
+        vars(self.args).update(dict.fromkeys(secret))
+        try:
+            super()._save(output_dir, state_dict=state_dict)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            vars(self.args).update(secret)
 
     def close(self) -> None:
         """Shut the engine down, and let go of a served teacher."""
