@@ -34,8 +34,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        from minillm.models.load import check_student, find_gguf, load_tokenizer
-        from minillm.models.vocabulary import check_same_tokens
+        from minillm.models.load import check_student, find_gguf
 
         self.recipe = recipe
         self.dir = recipe.run_dir
@@ -50,7 +49,6 @@ class Run:
         chat = recipe.data.template == "chat"
         self.conventions: Conventions = settle_run(recipe.teacher.source, None if pruned else recipe.student.source, template=chat)
         if not pruned:
-            check_same_tokens(load_tokenizer(recipe.student.source), self.conventions.tokenizer)
             self._check_model(recipe.student.source, "student")
         elif recipe.student.lora is not None and not gguf:
             check_student(recipe.teacher.source, recipe.student.lora)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from minillm.data.encoding import encoder_of
 from minillm.data.rollouts import Sampling, StopStrings
 from minillm.models.load import context_length, load_tokenizer, text_config
-from minillm.models.vocabulary import token_count
+from minillm.models.vocabulary import check_same_tokens, token_count
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,15 @@ def settle_run(teacher: str, student: str | None = None, *, template: bool = Tru
     """Settle it from folders, hub ids or GGUF files, before any weights load: the tokenizer is the teacher's.
 
     Raises:
+        VocabularyError: their tokenizers differ.
         ValueError: see `settle`.
     """
     tokenizer = load_tokenizer(teacher)
-    if student is not None and template and not tokenizer.chat_template:
-        tokenizer.chat_template = load_tokenizer(student).chat_template
+    if student is not None:
+        own = load_tokenizer(student)
+        check_same_tokens(own, tokenizer)
+        if template and not tokenizer.chat_template:
+            tokenizer.chat_template = own.chat_template
     return settle(tokenizer, teacher, [] if student is None else [student], template=template)
 
 
