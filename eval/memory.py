@@ -5,13 +5,15 @@
 The data is made up, so that prompts have `data.max_prompt_tokens` and the answers that are trained on
 `responses.max_new_tokens`, as the plan assumes; a stage makes three updates. Measured is the largest resident size of
 its process (Linux), or the most that NVML saw the process hold of the card, looking every 5 ms. On a GPU the plan's seconds
-stand beside those of the last update, which compiles nothing any more, and of a batch of rollouts with the teacher's reading.
+stand beside those of the last update, which compiles nothing any more, and of a batch of rollouts with the teacher's reading;
+the plan takes rollouts for half as long as they may be, so that those of a student that never ends are planned too quick.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -31,7 +33,8 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from minillm import stages
 from minillm.hardware import cpu_multiplies_bfloat16, machine
 from minillm.models.load import load_tokenizer
-from minillm.plan import Machine, Plan, plan, update_responses
+from minillm.plan import Machine, Plan, plan
+from minillm.plan.work import updates_of_batch
 from minillm.recipe import Recipe
 from minillm.recipe_file import load_recipe
 
@@ -94,7 +97,7 @@ def planned_seconds(recipe: Recipe, found: Plan, stage: str) -> dict[str, float]
     seconds = {phase.name: phase.seconds for phase in found.phases}
     if stage != "minillm":
         return {"update": seconds[stage] / _UPDATES}
-    batches = _UPDATES * update_responses(recipe.training, found.machine) / recipe.rollout.inner_epochs / recipe.rollout.num_rollouts
+    batches = math.ceil(_UPDATES / updates_of_batch(recipe, found.machine))
     return {"update": seconds["minillm: update"] / _UPDATES, "rollouts": seconds["minillm: rollouts"] / batches}
 
 

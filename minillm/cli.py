@@ -181,25 +181,31 @@ def generate(
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe; or a folder, for a table of all recipes below it.", show_default=False)],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=0, help="Processes, a GPU each; 0 is this machine's CPU.")] = 8,
-    memory: Annotated[str, typer.Option(help="Of a GPU, or of the machine.")] = "80GiB",
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes, a GPU each; 0 is this machine's CPU. Those that are here, else 8.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of a GPU, or of the machine; that of what is here, else 80GiB.", show_default=False)
+    ] = None,
     shard: Annotated[bool, typer.Option(help="With the student in shards (FSDP2, ZeRO-3).")] = False,
-    flops: Annotated[float, typer.Option(help="Operations a second of a GPU in bfloat16.")] = 989e12,
-    utilisation: Annotated[float, typer.Option(help="Share of them that is reached (MFU).")] = 0.35,
+    flops: Annotated[
+        float | None,
+        typer.Option(help="Operations a second of a GPU in bfloat16: by its name, else an H100's; of a CPU measured.", show_default=False),
+    ] = None,
+    utilisation: Annotated[
+        float | None, typer.Option(help="Share of them that is reached (MFU): 0.35, of a CPU 0.6.", show_default=False)
+    ] = None,
     fit: Annotated[Path | None, typer.Option(help="Write a recipe that extends this one and fits.", show_default=False)] = None,
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
     from dataclasses import replace
 
-    from minillm.hardware import cpu_multiplies_bfloat16
-    from minillm.plan import GIB, Machine, advice, fewest, fitted, table, update_responses
+    from minillm.plan import advice, fewest, fitted, machine_for, summary, table, why_refused
     from minillm.plan import plan as planned
     from minillm.recipe_file import load_recipe, written
 
-    cpu = gpus == 0
-    machine = Machine(
-        max(gpus, 1), _bytes(memory), not cpu, not cpu or cpu_multiplies_bfloat16(), shard, 1e11 if cpu else flops, utilisation
-    )
+    machine, rests_on = machine_for(gpus, None if memory is None else _bytes(memory), flops, utilisation, shard)
     if recipe.is_dir():
         files = sorted(path for path in recipe.rglob("*.yaml") if path.parent != recipe and path.parent.name != "accelerate")
         plans = []
@@ -214,35 +220,20 @@ def plan(
         return load_recipe(recipe, [*(overrides or []), *changes])
 
     loaded = overridden([])
-    found = planned(loaded, machine)
-    if fit is not None:
-        found, loaded = fitted(loaded, machine, overridden)
-        if found.fits:
-            fit.write_text(written(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
-    for phase in found.phases:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sorted(phase.parts.items(), key=lambda part: -part[1]))
-        typer.echo(
-            f"{phase.name}: {phase.peak / GIB:.1f} GiB a process ({parts}); {phase.flops:.1e} operations, {phase.seconds / 3600:.1f} h"
-        )
-    word = "fits" if found.fits else "does not fit"
-    typer.echo(
-        f"{word} in {machine.memory / GIB:.0f} GiB; about {found.hours:.1f} h, estimated for {machine.processes} process(es) at "
-        f"{machine.utilisation:.0%} of {machine.flops:.0e} operations a second (small models: 4 ms a layer)"
-    )
-    trained = (("finetune", loaded.finetune), ("warmup", loaded.warmup.training), ("sft", loaded.sft), ("minillm", loaded.training))
-    sizes = [f"{stage} {update_responses(training, machine)}" for stage, training in trained if stage in loaded.stages]
-    if sizes:
-        typer.echo(f"responses in an update, which grow with the processes: {', '.join(sizes)}")
-    if found.overrides:
-        typer.echo("changed: " + " ".join(found.overrides))
+    if fit is not None and (refused := why_refused(loaded, machine)):
+        raise ValueError(f"{recipe}: {refused}; then --fit")
+    found, shown = (planned(loaded, machine), loaded) if fit is None else fitted(loaded, machine, overridden)
+    typer.echo(summary(shown, found, rests_on))
     if not found.fits:
         largest = max(found.phases, key=lambda phase: phase.peak).name
         smaller = f"nothing that is a setting: {largest} needs GPUs with more memory, or a smaller model"
         typer.echo("what would help: " + ("; ".join(advice(loaded, machine, overridden)) or smaller))
     if fit is not None:
-        typer.echo(f"wrote {fit}" if found.fits else f"no settings make it fit: {fit} is not written")
         if not found.fits:
+            typer.echo(f"no settings make it fit: {fit} is not written")
             raise typer.Exit(1)
+        fit.write_text(written(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
+        typer.echo(f"wrote {fit}")
 
 
 def _bytes(text: str) -> int:

@@ -112,7 +112,7 @@ MUTATIONS = [
     Mutation(
         "padded vocabulary rows drawn by vLLM", "rollout/engine.py", "dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None", "None"
     ),
-    Mutation("small models planned as fast as large ones", "plan.py", "layers * _LAYER if machine.gpu else 0.0", "0.0"),
+    Mutation("small models planned as fast as large ones", "plan/machine.py", "layers * _LAYER if self.gpu else 0.0", "0.0"),
     Mutation("padded vocabulary rows drawn", "data/rollouts.py", "logits[..., : sampling.vocab_size]", "logits"),
     Mutation("targets off by one", "data/batches.py", "torch.arange(first - 1, end - 1)", "torch.arange(first, end)"),
     Mutation("packed documents see each other", "data/batches.py", "places[row, start:] = torch.arange(width - start)", "pass"),

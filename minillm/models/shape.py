@@ -50,9 +50,13 @@ class Shape:
 
     def cached(self, itemsize: int) -> int:
         """Bytes of one token's keys and values."""
-        c = self.config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        return 2 * c.num_hidden_layers * heads * head_size(c) * itemsize
+        return cached_bytes(self.config, itemsize)
+
+
+def cached_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers of a (text) config."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_size(config) * itemsize
 
 
 def shape_of(source: str, keep_layers: int | None = None) -> Shape:

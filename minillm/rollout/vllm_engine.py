@@ -17,18 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minillm.data.rollouts import EngineError, Rollout, Sampling
 from minillm.models.load import head_size
 from minillm.rollout.engine import NamedTensors, Offers, padding_bias
+from minillm.rollout.vllm_memory import CPU_BLOCK, LEAST_CACHE, buffer_bytes, cache_needed, cache_wanted, sequences_at_once
+from minillm.rollout.vllm_memory import GIB as GIB
 
-GIB = 1 << 30
-# On the CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
-_CPU_BLOCK = 32
-# A GPU is shared with the trained model, its optimiser and the teacher; vLLM's own buffers beside weights and cache.
-_MOST_ON_CPU, _BUFFERS = 4 * GIB, 2 * GIB
 # Model types that its CPU build runs by changing transformers' class, of which then no model works in this process but its own; and
 # the sizes of attention heads that the build has kernels for.
 NOT_ON_CPUS = frozenset({"gpt_neox"})
 HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM keeps room for
-_SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it draws from
 
 
 def vllm_is_installed() -> bool:
@@ -47,16 +43,13 @@ def why_not_on_cpus(config: Any) -> str | None:
 def cache_bytes(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of so many sequences of full length (at most: windows of attention are not seen)."""
     config: Any = AutoConfig.from_pretrained(folder).get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    blocks = sequences * (-(-max_length // _CPU_BLOCK) + 1)
-    return 2 * config.num_hidden_layers * heads * head_size(config) * dtype.itemsize * _CPU_BLOCK * blocks
+    return cache_needed(config, max_length=max_length, sequences=sequences, itemsize=dtype.itemsize)
 
 
 def engine_limits(max_length: int, sequences: int) -> dict[str, int]:
     """Sequences drawn from at once, and tokens read in one step: vLLM's defaults are sized for a GPU of its own."""
-    if not torch.cuda.is_available():
-        return {"max_num_seqs": min(max(sequences, 64), 256), "max_num_batched_tokens": max(4096, max_length)}
-    return {"max_num_seqs": min(max(sequences, 16), 256), "max_num_batched_tokens": max(8192, max_length)}
+    gpu = torch.cuda.is_available()
+    return {"max_num_seqs": sequences_at_once(sequences, gpu), "max_num_batched_tokens": max(8192 if gpu else 4096, max_length)}
 
 
 def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype, memory: float | None) -> dict[str, Any]:
@@ -66,21 +59,20 @@ def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtyp
     leave beside the weights and vLLM's buffers.
     """
     needed = cache_bytes(folder, max_length=max_length, sequences=sequences, dtype=dtype)
-    wanted = needed if memory is None else int(memory * GIB)
+    wanted = cache_wanted(needed, memory, gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
-        return {"kv_cache_memory_bytes": wanted if memory is not None else max(min(wanted, _MOST_ON_CPU), GIB // 8)}
+        return {"kv_cache_memory_bytes": wanted}
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
-    rows = engine_limits(max_length, sequences)["max_num_seqs"]
-    buffers = _BUFFERS + _SAMPLER_COPIES * rows * config.get_text_config().vocab_size * 4
+    buffers = buffer_bytes(config.get_text_config().vocab_size, sequences)
     share = min(wanted + weights + buffers, 0.9 * free)
     # The cache's size is said outright: measuring it, vLLM takes memory that another process gives back meanwhile for an error.
     return {
         "gpu_memory_utilization": round(share / total, 3),
-        "kv_cache_memory_bytes": int(max(min(wanted, share - weights - buffers), GIB // 8)),
+        "kv_cache_memory_bytes": int(max(min(wanted, share - weights - buffers), LEAST_CACHE)),
     }
 
 
@@ -172,7 +164,7 @@ class VLLMEngine:
         settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         settings |= memory_settings(folder, max_length=max_length, sequences=sequences, dtype=dtype, memory=memory)
         if cpu:
-            settings |= {"block_size": _CPU_BLOCK, "enforce_eager": True}
+            settings |= {"block_size": CPU_BLOCK, "enforce_eager": True}
             # A seeded request whose prompt is prefilled in parts fails on the CPU: it has no generator offset to rewind.
             settings |= {"enable_chunked_prefill": False}
         else:
