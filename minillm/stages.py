@@ -259,7 +259,7 @@ def _warmup(this: Run) -> None:
         shard_teacher=this.recipe.teacher.shard,
         train_dataset=this.references() if settings.targets == "references" else read_jsonl(this.answers),
         cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
-        eval_dataset=this.validation(),
+        cross_entropy_temperature=settings.cross_entropy_temperature, eval_dataset=this.validation(),
     )  # fmt: skip
     _train(this, trainer, this.warmed, "warmup")
 
