@@ -166,7 +166,7 @@ def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, na
         hidden, head, targets, teacher_hidden, teacher_head, divergence=None if name is None else known[name], temperature=0.7,
         text_temperature=1.0, chunk=7,
         weigh=lambda part, s: (
-            (s.text_logq + s.reverse_kl).sum() + (0 if name is None else s.divergence.sum()),
+            (s.text_logq + s.reverse_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
             TokenWeights(a[part], b[part], c[part], None if name is None else c[part], a[part], b[part]),
         ),
     )  # fmt: skip
@@ -191,7 +191,7 @@ def test_a_served_teachers_zero_is_a_mass_of_zero(least: float, name: str | None
             hidden, head, targets, teacher_rows=TeacherRows(rows.ids, logprobs), chunk=5,
             divergence=None if name is None else DIVERGENCES[name],
             weigh=lambda part, s: (
-                (b[part] * s.reverse_kl + c[part] * s.forward_kl).sum() + (0 if name is None else s.divergence.sum()),
+                (b[part] * s.reverse_kl + c[part] * s.forward_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
                 TokenWeights(None, b[part], c[part], None if name is None else torch.ones_like(b[part])),
             ),
         )  # fmt: skip
@@ -212,7 +212,7 @@ def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -
         hidden, head, targets, teacher_hidden, teacher_head, temperature=0.6, text_temperature=text_temperature, chunk=7,
         divergence=divergences.total_variation,
         weigh=lambda part, s: (
-            (a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)).sum(),
+            (a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)).sum(),  # pyright: ignore
             TokenWeights(c[part], c[part], None, c[part], a[part], b[part]),
         ),
     )  # fmt: skip

@@ -83,8 +83,8 @@ def test_excluded_tokens_are_the_plain_functions_too(kernels: ModuleType, least:
     for ours, theirs in zip(got, want, strict=True):
         assert torch.isfinite(ours).all()
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
-    by = tuple(torch.randn(N, generator=g).to(device) for _ in range(3))
-    rest = (want[0], want[1], want[4], targets, *by, curve, curve, torch.float32, torch.float32)
+    a, b, c = (torch.randn(N, generator=g).to(device) for _ in range(3))
+    rest = (want[0], want[1], want[4], targets, a, b, c, curve, curve, torch.float32, torch.float32)
     grad = kernels.differentiate(student, teacher, *rest)
     assert torch.isfinite(grad).all()
     torch.testing.assert_close(grad, plain._differentiate(student, teacher, *rest), rtol=2e-5, atol=2e-6)

@@ -217,6 +217,7 @@ def test_text_is_fitted_at_its_own_temperature(pair: tuple[str, str], tmp_path: 
         assert trainer.state.log_history[0]["text_nll"] == pytest.approx(float(torch.cat(nll).mean()), rel=1e-5)
         after = trainer.model.state_dict()  # pyright: ignore
         for name, parameter in student.named_parameters():
+            assert parameter.grad is not None
             step = 0.5 * parameter.grad
             assert float((after[name].double() - (parameter.detach() - step)).norm()) < 1e-4 * float(step.norm()) + 1e-6, name
 
