@@ -209,7 +209,9 @@ class WarmupConfig(Section):
     targets: Literal["teacher", "references"] = "teacher"
     """Answers of the teacher (SeqKD), or those in the data (SFT, word-level KD)."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits of student and teacher in the loss."""
+    """Divides the logits of student and teacher in D."""
+    cross_entropy_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the student's logits in the cross-entropy: at 1 it is the student as it samples that is fitted to the answers."""
     training: dict[str, Any] = {}
     """`transformers.TrainingArguments` of this stage."""
 
@@ -366,8 +368,9 @@ class Objective(Section):
     length_norm: bool = True
     """Divide a return by its number of summands (equation 6 of the paper): sums favour short responses."""
     baseline: Literal["none", "centre", "whiten", "whiten_padded"] = "centre"
-    """`centre`: subtract the mean sampled return of the rollout batch. `whiten`: mean and spread of the micro-batch;
-    `whiten_padded`: its padding counted as zeros, as the authors' code does."""
+    """`centre`: subtract the mean return of a token of the batch's other responses (leave-one-out); for expected rewards the student
+    reads the rollouts once more, before it trains on them. `whiten`: mean and spread of the micro-batch; `whiten_padded`: its padding
+    counted as zeros, as the authors' code does."""
     importance: Literal["none", "token", "prefix"] = "token"
     """Long-term weight: none, ρ_t, or the per-decision product ρ_1…ρ_k (equation B of `minillm.loss.credit`)."""
     old_logprobs: Literal["engine", "trainer"] = "engine"
@@ -377,7 +380,11 @@ class Objective(Section):
     """Upper bound of an importance weight and, without `clip`, of the ratio q_θ/q_old, in which the numbers of the engine
     that drew and of the trainer may differ."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
-    """ε of min(ρ̂·A, clip(ρ̂, 1±ε)·A), ρ̂ = q_θ/q_old (the paper after PPO); none: the plain ratio."""
+    """ε of min(ρ̂·A, clip(ρ̂, 1±ε)·A), ρ̂ = q_θ/q_old (the paper after PPO); none: the plain ratio. It bounds the ratio where A > 0."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """With `clip`, upper bound of the ratio where A < 0 (after arXiv 1912.09729; a token beyond it still counts, as much as the
+    bound), where an engine that gives a token e^5 times less than the trainer would weigh it e^5 times. None in the paper and in the
+    authors' code, nor in their presets."""
     weight_in_clip: bool = False
     """Clip w·ρ̂ (the authors' code) rather than ρ̂ (the paper)."""
     divergence: DivergenceConfig = DivergenceConfig(name="reverse_kl")
@@ -392,6 +399,8 @@ class Objective(Section):
     """Coefficient of −log q on text (L_PT of algorithm 1), which keeps what pre-training taught; only where text is given."""
     language_model_distill: Share = 0.0
     """Share of that term which is forward KL to the teacher (0.5 in the authors' code)."""
+    language_model_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits in that term, whatever `rollout.temperature` divides them by in the others."""
     language_model_block: Annotated[int, Field(ge=2)] = 512
     """Tokens in a block of text; documents that share a block do not see each other."""
     normalise: Literal["update_tokens", "micro_batch_tokens"] = "update_tokens"
@@ -410,6 +419,8 @@ class Objective(Section):
     def _combinations(self) -> Objective:
         if self.weight_in_clip and self.clip is None:
             raise ValueError("weight_in_clip needs clip (a number between 0 and 1)")
+        if self.clip and self.dual_clip and self.dual_clip <= 1 + self.clip:
+            raise ValueError(f"dual_clip ({self.dual_clip:g}) bounds what clip does not: it must be above 1 + clip ({1 + self.clip:g})")
         if self.reward == "expected" and (self.reward_scale != 1.0 or self.reward_clip is not None):
             raise ValueError("reward_scale and reward_clip apply to reward: sampled; the expected reward is -KL as it is")
         if self.reward == "expected" and self.baseline.startswith("whiten"):
@@ -455,10 +466,10 @@ class Objective(Section):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {},
-    "paper": {"reward": "sampled", "baseline": "none", "single_step_weight": "token"},
+    "paper": {"reward": "sampled", "baseline": "none", "single_step_weight": "token", "dual_clip": None},
     "reference": {
         "reward": "sampled", "reward_scale": 0.5, "reward_clip": 100.0, "discount": 0.95, "return_from": "current",
-        "baseline": "whiten_padded", "weight_in_clip": True, "language_model_distill": 0.5,
+        "baseline": "whiten_padded", "dual_clip": None, "weight_in_clip": True, "language_model_distill": 0.5,
         "old_logprobs": "trainer", "normalise": "micro_batch_tokens",
     },
     "exact": {

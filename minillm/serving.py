@@ -7,7 +7,6 @@ while and tried again. Nothing is drawn twice: a request that failed is asked ag
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import threading
@@ -21,6 +20,7 @@ import httpx
 from tqdm.auto import tqdm
 
 from minillm.data.rollouts import EngineError
+from minillm.loss.floor import LOG_ZERO
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 T = TypeVar("T")
@@ -259,21 +259,36 @@ class Completion:
     stopped: bool  # before the limit
 
 
+def checked_logprob(value: float) -> float:
+    """A log-probability as a server tells it, at least `LOG_ZERO`.
+
+    Raises:
+        ValueError: it is above 0 (beyond rounding) or not a number.
+    """
+    if not value <= 1e-3:
+        raise ValueError(f"{value} is no log-probability")
+    return max(float(value), LOG_ZERO)
+
+
 def read_completion(answer: Any, named: Sequence[int] = (), tables: bool = True) -> Completion:
-    """What a server's answer holds, checked; `named`: tokens that the first place's table must have."""
+    """What a server's answer holds, checked; `named`: tokens that the first place's table must have.
+
+    What was drawn has a probability. Others may have none: −inf, or −9999 where JSON has to stand for it, counts as `LOG_ZERO`.
+    """
     [choice] = answer["choices"]
     if choice["finish_reason"] not in ("stop", "length"):
         raise ValueError(f"finish_reason {choice['finish_reason']!r}")
     ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
     if not ids or len(ids) != len(logprobs) or not all(isinstance(token, int) for token in ids):
         raise ValueError(f"{len(ids)} tokens with {len(logprobs)} log-probabilities")
-    if not all(math.isfinite(value) and value <= 1e-3 for value in logprobs):
-        raise ValueError("log-probabilities that are none")
+    if any(checked_logprob(value) == LOG_ZERO for value in logprobs):
+        raise ValueError("a token that was drawn with a probability of 0")
     stopped = choice["finish_reason"] == "stop"
     if not tables:
         return Completion(ids, logprobs, [], stopped)
     found = [
-        {int(name.removeprefix("token_id:")): float(value) for name, value in table.items()} for table in choice["logprobs"]["top_logprobs"]
+        {int(name.removeprefix("token_id:")): checked_logprob(value) for name, value in table.items()}
+        for table in choice["logprobs"]["top_logprobs"]
     ]
     if len(found) != len(ids) or not set(named) <= found[0].keys():
         raise ValueError("log-probabilities that were asked for are missing")

@@ -257,7 +257,7 @@ def _warmup(this: Run) -> None:
         shard_teacher=this.recipe.teacher.shard,
         train_dataset=_warmup_rows(this),
         cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
-        eval_dataset=this.validation(),
+        cross_entropy_temperature=settings.cross_entropy_temperature, eval_dataset=this.validation(),
     )  # fmt: skip
     _train(this, trainer, this.warmed, "warmup", final="minillm" not in this.recipe.stages)
 

@@ -90,8 +90,18 @@ MUTATIONS = [
     Mutation(
         "importance weight left out", "loss/objective.py", 'kinds = {"none": ones, "token": token}', 'kinds = {"none": ones, "token": ones}'
     ),
-    Mutation("prefix weight one token late", "loss/credit.py", "before = (total - logs - base).exp()", "before = (total - base).exp()"),
-    Mutation("baseline of unweighted rewards", "loss/credit.py", "rewards = rewards * token_weights(tokens)", "rewards = rewards * 1.0"),
+    Mutation(
+        "prefix weight one token late",
+        "loss/credit.py",
+        "for sums in (total - logs - base, total - base)",
+        "for sums in (total - base, total - base)",
+    ),
+    Mutation(
+        "baseline of unweighted rewards",
+        "loss/credit.py",
+        "sampled_rewards(tokens, objective) * token_weights(tokens)",
+        "sampled_rewards(tokens, objective)",
+    ),
     Mutation("rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"),
     Mutation("whitened without the padding", "loss/objective.py", 'slots if objective.baseline == "whiten_padded" else None', "None"),
     Mutation(
@@ -171,7 +181,31 @@ MUTATIONS = [
         "ones",
     ),
     Mutation("token weights not truncated", "loss/objective.py", "token_weights(tokens, truncation)", "token_weights(tokens)"),
-    Mutation("ratio not truncated", "loss/objective.py", "ratio.clamp(max=objective.importance_truncation or torch.inf)", "ratio"),
+    Mutation("ratio not truncated", "loss/objective.py", "objective.importance_truncation if objective.clip is None else None", "None"),
+    Mutation(
+        "ratio bounded on one side",
+        "loss/objective.py",
+        "ratio = torch.where(advantages < 0, ratio.clamp(max=objective.dual_clip), ratio)",
+        "pass",
+    ),
+    Mutation("ratio that overflows", "loss/credit.py", "weights = logs.clamp(max=_MOST).exp()", "weights = logs.exp()"),
+    Mutation(
+        "a response in its own baseline", "loss/credit.py", "(total(sums.sum()) - sums) / others", "total(sums.sum()) / total(counts.sum())"
+    ),
+    Mutation("no floor under what a model excludes", "loss/token_scores.py", "torch.maximum(z, (log_p + LOG_ZERO)[:, None])", "z"),
+    Mutation(
+        "text fitted at the rollouts' temperature",
+        "loss/token_scores.py",
+        "targets[part], text_curve, text_teacher_curve, wide)",
+        "targets[part], curve, teacher_curve, wide)",
+    ),
+    Mutation(
+        "a gradient norm that is none trained on",
+        "train/finite.py",
+        "excused = math.isfinite(size) or self._scales_down()",
+        "excused = True",
+    ),
+    Mutation("a state that is none saved", "train/finite.py", "self._trainer.check_state()", "pass"),
     Mutation(
         "entropy and forward KL swapped",
         "loss/objective.py",
@@ -201,8 +235,8 @@ MUTATIONS = [
     Mutation(
         "another divergence without the head's slope",
         "loss/token_scores.py",
-        "share = by_logits * curve.slope(logits.detach())",
-        "share = by_logits",
+        "(by_logits * curve.slope(logits.detach()))",
+        "by_logits",
     ),
     Mutation(
         "stop strings looked for in drafts alone",
@@ -210,9 +244,7 @@ MUTATIONS = [
         "if sampling.stop is not None or row.ids[-1] in sampling.eos_ids else None",
         "if row.ids[-1] in sampling.eos_ids else None",
     ),
-    Mutation(
-        "replayed rollouts taken for fresh ones", "train/on_policy.py", "self._keep_for_replay(drawn.rollouts)", "self._keep_for_replay([])"
-    ),
+    Mutation("replayed rollouts taken for fresh ones", "train/on_policy.py", "self._others.keep(drawn.rollouts)", "self._others.keep([])"),
     Mutation("answers of a process that was swapped meanwhile believed", "serving.py", " and born == server.born\n", "\n"),
     Mutation("a restart that fails no request unnoticed", "serving.py", "server.born is None or server.started() == server.born", "True"),
     Mutation(
@@ -254,7 +286,7 @@ MUTATIONS = [
         "return through + (call.loss - through).detach(), call.scores",
         "return through, call.scores",
     ),
-    Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "trainer":\n', "if False:\n"),
+    Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "engine":\n', "if True:\n"),
 ]
 
 

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.loss.floor import LOG_ZERO
 from minillm.recipe import Objective
 
 _WALK = 512
+_MOST = 20.0  # log of the greatest weight: with rewards, states and their squares it stays far from float32's end
 
 
 @dataclass
@@ -29,8 +31,9 @@ class SampledTokens:
     """What sampling left behind, flat over the responses of a batch.
 
     student_logprobs: log q_old(y). behaviour_logprobs: log p̃(y), of the distribution that drew y.
-    teacher_logprobs: log p(y). Each [N] float32. lengths: [B]. reverse_kl: KL(q_old‖p) where the token was drawn, [N];
-    None until the tokens have been scored once.
+    teacher_logprobs: log p(y). Each [N] float32, and none below `LOG_ZERO` (see `floor`): a token that the teacher excludes may
+    have been drawn all the same. lengths: [B]. reverse_kl: KL(q_old‖p) where the token was drawn, [N]; None until the tokens have
+    been scored once.
     """
 
     student_logprobs: Tensor
@@ -38,6 +41,10 @@ class SampledTokens:
     teacher_logprobs: Tensor
     lengths: Tensor
     reverse_kl: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("student_logprobs", "behaviour_logprobs", "teacher_logprobs"):
+            setattr(self, name, getattr(self, name).clamp(min=LOG_ZERO))
 
     def to(self, device: torch.device) -> SampledTokens:
         moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
@@ -74,22 +81,25 @@ def known_rewards(tokens: SampledTokens, objective: Objective) -> Tensor | None:
     return None if tokens.reverse_kl is None else -tokens.reverse_kl
 
 
-def token_weights(tokens: SampledTokens, truncation: float | None = None) -> Tensor:
-    """ρ_t = q_old(y_t)/p̃(y_t), at most 1/(1−α). [N]"""
-    weights = (tokens.student_logprobs - tokens.behaviour_logprobs).exp()
+def importance_weights(logs: Tensor, truncation: float | None = None) -> Tensor:
+    """exp(logs), at most `truncation`, and at most e^20 in any case: two models may differ by hundreds of nats, and infinity times
+    an advantage of 0 is not a number."""
+    weights = logs.clamp(max=_MOST).exp()
     return weights if truncation is None else weights.clamp(max=truncation)
 
 
+def token_weights(tokens: SampledTokens, truncation: float | None = None) -> Tensor:
+    """ρ_t = q_old(y_t)/p̃(y_t), at most 1/(1−α). [N]"""
+    return importance_weights(tokens.student_logprobs - tokens.behaviour_logprobs, truncation)
+
+
 def prefix_weights(tokens: SampledTokens, truncation: float | None = None) -> tuple[Tensor, Tensor]:
-    """W_{t−1} and W_t, the products of ρ before and including each token. Each [N]."""
+    """W_{t−1} and W_t, the products of ρ before and including each token; as bounded as each factor. Each [N]."""
     logs = (tokens.student_logprobs - tokens.behaviour_logprobs).double()
     total = logs.cumsum(0)
     starts = tokens.lengths.cumsum(0) - tokens.lengths
     base = torch.repeat_interleave((total - logs)[starts.clamp(max=max(len(logs) - 1, 0))], tokens.lengths)
-    including = (total - base).exp()
-    before = (total - logs - base).exp()
-    if truncation is not None:
-        including, before = including.clamp(max=truncation), before.clamp(max=truncation)
+    before, including = (importance_weights(sums, truncation) for sums in (total - logs - base, total - base))
     return before.to(tokens.student_logprobs.dtype), including.to(tokens.student_logprobs.dtype)
 
 
@@ -144,17 +154,31 @@ def summands(tokens: SampledTokens, objective: Objective) -> Tensor:
 
 
 def return_sum(tokens: SampledTokens, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Sum and count of the sampled returns that a baseline averages: those that have a summand.
+    """Of each response, the sum of the returns that a baseline averages, and their count: those that have a summand. Each [B].
 
-    Expected rewards get the baseline of ρ_k r_k: tokens are drawn from p̃, under which the mean of r_k is not −KL_k but
-    that of ρ_k r_k is.
+    Expected rewards of tokens not scored yet are estimated by ρ_k r_k: tokens are drawn from p̃, under which the mean of r_k is
+    not −KL_k but that of ρ_k r_k is.
     """
-    rewards = sampled_rewards(tokens, objective)
-    if objective.reward == "expected":
-        rewards = rewards * token_weights(tokens)
+    rewards = known_rewards(tokens, objective)
+    if rewards is None:
+        rewards = sampled_rewards(tokens, objective) * token_weights(tokens)
     has_future = summands(tokens, objective) > 0
-    values = returns(rewards, tokens, objective)[has_future]
-    return values.double().sum(), has_future.sum()
+    values = returns(rewards, tokens, objective).double() * has_future
+    sums = torch.stack([values, has_future.double()])
+    nothing = sums.new_zeros(2, len(tokens.lengths))
+    total, count = nothing.index_add(1, tokens.segments, sums).unbind()
+    return total, count
+
+
+def baselines(tokens: SampledTokens, objective: Objective, total: Callable[[Tensor], float] = float) -> Tensor:
+    """For each response, the mean return of a token of the others (leave-one-out, so that it biases nothing); 0 without others. [B]
+
+    Args:
+        total: sum of a scalar over processes.
+    """
+    sums, counts = return_sum(tokens, objective)
+    others = total(counts.sum()) - counts
+    return (total(sums.sum()) - sums) / others.clamp(min=1) * (others > 0)
 
 
 def whiten(values: Tensor, slots: int | None = None, total: Callable[[Tensor], float] = float) -> Tensor:

@@ -2,7 +2,7 @@
 
 The readable reference, differentiable by autograd in whatever dtype the logits have: `token_scores` gives the two KLs
 without ever holding [T, V]. q is the student's softmax(logits / temperature), p the teacher's; no value is multiplied
-by temperature².
+by temperature². A token that either model excludes (a logit of −inf) has the log-probability `LOG_ZERO` of `floor`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from minillm.loss.floor import floored_log_softmax
 from minillm.recipe import DivergenceConfig
 
 
@@ -88,41 +89,46 @@ def alpha_beta(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.
 
         −1/(αβ) Σ_v [ p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β) ]
 
-    and its limits where α, β or α+β is 0; α = 1, β = 0 is the forward KL, α = 0, β = 1 the reverse KL.
+    and its limits where α, β or α+β is 0; α = 1, β = 0 is the forward KL, α = 0, β = 1 the reverse KL. A power is at most e^60,
+    which only negative ones of a token that a model all but excludes can exceed.
     """
     q, p = _logs(student_logits, teacher_logits, temperature)
     total = alpha + beta
     if math.isclose(alpha, 0.0, abs_tol=1e-12) and math.isclose(beta, 0.0, abs_tol=1e-12):
         return ((p - q) ** 2).sum(-1) / 2
     if math.isclose(alpha, 0.0, abs_tol=1e-12):
-        pb, qb = (beta * p).exp(), (beta * q).exp()
+        pb, qb = _power(beta * p), _power(beta * q)
         return (qb * beta * (q - p) - qb + pb).sum(-1) / beta**2
     if math.isclose(beta, 0.0, abs_tol=1e-12):
-        pa, qa = (alpha * p).exp(), (alpha * q).exp()
+        pa, qa = _power(alpha * p), _power(alpha * q)
         return (pa * alpha * (p - q) - pa + qa).sum(-1) / alpha**2
     if math.isclose(total, 0.0, abs_tol=1e-12):
         ratio = alpha * (q - p)
-        return (ratio + (-ratio).exp() - 1).sum(-1) / alpha**2
-    cross = (alpha * p + beta * q).exp()
-    own = (alpha * (total * p).exp() + beta * (total * q).exp()) / total
+        return (ratio + _power(-ratio) - 1).sum(-1) / alpha**2
+    cross = _power(alpha * p + beta * q)
+    own = (alpha * _power(total * p) + beta * _power(total * q)) / total
     return -(cross - own).sum(-1) / (alpha * beta)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """−Σ_v q(v) log q(v)."""
-    logq = torch.log_softmax(logits / temperature, dim=-1)
+    logq = floored_log_softmax(logits / temperature)
     return -(logq.exp() * logq).sum(-1)
 
 
 def _logs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    q, p = (torch.log_softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
+    q, p = (floored_log_softmax(logits / temperature) for logits in (student_logits, teacher_logits))
     return q, p
 
 
 def _kl(a: Tensor, b: Tensor) -> Tensor:
     return (a.exp() * (a - b)).sum(-1)
+
+
+def _power(logs: Tensor) -> Tensor:
+    return logs.clamp(max=60.0).exp()
 
 
 def _mix(a: Tensor, b: Tensor, share: float) -> Tensor:

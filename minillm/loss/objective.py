@@ -2,7 +2,8 @@
 
     L = single_step · Σ_t v_t KL_t  −  long_term · Σ_t w_t min(ρ̂_t A_t, clip(ρ̂_t, 1±ε) A_t)  +  language model
 
-divided by a token count. ρ̂ = q_θ/q_old; A, w and v come from `credit`.
+divided by a token count. ρ̂ = q_θ/q_old; A, w and v come from `credit`. Where A < 0 the minimum leaves ρ̂ unbounded above:
+`dual_clip` bounds it there.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class OnPolicyLoss:
 
     Args:
         tokens: the sampled responses; the first N tokens of the batch.
-        baseline: mean sampled return of the rollout batch (`baseline: centre`).
+        baseline: what `baseline: centre` subtracts from the returns, one for all or one a token [N]; see `credit.baselines`.
         count, text_count: divisors of the two kinds of token.
         slots: B × max_new_tokens, for `whiten_padded`.
         total: sum of a scalar over processes, for whitening.
@@ -46,15 +47,15 @@ class OnPolicyLoss:
     """
 
     def __init__(
-        self, objective: Objective, tokens: SampledTokens, *, baseline: float = 0.0, count: float | Tensor = 1.0,
+        self, objective: Objective, tokens: SampledTokens, *, baseline: float | Tensor = 0.0, count: float | Tensor = 1.0,
         text_count: float | Tensor = 1.0, slots: int | None = None, total: Callable[[Tensor], float] = float,
     ) -> None:  # fmt: skip
         self._objective, self._tokens = objective, tokens
         self._count, self._text_count = count, text_count
         self._n = len(tokens.student_logprobs)
         self._summands = credit.summands(tokens, objective)
-        self._baseline = baseline if objective.baseline == "centre" else 0.0
         ones = torch.ones_like(tokens.student_logprobs)
+        self._baseline = ones * baseline if objective.baseline == "centre" else torch.zeros_like(ones)
         truncation = objective.importance_truncation
         before, including = credit.prefix_weights(tokens, truncation)
         token = credit.token_weights(tokens, truncation)
@@ -93,17 +94,18 @@ class OnPolicyLoss:
         self.reverse_kl[part] = scores.reverse_kl
         advantages = self._future(part, scores.reverse_kl) if self._advantages is None else self._advantages[part]
         weights = self._weights[part]
-        ratio = (scores.logq - old).exp()
+        # A ratio beyond its bound is truncated, not cut off: a token far off policy still counts, as much as the bound.
+        ratio = credit.importance_weights(scores.logq - old, objective.importance_truncation if objective.clip is None else None)
         if objective.weight_in_clip:
             ratio, weights = ratio * weights, torch.ones_like(weights)
-        gain, active = ratio * advantages, torch.ones_like(ratio, dtype=torch.bool)
+        if objective.clip is not None and objective.dual_clip is not None:
+            ratio = torch.where(advantages < 0, ratio.clamp(max=objective.dual_clip), ratio)
+        gain = surrogate = ratio * advantages
+        active = torch.ones_like(ratio, dtype=torch.bool)
         if objective.clip is not None:
             clipped = ratio.clamp(1 - objective.clip, 1 + objective.clip) * advantages
             active = gain <= clipped
             surrogate = torch.minimum(gain, clipped)
-        else:
-            # Truncated, not cut off: a token far off policy still counts, as much as the bound.
-            gain = surrogate = ratio.clamp(max=objective.importance_truncation or torch.inf) * advantages
         single = objective.single_step * self._single_weights[part] / self._count
         long = objective.long_term / self._count
         field, exact = single_step_score(objective.divergence, scores)
@@ -121,18 +123,18 @@ class OnPolicyLoss:
         return loss, replace(TokenWeights(logq=by_logq), **{field: single})
 
     def _text(self, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
-        """λ·[(1−s)·(−log q(y)) + s·KL(p‖q)] over text tokens."""
+        """λ·[(1−s)·(−log q(y)) + s·KL(p‖q)] over text tokens, at the temperature of text."""
         objective = self._objective
         share = objective.language_model_distill
         scale = torch.ones_like(scores.logq) * (objective.language_model / self._text_count)
-        loss = scale * ((1 - share) * -scores.logq + share * scores.forward_kl)
-        self.tally.add(text_tokens=torch.ones_like(scores.logq), text_nll=-scores.logq, language_model_loss=loss)
-        return loss.sum(), TokenWeights(logq=-scale * (1 - share), forward_kl=scale * share)
+        loss = scale * ((1 - share) * -scores.text_logq + share * scores.text_forward_kl)
+        self.tally.add(text_tokens=torch.ones_like(scores.logq), text_nll=-scores.text_logq, language_model_loss=loss)
+        return loss.sum(), TokenWeights(text_logq=-scale * (1 - share), text_forward_kl=scale * share)
 
     def _future(self, part: slice, reverse_kl: Tensor) -> Tensor:
         """Advantages from expected rewards −KL_k of tokens scored for the first time, on the walk."""
         value = self._walk(part, -reverse_kl * self._reward_weights[part])
-        return self._finish(value, self._summands[part], self._objective.length_norm)
+        return self._finish(value, part, self._objective.length_norm)
 
     def _known(self, rewards: Tensor, slots: int | None, total: Callable[[Tensor], float]) -> Tensor:
         """Advantages from rewards that are all there beforehand."""
@@ -140,12 +142,13 @@ class OnPolicyLoss:
         value = credit.returns(rewards * self._reward_weights, self._tokens, objective)
         if objective.baseline.startswith("whiten"):
             return credit.whiten(value, slots if objective.baseline == "whiten_padded" else None, total)
-        return self._finish(value, self._summands, divide=False)
+        return self._finish(value, slice(None), divide=False)
 
-    def _finish(self, value: Tensor, summands: Tensor, divide: bool) -> Tensor:
+    def _finish(self, value: Tensor, part: slice, divide: bool) -> Tensor:
+        summands = self._summands[part]
         if divide:
             value = value / summands.clamp(min=1)
-        centred = value - self._baseline
+        centred = value - self._baseline[part]
         if self._objective.length_norm:
             # The mean of no rewards is undefined: such a token is judged by the single step alone, so that ending a
             # response is neither rewarded nor punished for having no future.
@@ -170,7 +173,7 @@ def extra_divergence(divergence: DivergenceConfig) -> Divergence | None:
 
 
 class SupervisedLoss:
-    """λ·CE + (1−λ)·D on fixed responses: with D = KL(p‖q) the paper's word-level distillation."""
+    """λ·CE + (1−λ)·D on fixed responses: with D = KL(p‖q) the paper's word-level distillation. CE is at the temperature of text."""
 
     def __init__(self, cross_entropy: float, count: float | Tensor, divergence: DivergenceConfig | None = None) -> None:
         self._share, self._count = cross_entropy, count
@@ -180,14 +183,14 @@ class SupervisedLoss:
     def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
         ones = torch.ones_like(scores.logq) / self._count
         if self._share == 1:  # fine-tuning, where there need be no teacher
-            self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.logq, entropy=scores.entropy)
-            return (ones * -scores.logq).sum(), TokenWeights(logq=-ones)
+            self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, entropy=scores.entropy)
+            return (ones * -scores.text_logq).sum(), TokenWeights(text_logq=-ones)
         field, value = single_step_score(self._divergence, scores)
-        loss = ones * (self._share * -scores.logq + (1 - self._share) * value)
+        loss = ones * (self._share * -scores.text_logq + (1 - self._share) * value)
         if field == "divergence":
             self.tally.add(divergence=value)
         self.tally.add(
-            tokens=torch.ones_like(ones), cross_entropy=-scores.logq, forward_kl=scores.forward_kl,
+            tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, forward_kl=scores.forward_kl,
             reverse_kl=scores.reverse_kl, entropy=scores.entropy,
         )  # fmt: skip
-        return loss.sum(), replace(TokenWeights(logq=-ones * self._share), **{field: ones * (1 - self._share)})
+        return loss.sum(), replace(TokenWeights(text_logq=-ones * self._share), **{field: ones * (1 - self._share)})

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from minillm.data.rollouts import TeacherRows
 from minillm.hardware import cpu_multiplies_bfloat16
+from minillm.loss.floor import LOG_ZERO
 
 CHUNK = 512
 # Below this many logits a chunk is not worth compiling for. Float32 states stay eager: the compiled sums over a
 # vocabulary carry 4e-5 of relative error, which bfloat16 states hide and float32 ones would not.
 _COMPILE_FROM = 1 << 22
-_LEAST = -80.0  # log of a mass that is none
 
 
 @dataclass
@@ -56,6 +56,7 @@ class TokenScores:
 
     logq, logp: log-probability of the token itself. reverse_kl: KL(q‖p). forward_kl: KL(p‖q). entropy: of q.
     Without a teacher logp is logq, and both divergences are zero. divergence: of another kind, where one was given.
+    text_logq, text_forward_kl: logq and forward_kl at the temperature of text. No log-probability is below `LOG_ZERO` (see `floor`).
     """
 
     logq: Tensor
@@ -64,19 +65,28 @@ class TokenScores:
     forward_kl: Tensor
     entropy: Tensor
     divergence: Tensor | None = None
+    text_logq: Tensor = None  # pyright: ignore[reportAssignmentType]
+    text_forward_kl: Tensor = None  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        if self.text_logq is None:
+            self.text_logq, self.text_forward_kl = self.logq, self.forward_kl
 
 
 @dataclass
 class TokenWeights:
     """Derivatives of the loss by a token's scores [N]; each may be None for zero.
 
-    logq: by log q(y). reverse_kl: by KL(q‖p). forward_kl: by KL(p‖q). divergence: by the one that was given.
+    logq: by log q(y). reverse_kl: by KL(q‖p). forward_kl: by KL(p‖q). divergence: by the one that was given. text_logq,
+    text_forward_kl: by these at the temperature of text.
     """
 
     logq: Tensor | None = None
     reverse_kl: Tensor | None = None
     forward_kl: Tensor | None = None
     divergence: Tensor | None = None
+    text_logq: Tensor | None = None
+    text_forward_kl: Tensor | None = None
 
 
 # Given a chunk's place and scores, the loss it contributes and the loss's derivatives. Called from the last chunk to
@@ -97,6 +107,7 @@ def token_scores(
     weigh: Weigh | None = None,
     divergence: Divergence | None = None,
     temperature: float = 1.0,
+    text_temperature: float | None = None,
     width: int | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, TokenScores]:
@@ -114,14 +125,16 @@ def token_scores(
         divergence: one more to score by, besides the two KLs: any function that autograd can differentiate. It costs some
             passes over a chunk's logits, and no matmul.
         temperature: divides the logits of both.
+        text_temperature: divides them for `text_logq` and `text_forward_kl`; by default the same. Another one costs two passes over a
+            chunk's logits, and no matmul.
 
     Returns:
         The loss, a scalar that backpropagates into `hidden`, `head.weight` and `head.bias`; and the scores.
     """
     outs: list[TokenScores] = []
     loss = _GradientInForward.apply(
-        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, width,
-        chunk, outs,
+        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature,
+        temperature if text_temperature is None else text_temperature, width, chunk, outs,
     )  # fmt: skip
     return loss, outs[0]
 
@@ -129,8 +142,8 @@ def token_scores(
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, width,
-        chunk, outs,
+        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature,
+        text_temperature, width, chunk, outs,
     ):  # fmt: skip
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
@@ -141,24 +154,26 @@ class _GradientInForward(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             return _forward(
                 ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, teacher_rows, weigh,
-                divergence, temperature, width, chunk, outs, dtype, rounded,
+                divergence, temperature, text_temperature, width, chunk, outs, dtype, rounded,
             )  # fmt: skip
 
     @staticmethod
     def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
-        return *grads, *(None,) * 11
+        return *grads, *(None,) * 12
 
 
 def _forward(
-    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, width, chunk, outs, dtype,
-    rounded,
+    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, text_temperature, width,
+    chunk, outs, dtype, rounded,
 ) -> Tensor:  # fmt: skip
     n = len(targets)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    kept = [field.name for field in fields(TokenScores) if field.name != "divergence" or divergence is not None]
-    scores = TokenScores(*(hidden.new_zeros(n, dtype=wide) for _ in kept))
+    apart = text_temperature != temperature
+    left_out = ({"divergence"} if divergence is None else set()) | (set() if apart else {"text_logq", "text_forward_kl"})
+    kept = [field.name for field in fields(TokenScores) if field.name not in left_out]
+    scores = TokenScores(**{name: hidden.new_zeros(n, dtype=wide) for name in kept})
     outs.append(scores)
     loss = hidden.new_zeros((), dtype=wide)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -175,12 +190,14 @@ def _forward(
     weight, curve = head.weight.detach().to(dtype), _Curve.of(head, temperature, wide)
     states = hidden.detach().to(dtype)
     teacher_curve = curve
+    text_curve = text_teacher_curve = curve._replace(temperature=float(text_temperature))
     if teacher_hidden is not None:
         teacher_head = teacher_head.narrow(width)
         teacher_weight, teacher_curve = teacher_head.weight.detach().to(dtype), _Curve.of(teacher_head, temperature, wide)
+        text_teacher_curve = teacher_curve._replace(temperature=float(text_temperature))
         teacher_hidden = teacher_hidden.to(dtype)
     elif teacher_rows is not None:
-        teacher_curve = _Curve(None, 1.0, None, 1.0)
+        teacher_curve = text_teacher_curve = _Curve(None, 1.0, None, 1.0)
 
     measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], hidden.device, wide, rounded)
     for start in range((max(n, 1) - 1) // chunk * chunk, -1, -chunk):
@@ -194,8 +211,11 @@ def _forward(
             teacher = _filled_in(curve.logits(student, wide), teacher_rows.ids[part], teacher_rows.logprobs[part])
         else:
             teacher = student
-        normaliser, teacher_normaliser, *values = measure(student, teacher, targets[part], curve, teacher_curve, wide)
-        here = TokenScores(*values)
+        *normalisers, logq, logp, reverse, forward, entropy = measure(student, teacher, targets[part], curve, teacher_curve, wide)
+        here = TokenScores(logq, logp, reverse, forward, entropy)
+        if apart:
+            measured = measure(student, teacher, targets[part], text_curve, text_teacher_curve, wide)
+            *text_normalisers, here.text_logq, _, text_reverse, here.text_forward_kl, _ = measured
         if divergence is not None:
             with torch.enable_grad():
                 logits = curve.logits(student, wide).requires_grad_()
@@ -210,23 +230,26 @@ def _forward(
         if not wants_grad:
             continue
         zero = torch.zeros_like(here.logq)
-        by_logq, by_reverse, by_forward = (
-            zero if w is None else w.to(wide) for w in (weights.logq, weights.reverse_kl, weights.forward_kl)
-        )
+        by = {name: zero if w is None else w.to(wide) for name, w in vars(weights).items()}
         unit = None
         if dtype == torch.float16:
             # Shares of a token count are too small for float16, and no loss scale has reached them yet.
-            largest = [w.abs().max() for w in (by_logq, by_reverse, by_forward, weights.divergence) if w is not None]
-            unit = torch.stack(largest).max().to(wide).clamp(min=1e-30)
-            by_logq, by_reverse, by_forward = by_logq / unit, by_reverse / unit, by_forward / unit
+            unit = torch.stack([w.abs().max() for w in by.values()]).max().clamp(min=1e-30)
+            by = {name: w / unit for name, w in by.items()}
+        if not apart:
+            by["logq"], by["forward_kl"] = by["logq"] + by["text_logq"], by["forward_kl"] + by["text_forward_kl"]
         grad = differentiate(
-            student, teacher, normaliser, teacher_normaliser, here.reverse_kl, targets[part], by_logq, by_reverse,
-            by_forward, curve, teacher_curve, wide, dtype,
+            student, teacher, *normalisers, here.reverse_kl, targets[part], by["logq"], by["reverse_kl"], by["forward_kl"],
+            curve, teacher_curve, wide, dtype,
         )  # fmt: skip
+        if apart and not (weights.text_logq is None and weights.text_forward_kl is None):
+            grad = grad + differentiate(
+                student, teacher, *text_normalisers, text_reverse, targets[part], by["text_logq"], zero, by["text_forward_kl"],
+                text_curve, text_teacher_curve, wide, dtype,
+            )  # fmt: skip
         if divergence is not None and weights.divergence is not None:
-            [by_logits] = torch.autograd.grad(other, logits, weights.divergence.to(wide))
-            share = by_logits * curve.slope(logits.detach())
-            grad = grad + (share if unit is None else share / unit).to(dtype)
+            [by_logits] = torch.autograd.grad(other, logits, by["divergence"])
+            grad = grad + (by_logits * curve.slope(logits.detach())).to(dtype)
         del student, teacher
         if grad_hidden is not None:
             grad_hidden[part] = _scaled(grad @ weight, unit)
@@ -247,7 +270,7 @@ def _filled_in(student: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
     KL(q‖·) to such a row is that of the partition {ids, all others}, and so is its gradient.
     """
     logq = torch.log_softmax(student, -1)
-    others_q = logq.scatter(1, ids, -torch.inf).logsumexp(-1).clamp(min=_LEAST)
+    others_q = logq.scatter(1, ids, -torch.inf).logsumexp(-1).clamp(min=LOG_ZERO)
     repeated = ids == ids[:, :1]
     repeated[:, 0] = False
     known = logp.double().exp().masked_fill(repeated, 0.0).sum(-1)
@@ -299,12 +322,13 @@ def _measure(student: Tensor, teacher: Tensor, targets: Tensor, curve: _Curve, t
     """The two normalisers, then the fields of `TokenScores`; one exponential a logit."""
     s, z = curve.logits(student, wide), teacher_curve.logits(teacher, wide)
     top_s, top_z = s.amax(-1), z.amax(-1)
-    at = targets[:, None]
-    chosen_s, chosen_z = s.gather(1, at)[:, 0] - top_s, z.gather(1, at)[:, 0] - top_z
     s, z = s - top_s[:, None], z - top_z[:, None]  # sums of small numbers
     q, p = torch.exp(s), torch.exp(z)
     mass_q, mass_p = q.sum(-1), p.sum(-1)
     log_q, log_p = mass_q.log(), mass_p.log()
+    s, z = torch.maximum(s, (log_q + LOG_ZERO)[:, None]), torch.maximum(z, (log_p + LOG_ZERO)[:, None])
+    at = targets[:, None]
+    chosen_s, chosen_z = s.gather(1, at)[:, 0], z.gather(1, at)[:, 0]
     gap = s - z
     reverse = (q * gap).sum(-1) / mass_q - log_q + log_p
     forward = log_q - log_p - (p * gap).sum(-1) / mass_p
@@ -321,7 +345,8 @@ def _differentiate(
     d log q(y) = 1[y] − q;  d KL(q‖p) = q (log q − log p − KL(q‖p));  d KL(p‖q) = q − p.
     """
     s = curve.logits(student, wide)
-    logq, logp = s - lse_s[:, None], teacher_curve.logits(teacher, wide) - lse_z[:, None]
+    logq = (s - lse_s[:, None]).clamp(min=LOG_ZERO)
+    logp = (teacher_curve.logits(teacher, wide) - lse_z[:, None]).clamp(min=LOG_ZERO)
     factor = by_reverse[:, None] * (logq - logp - reverse_kl[:, None]) + (by_forward - by_logq)[:, None]
     grad = torch.exp(logq) * factor - by_forward[:, None] * torch.exp(logp)
     drawn = torch.arange(s.shape[1], device=s.device)[None, :] == targets[:, None]

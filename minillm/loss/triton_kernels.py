@@ -1,10 +1,10 @@
-"""The elementwise halves of `token_scores` on a GPU: one read of the logits to measure, one to differentiate.
+"""The elementwise halves of `token_scores` on a GPU: two reads of the logits to measure, one to differentiate.
 
 `measure` and `differentiate` take and return what `token_scores._measure` and `_differentiate` do, and are tested
 against them; everything is float32, whatever the logits are stored in. Without Triton those two run instead.
 """
 
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minillm.loss.floor import LOG_ZERO
+
 _BLOCK = 4096
+_FLOOR = tl.constexpr(LOG_ZERO)
 
 
 @triton.jit
@@ -38,45 +41,53 @@ def _read(pointer, bias, row, width, columns, inside, scale, cap, temperature, C
 
 
 @triton.jit
+def _floored(logs):
+    """What is not a number stays so, as `tl.maximum` would not leave it."""
+    return tl.where(logs < _FLOOR, _FLOOR, logs)
+
+
+@triton.jit
 def _measure_kernel(
     student, teacher, bias_s, bias_z, targets, out, rows, width, scale_s, cap_s, scale_z, cap_z, temperature,
     CAPPED_S: tl.constexpr, CAPPED_Z: tl.constexpr, BIASED_S: tl.constexpr, BIASED_Z: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a token. Sums are kept relative to the greatest logit so far, and rescaled when a greater one comes."""
+    """One program a token: the normalisers, which are kept relative to the greatest logit so far, then the sums."""
     row = tl.program_id(0).to(tl.int64)
-    top_s, top_z = float("-inf"), float("-inf")
-    mass_s, mass_z, gap_s, gap_z, own_s = 0.0, 0.0, 0.0, 0.0, 0.0
+    top_s, top_z = -3.0e38, -3.0e38  # below every logit; minus itself it is 0, which −inf would not be
+    mass_s, mass_z = 0.0, 0.0
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
         s = _read(student, bias_s, row, width, columns, inside, scale_s, cap_s, temperature, CAPPED_S, BIASED_S)
         z = _read(teacher, bias_z, row, width, columns, inside, scale_z, cap_z, temperature, CAPPED_Z, BIASED_Z)
-        new_s = tl.maximum(top_s, tl.max(tl.where(inside, s, float("-inf")), axis=0))
-        new_z = tl.maximum(top_z, tl.max(tl.where(inside, z, float("-inf")), axis=0))
-        q = tl.where(inside, tl.exp(s - new_s), 0.0)
-        p = tl.where(inside, tl.exp(z - new_z), 0.0)
-        gap = tl.where(inside, s - z, 0.0)
-        shrink_s, shrink_z = tl.exp(top_s - new_s), tl.exp(top_z - new_z)
-        # Of s itself only what lies below the greatest counts, so a new greatest also shifts the old sum.
-        shift = tl.where(top_s > float("-inf"), (top_s - new_s) * mass_s, 0.0)
-        own_s = (own_s + shift) * shrink_s + tl.sum(q * tl.where(inside, s - new_s, 0.0), axis=0)
-        mass_s = mass_s * shrink_s + tl.sum(q, axis=0)
-        gap_s = gap_s * shrink_s + tl.sum(q * gap, axis=0)
-        mass_z = mass_z * shrink_z + tl.sum(p, axis=0)
-        gap_z = gap_z * shrink_z + tl.sum(p * gap, axis=0)
+        s, z = tl.where(inside, s, float("-inf")), tl.where(inside, z, float("-inf"))
+        new_s, new_z = tl.maximum(top_s, tl.max(s, axis=0)), tl.maximum(top_z, tl.max(z, axis=0))
+        mass_s = mass_s * tl.exp(top_s - new_s) + tl.sum(tl.exp(s - new_s), axis=0)
+        mass_z = mass_z * tl.exp(top_z - new_z) + tl.sum(tl.exp(z - new_z), axis=0)
         top_s, top_z = new_s, new_z
+    lse_s, lse_z = top_s + tl.log(mass_s), top_z + tl.log(mass_z)
+    reverse, forward, entropy = 0.0, 0.0, 0.0
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        s = _read(student, bias_s, row, width, columns, inside, scale_s, cap_s, temperature, CAPPED_S, BIASED_S)
+        z = _read(teacher, bias_z, row, width, columns, inside, scale_z, cap_z, temperature, CAPPED_Z, BIASED_Z)
+        q, p = tl.where(inside, tl.exp(s - lse_s), 0.0), tl.where(inside, tl.exp(z - lse_z), 0.0)
+        logq, logp = _floored(s - lse_s), _floored(z - lse_z)
+        reverse += tl.sum(q * (logq - logp), axis=0)
+        forward += tl.sum(p * (logp - logq), axis=0)
+        entropy -= tl.sum(q * logq, axis=0)
     target = tl.load(targets + row)
     one = target + tl.arange(0, 1)
     chosen_s = _read(student, bias_s, row, width, one, one >= 0, scale_s, cap_s, temperature, CAPPED_S, BIASED_S)
     chosen_z = _read(teacher, bias_z, row, width, one, one >= 0, scale_z, cap_z, temperature, CAPPED_Z, BIASED_Z)
-    lse_s, lse_z = top_s + tl.log(mass_s), top_z + tl.log(mass_z)
     tl.store(out + row, lse_s)
     tl.store(out + rows + row, lse_z)
-    tl.store(out + 2 * rows + row + tl.arange(0, 1), chosen_s - lse_s)
-    tl.store(out + 3 * rows + row + tl.arange(0, 1), chosen_z - lse_z)
-    tl.store(out + 4 * rows + row, gap_s / mass_s - lse_s + lse_z)
-    tl.store(out + 5 * rows + row, lse_s - lse_z - gap_z / mass_z)
-    tl.store(out + 6 * rows + row, tl.log(mass_s) - own_s / mass_s)
+    tl.store(out + 2 * rows + row + tl.arange(0, 1), _floored(chosen_s - lse_s))
+    tl.store(out + 3 * rows + row + tl.arange(0, 1), _floored(chosen_z - lse_z))
+    tl.store(out + 4 * rows + row, reverse)
+    tl.store(out + 5 * rows + row, forward)
+    tl.store(out + 6 * rows + row, entropy)
 
 
 @triton.jit
@@ -91,7 +102,7 @@ def _differentiate_kernel(
     inside = columns < width
     s = _read(student, bias_s, row, width, columns, inside, scale_s, cap_s, temperature, CAPPED_S, BIASED_S)
     z = _read(teacher, bias_z, row, width, columns, inside, scale_z, cap_z, temperature, CAPPED_Z, BIASED_Z)
-    logq, logp = s - tl.load(lse_s + row), z - tl.load(lse_z + row)
+    logq, logp = _floored(s - tl.load(lse_s + row)), _floored(z - tl.load(lse_z + row))
     a, r, f = tl.load(by_logq + row), tl.load(by_reverse + row), tl.load(by_forward + row)
     grad = tl.exp(logq) * (r * (logq - logp - tl.load(reverse_kl + row)) + f - a) - f * tl.exp(logp)
     grad = tl.where(columns == tl.load(targets + row), grad + a, grad)

@@ -9,6 +9,7 @@ otherwise it is what it was. Nothing is wrapped and no checkpoint key changes.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from minillm.data.batches import Padded, pad
+from minillm.data.batches import Padded, bucket, pad
 from minillm.data.rollouts import TeacherRows
 from minillm.loss.token_scores import Divergence, Head, TokenScores, Weigh, token_scores
 
@@ -34,6 +35,7 @@ class Scoring:
     temperature: float = 1.0
     teacher_rows: TeacherRows | None = None
     divergence: Divergence | None = None
+    text_temperature: float | None = None
 
 
 class _ScoringCall:
@@ -132,7 +134,7 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         scoring.loss, scoring.scores = token_scores(
             hidden, head_of(self), asked.batch.targets, asked.teacher_hidden, asked.teacher_head,
             teacher_rows=asked.teacher_rows, weigh=asked.weigh, divergence=asked.divergence, temperature=asked.temperature,
-            width=asked.width,
+            text_temperature=asked.text_temperature, width=asked.width,
         )  # fmt: skip
         return {"loss": scoring.loss}
 
@@ -155,3 +157,23 @@ def score(model: Any, scoring: Scoring) -> tuple[Tensor, TokenScores]:
     call = _ScoringCall(scoring)
     through = model(scoring=call)["loss"].float()  # by which a wrapper is told of the backward
     return through + (call.loss - through).detach(), call.scores
+
+
+@torch.no_grad()
+def score_responses(
+    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int, device: torch.device,
+    scoring: Callable[[Padded, list[int]], Scoring],
+) -> list[TokenScores]:  # fmt: skip
+    """Scores of each response's tokens, on the CPU, by forwards of `size` sequences of like length, without gradient.
+
+    Args:
+        model: bound; it may be wrapped.
+        scoring: how a batch is scored, given it and which of the sequences it holds.
+    """
+    out: dict[int, TokenScores] = {}
+    for group in bucket([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], size):
+        batch = pad([prompts[i] for i in group], [responses[i] for i in group], device)
+        _, scores = score(model, scoring(batch, group))
+        parts = {name: value.float().cpu().split(batch.lengths.tolist()) for name, value in vars(scores).items() if value is not None}
+        out |= {i: TokenScores(**{name: part[place].clone() for name, part in parts.items()}) for place, i in enumerate(group)}
+    return [out[i] for i in range(len(prompts))]

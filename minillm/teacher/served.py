@@ -7,6 +7,9 @@ q(others) · KL(q‖p within the others); README says what that is for a real pa
 
 The request also tells the teacher's own likeliest tokens. Where those leave out one of the student's, the place is asked
 for by itself, which the server's prefix cache makes a matter of one block of tokens.
+
+A token that the teacher excludes comes as −inf, or as the −9999 that vLLM writes for it: its mass is 0, and its log p
+`minillm.loss.floor.LOG_ZERO`, as with a teacher at hand. What is above 0 or not a number is no answer, and asked for again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from transformers import AutoConfig
 
 from minillm.data.rollouts import Rollout, Sampling, TeacherRows
-from minillm.serving import PLAIN, Servers, read_completion
+from minillm.serving import PLAIN, Servers, checked_logprob, read_completion
 
 _LIKELIEST = 20  # as many as a server gives unless --max-logprobs says otherwise
 _NEGLIGIBLE = -9.2  # log 1e-4: less likely tokens of the student are left to the others
@@ -104,11 +107,9 @@ class ServedTeacher:
         def read(answer: Any) -> list[dict[int, float]]:
             [choice] = answer["choices"]
             rows = choice["prompt_logprobs"][-tokens:]
-            tables = [{int(token): float(entry["logprob"]) for token, entry in row.items()} for row in rows]
+            tables = [{int(token): checked_logprob(entry["logprob"]) for token, entry in row.items()} for row in rows]
             if len(tables) != tokens or any(token not in table for token, table in zip(rollout.response_ids, tables, strict=True)):
                 raise ValueError("log-probabilities of some tokens are missing")
-            if not all(value <= 1e-3 for table in tables for value in table.values()):  # not a number is refused too
-                raise ValueError("log-probabilities that are none")
             return tables
 
         return self._servers.complete(body, read)

@@ -29,12 +29,13 @@ from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import AdapterOff, LocalTeacher, shard
 from minillm.teacher.served import ServedTeacher
+from minillm.train.finite import Finite
 from minillm.train.validation import Validated, check_one_gpu
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(Validated, Trainer):
+class DistillationTrainer(Validated, Finite, Trainer):
     """A `transformers.Trainer` that holds a frozen teacher and scores tokens inside the student's forward.
 
     What an update trains on is a function of its number (`micro_batches`), the same in every process and after a
@@ -42,8 +43,11 @@ class DistillationTrainer(Validated, Trainer):
 
     Without a `teacher` it is the student's base, its adapter switched off, which takes no memory of its own. Rows of
     `eval_dataset` are what `Validated` says. `shard_teacher` deals the teacher's blocks out over the processes. Where answers end is
-    settled from the tokenizer and the teacher, unless it is given (`conventions`), and saved with the student.
+    settled from the tokenizer and the teacher, unless it is given (`conventions`), and saved with the student. `text_temperature`
+    divides the logits where text or an answer is fitted, `temperature` in all else.
     """
+
+    text_temperature: float = 1.0
 
     def __init__(
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher | None, args: TrainingArguments, *,
@@ -141,19 +145,25 @@ class DistillationTrainer(Validated, Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
         if self._logged_at is None:
             self._logged_at = self.state.global_step
-        return self.micro_batches(self.state.global_step), None
+        return self.begin(self.micro_batches(self.state.global_step)), None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Score the batch in the student's forward. `inputs`: what `update_on` is given."""
-        teacher = inputs["teacher"]
+        loss, scores = score(model, self.scoring(inputs["batch"], inputs["teacher"], inputs["weigh"], inputs["divergence"]))
+        loss = self.see(loss * inputs["scale"])
+        return (loss, scores) if return_outputs else loss
+
+    def scoring(
+        self, batch: Padded, teacher: Tensor | TeacherRows | None, weigh: Weigh | None = None, divergence: Divergence | None = None
+    ) -> Scoring:
+        """What the student's forward is given to score a batch. `teacher`: its final states, or its rows."""
         scoring = Scoring(
-            inputs["batch"], self.width, weigh=inputs["weigh"], temperature=self.temperature, divergence=inputs["divergence"],
+            batch, self.width, weigh=weigh, temperature=self.temperature, text_temperature=self.text_temperature, divergence=divergence,
             teacher_rows=teacher if isinstance(teacher, TeacherRows) else None,
         )  # fmt: skip
         if isinstance(teacher, Tensor):
             scoring = replace(scoring, teacher_hidden=teacher, teacher_head=head_of(self.local_teacher.model))
-        loss, scores = score(model, scoring)
-        return (loss * inputs["scale"], scores) if return_outputs else loss * inputs["scale"]
+        return scoring
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs  # built on the device already

@@ -18,10 +18,11 @@ from minillm.models.scoring import bind_scoring
 from minillm.models.vocabulary import head_width
 from minillm.recipe import RolloutConfig
 from minillm.teacher.local import LocalTeacher
+from minillm.train.finite import Finite, listed
 from minillm.train.validation import Validated, check_one_gpu
 
 
-class FineTuner(Validated, SFTTrainer):
+class FineTuner(Validated, Finite, SFTTrainer):
     """Minimises −log q over the tokens of given responses.
 
     Args:
@@ -63,3 +64,9 @@ class FineTuner(Validated, SFTTrainer):
         if teacher is not None and eval_dataset is not None:
             other: Any = load_model(teacher, compute) if isinstance(teacher, str) else teacher
             self.teacher = LocalTeacher(other.to(args.device))
+
+    def rows_of(self, micro_batch: dict[str, Any]) -> str:
+        """Found by their tokens: the collator has lost the numbers."""
+        known = [list(ids) for ids in self.train_dataset["input_ids"]]  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue, reportOptionalSubscript]
+        rows = [ids[seen.bool()].tolist() for ids, seen in zip(micro_batch["input_ids"], micro_batch["attention_mask"], strict=True)]
+        return listed("train_dataset row", sorted(known.index(row) for row in rows))

@@ -17,28 +17,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from minillm.data.batches import bucket, pad, permutation, seed_of, share_rows
+from minillm.data.batches import Padded, bucket, pad, permutation, seed_of, share_rows
 from minillm.data.encoding import encoder_of
 from minillm.data.rollouts import EngineError, Rollout, TeacherRows
 from minillm.data.text import TextBlocks
 from minillm.hardware import give_back_memory
-from minillm.loss.credit import SampledTokens, return_sum
+from minillm.loss.credit import SampledTokens, baselines
 from minillm.loss.objective import OnPolicyLoss, extra_divergence
+from minillm.loss.token_scores import TokenScores
 from minillm.models.load import context_length, text_config
-from minillm.models.scoring import Scoring, keeps_sequences_apart, score
+from minillm.models.scoring import Scoring, keeps_sequences_apart, score_responses
 from minillm.models.weights import check_adapter
 from minillm.recipe import Objective, RolloutConfig, check_off_policy, check_served_teacher, check_sharded_teacher
 from minillm.rollout.engine import Engine
 from minillm.rollout.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
 from minillm.teacher.served import ServedTeacher, join
 from minillm.train.base import DistillationTrainer
+from minillm.train.finite import listed
+from minillm.train.replay import OtherResponses
 
 logger = logging.getLogger(__name__)
 
 # Nats a token. bfloat16 engines differ from the trainer by some hundredths; this far off they sample another student.
 _MISMATCH_ALARM = 0.3
 _ROLLOUTS = "rollouts-{rank}.pt"
-_NOT_DRAWN = -1  # the weights' version of a given response
 
 
 @dataclass
@@ -99,11 +101,11 @@ class MiniLLMTrainer(DistillationTrainer):
             )
         if config.on_policy < 1 and not responses:
             raise ValueError(f"rollout.on_policy: {config.on_policy:g} trains on given responses too, and there are none (responses)")
-        self._given = responses or []
         super().__init__(
             model, teacher, args, processing_class=processing_class, temperature=config.temperature, rollout=config, engine=engine,
             train_dataset=train_dataset, **kwargs,
         )  # fmt: skip
+        self.text_temperature = self.objective.language_model_temperature
         self._processes = self.accelerator.num_processes
         self._update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         if config.num_rollouts % (self._update_size * self._processes):
@@ -136,10 +138,14 @@ class MiniLLMTrainer(DistillationTrainer):
         self._ahead: tuple[int, Future[_Drawn]] | None = None  # the batch that is being drawn meanwhile
         self._alarmed = False
         self._batch_number = -1
-        self._earlier: list[Rollout] = []  # for replay, the oldest first
+        self._others = OtherResponses(
+            config, responses or [], self.sampling.eos_ids, args.seed, self.accelerator.process_index, self._processes
+        )  # fmt: skip
+        centred = self.objective.baseline == "centre" and self.objective.long_term > 0
+        self._reads_first = centred and self.objective.reward == "expected"  # returns are known before the first update
         self._rollouts: list[Rollout] = []
         self._of_batch: dict[str, tuple[float, float]] = {}  # sums and counts, logged with every update on the batch
-        self._baseline = 0.0
+        self._centred, self._baselines = centred, torch.zeros(0)  # one a rollout
         self._draft_tokens = FIRST_DRAFT if config.draft_tokens == "auto" else config.draft_tokens
 
     # What an update trains on
@@ -199,8 +205,9 @@ class MiniLLMTrainer(DistillationTrainer):
         responses = [r.response_ids for r in rollouts] + [ids[1:] for ids in text]
         batch = pad(prompts, responses, device, rows=rows)
         teacher = self._read_by_teacher(rollouts, text, device)
+        sampled = self._sampled(rollouts)
         loss = OnPolicyLoss(
-            self.objective, self._sampled(rollouts).to(device), baseline=self._baseline, count=inputs.count,
+            self.objective, sampled.to(device), baseline=self._baselines[inputs.rollouts][sampled.segments].to(device), count=inputs.count,
             text_count=inputs.text_count, slots=len(rollouts) * self.sampling.max_new_tokens, total=self.global_sum,
         )  # fmt: skip
         value = self.update_on(model, batch, loss, teacher, self._processes, extra_divergence(self.objective.divergence))
@@ -213,6 +220,18 @@ class MiniLLMTrainer(DistillationTrainer):
             self._note_mismatch(float(sums["log_ratio"]), float(sums["tokens"]))
         self.tally({name: total for name, total in sums.items() if name != "log_ratio"})
         return value
+
+    def rows_of(self, micro_batch: _MicroBatch) -> str:
+        tokenizer: Any = self.processing_class
+        blocks = [self._text.pieces(block) for block in micro_batch.text] if self._text else []
+        text = [f'text that begins "{tokenizer.decode(list(pieces[0][:12]))}"' for pieces in blocks]
+        return " and ".join([self._named([self._rollouts[i] for i in micro_batch.rollouts]), *text])
+
+    def _named(self, rollouts: Sequence[Rollout]) -> str:
+        """The rows that rollouts come from."""
+        prompts, given = [r.prompt_ids for r in rollouts], self._others.given_rows(rollouts)
+        drawn = [row for row, ids in enumerate(self._prompts) if ids in prompts]
+        return " and ".join(listed(what, rows) for what, rows in (("train_dataset row", drawn), ("responses row", given)) if rows)
 
     def _read_by_teacher(self, rollouts: Sequence[Rollout], text: Sequence[array[int]], device: torch.device) -> Tensor | TeacherRows:
         """The teacher's states, or what it tells of some tokens, for rollouts followed by text."""
@@ -274,10 +293,13 @@ class MiniLLMTrainer(DistillationTrainer):
             # Of all processes, so that the same tokens are drawn however many there are.
             accepted, drafted = self.global_sum(drawn.accepted), self.global_sum(drawn.drafted)
             self._draft_tokens = draft_length(accepted / max(drafted, 1.0), self.args.device.type)
-        rollouts = rollouts + self._not_drawn(number, len(rollouts))
+        earlier, given = self._others.of_batch(number, len(rollouts))
+        for rollout, scores in zip(given, self._own_scores(given), strict=True):
+            rollout.student_logprobs = rollout.behaviour_logprobs = scores.logq
+        rollouts = [*rollouts, *earlier, *given]
         with self._or_checkpoint():
             self._score(rollouts)
-        if self.objective.old_logprobs == "trainer":
+        if self.objective.old_logprobs == "trainer" or self._reads_first:
             with self.phase("rescoring", tokens):
                 self._rescore(rollouts)
         self._adopt(number, rollouts)
@@ -286,7 +308,7 @@ class MiniLLMTrainer(DistillationTrainer):
         if ahead_too:
             with self._or_checkpoint():
                 self._sync()
-        self._keep_for_replay(drawn.rollouts)  # not before: a checkpoint of a lost engine has this batch drawn again
+        self._others.keep(drawn.rollouts)  # not before: a checkpoint of a lost engine has this batch drawn again
         if ahead_too:
             self._ahead = number + 1, self._background.submit(self._sample, number + 1)
 
@@ -313,7 +335,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _sample(self, number: int) -> _Drawn:
         """Touches nothing but the engine and the teacher: with `overlap` it runs beside the updates."""
-        mine = self._prompt_rows(number)[: self._sizes()[0]]
+        mine = self._prompt_rows(number)[: self._others.sizes()[0]]
         prompts = [self._prompts[row] for row in mine]
         # The place tells apart a prompt that comes twice in one batch.
         rank = self.accelerator.process_index
@@ -329,70 +351,45 @@ class MiniLLMTrainer(DistillationTrainer):
             rollouts, drafted, accepted = self._engine.generate(prompts, self.sampling, seeds), 0, 0
         return _Drawn(rollouts, time.perf_counter() - start, drafted, accepted)
 
-    def _sizes(self) -> tuple[int, int, int]:
-        """Of this process's part of the next batch: drawn now, drawn earlier, given."""
-        config = self.rollout_config
-        size = config.num_rollouts // self._processes
-        given = round((1 - config.on_policy) * size)
-        earlier = min(round(config.replay * (size - given)), len(self._earlier))
-        return size - given - earlier, earlier, given
-
-    def _not_drawn(self, number: int, drawn: int) -> list[Rollout]:
-        """What a batch holds besides the rollouts drawn for it: earlier ones, and given responses."""
-        size = self.rollout_config.num_rollouts // self._processes
-        if drawn == size:
-            return []
-        rank, given = self.accelerator.process_index, self._sizes()[2]
-        again = permutation(len(self._earlier), self.args.seed, "replay", number, rank)[: size - drawn - given]
-        rollouts = [replace(self._earlier[i]) for i in again]
-        first = (number * self._processes + rank) * given
-        others = []
-        for place in range(first, first + given):
-            lap, at = divmod(place, len(self._given))
-            row = self._given[permutation(len(self._given), self.args.seed, "given", lap)[at]]
-            ids, none = list(row["response_ids"]), torch.zeros(0)
-            others.append(Rollout(list(row["prompt_ids"]), ids, none, none, _NOT_DRAWN, ids[-1] in self.sampling.eos_ids))
-        for rollout, logq in zip(others, self._own_logprobs(others), strict=True):
-            rollout.student_logprobs = rollout.behaviour_logprobs = logq
-        return rollouts + others
-
-    def _keep_for_replay(self, rollouts: Sequence[Rollout]) -> None:
-        if self.rollout_config.replay:
-            bare = {"teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None, "reverse_kl": None}
-            self._earlier += [replace(rollout, **bare) for rollout in rollouts]
-            self._earlier = self._earlier[-max(self.rollout_config.replay_size // self._processes, 1) :]
-
     def _score(self, rollouts: list[Rollout]) -> None:
         with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher_logprobs is None)):
             assert self.teacher is not None
             self.teacher.score(rollouts, self.sampling)
 
-    def _own_logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """log q of the responses' tokens by a forward of the student as it is."""
-        out: list[Tensor] = [torch.zeros(0)] * len(rollouts)
-        for group in bucket([len(r.prompt_ids) + len(r.response_ids) for r in rollouts], self.args.per_device_train_batch_size):
-            batch = pad([rollouts[i].prompt_ids for i in group], [rollouts[i].response_ids for i in group], self.args.device)
-            with torch.no_grad():
-                _, scores = score(self.model_wrapped, Scoring(batch, self.width, temperature=self.temperature))
-            for i, logq in zip(group, scores.logq.float().cpu().split(batch.lengths.tolist()), strict=True):
-                out[i] = logq
-        return out
+    def _own_scores(self, rollouts: Sequence[Rollout], teacher: bool = False) -> list[TokenScores]:
+        """log q, and with the teacher KL(q‖p), by a forward of the student as it is."""
+
+        def scoring(batch: Padded, group: list[int]) -> Scoring:
+            return self.scoring(batch, self._read_by_teacher([rollouts[i] for i in group], [], device) if teacher else None)
+
+        prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+        device = self.args.device
+        return score_responses(self.model_wrapped, prompts, responses, self.args.per_device_train_batch_size, device, scoring)
 
     def _rescore(self, rollouts: list[Rollout]) -> None:
-        """q_old, and with it p̃, by a forward of the student instead of the engine's numbers."""
+        """Before the student trains on them: KL(q‖p), where returns are centred on their mean, and where the objective asks for it
+        q_old, and with it p̃, instead of the engine's numbers."""
         alpha = self.rollout_config.teacher_mix
-        for rollout, logq in zip(rollouts, self._own_logprobs(rollouts), strict=True):
+        for rollout, scores in zip(rollouts, self._own_scores(rollouts, self._reads_first), strict=True):
+            if self._reads_first:
+                rollout.reverse_kl = scores.reverse_kl
+            if self.objective.old_logprobs == "engine":
+                continue
+            logq = scores.logq
             if self._is_current(rollout):
                 self._note_mismatch(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
             rollout.student_logprobs = rollout.behaviour_logprobs = logq
             if alpha and rollout.teacher_logprobs is not None:
                 mixed = torch.logaddexp(logq + math.log1p(-alpha), rollout.teacher_logprobs + math.log(alpha))
                 rollout.behaviour_logprobs = mixed
+        lost = [r for r in rollouts if r.reverse_kl is not None and not r.reverse_kl.isfinite().all()]
+        self.stop_at([f"KL(q‖p) is not finite on {self._named(lost)}"] if lost else [])
 
     def _adopt(self, number: int, rollouts: list[Rollout]) -> None:
         self._batch_number, self._rollouts = number, rollouts
-        total, count = (self.global_sum(x) for x in return_sum(self._sampled(rollouts), self.objective))
-        self._baseline = total / max(count, 1.0)
+        self._baselines = torch.zeros(len(rollouts))
+        if self._centred:
+            self._baselines = baselines(self._sampled(rollouts), self.objective, self.global_sum).float()
 
     @staticmethod
     def _sampled(rollouts: Sequence[Rollout]) -> SampledTokens:
@@ -479,7 +476,7 @@ class MiniLLMTrainer(DistillationTrainer):
         kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None} for r in self._rollouts] if amid else []
         live = {
             "number": self._batch_number, "rollouts": kept, "draft_tokens": self._draft_tokens,
-            "earlier": [vars(rollout) for rollout in self._earlier],
+            "earlier": [vars(rollout) for rollout in self._others.earlier],
         }  # fmt: skip
         torch.save(live, folder / _ROLLOUTS.format(rank=self.accelerator.process_index))
         super()._save_checkpoint(model, trial)
@@ -497,7 +494,7 @@ class MiniLLMTrainer(DistillationTrainer):
             return
         live = torch.load(own if own in files else files[0], weights_only=True)
         self._draft_tokens = live["draft_tokens"]
-        self._earlier = [Rollout(**fields) for fields in live["earlier"]]
+        self._others.earlier = [Rollout(**fields) for fields in live["earlier"]]
         if not live["rollouts"]:
             return
         if len(files) != self._processes:

@@ -13,6 +13,7 @@ from minillm.data.batches import bucket, pad, permutation
 from minillm.loss.objective import SupervisedLoss, extra_divergence
 from minillm.recipe import DivergenceConfig
 from minillm.train.base import DistillationTrainer
+from minillm.train.finite import listed
 
 
 class SupervisedTrainer(DistillationTrainer):
@@ -22,15 +23,17 @@ class SupervisedTrainer(DistillationTrainer):
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). An epoch drops what does not fill
             a last update; another epoch drops other rows.
         cross_entropy: λ; at 1 the teacher is not read.
-        divergence: D, the forward KL by default.
+        divergence: D, the forward KL by default, at `temperature`.
+        cross_entropy_temperature: divides the student's logits in CE.
     """
 
     def __init__(
         self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, args: TrainingArguments, *,
         train_dataset: Sequence[dict[str, Any]], cross_entropy: float = 0.5,
-        divergence: DivergenceConfig | None = None, **kwargs: Any,
+        divergence: DivergenceConfig | None = None, cross_entropy_temperature: float = 1.0, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(model, teacher, args, train_dataset=train_dataset, **kwargs)
+        self.text_temperature = cross_entropy_temperature
         self._cross_entropy = cross_entropy
         self._divergence = divergence or DivergenceConfig(name="forward_kl")
         self._rows = train_dataset
@@ -55,6 +58,9 @@ class SupervisedTrainer(DistillationTrainer):
         lengths = [len(self._rows[row]["prompt_ids"]) + len(self._rows[row]["response_ids"]) for row in rows]
         rank = self.accelerator.process_index
         return [([rows[i] for i in group[rank :: self._processes]], count) for group in bucket(lengths, self._micro)]
+
+    def rows_of(self, micro_batch: tuple[list[int], int]) -> str:
+        return listed("train_dataset row", sorted(micro_batch[0]))
 
     def training_step(self, model: Any, inputs: tuple[list[int], int], num_items_in_batch: Any = None) -> Tensor:
         indices, count = inputs

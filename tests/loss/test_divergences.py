@@ -131,3 +131,35 @@ def test_very_unlike_distributions_stay_finite() -> None:
         value = function(student.requires_grad_(), teacher)
         assert torch.isfinite(value).all()
         assert torch.isfinite(torch.autograd.grad(value.sum(), student)[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("function", "definition"), CASES, ids=NAMES)
+def test_excluded_tokens_leave_values_and_gradients_finite(function: Callable[..., Tensor], definition: object, dtype: torch.dtype) -> None:
+    """Excluded by the student, by the teacher, by both; by −inf and by the least number of the dtype."""
+    student, teacher = (x.to(dtype) for x in logits(5))
+    for least in (-torch.inf, torch.finfo(dtype).min):
+        q, p = student.clone(), teacher.clone()
+        q[..., [0, 1]], p[..., [1, 2]] = least, least
+        q.requires_grad_()
+        value = function(q, p, temperature=0.7)
+        assert torch.isfinite(value).all()
+        # The gradient of a power of e^60 is beyond float16.
+        assert torch.isfinite(torch.autograd.grad(value.sum(), q)[0]).all() or (dtype, function) == (torch.float16, CASES[-1][0])
+    assert torch.isfinite(d.entropy(q.detach())).all()
+
+
+def test_what_both_exclude_has_no_part() -> None:
+    student, teacher = logits(6)
+    kept = [i for i in range(student.shape[-1]) if i != 2]
+    q, p = student.clone(), teacher.clone()
+    q[..., 2] = p[..., 2] = -torch.inf
+    for function, _ in CASES[:9]:
+        torch.testing.assert_close(function(q, p), function(student[..., kept], teacher[..., kept]), rtol=1e-9, atol=1e-9)
+    p, q = teacher.clone(), student
+    p[..., 2] = -torch.inf  # of the teacher alone: KL(p‖q) has nothing there, KL(q‖p) 80 nats for each unit of q's mass
+    without = torch.log_softmax(teacher[..., kept], -1)
+    own = torch.log_softmax(q, -1)
+    torch.testing.assert_close(d.forward_kl(q, p), (without.exp() * (without - own[..., kept])).sum(-1))
+    want = (own[..., kept].exp() * (own[..., kept] - without)).sum(-1) + own[..., 2].exp() * (own[..., 2] + 80.0)
+    torch.testing.assert_close(d.reverse_kl(q, p), want)

@@ -98,6 +98,139 @@ def test_any_divergence_can_join(name: str, kind: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+MASKED = {"student": [3], "teacher": [5, 6], "both": [30, 31]}
+
+
+def masked_problem(dtype: torch.dtype, least: float):
+    """Heads that exclude some tokens by their bias; targets that only the student, or only the teacher, excludes among them."""
+    hidden, head, targets, teacher_hidden, teacher_head, weights = problem(torch.float64, bias=True)
+    assert head.bias is not None
+    bias, teacher_bias = head.bias.detach().clone(), torch.zeros(V, dtype=torch.float64)
+    bias[MASKED["student"] + MASKED["both"]] = least
+    teacher_bias[MASKED["teacher"] + MASKED["both"]] = least
+    targets[:3] = torch.tensor([3, 5, 30])
+    head = Head(head.weight.detach().to(dtype).requires_grad_(), bias.to(dtype))
+    teacher_head = Head(teacher_head.weight.to(dtype), teacher_bias.to(dtype))
+    hidden, teacher_hidden = hidden.detach().to(dtype).requires_grad_(), teacher_hidden.to(dtype)
+    return hidden, head, targets, teacher_hidden, teacher_head, weights
+
+
+def floored(hidden: Tensor, head: Head) -> Tensor:
+    """Log-probabilities with the floor, by hand, from logits that are low but numbers; their gradient is that without the floor."""
+    assert head.bias is not None
+    logs = torch.log_softmax(hidden @ head.weight.t() + head.bias.clamp(min=-300.0), -1)
+    return logs + (logs.clamp(min=-80.0) - logs).detach()
+
+
+@pytest.mark.parametrize("least", [-torch.inf, -1e30, -9999.0])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_model_excludes_has_the_least_log_probability(least: float, compiled: bool) -> None:
+    from minillm.loss import token_scores as module
+
+    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = masked_problem(torch.float64, least)
+    measure, differentiate = module._compiled() if compiled else (module._measure, module._differentiate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_elementwise", lambda *_: (measure, differentiate))
+        loss, scores = token_scores(
+            hidden, head, targets, teacher_hidden, teacher_head, chunk=7,
+            weigh=lambda part, s: (
+                (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), TokenWeights(a[part], b[part], c[part])
+            ),
+        )  # fmt: skip
+    got = torch.autograd.grad(loss, [hidden, head.weight])
+    q, p = floored(hidden, head), floored(teacher_hidden, teacher_head)
+    reverse, forward = (q.exp() * (q - p)).sum(-1), (p.exp() * (p - q)).sum(-1)
+    logq = q.gather(1, targets[:, None])[:, 0]
+    want = torch.autograd.grad((a * logq + b * reverse + c * forward).sum(), [hidden, head.weight])
+    torch.testing.assert_close(scores.reverse_kl, reverse.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores.forward_kl, forward.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores.logq, logq.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores.logp, p.gather(1, targets[:, None])[:, 0], rtol=1e-9, atol=1e-9)
+    assert float(scores.logq[0]) == float(scores.logp[1]) == -80.0
+    # What the teacher alone excludes costs the student 80 nats for each unit of its mass, at least nearly.
+    mass = q.detach().exp()[:, MASKED["teacher"]].sum(-1)
+    assert (scores.reverse_kl > 60 * mass - 1).all()
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [None, *DIVERGENCES, "alpha-beta, negative"])
+def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, name: str | None) -> None:
+    if dtype == torch.float16 and name == "alpha-beta, negative":
+        pytest.skip("the gradient of a power of e^60 is beyond float16")
+    known = DIVERGENCES | {"alpha-beta, negative": partial(divergences.alpha_beta, alpha=-2.0, beta=1.5)}
+    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = masked_problem(dtype, -torch.inf)
+    a, b, c = (w.float() if dtype.itemsize < 8 else w for w in (a, b, c))
+    loss, scores = token_scores(
+        hidden, head, targets, teacher_hidden, teacher_head, divergence=None if name is None else known[name], temperature=0.7,
+        text_temperature=1.0, chunk=7,
+        weigh=lambda part, s: (
+            (s.text_logq + s.reverse_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
+            TokenWeights(a[part], b[part], c[part], None if name is None else c[part], a[part], b[part]),
+        ),
+    )  # fmt: skip
+    loss.backward()
+    for value in (hidden.grad, head.weight.grad, loss.detach(), *(v for v in vars(scores).values() if v is not None)):
+        assert value is not None
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("least", [-torch.inf, -9999.0])
+@pytest.mark.parametrize("name", [None, "Jensen-Shannon", "adaptive"])
+def test_a_served_teachers_zero_is_a_mass_of_zero(least: float, name: str | None) -> None:
+    """−9999 is what vLLM writes for −inf: both are the floor, and the others keep the mass that is left."""
+    hidden, head, targets, teacher_hidden, teacher_head, (_, b, c) = problem()
+    rows = known_rows(full_logits(teacher_hidden, teacher_head), targets, 6)
+    found = []
+    for value in (least, -80.0):
+        logprobs = rows.logprobs.clone()
+        logprobs[:, 2] = torch.where(rows.ids[:, 2] == targets, logprobs[:, 2], value)
+        logprobs[:2] = logprobs[:2].masked_fill(rows.ids[:2] == targets[:2, None], value)  # the drawn token itself
+        loss, scores = token_scores(
+            hidden, head, targets, teacher_rows=TeacherRows(rows.ids, logprobs), chunk=5,
+            divergence=None if name is None else DIVERGENCES[name],
+            weigh=lambda part, s: (
+                (b[part] * s.reverse_kl + c[part] * s.forward_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
+                TokenWeights(None, b[part], c[part], None if name is None else torch.ones_like(b[part])),
+            ),
+        )  # fmt: skip
+        grads = torch.autograd.grad(loss, [hidden, head.weight])
+        found.append([*grads, *(v for v in vars(scores).values() if v is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "softcap"])
+@pytest.mark.parametrize("text_temperature", [1.0, 0.6, 1.7])
+def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -> None:
+    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = problem(
+        bias=kind == "bias", softcap=3.0 if kind == "softcap" else None
+    )
+    loss, scores = token_scores(
+        hidden, head, targets, teacher_hidden, teacher_head, temperature=0.6, text_temperature=text_temperature, chunk=7,
+        divergence=divergences.total_variation,
+        weigh=lambda part, s: (
+            (a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)).sum(),  # pyright: ignore
+            TokenWeights(c[part], c[part], None, c[part], a[part], b[part]),
+        ),
+    )  # fmt: skip
+    leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
+    got = torch.autograd.grad(loss, leaves)
+    student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
+    logq, text_logq = (torch.log_softmax(student / t, -1).gather(1, targets[:, None])[:, 0] for t in (0.6, text_temperature))
+    text_forward = divergences.forward_kl(student, teacher, text_temperature)
+    rest = logq + divergences.reverse_kl(student, teacher, 0.6) + divergences.total_variation(student, teacher, 0.6)
+    want = (a * text_logq + b * text_forward + c * rest).sum()
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(scores.text_logq, text_logq.detach())
+    torch.testing.assert_close(scores.text_forward_kl, text_forward.detach())
+    torch.testing.assert_close(scores.logq, logq.detach())
+    for ours, theirs in zip(got, torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def known_rows(teacher: Tensor, targets: Tensor, k: int) -> TeacherRows:
     """Log p [N, 1+k] of the drawn token and of k others, some of which repeat it."""
     g = torch.Generator().manual_seed(1)

@@ -27,7 +27,7 @@ def test_the_kernels_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "8 passed" in done.stdout
+    assert "11 passed" in done.stdout
 
 
 @pytest.fixture
@@ -66,3 +66,27 @@ def test_kernels_are_the_plain_functions(kernels: ModuleType, kind: str, teacher
     torch.testing.assert_close(
         kernels.differentiate(student, teacher, *rest), plain._differentiate(student, teacher, *rest), rtol=2e-5, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min, -9999.0])
+def test_excluded_tokens_are_the_plain_functions_too(kernels: ModuleType, least: float) -> None:
+    """A whole block of them among the student's, the first one; some of the teacher's, some of both; targets among them."""
+    g = torch.Generator().manual_seed(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, teacher = (4 * torch.randn(N, V, generator=g).to(device) for _ in range(2))
+    student[:, :130], teacher[:, 125:140] = least, least
+    teacher[0, 299] = least
+    targets = torch.tensor([0, 127, 135, 299, 200], device=device)
+    curve = plain._Curve(None, 1.0, None, 0.7)
+    arguments = (student, teacher, targets, curve, curve, torch.float32)
+    want, got = plain._measure(*arguments), kernels.measure(*arguments)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+    a, b, c = (torch.randn(N, generator=g).to(device) for _ in range(3))
+    rest = (want[0], want[1], want[4], targets, a, b, c, curve, curve, torch.float32, torch.float32)
+    grad = kernels.differentiate(student, teacher, *rest)
+    assert torch.isfinite(grad).all()
+    torch.testing.assert_close(grad, plain._differentiate(student, teacher, *rest), rtol=2e-5, atol=2e-6)
+    student[1, 7] = torch.nan  # what is not a number is not hidden by the floor
+    assert all(bool(value[1].isnan()) for value in kernels.measure(*arguments)[4:])

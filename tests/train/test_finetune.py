@@ -71,3 +71,29 @@ def test_given_answers_can_be_distilled_by_any_divergence(pair: tuple[str, str],
         assert parameter.grad is not None
         step = 0.1 * parameter.grad
         assert float((after[name_of].double() - (parameter.detach() - step)).norm()) <= 1e-3 * float(step.norm()) + 1e-7, name_of
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("own", [1.0, 1.4])
+def test_answers_are_fitted_at_a_temperature_of_their_own(pair: tuple[str, str], tmp_path: Path, share: float, own: float) -> None:
+    """D at 0.7, the cross-entropy at 1 unless told otherwise; against float64."""
+    from minillm.loss import divergences
+
+    settings = SGD | {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
+    changes: dict[str, Any] = {} if own == 1.0 else {"cross_entropy_temperature": own}
+    trainer = SupervisedTrainer(*pair, arguments(tmp_path, **settings), train_dataset=ROWS, cross_entropy=share, temperature=0.7, **changes)
+    after = weights_after(trainer)
+    student, teacher = (load_model(folder, torch.float32).double() for folder in pair)  # pyright: ignore
+    ce, total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
+    for row in ROWS:
+        ids, part = torch.tensor([row["prompt_ids"] + row["response_ids"]]), slice(len(row["prompt_ids"]) - 1, -1)
+        s, t = (model(ids).logits[0, part] for model in (student, teacher))
+        ce = ce - torch.log_softmax(s / own, -1).gather(1, torch.tensor(row["response_ids"])[:, None]).sum()
+        total = total + divergences.forward_kl(s, t.detach(), 0.7).sum()
+        count += len(row["response_ids"])
+    ((share * ce + (1 - share) * total) / count).backward()
+    assert trainer.state.log_history[0]["cross_entropy"] == pytest.approx(float(ce.detach()) / count, rel=1e-5)
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None
+        step = 0.1 * parameter.grad
+        assert float((after[name].double() - (parameter.detach() - step)).norm()) <= 1e-3 * float(step.norm()) + 1e-7, name

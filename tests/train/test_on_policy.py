@@ -160,6 +160,68 @@ def test_advantages_are_centred(pair: tuple[str, str], tmp_path: Path) -> None:
         assert (size < 0.2) is (centre == "centre")  # tokens without a future have a return of 0 and no part in the mean
 
 
+@pytest.mark.parametrize("changes", [{}, {"old_logprobs": "trainer"}, {"reward": "sampled"}])
+def test_the_baseline_is_the_mean_return_of_the_other_rollouts(pair: tuple[str, str], tmp_path: Path, changes: dict[str, str]) -> None:
+    """Of all of the batch, whatever an update and a micro-batch hold of it, from its first update on; and after a resume."""
+    objective, logged = Objective.recommended(single_step=0.0, **changes), []  # pyright: ignore
+    for micro in (1, 4):
+        settings: dict[str, Any] = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
+        trainer = train(pair, tmp_path / f"{micro}", objective=objective, max_steps=2, learning_rate=0.0, **settings)
+        returns = []
+        for r in trainer._rollouts:
+            assert r.teacher_logprobs is not None
+            ids, n = torch.tensor([r.prompt_ids + r.response_ids]), len(r.response_ids)
+            with torch.no_grad():
+                logq, logp = (torch.log_softmax(m(ids).logits[0, -n - 1 : -1].double(), -1) for m in (trainer.model, trainer.teacher.model))  # pyright: ignore
+            rewards = -(logq.exp() * (logq - logp)).sum(-1)
+            if objective.reward == "sampled":
+                rewards = (r.teacher_logprobs - r.student_logprobs).double()
+            returns.append([float(rewards[t + 1 :].mean()) for t in range(n - 1)])
+        advantages = []
+        for i, own in enumerate(returns):
+            others = [value for j, values in enumerate(returns) if j != i for value in values]
+            assert float(trainer._baselines[i]) == pytest.approx(sum(others) / len(others), rel=1e-4)
+            advantages += [value - sum(others) / len(others) for value in own] + [0.0]
+        logged.append([entry["advantage"] for entry in trainer.state.log_history if "advantage" in entry])
+        tokens = [sum(len(trainer._rollouts[i].response_ids) for b in trainer.micro_batches(u) for i in b.rollouts) for u in (0, 1)]
+        mean = sum(a * n for a, n in zip(logged[-1], tokens, strict=True)) / sum(tokens)  # over both updates: the whole batch
+        assert mean == pytest.approx(sum(advantages) / len(advantages), abs=1e-5)
+        spread = (sum(a * a for a in advantages) / len(advantages)) ** 0.5
+        assert abs(mean) < 0.02 * spread
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3, abs=1e-5)
+
+
+def test_text_is_fitted_at_its_own_temperature(pair: tuple[str, str], tmp_path: Path) -> None:
+    """One update at a rollout temperature of 0.7, against float64: KL(q‖p) is that of 0.7, text is fitted at 1 unless told otherwise."""
+    text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(30))} for i in range(6)]
+    settings: dict[str, Any] = {"max_steps": 1, "learning_rate": 0.5, "optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0}
+    rollout = ROLLOUT.model_copy(update={"inner_epochs": 1, "temperature": 0.7, "num_rollouts": 4, "teacher_mix": 0.0})
+    for own in (1.0, 1.3):
+        changes: dict[str, Any] = {} if own == 1.0 else {"language_model_temperature": own}
+        objective = Objective.recommended(long_term=0.0, language_model_distill=0.4, language_model_block=16, **changes)
+        trainer = train(pair, tmp_path / f"{own}", rollout=rollout, objective=objective, text_dataset=text, **settings)
+        student, teacher = (load_model(folder, torch.float32).double() for folder in pair)  # pyright: ignore
+        single, fitted, nll = [], [], []
+        for batch in trainer.micro_batches(0):
+            for r in (trainer._rollouts[i] for i in batch.rollouts):
+                n = len(r.response_ids)
+                ids = torch.tensor([r.prompt_ids + r.response_ids])
+                logq, logp = (torch.log_softmax(m(ids).logits[0, -n - 1 : -1] / 0.7, -1) for m in (student, teacher))
+                single.append((logq.exp() * (logq - logp.detach())).sum(-1))
+            for piece in (piece for block in batch.text for piece in trainer._text.pieces(block)):  # pyright: ignore
+                ids = torch.tensor([list(piece)])
+                logq, logp = (torch.log_softmax(m(ids).logits[0, :-1] / own, -1) for m in (student, teacher))
+                nll.append(-logq.gather(1, ids[0, 1:, None])[:, 0])
+                fitted.append(0.6 * nll[-1] + 0.4 * (logp.exp() * (logp - logq)).sum(-1))
+        (torch.cat(single).mean() + torch.cat(fitted).mean()).backward()
+        assert trainer.state.log_history[0]["text_nll"] == pytest.approx(float(torch.cat(nll).mean()), rel=1e-5)
+        after = trainer.model.state_dict()  # pyright: ignore
+        for name, parameter in student.named_parameters():
+            assert parameter.grad is not None
+            step = 0.5 * parameter.grad
+            assert float((after[name].double() - (parameter.detach() - step)).norm()) < 1e-4 * float(step.norm()) + 1e-6, name
+
+
 def test_text_is_distilled_from_the_teachers_own_states(pair: tuple[str, str], tmp_path: Path) -> None:
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(4)]
     objective = Objective.recommended(language_model=1.0, language_model_distill=1.0, language_model_block=64)
@@ -358,10 +420,10 @@ def test_text_without_its_coefficient_is_said_to_be_unused(pair: tuple[str, str]
     assert any("text_dataset is not used: objective.language_model is 0" in record.message for record in caplog.records)
 
 
-@pytest.mark.parametrize(("preset", "rescoring"), [("recommended", 0), ("paper", 0), ("exact", 0), ("reference", 4)])
+@pytest.mark.parametrize(("preset", "rescoring"), [("recommended", 4), ("paper", 0), ("exact", 0), ("reference", 4)])
 def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str, rescoring: int) -> None:
     """Tokens through each body: the teacher's once a rollout whatever the inner epochs, the student's once an update,
-    on the rollouts' own tokens; only `reference` scores every rollout once more."""
+    on the rollouts' own tokens; `reference` scores every rollout once more, and so does `recommended`, which centres expected returns."""
     rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0, "inner_epochs": 3})
     separate: Any = load_model(pair[0], torch.float32)
     trainer = MiniLLMTrainer(

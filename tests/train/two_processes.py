@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from minillm.models.load import load_model, load_student, load_tokenizer
 from minillm.models.weights import is_sharded
 from minillm.recipe import AdapterConfig
 from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.train.finite import TrainingDiverged
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 
@@ -42,6 +44,23 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = told
 
 
+def end_in_error(trainer: MiniLLMTrainer, folder: str) -> None:
+    rank = trainer.accelerator.process_index
+    states = lambda _, args, out: setattr(out, "last_hidden_state", out.last_hidden_state * float("nan"))  # noqa: E731
+
+    def spoil(update: int) -> Any:
+        if update == 1 and rank == trainer.accelerator.num_processes - 1:
+            trainer.model.base_model.register_forward_hook(lambda *given: states(*given) if torch.is_grad_enabled() else None)  # pyright: ignore
+        return original(update)
+
+    original, trainer.micro_batches = trainer.micro_batches, spoil
+    try:
+        trainer.train()
+    except TrainingDiverged as error:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, f"error-{rank}").write_text(str(error), encoding="utf-8")
+
+
 def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     """Two rollout batches of 8, an update on each; returns the number of processes.
 
@@ -49,7 +68,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     `server`: over a vLLM server of the run's own. `replay`: twelve updates, with earlier rollouts in every batch, of which each
     process has its own. `zero3`, `fsdp2`: the student in shards where there are two processes, sampled as a whole copy;
     `zero2`: its gradients and moments; `zero3-lora`, `fsdp2-lora`: its adapter. `own-base`: a student with an adapter and no teacher but
-    its own base, the adapter off.
+    its own base, the adapter off. `broken`: the last process has a loss that is none, and all of them say so in a file.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
@@ -84,6 +103,9 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         given, None if kind == "own-base" else teacher, arguments, processing_class=load_tokenizer(student), objective=objective,
         rollout=rollout, train_dataset=PROMPTS, text_dataset=text, engine=engine,
     )  # fmt: skip
+    if kind == "broken":
+        end_in_error(trainer, folder)
+        return world
     before = {name: value.clone() for name, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
     trainer.train()
     if sharded:

@@ -1,0 +1,132 @@
+"""Training ends at the first number that is none, while the weights before it are still there."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class TrainingDiverged(ValueError):
+    """A loss, a gradient norm, a weight or an optimiser's state is not finite."""
+
+
+class Finite:
+    """A part of a `transformers.Trainer`: what is not finite stops it at that update, in every process.
+
+    The losses and the gradient norm are looked at before the optimiser's step, the weights and its state after it and before anything
+    is saved. With float16, gradients that overflow are the loss scaler's, which leaves the step out and scales down; they stop the
+    training once there is nothing left to scale down. DeepSpeed steps in the backward: a loss is looked at before that, and the
+    gradient norm after its step.
+
+    A trainer calls `begin` with the micro-batches of an update and `see` with every loss, and says what is in a micro-batch (`rows_of`).
+
+    Raises:
+        TrainingDiverged: naming the update, its rows, and the checkpoint that is left.
+    """
+
+    accelerator: Any
+    args: Any
+    global_sum: Any
+    model: Any
+    optimizer: Any
+    state: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._losses: list[Tensor] = []
+        self._micro_batches: list[Any] = []
+        self.add_callback(_AfterTheStep(self))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def rows_of(self, micro_batch: Any) -> str:
+        """What a micro-batch holds, in the words of the data that the trainer was given."""
+        raise TypeError("a subclass says what is in a micro-batch")
+
+    def begin(self, micro_batches: list[Any]) -> list[Any]:
+        """Note what an update trains on."""
+        self._losses, self._micro_batches = [], micro_batches
+        return micro_batches
+
+    def see(self, loss: Tensor) -> Tensor:
+        """Note the loss of the next micro-batch, before its backward."""
+        self._losses.append(loss.detach())
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.accelerator.sync_gradients:
+            self.stop_at(self._of_losses())
+        return loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.begin(batches), count
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        self.see(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # pyright: ignore[reportAttributeAccessIssue]
+        self.stop_at(self._of_losses())  # by itself: what one process finds in a loss, all find in the norm
+        size = 0.0 if norm is None else float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        excused = math.isfinite(size) or self._scales_down()
+        self.stop_at([] if excused else [f"the gradient norm is {size} on {self._of_the_update()}"])
+        return norm
+
+    def check_state(self) -> None:
+        """Look at what the optimiser's step has left."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        moments = [value for values in self.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        faults = [name for name, tensors in (("weights", trained), ("the optimiser's state", moments)) if not _are_finite(tensors)]
+        self.stop_at([f"the step left {' and '.join(faults)} that are not finite, on {self._of_the_update()}"] if faults else [])
+
+    def _of_losses(self) -> list[str]:
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        found = [(value, place) for place, value in enumerate(losses) if not math.isfinite(value)]
+        return [f"the loss is {value} on {self.rows_of(self._micro_batches[place])}" for value, place in found]
+
+    def _of_the_update(self) -> str:
+        return " and ".join(self.rows_of(micro_batch) for micro_batch in self._micro_batches)
+
+    def _scales_down(self) -> bool:
+        """Whether a loss scaler answers for gradients that overflow."""
+        scaler = self.accelerator.scaler
+        return self.accelerator.mixed_precision == "fp16" and (scaler is None or scaler.get_scale() > 1)
+
+    def stop_at(self, faults: list[str]) -> None:
+        """End the training in every process, if any of them has found a fault."""
+        if not self.global_sum(float(bool(faults))):
+            return
+        told = gather_object(faults) if self.accelerator.num_processes > 1 else faults
+        folder = self.args.output_dir
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        kept = f"the last checkpoint is {last}" if last else "no checkpoint had been saved before (save_steps)"
+        raise TrainingDiverged(
+            f"update {self.state.global_step + 1}: {'; '.join(told)}. Nothing of it is saved; {kept}. "
+            "Lower learning_rate or max_grad_norm, and use bf16 rather than fp16"
+        )
+
+
+def listed(what: str, numbers: Sequence[int]) -> str:
+    """ "row 3", "rows 3, 8"."""
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _are_finite(tensors: Iterable[Any]) -> bool:
+    local = [value.to_local() if isinstance(value, DTensor) else getattr(value, "ds_tensor", value) for value in tensors]
+    return bool(get_total_norm([value.detach() for value in local if value.is_floating_point()], math.inf).isfinite())
+
+
+class _AfterTheStep(TrainerCallback):
+    def __init__(self, trainer: Finite) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trainer.check_state()
