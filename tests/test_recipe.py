@@ -152,6 +152,7 @@ def test_what_a_served_teacher_cannot_do_is_refused_before_anything_runs(recipe:
 def test_the_best_needs_a_checkpoint_of_its_own(recipe: Path) -> None:
     """Else transformers leaves the best that was saved when it was the best: an early one, or none."""
     best = [f"training.{text}" for text in ("load_best_model_at_end=true", "eval_strategy=steps", "eval_steps=10")]
+    best.append("data.validation=" + str(recipe.parent / "prompts.jsonl"))
     assert load_recipe(recipe, [*best, "training.save_steps=10"]).training["save_steps"] == 10
     for saved, given in ((["training.save_steps=50"], 50), ([], 500)):
         with pytest.raises(RecipeError, match=rf"training\.save_steps: .*it has to be eval_steps \(10\).*\(given: {given}\)"):
