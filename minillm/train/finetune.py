@@ -53,7 +53,7 @@ class FineTuner(Validated, SFTTrainer):
         # The rows are ready: nothing is cut, packed or masked but the prompt.
         shared = NAMES | handed_to_trl(args)
         given = {name: value for name, value in args.to_dict().items() if value is not None and name in shared}
-        given["hub_token"] = args.hub_token  # to_dict hides it
+        given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict hides them
         config = SFTConfig(**given | {"completion_only_loss": True, "max_length": None, "packing": False})
         data = Dataset.from_list(rows)
         # TRL would prepare rows of its own kind for evaluation, where ours are sampled from.
