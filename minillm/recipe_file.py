@@ -6,7 +6,6 @@ A value that starts with `./` or `../` is a path relative to the file that says 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import re
@@ -18,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from minillm.recipe import Recipe
+from minillm.recipe import Recipe, Stage
 from minillm.recipe_compare import Comparison, Suite
 
 Key = tuple[str, ...]
@@ -41,14 +40,6 @@ STANDARD_INPUT = Path("-")  # a recipe that is piped in
 
 class RecipeError(ValueError):
     """A recipe that cannot run; its text is one line per fault."""
-
-
-# TrainingArguments that belong to the stage, not to the user.
-_RESERVED = {"output_dir": "it follows from run_dir", "seed": "set seed at the top of the recipe"}
-_AT_LEAST = {
-    "learning_rate": 0.0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0.0,
-    "max_grad_norm": 0.0, "num_train_epochs": 0.0, "warmup_steps": 0.0,
-}  # fmt: skip
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -95,15 +86,14 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: Path) -> list[str]:
+    sections: list[tuple[Stage, Key, dict[str, Any]]] = [
+        ("minillm", ("training",), recipe.training), ("warmup", ("warmup", "training"), recipe.warmup.training),
+        ("finetune", ("finetune",), recipe.finetune), ("sft", ("sft",), recipe.sft),
+    ]  # fmt: skip
     faults = [
         f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
-        for section, given in (
-            (("training",), recipe.training),
-            (("warmup", "training"), recipe.warmup.training),
-            (("finetune",), recipe.finetune),
-            (("sft",), recipe.sft),
-        )
-        for key, fault in _training_faults(section, given)
+        for stage, section, given in sections
+        for key, fault in _training_faults(recipe, stage, section, given)
     ]
     for name in ("train", "heldout", "validation", "text"):
         source = getattr(recipe.data, name)
@@ -267,32 +257,18 @@ def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
-def _training_faults(section: Key, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
+def _training_faults(recipe: Recipe, stage: Stage, section: Key, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
     if not given:
         return
-    from transformers import TrainingArguments  # here: it takes seconds to import
+    from minillm.train.arguments import NAMES, RENAMED, setting_faults  # here: it takes seconds to import
 
-    hints = typing.get_type_hints(TrainingArguments)
-    names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for name, value in given.items():
-        key = (*section, name)
-        if name in _RESERVED:
-            yield key, f"not set here: {_RESERVED[name]}"
-        elif name not in names:
-            yield key, "unknown key; " + _allowed(name, names)
-        else:
-            try:
-                checked = TypeAdapter(hints[name]).validate_python(value)
-            except ValidationError as error:
-                bare = '; YAML reads a bare no as false: write "no"' if value is False and name.endswith("_strategy") else ""
-                yield key, f"{error.errors()[0]['msg']} (given: {value!r}{bare})"
-                continue
-            given[name] = checked
-            if name in _AT_LEAST and checked < _AT_LEAST[name]:
-                yield key, f"must be at least {_AT_LEAST[name]} (given: {value!r})"
-    by_steps = given.get("eval_strategy") == "steps" and given.get("save_strategy", "steps") == "steps"
-    if given.get("load_best_model_at_end") and by_steps:
-        evaluated, saved = given.get("eval_steps") or given.get("logging_steps", 1), given.get("save_steps", 500)
-        if saved != evaluated:
-            fault = f"with load_best_model_at_end it has to be eval_steps ({evaluated:g}): a best score without a checkpoint is lost"
-            yield (*section, "save_steps"), f"{fault} (given: {saved:g})"
+    for name in (name for name in given if name not in NAMES):
+        yield (*section, name), "unknown key; " + (f"it is now {RENAMED[name]}" if name in RENAMED else _allowed(name, NAMES))
+    known = {name: value for name, value in given.items() if name in NAMES}
+    taught = stage != "finetune" and not (stage == "minillm" and recipe.teacher.servers)
+    for name, fault in setting_faults(
+        known, fine_tuning=stage in ("finetune", "sft"), validated=recipe.data.validation is not None, reads_teacher=taught,
+        runs=stage in recipe.stages,
+    ):  # fmt: skip
+        yield (*section, name) if name else section, fault
+    given.update(known)

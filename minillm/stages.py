@@ -187,6 +187,7 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
     from transformers import TrainingArguments
 
     from minillm.hardware import fast_bfloat16
+    from minillm.train.best_checkpoint import with_given
 
     if given.get("bf16") and not fast_bfloat16():
         logger.warning("This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage)
@@ -199,7 +200,7 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
         "logging_first_step": True,
         "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not given.get("fp16"),
     }
-    return TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given))
+    return with_given(TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given)), given)
 
 
 def _student_of(this: Run, folder: str, arguments: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,7 +154,89 @@ def test_what_a_served_teacher_cannot_do_is_refused_before_anything_runs(recipe:
 def test_the_best_needs_a_checkpoint_of_its_own(recipe: Path) -> None:
     """Else transformers leaves the best that was saved when it was the best: an early one, or none."""
     best = [f"training.{text}" for text in ("load_best_model_at_end=true", "eval_strategy=steps", "eval_steps=10")]
+    best.append("data.validation=" + str(recipe.parent / "prompts.jsonl"))
     assert load_recipe(recipe, [*best, "training.save_steps=10"]).training["save_steps"] == 10
     for saved, given in ((["training.save_steps=50"], 50), ([], 500)):
         with pytest.raises(RecipeError, match=rf"training\.save_steps: .*it has to be eval_steps \(10\).*\(given: {given}\)"):
             load_recipe(recipe, [*best, *saved])
+
+
+@pytest.mark.parametrize(
+    ("section", "text", "fault"),
+    [
+        ("training", "neftune_noise_alpha: 5", "neftune_noise_alpha: not honoured here: noise on the student's embeddings"),
+        ("warmup.training", "label_smoothing_factor: 0.1", "label_smoothing_factor: not honoured here: the loss is the objective's"),
+        ("sft", "per_device_eval_batch_size: 4", "per_device_eval_batch_size: not honoured here: validation draws answers"),
+        ("sft", "save_only_model: true", "save_only_model: not set here: a stage goes on from its last checkpoint"),
+        ("finetune", "push_to_hub: true", "push_to_hub: not set here: set push_to_hub at the top of the recipe"),
+        ("training", "hub_token: hf_secret", "(given: a token)"),
+        ("training", "enable_jit_checkpoint: true", "enable_jit_checkpoint: not set here: a stage that it stopped would count as finished"),
+        ("training", "warmup_ratio: 0.1", "warmup_ratio: unknown key; it is now warmup_steps, where a number below 1 is a share"),
+        ("training", "lr_scheduler_type: cosin", "lr_scheduler_type: no such value: did you mean cosine? allowed: constant,"),
+        ("training", "optim: adamw_trch", "optim: no such value: did you mean adamw_torch? allowed: adafactor,"),
+        ("training", "report_to: wandbb", "report_to: no such tracker; did you mean wandb? allowed: all,"),
+        ("training", "log_level: loud", "log_level: no such value: allowed: critical, debug,"),
+        ("training", "debug: overflow", "debug: overflow is not a valid DebugOption"),
+        ("training", "lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: '1e-6'}", "min_lr: a number is needed"),
+        ("training", "lr_scheduler_type: polynomial, lr_scheduler_kwargs: {power: two}", "lr_scheduler_kwargs: unsupported operand"),
+        ("training", "lr_scheduler_kwargs: {min_lr: 0.1}", "lr_scheduler_kwargs: get_linear_schedule_with_warmup() got an unexpected"),
+        ("training", "learning_rate: .nan", "learning_rate: must be a finite number (given: nan)"),
+        ("training", "learning_rate: true", "learning_rate: Input should be a number (given: True)"),
+        ("training", "warmup_steps: -1", "warmup_steps: must be at least 0.0 (given: -1)"),
+        ("training", "warmup_steps: 2.5", "warmup_steps: must be a whole number of updates, or a share of them below 1 (given: 2.5)"),
+        ("training", "save_steps: 0", "save_steps: must be more than 0 (given: 0)"),
+        ("training", "per_device_train_batch_size: 0", "per_device_train_batch_size: must be at least 1 (given: 0)"),
+        ("training", "max_steps: 0", "max_steps: must be at least 1, or -1 for num_train_epochs (given: 0)"),
+        ("training", "deepspeed: ./nowhere.json", "deepspeed: no such file: "),
+        ("training", "fsdp_config: ./recipe.yaml", "is not JSON"),
+        ("training", "fp16: true, bf16: true", "At most one of fp16 and bf16 can be True"),
+        ("training", "fp16: true, use_cpu: true", "fp16: float16 is computed on GPUs only"),
+        ("training", "eval_strategy: epoch", "eval_strategy: there are no rows to validate on: set data.validation, or leave it out"),
+        ("training", "load_best_model_at_end: true", "load_best_model_at_end: it goes by validation, which never happens"),
+        ("training", "load_best_model_at_end: true, eval_strategy: epoch", "save_strategy: with load_best_model_at_end it has"),
+        ("training", "metric_for_best_model: rougeL", "metric_for_best_model: validation does not measure it: did you mean rouge_l?"),
+        ("training", "metric_for_best_model: loss", "metric_for_best_model: validation does not measure it: allowed: finished,"),
+        ("training", "metric_for_best_model: length", "greater_is_better: whether more of length is better is not known: set it"),
+    ],
+)  # fmt: skip
+def test_training_that_would_fail_at_its_stage_is_refused_at_the_start(recipe: Path, section: str, text: str, fault: str) -> None:
+    outer, _, inner = section.partition(".")
+    given = f"{outer}: {{{inner}: {{{text}}}}}" if inner else f"{outer}: {{{text}}}"
+    recipe.write_text(BASE.partition("training:")[0] + f"stages: [finetune, warmup, sft, minillm]\n{given}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe)
+    assert any(f"recipe.yaml:10: {section}." in line and fault in line for line in str(caught.value).splitlines()), str(caught.value)
+
+
+def test_what_a_stage_honours_is_not_refused(recipe: Path) -> None:
+    """And what is as it would be anyway is no setting."""
+    load_recipe(recipe, ["sft={neftune_noise_alpha: 5, label_smoothing_factor: 0.1, dataloader_num_workers: 2}"])
+    load_recipe(recipe, ["training={dataloader_num_workers: 0, remove_unused_columns: true, push_to_hub: false, local_rank: -1}"])
+    load_recipe(recipe, ["training={optim: sgd, optim_args: 'momentum=0.9', report_to: none, tf32: true, bf16: true}"])
+    load_recipe(recipe, ["sft={eval_strategy: epoch}"])  # no stage of this recipe
+
+
+def test_the_direction_that_a_recipe_gives_is_kept(recipe: Path) -> None:
+    rows = f"data.validation={recipe.parent / 'prompts.jsonl'}"
+    best = "eval_strategy: epoch, save_strategy: epoch, load_best_model_at_end: true"
+    for said in ("", ", metric_for_best_model: reverse_kl", ", metric_for_best_model: length, greater_is_better: false"):
+        loaded = load_recipe(recipe, [rows, f"training={{{best}{said}}}"])
+        assert ("greater_is_better" in loaded.training) == ("length" in said)  # the recipe is as it was written
+    with pytest.raises(RecipeError, match=r"training\.lr_scheduler_kwargs: .*: set mode to max \(it is min\)"):
+        load_recipe(recipe, [rows, "training={eval_strategy: epoch, lr_scheduler_type: reduce_lr_on_plateau}"])
+    by_plateau = "eval_strategy: epoch, lr_scheduler_type: reduce_lr_on_plateau, lr_scheduler_kwargs: {mode: max}"
+    load_recipe(recipe, [rows, f"training={{{by_plateau}}}"])
+    taught = "{metric_for_best_model: reverse_kl, eval_strategy: epoch}"
+    load_recipe(recipe, [rows, f"training={taught}"])
+    for changes in (
+        ["stages=[finetune]", f"finetune={taught}"],
+        ["teacher.servers=[http://h:1]", "rollout.teacher_mix=0", f"training={taught}"],
+    ):
+        with pytest.raises(RecipeError, match=r"metric_for_best_model: reverse_kl needs the teacher's model in this process"):
+            load_recipe(recipe, [rows, *changes])
+
+
+def test_a_recipe_without_training_loads_without_torch(recipe: Path) -> None:
+    recipe.write_text(BASE.partition("training:")[0])
+    code = f"import sys; from minillm.recipe_file import load_recipe; load_recipe({str(recipe)!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

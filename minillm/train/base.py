@@ -29,7 +29,9 @@ from minillm.recipe import RolloutConfig
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import AdapterOff, LocalTeacher, shard
 from minillm.teacher.served import ServedTeacher
+from minillm.train.arguments import check_arguments
 from minillm.train.finite import Finite
+from minillm.train.trl_arguments import check_parameters
 from minillm.train.validation import Validated, check_one_gpu
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class DistillationTrainer(Validated, Finite, Trainer):
         eval_dataset: Sequence[dict[str, Any]] | None = None, shard_teacher: bool = False, conventions: Conventions | None = None,
         **kwargs: Any,
     ) -> None:  # fmt: skip
+        check_parameters(kwargs)
+        check_arguments(
+            args, eval_dataset=eval_dataset, reads_teacher=not isinstance(teacher, ServedTeacher), metrics=self.validation_metrics
+        )
         if processing_class is None:
             if not isinstance(model, str):
                 raise ValueError("processing_class: a tokenizer is needed when the student is given as a model object")

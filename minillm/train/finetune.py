@@ -18,7 +18,9 @@ from minillm.models.scoring import bind_scoring
 from minillm.models.vocabulary import head_width
 from minillm.recipe import RolloutConfig
 from minillm.teacher.local import LocalTeacher
+from minillm.train.arguments import NAMES, check_arguments
 from minillm.train.finite import Finite, listed
+from minillm.train.trl_arguments import handed_to_trl
 from minillm.train.validation import Validated, check_one_gpu
 
 
@@ -37,6 +39,9 @@ class FineTuner(Validated, Finite, SFTTrainer):
         rollout: RolloutConfig | None = None, eval_dataset: Sequence[dict[str, Any]] | None = None,
         teacher: str | PreTrainedModel | None = None, processing_class: Any = None, conventions: Conventions | None = None,
     ) -> None:  # fmt: skip
+        check_arguments(
+            args, fine_tuning=True, eval_dataset=eval_dataset, reads_teacher=teacher is not None, metrics=self.validation_metrics
+        )
         check_one_gpu(args)
         tokenizer = processing_class or (conventions.tokenizer if conventions else load_tokenizer(str(model)))
         student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
@@ -50,7 +55,9 @@ class FineTuner(Validated, Finite, SFTTrainer):
             for row in (train_dataset[i] for i in range(len(train_dataset)))
         ]
         # The rows are ready: nothing is cut, packed or masked but the prompt.
-        given = {name: value for name, value in args.to_dict().items() if value is not None and not name.startswith("_")}
+        shared = NAMES | handed_to_trl(args)
+        given = {name: value for name, value in args.to_dict().items() if value is not None and name in shared}
+        given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict hides them
         config = SFTConfig(**given | {"completion_only_loss": True, "max_length": None, "packing": False})
         data = Dataset.from_list(rows)
         # TRL would prepare rows of its own kind for evaluation, where ours are sampled from.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from minillm.rollout.build import hand_over, make_engine
 from minillm.rollout.engine import Engine
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.train.best_checkpoint import METRICS
 
 
 def check_one_gpu(args: TrainingArguments) -> None:
@@ -45,9 +46,12 @@ class Validated:
     """A part of a `transformers.Trainer`: an engine with the student's current weights, and `evaluate` by sampling.
 
     With `eval_dataset` (rows with `prompt_ids` and `references`), what `TrainingArguments` say of evaluation validates the
-    pure student on samples: `eval_rouge_l`, `eval_reverse_kl`, `eval_finished`, `eval_length`. `load_best_model_at_end` with
-    `metric_for_best_model="rouge_l"` keeps the best checkpoint.
+    pure student on samples: `eval_rouge_l`, `eval_reverse_kl`, `eval_finished`, `eval_length`. `load_best_model_at_end` keeps the
+    best checkpoint by `metric_for_best_model`, one of them, Rouge-L where none is given.
     """
+
+    validation_metrics: Mapping[str, bool | None] = METRICS
+    """What `evaluate` measures, without its prefix, and whether more of it is better; for subclasses that measure more."""
 
     accelerator: Any
     args: Any

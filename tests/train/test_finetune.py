@@ -38,7 +38,7 @@ def test_trls_update_is_that_of_our_cross_entropy(pair: tuple[str, str], tmp_pat
 def test_fine_tuning_is_validated_on_samples_and_the_best_is_kept(pair: tuple[str, str], tmp_path: Path) -> None:
     rows = [{"prompt_ids": row["prompt_ids"], "references": ["w5"]} for row in ROWS[:4]]
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl", "greater_is_better": False}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl"}
     trainer = FineTuner(pair[0], arguments(tmp_path, **settings), train_dataset=ROWS, eval_dataset=rows, teacher=pair[1], rollout=ROLLOUT)
     trainer.train()
     found = [e["eval_reverse_kl"] for e in trainer.state.log_history if "eval_reverse_kl" in e]

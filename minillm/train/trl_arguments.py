@@ -1,0 +1,115 @@
+"""What belongs to TRL's configurations and trainers: fields beyond `transformers.TrainingArguments`, and what they are called here."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+from minillm.train.best_checkpoint import METRICS
+from minillm.train.optimisation import Fault
+
+logger = logging.getLogger(__name__)
+
+# What a field of TRL's configurations is called here.
+_FILTER = "importance weights need every token that the student can draw: use RolloutConfig(temperature=...)"
+_MODEL = "load the model yourself and give it as the trainer's model"
+_TEACHER = "give the trainer its teacher: a name, a model or a ServedTeacher"
+_SERVERS = 'RolloutConfig(engine="server", servers=["http://host:port"])'
+_ENGINE = "RolloutConfig(engine_memory=..., engine_options=...)"
+_CLIP = "Objective(clip=...)"
+_ROWS = "rows are ready tokens: prompt_ids and response_ids"
+EQUIVALENTS = {
+    "temperature": "RolloutConfig(temperature=...), or temperature=... of SupervisedTrainer",
+    "beta": 'Objective(divergence=DivergenceConfig(name="jensen_shannon", beta=...), long_term=0), or divergence=... of SupervisedTrainer',
+    "lmbda": "RolloutConfig(on_policy=...)", "seq_kd": "SupervisedTrainer on the teacher's responses",
+    "max_completion_length": "RolloutConfig(max_new_tokens=...)", "max_new_tokens": "RolloutConfig(max_new_tokens=...)",
+    "max_prompt_length": "RolloutConfig(max_prompt_tokens=...)",
+    "max_length": "RolloutConfig(max_prompt_tokens=..., max_new_tokens=...), or shorter rows for FineTuner",
+    "num_generations": "RolloutConfig(samples_per_prompt=...)", "num_iterations": "RolloutConfig(inner_epochs=...)",
+    "generation_batch_size": "RolloutConfig(num_rollouts=...)", "steps_per_generation": "RolloutConfig(num_rollouts=...)",
+    "stop_strings": "RolloutConfig(stop=[...])", "disable_dropout": "dropout is always off",
+    "use_vllm": 'RolloutConfig(engine="vllm")', "vllm_mode": 'RolloutConfig(engine="vllm"), or ' + _SERVERS,
+    "vllm_tensor_parallel_size": "vllm serve --tensor-parallel-size N, and " + _SERVERS,
+    **dict.fromkeys(("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port"), _SERVERS),
+    "vllm_server_timeout": "RolloutConfig(server_timeout=...)",
+    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_model_impl", "vllm_enable_sleep_mode"), _ENGINE),
+    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"), _FILTER),
+    **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "dtype"), _MODEL),
+    **dict.fromkeys((
+        "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs", "use_teacher_server",
+        "teacher_model_server_url", "teacher_server_urls",
+    ), _TEACHER),
+    **dict.fromkeys(("loss_top_k", "teacher_top_k"), "ServedTeacher(top_k=...)"),
+    **dict.fromkeys(("epsilon", "epsilon_high", "delta"), _CLIP),
+    "importance_sampling_level": "Objective(importance=...)", "scale_rewards": "Objective(baseline=...)",
+    "distillation_alpha": "Objective(divergence=DivergenceConfig(...))", "distillation_mode": "Objective(divergence=DivergenceConfig(...))",
+    **dict.fromkeys((
+        "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "truncation_mode", "packing", "packing_strategy", "eval_packing",
+        "padding_free", "eos_token", "chat_template_path", "assistant_only_loss", "completion_only_loss",
+    ), _ROWS),
+}  # fmt: skip
+# Of SFTConfig, what FineTuner hands to TRL.
+_TO_TRL = frozenset({"shuffle_dataset", "pad_to_multiple_of", "router_aux_loss_coef", "loss_type", "activation_offloading", "pad_token"})
+# What holds here whatever is said.
+_ALWAYS = {"disable_dropout": True, "completion_only_loss": True, "max_length": None}
+
+# Of Trainer's other parameters, those that mean nothing here.
+_PARAMETERS = {
+    "data_collator": "batches are made of prompt_ids and response_ids", "compute_loss_func": "the loss is objective's",
+    "compute_metrics": "validation measures " + ", ".join(METRICS), "preprocess_logits_for_metrics": "validation draws answers",
+    "model_init": "give the model", "peft_config": "give a student that has its adapter: minillm.models.load.load_student",
+    "formatting_func": "render prompts first: rows with prompt or prompt_ids", "reward_funcs": "the reward is the teacher's log-ratio",
+}  # fmt: skip
+
+_SHARED = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
+_warned: set[type] = set()
+
+
+def check_parameters(given: Mapping[str, Any]) -> None:
+    """Refuse parameters of `transformers.Trainer` that would be ignored.
+
+    Raises:
+        ValueError: naming them and what to use.
+    """
+    if found := [f"{name}: not used here: {_PARAMETERS[name]}" for name in given if name in _PARAMETERS and given[name] is not None]:
+        raise ValueError("\n".join(found))
+
+
+def handed_to_trl(args: TrainingArguments) -> frozenset[str]:
+    """Fields beyond those of `TrainingArguments` that `FineTuner` hands to TRL's SFTTrainer."""
+    return _TO_TRL if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) else frozenset()
+
+
+def extra_names(args: TrainingArguments) -> list[str]:
+    """Fields that the class of `args` has beyond those of `TrainingArguments`."""
+    return [field.name for field in dataclasses.fields(args) if field.init and field.name not in _SHARED]
+
+
+def extra_faults(args: TrainingArguments, fresh: TrainingArguments, fine_tuning: bool) -> Iterator[Fault]:
+    """Fields that would be ignored and are not as in `fresh`, which has them by default."""
+    honoured = handed_to_trl(args) if fine_tuning else frozenset()
+    for name in extra_names(args):
+        value = getattr(args, name)
+        holds = name in honoured or (name in _ALWAYS and _ALWAYS[name] == value)
+        if value != getattr(fresh, name) and not holds:
+            instead = f"; here: {EQUIVALENTS[name]}" if name in EQUIVALENTS else ""
+            yield name, f"a field of {type(args).__name__} that is not read{instead} (given: {value!r})"
+
+
+def warn_of_defaults(args: TrainingArguments, fine_tuning: bool) -> None:
+    """Say once that a class has defaults which are not read."""
+    honoured = handed_to_trl(args) if fine_tuning else frozenset()
+    spare = [
+        name
+        for name in extra_names(args)
+        if name in EQUIVALENTS and name not in honoured and getattr(args, name) not in (None, False, _ALWAYS.get(name))
+        if not name.startswith("vllm_")  # read with use_vllm alone
+    ]
+    if spare and type(args) not in _warned:
+        _warned.add(type(args))
+        values = ", ".join(f"{name}={getattr(args, name)!r}" for name in spare)
+        logger.warning("Of %s only the fields of TrainingArguments are read, not its %s.", type(args).__name__, values)
