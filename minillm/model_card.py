@@ -82,11 +82,11 @@ def _how(recipe: Recipe, stage: Stage) -> str:
     return f"distilled from {teacher} by minimising {warmup.divergence.name.replace('_', ' ')}{share} on {answers}"
 
 
-def push(folder: Path, hub_id: str) -> str:
-    """Upload a student's folder to the hub, which needs a token (`hf auth login`); returns its address."""
+def push(folder: Path, hub_id: str, token: str | None = None) -> str:
+    """Upload a student's folder to the hub, which needs a token (by default that of `hf auth login`); returns its address."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api = HfApi(token=token)
     address = str(api.create_repo(hub_id, exist_ok=True))
     api.upload_folder(repo_id=hub_id, folder_path=str(folder), commit_message="Student distilled by minillm")
     return address

@@ -386,7 +386,7 @@ def _report(this: Run) -> None:
             write_card(Path(folder), this.recipe, stage)
     done = [folder for folder in this.trained().values() if Path(folder).is_dir()]
     if this.recipe.push_to_hub and done:
-        _say(0, f"  uploaded to {push(Path(done[-1]), this.recipe.push_to_hub)}")
+        _say(0, f"  uploaded to {push(Path(done[-1]), this.recipe.push_to_hub, this.recipe.training.get('hub_token'))}")
 
 
 _STAGES: dict[str, Callable[[Run], None]] = {

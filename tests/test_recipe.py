@@ -169,7 +169,6 @@ def test_the_best_needs_a_checkpoint_of_its_own(recipe: Path) -> None:
         ("sft", "per_device_eval_batch_size: 4", "per_device_eval_batch_size: not honoured here: validation draws answers"),
         ("sft", "save_only_model: true", "save_only_model: not set here: a stage goes on from its last checkpoint"),
         ("finetune", "push_to_hub: true", "push_to_hub: not set here: set push_to_hub at the top of the recipe"),
-        ("training", "hub_token: hf_secret", "(given: a token)"),
         ("training", "enable_jit_checkpoint: true", "enable_jit_checkpoint: not set here: a stage that it stopped would count as finished"),
         ("training", "warmup_ratio: 0.1", "warmup_ratio: unknown key; it is now warmup_steps, where a number below 1 is a share"),
         ("training", "lr_scheduler_type: cosin", "lr_scheduler_type: no such value: did you mean cosine? allowed: constant,"),

@@ -83,7 +83,7 @@ _SCRIPT = "stages say what is done"
 # Besides, in a recipe: what belongs to the stage, not to the user.
 IN_A_RECIPE = {
     "output_dir": "it follows from run_dir", "seed": "set seed at the top of the recipe",
-    **dict.fromkeys(("push_to_hub", "hub_token", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _PUSH),
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _PUSH),
     "do_train": _SCRIPT, "do_eval": _SCRIPT, "do_predict": _SCRIPT,
     "resume_from_checkpoint": "a stage goes on from its own last checkpoint",
     "save_only_model": "a stage goes on from its last checkpoint, which needs the optimiser's state",
@@ -191,8 +191,7 @@ def setting_faults(
     fresh = _untouched(args, IN_A_RECIPE)
     for name in IN_A_RECIPE:
         if name in given and name not in faulty and getattr(args, name) != getattr(fresh, name):
-            value = "a token" if name == "hub_token" else repr(given[name])
-            yield name, f"not set here: {IN_A_RECIPE[name]} (given: {value})"
+            yield name, f"not set here: {IN_A_RECIPE[name]} (given: {given[name]!r})"
     if args.accelerator_config.use_configured_state:
         yield "accelerator_config", "use_configured_state: a stage sets up its processes itself (given: True)"
     if args.fp16 and given.get("use_cpu"):
