@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -48,6 +47,8 @@ def run(
         raise ValueError(f"--stage {stage}: no such stage; allowed: {', '.join(_STAGES)}")
     done = stages.run(load_recipe(recipe, overrides or []), stage, redo)
     if int(os.environ.get("RANK", 0)) == 0:
+        if stage == "evaluate":
+            stages.describe(done)  # what was written before tells of other answers
         _show_results(done.dir)
 
 
@@ -118,23 +119,30 @@ def _console() -> Any:
 
 
 def _show_suite(results: dict[str, Any]) -> None:
-    """Rouge-L of every model on every set, mean ± spread over seeds, and how it compares."""
+    """Rouge-L of every model on every set, mean ± standard deviation over seeds, and how it compares."""
     from rich.table import Table
 
+    from minillm.results import number
+
     names = [*results["prompts"], "average"]
-    table = Table(title=f"Rouge-L, {len(results['seeds'])} seeds: mean ± spread; difference to {results['compared_with']} [95 % interval]")
+    spread = "mean ± standard deviation" if len(results["seeds"]) > 1 else "mean"
+    table = Table(title=f"Rouge-L, {len(results['seeds'])} seeds: {spread}; difference to {results['compared_with']} [95 % interval]")
     for column in ("model", *names):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model, sets in results["models"].items():
         cells = []
         for name in names:
             score, change = sets.get(name, {}).get("rouge_l"), results["differences"].get(model, {}).get(name)
-            text = "" if score is None else f"{score['mean']:.2f} ± {score['spread']:.2f}"
-            if change is not None:
-                text += f"\n{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
-            cells.append(text)
+            text = "" if score is None else number(score["mean"])
+            if score is not None and score["spread"] is not None:
+                text += f" ± {number(score['spread'])}"
+            cells.append(text if change is None else f"{text}\n{_difference(change)}")
         table.add_row(model, *cells)
     _console().print(table)
+
+
+def _difference(change: dict[str, float]) -> str:
+    return f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
 
 
 def _show_pairs(differences: dict[str, Any]) -> None:
@@ -146,7 +154,7 @@ def _show_pairs(differences: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "method" else "right")
     for one, found in differences.items():
         cells = [found.get(other) for other in differences]
-        table.add_row(one, *("" if x is None else f"{x['mean']:+.2f}\n[{x['low']:+.2f}, {x['high']:+.2f}]" for x in cells))
+        table.add_row(one, *("" if x is None else _difference(x).replace(" [", "\n[") for x in cells))
     _console().print(table)
 
 
@@ -255,24 +263,24 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g.
 
 
 def _show_results(run_dir: Path) -> None:
+    """The table and the verdict, where they still hold, and the files that do."""
+    from rich.markup import escape
     from rich.table import Table
 
-    file = run_dir / "results.json"
+    from minillm.results import current_files, current_results, with_interval
+    from minillm.verdict import COLOURS, check_of
+
     console = _console()
-    if file.is_file():
-        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if results := current_results(run_dir):
         table = Table(title=f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]")
-        for column in ("model", "Rouge-L", "KL(q‖p), nats/token", "finished %", "length"):
+        for column in ("model", "Rouge-L", "KL(q‖p), nats/token", "finished %", "length, tokens"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for name, scores in results["models"].items():
-            cells = (scores.get(key) for key in ("rouge_l", "reverse_kl", "finished", "length"))
-            table.add_row(name, *("" if c is None else f"{c['mean']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" for c in cells))
+            table.add_row(name, *(with_interval(scores.get(key)) for key in ("rouge_l", "reverse_kl", "finished", "length")))
         console.print(table)
-        for item in results.get("check", {}).get("criteria", []):
-            word = "[green]holds[/]" if item["passed"] else "[red]fails[/]"
-            console.print(f"{word}: {item['criterion']} {item['needed']:g} (lower end of the paired interval: {item['lower_end']:.3f})")
-    found = [str(run_dir / name) for name in ("report.html", "results.json", "student") if (run_dir / name).exists()]
-    console.print("Results: " + (", ".join(found) or str(run_dir)), soft_wrap=True)
+        if found := check_of(results):
+            console.print(f"[{COLOURS[found['verdict']]}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False)
+    console.print("Results: " + (", ".join(map(str, current_files(run_dir))) or str(run_dir)), soft_wrap=True)
 
 
 def main() -> None:

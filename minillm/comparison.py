@@ -22,15 +22,18 @@ from typing import Any
 import numpy as np
 
 from minillm import stages
+from minillm.data.examples import DataError
 from minillm.hardware import machine
 from minillm.jobs import Job, run_jobs
 from minillm.recipe import Recipe
-from minillm.recipe_compare import Comparison, Method, Suite
-from minillm.recipe_file import merge, recipe_of
+from minillm.recipe_compare import Comparison, Method
+from minillm.recipe_file import RecipeError, merge, recipe_of
 from minillm.report import write_comparison_report
+from minillm.results import finite, write_json
 from minillm.run import Run
 from minillm.run_state import RunState
 from minillm.suite import answer_suite, pooled_differences, run_suite
+from minillm.suite_input import check_suite
 
 _FOLDERS = {"warmup": "warmed", "sft": "sft", "minillm": "student"}
 
@@ -46,14 +49,14 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         raise ValueError(
             "a comparison runs in one process, whose tests each of several would make again: start it without accelerate launch"
         )
-    root = Path(comparison.recipe["run_dir"])
-    suite = Suite.model_validate({**comparison.suite, "out": root / "tests"})
+    root, suite = Path(comparison.recipe["run_dir"]), comparison.suite
     shared = {"run_dir": str(root / "start"), "stages": comparison.start}
     start = Run(recipe_of(merge(comparison.recipe, shared), "the shared recipe"))
     plans = {
         name: [_recipe(comparison, start, name, tuning, method.seeds[0], f"tuning-{i}") for i, tuning in enumerate(method.tuning)]
         for name, method in comparison.methods.items()
     }  # fmt: skip
+    _check(comparison, start, plans)
     stages.run(start.recipe)
     methods, tested = comparison.methods, _tested(comparison)
     results: dict[str, Any] = {"tuning": {}}
@@ -64,7 +67,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         results["tuning"] = _tuned(comparison, plans, seeded)
         if "warmup" in comparison.start:
             results["start"] = _validated(Path(start.warmed))
-        (root / "compare.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        write_json(root / "compare.json", results)
         write_comparison_report(root)
 
     tuning = {name: [(f"{name}/tuning-{i}", plan, methods[name]) for i, plan in enumerate(plans[name])] for name in methods}
@@ -102,7 +105,30 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     keep()
     _train([run for name in methods if name not in tested for run in tuning[name]], comparison.jobs, keep)
     keep()
-    return results
+    return finite(results)
+
+
+def _check(comparison: Comparison, start: Run, plans: dict[str, list[Recipe]]) -> None:
+    """Refuse what could not be chosen on validation, or tested, once everything is trained.
+
+    Raises:
+        RecipeError: several tuning runs, and nothing to choose among them by.
+        DataError, VocabularyError: the test sets and the teacher of the tests, as `check_suite`; no set has a reference.
+    """
+    for name, tried in plans.items():
+        for plan in tried if len(tried) > 1 else []:
+            training = {"warmup": plan.warmup.training, "sft": plan.sft, "minillm": plan.training}[comparison.methods[name].stage]
+            if plan.data.validation is None or training.get("eval_strategy", "no") == "no":
+                raise RecipeError(
+                    f"methods.{name}: the best of {len(tried)} tuning runs is chosen on validation: set recipe.data.validation, and "
+                    "eval_strategy: steps where the method trains"
+                )
+    suite = comparison.suite
+    if suite.teacher is not None and Path(suite.teacher).resolve().is_relative_to(start.dir.parent.resolve()):
+        suite = suite.model_copy(update={"teacher": None})  # one that the comparison makes: it is not there yet
+    sets, _ = check_suite(suite, {"teacher": start.recipe.teacher.source})
+    if not any(example.references for examples in sets.values() for example in examples):
+        raise DataError(f"suite.sets: no row of {', '.join(sets)} has a reference to score answers by")
 
 
 def _tested(comparison: Comparison) -> list[str]:
@@ -156,7 +182,7 @@ def _tried(method: Method, plans: Sequence[Recipe]) -> list[dict[str, Any]]:
 
 
 def _best(tried: Sequence[dict[str, Any]]) -> int:
-    return max(range(len(tried)), key=lambda i: tried[i]["rouge_l"])
+    return max(range(len(tried)), key=lambda i: -1.0 if tried[i]["rouge_l"] is None else tried[i]["rouge_l"])
 
 
 def _outcome(plan: Recipe, method: Method) -> dict[str, Any]:
@@ -164,7 +190,8 @@ def _outcome(plan: Recipe, method: Method) -> dict[str, Any]:
 
 
 def _validated(folder: Path) -> dict[str, Any]:
-    """What a finished run logged: its scores on validation, the best of them, and what some means were at its two ends (a tenth each)."""
+    """What a finished run logged: its scores on validation, the best of them (None without validation), and what some means were at its
+    two ends (a tenth each)."""
     history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     curve = [entry for entry in history if "eval_rouge_l" in entry]
     best = max(curve, key=lambda entry: entry["eval_rouge_l"], default={})
@@ -177,13 +204,13 @@ def _validated(folder: Path) -> dict[str, Any]:
         if values:
             ends[key] = [float(np.mean(values[:n])), float(np.mean(values[-n:]))]
     return {
-        "rouge_l": best.get("eval_rouge_l", float("nan")), "update": best.get("step"),
+        "rouge_l": best.get("eval_rouge_l"), "update": best.get("step"),
         "curve": [{key: entry[key] for key in scores if key in entry} for entry in curve], "while_training": ends,
     }  # fmt: skip
 
 
 def _over_training_seeds(found: dict[str, Any], tested: dict[str, dict[int, Path]]) -> dict[str, Any]:
-    """Mean and spread of the average Rouge-L over a method's training seeds."""
+    """Mean and spread (one standard deviation; None of a single one) of the average Rouge-L over a method's training seeds."""
     out = {}
     for name, folders in tested.items():
         values = [found["models"][f"{name}-{seed}"]["average"]["rouge_l"]["mean"] for seed in folders]

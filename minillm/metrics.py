@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import string
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,36 @@ UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\uaa60-\uaa7f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff"
     "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-STRIPPED = str.maketrans("", "", string.punctuation)
+# Signs that mean the same, as one: dashes and the minus sign, quotes, sentence marks, full- and half-width forms; signs of no width go.
+SAME = {
+    **{place: unicodedata.normalize("NFKC", chr(place)) for place in range(0xFF01, 0xFFEF)},
+    **str.maketrans(dict.fromkeys("‐‑‒–—―−", "-") | dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromkeys("“”„‟«»「」『』", '"')),
+    **str.maketrans({"…": "...", "。": ".", "।": ".", "۔": ".", "、": ",", "،": ",", "؛": ";", "؟": "?"}),
+    **dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF)),
+}
+_LETTER = r"[^\W\d_]"
+_THOUSANDS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
+_IN_PAIRS = re.compile(r"""(?<![\w"'`*])((["'`*])\2{0,2})(?=\S)((?:(?!\2).)+)(?<=\S)\1(?![\w"'`*])""", re.DOTALL)  # "quoted", **bold**
+_APART = re.compile(r"(?<=[^\W_])\s+([.,;:!?%]+)(?=\s|$)")
+_WITHIN = re.compile(rf"(?<={_LETTER})['.](?={_LETTER})|(?<={_LETTER}{_LETTER})-(?={_LETTER})|(?<={_LETTER})-(?={_LETTER}{_LETTER})")
+_AROUND = re.compile(rf"^[\"'(\[{{¿¡]+(?={_LETTER})|(?<=\d)[.,;?]+$|(?<!\d)[.,;:!?)\]}}\"']+$")
 
 
 def is_latin(text: str) -> bool:
-    """True if rouge-score's own tokenizer, which keeps only [a-z0-9] of lower-cased text, keeps half of the letters or more.
+    """True if rouge-score's own tokenizer, which keeps only [a-z0-9] of lower-cased text, loses no letter and no digit of it.
 
-    So it is of text without letters and of most text with accents, and not of Chinese, Russian or Arabic text.
+    So it is of English, whatever its quotes, dashes, emoji or fractions, and not of naïve, Straße, Chinese or Russian text.
     """
-    letters = [letter for letter in text.lower() if letter.isalpha()]
-    return 2 * sum(letter.isascii() for letter in letters) >= len(letters)
+    return text.isascii() or not any(_is_lost(character, before) for before, character in pairwise(f" {text.lower()}"))
+
+
+def _is_lost(character: str, before: str) -> bool:
+    if character.isascii():
+        return False
+    category = unicodedata.category(character)
+    # An accent that is a character of its own splits a word; variation selectors, as of emoji, are no accents.
+    accent = category in ("Mn", "Mc") and before.isalpha() and not unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+    return accent or category[0] == "L" or category == "Nd"
 
 
 class UnicodeTokenizer:
@@ -79,8 +98,8 @@ def _scorer(latin: bool) -> Any:
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """Rouge-L F1 in percent, the best over the references (the paper's setting: rouge-score with stemming).
 
-    Where `is_latin` fails for the prediction or a reference, the package would score 0 or what little it can read; all
-    of them are then split by `UnicodeTokenizer`. Such numbers compare with one another, not with those of Latin text.
+    Where `is_latin` fails for the prediction or a reference, the package would drop letters, and split words at them; all
+    of them are then split by `UnicodeTokenizer`, which makes of English what the package does.
     """
     _some(references=references)
     scorer = _scorer(all(map(is_latin, (prediction, *references))))
@@ -90,15 +109,29 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """100 if the prediction equals a reference, else 0.
 
-    Equal in lower case, without ASCII punctuation and with single spaces, as in MiniLLM's evaluation; unlike SQuAD's
-    own script it keeps articles.
+    Equal in lower case, with single spaces, and without the punctuation that only sets words apart:
+
+    * quotes, Markdown's asterisks and backticks in pairs around anything;
+    * quotes, brackets and sentence marks around a word; after a number a full stop, comma, semicolon or question mark;
+    * apostrophes and full stops between letters, and hyphens (of words of more than a letter): don't, U.S., ice-cream;
+    * commas between thousands.
+
+    What else there is says something, and stays: symbols (C++, C#, 50 %, <), signs, points and whatever is within or
+    before a number (-5, 3.5, .5, 10:30, 5!), words that are nothing but marks, as :) is. Dashes and the minus sign are one,
+    so are straight and other quotes, and full-width forms and plain ones.
+
+    MiniLLM's evaluation drops all ASCII punctuation everywhere, so that + equals -, and 3.5 equals 35: its figure counts
+    such answers besides. Both keep articles, which SQuAD's own script drops.
     """
     _some(references=references)
     return 100.0 * (_plain(prediction) in map(_plain, references))
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().translate(STRIPPED).split())
+    text = unicodedata.normalize("NFC", text.translate(SAME).lower())
+    text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    text = _APART.sub(r"\1", _IN_PAIRS.sub(r"\3", text))  # a mark that stands alone belongs to the word before it
+    return " ".join(_AROUND.sub("", _WITHIN.sub("", word)) if any(map(str.isalnum, word)) else word for word in text.split())
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int = 4) -> float:

@@ -11,6 +11,7 @@ import yaml
 
 from minillm.recipe import Recipe, Stage
 from minillm.redaction import redacted
+from minillm.results import current_results, with_interval
 
 _MEASURED = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
 
@@ -39,7 +40,7 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage = "minillm") -> Path:
         f"{made[0].upper()}{made[1:]}, {_how(recipe, stage)}, with minillm {version('minillm')}.",
         f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {licence or f'see that of `{teacher}`'}."
         + ("" if pruned else f" That of `{base}` holds too."),
-        *_results(recipe.run_dir / "results.json"),
+        *_results(current_results(recipe.run_dir)),
         "## Recipe\n\n```yaml\n" + yaml.safe_dump(_said(recipe), sort_keys=False, allow_unicode=True) + "```",
         "## Use\n\n```python\nfrom transformers import pipeline\n\n"
         f'ask = pipeline("text-generation", "{folder.name}")\nprint(ask({_question(recipe)}))\n```\n\n'
@@ -97,16 +98,12 @@ def _said(recipe: Recipe) -> dict[str, Any]:
     return redacted(recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run_dir", "push_to_hub"}))
 
 
-def _results(file: Path) -> list[str]:
-    if not file.is_file():
+def _results(results: dict[str, Any]) -> list[str]:
+    if not results:
         return []
-    results = json.loads(file.read_text(encoding="utf-8"))
     rows = ""
     for name, scores in results["models"].items():
-        cells = " | ".join(
-            f"{scores[key]['mean']:.2f} [{scores[key]['low']:.2f}, {scores[key]['high']:.2f}]" if key in scores else "" for key in _MEASURED
-        )
-        rows += f"| {name} | {cells} |\n"
+        rows += f"| {name} | {' | '.join(with_interval(scores.get(key)) for key in _MEASURED)} |\n"
     heads = " | ".join(_MEASURED.values())
     note = f"{results['prompts']} held-out prompts, sampling seeds {', '.join(map(str, results['seeds']))}; mean [95 % interval]."
     return [f"## Results\n\n| model | {heads} |\n|---{'|---' * len(_MEASURED)}|\n{rows}\n{note}"]

@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from minillm.recipe import Positive, Section, Source, Stage, Template
+from minillm.recipe import Positive, Section, Source, Stage, Template, different
+
+
+def _answers(choices: list[str]) -> list[str]:
+    texts = different([choice.strip() for choice in choices])
+    if "" in texts:
+        raise ValueError("a blank choice is no answer")
+    if len(texts) == 1:
+        raise ValueError("one answer is no choice: at least two are needed")
+    return choices
 
 
 class TestSet(Source):
@@ -21,8 +30,9 @@ class TestSet(Source):
     max_reference_words: Positive | None = None
     sample: Positive | None = None
     """So many rows at random, always the same ones (files are often sorted by task), before reference lengths are looked at."""
-    choices: list[str] = []
-    """Answers of a classification task: the model's probabilities over them are calibrated against the reference (ECE)."""
+    choices: Annotated[list[str], AfterValidator(_answers)] = []
+    """Answers of a classification task, one of which is every row's reference: how well the model's probabilities of answering with one
+    and ending there, shared out over all of them, tell how often it is right (ECE)."""
     limit: Positive | None = None
 
 
@@ -42,10 +52,10 @@ class Suite(Section):
     no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
     """Tokens that would repeat an n-gram of this length are not drawn (6 in the authors' final evaluation, and worth more
     than a point of Rouge-L there); 0: all are. It takes the transformers engine."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [10, 20, 30, 40, 50]
+    seeds: Annotated[list[int], Field(min_length=1), AfterValidator(different)] = [10, 20, 30, 40, 50]
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     teacher: str | None = None
-    """A model to take KL(q‖p) and KL(p‖q) to, on every model's own answers of the first seed."""
+    """A model to take KL(q‖p) and KL(p‖q) to, on every model's own answers of the first seed; all share its vocabulary then."""
     exposure_bias: bool = False
     """Excess error by position (ExAccErr), which needs the teacher."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
@@ -54,6 +64,8 @@ class Suite(Section):
     def _needs(self) -> Suite:
         if self.exposure_bias and self.teacher is None:
             raise ValueError("exposure_bias compares with a teacher's samples: name the teacher")
+        if "average" in self.sets:
+            raise ValueError("sets.average: results have the mean over the sets under that name; give the set another one")
         return self
 
 
@@ -66,7 +78,7 @@ class Method(Section):
     """What differs from the shared recipe."""
     tuning: list[dict[str, Any]] = [{}]
     """What differs besides, once for each tuning run; the best on validation is taken."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(different)] = [0]
     """Training seeds; tuning uses the first."""
     tested: bool = True
     """Whether it is read on the test sets, or only on validation."""
@@ -84,10 +96,18 @@ class Comparison(Section):
     methods: Annotated[dict[str, Method], Field(min_length=1)]
     baseline: str
     """The method that others are compared with."""
-    suite: dict[str, Any]
-    """The test sets: a suite without its `out`."""
+    suite: Suite
+    """The test sets; its `out` is `tests` in the run directory."""
     jobs: Annotated[int, Field(ge=1)] = 1
     """Runs at once, each in a process of its own with its log in its directory; of several GPUs each gets one, in turns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tests_below_run_dir(cls, given: Any) -> Any:
+        suite, recipe = (given.get(key) for key in ("suite", "recipe")) if isinstance(given, dict) else (None, None)
+        if isinstance(suite, dict) and isinstance(recipe, dict) and "run_dir" in recipe:
+            return {**given, "suite": {**suite, "out": Path(str(recipe["run_dir"])) / "tests"}}
+        return given
 
     @model_validator(mode="before")
     @classmethod
@@ -106,13 +126,17 @@ class Comparison(Section):
             name: {**method, "recipe": placed(method["recipe"])} if isinstance(method, dict) and "recipe" in method else method
             for name, method in given.get("methods", {}).items()
         }
-        suite = {"data_dir": str(folder), **given.get("suite", {})}
+        suite = {"data_dir": str(folder), **(given.get("suite") or {})}
         return {**given, "recipe": placed(given.get("recipe", {})), "methods": methods, "suite": suite}
 
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:
+        if "run_dir" not in self.recipe:
+            raise ValueError("recipe.run_dir: needed, and not given: everything the comparison makes is kept there")
         if self.baseline not in self.methods:
             raise ValueError(f"baseline: {self.baseline} is none of the methods ({', '.join(self.methods)})")
+        if not self.methods[self.baseline].tested:
+            raise ValueError(f"baseline: {self.baseline} is not tested; the others are compared with it on the tests")
         if len({len(method.tuning) for method in self.methods.values() if method.tested}) > 1:
             raise ValueError("tuning: every tested method gets as many tuning runs as the others")
         return self

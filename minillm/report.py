@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm.data.examples import read_jsonl
+from minillm.results import current_results, number, read_json, write_json
+from minillm.verdict import COLOURS, check_of
 
 _SHOWN = 24  # prompts in the side-by-side table
 _COLUMNS = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
@@ -29,22 +30,22 @@ _WARMUP_PANELS: list[tuple[str, dict[str, str]]] = [
 ]
 _SUITE_COLUMNS = {
     "rouge_l": "Rouge-L", "exact_match": "exact match, %", "distinct_4": "distinct-4, %", "finished": "finished, %",
-    "length": "length, tokens", "reverse_kl": "KL(q‖p), nats a token", "forward_kl": "KL(p‖q), nats a token", "ece": "ECE",
+    "length": "length, tokens", "reverse_kl": "KL(q‖p), nats a token", "forward_kl": "KL(p‖q), nats a token", "ece": "ECE, 0 to 1",
 }  # fmt: skip
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1180px;padding:0 1rem;color:#1c2330}
 table{border-collapse:collapse;width:100%;margin:1rem 0}td,th{border:1px solid #d5dae3;padding:.4rem .6rem;vertical-align:top}
 th{background:#eef1f6;text-align:left}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-.small{color:#5b6577;font-size:13px}.ok{color:#1a7f37}.no{color:#c62828}svg{max-width:100%;height:auto}
+.small{color:#5b6577;font-size:13px}.green{color:#1a7f37}.yellow{color:#9a6700}.red{color:#c62828}svg{max-width:100%;height:auto}
 td.answer{white-space:pre-wrap;font-size:13px;width:22%}
 """
 
 
 def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Path:
-    """Write `run_dir/report.html` from what is there; what is missing is left out.
+    """Write `run_dir/report.html` from what is there; what is missing is left out, and so are results from before a stage was begun again.
 
     Args:
-        prompts: text of each held-out row; kept beside the answers for later calls without it.
+        prompts: text of each held-out row, for answers that none were kept with.
 
     Raises:
         FileNotFoundError: `run_dir` is not a run's directory.
@@ -52,11 +53,11 @@ def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Pat
     if not (run_dir / "state.json").is_file():
         raise FileNotFoundError(f"{run_dir}: not the directory of a run (it has no state.json)")
     kept = run_dir / "evaluate" / "prompts.json"
-    if prompts is not None and kept.parent.is_dir():
-        kept.write_text(json.dumps(prompts), encoding="utf-8")
-    elif kept.is_file():
-        prompts = {int(row): text for row, text in _read(kept).items()}
-    results = _read(run_dir / "results.json") if (run_dir / "results.json").is_file() else {}
+    if kept.is_file():
+        prompts = {int(row): text for row, text in read_json(kept).items()}
+    elif prompts is not None and kept.parent.is_dir():
+        write_json(kept, prompts)
+    results = current_results(run_dir)
     parts = [
         f"<h1>{html.escape(run_dir.name)}</h1>",
         _table(results),
@@ -64,7 +65,7 @@ def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Pat
         _curves("On-policy training (minillm)", run_dir / "student" / "trainer_state.json", _PANELS),
         _curves("Warm-up", run_dir / "warmed" / "trainer_state.json", _WARMUP_PANELS),
         _answers(run_dir / "evaluate", results, prompts or {}),
-        _times(_read(run_dir / "state.json")["stages"]),
+        _times(read_json(run_dir / "state.json")["stages"]),
     ]
     out = run_dir / "report.html"
     out.write_text(_page(run_dir.name, parts), encoding="utf-8")
@@ -73,7 +74,7 @@ def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Pat
 
 def write_suite_report(out: Path) -> Path:
     """Write `out/report.html` from the results and answers of a suite that lie there."""
-    results = _read(out / "results.json")
+    results = read_json(out / "results.json")
     parts = [f"<h1>{html.escape(out.name)}</h1>", *(_set_table(results, name) for name in [*results["prompts"], "average"])]
     parts += [_by_words(results), _exposure(results)]
     for name in results["prompts"]:
@@ -86,7 +87,7 @@ def write_suite_report(out: Path) -> Path:
 
 def write_comparison_report(root: Path) -> Path:
     """Write `root/report.html` from a comparison's `compare.json`: curves of every method, and the tests where they were read."""
-    results = _read(root / "compare.json")
+    results = read_json(root / "compare.json")
     parts = [f"<h1>{html.escape(root.name)}</h1>", *_validation_curves(results), _tuning(results["tuning"])]
     if tests := results.get("tests"):
         parts += [*(_set_table(tests, name) for name in [*tests["prompts"], "average"]), _pairs(results["differences"]), _by_words(tests)]
@@ -122,7 +123,7 @@ def _tuning(tuning: dict[str, Any]) -> str:
 
 
 def _plain(value: float | None) -> str:
-    return f"<td class=n>{'' if value is None else f'{value:.2f}'.removesuffix('.00')}</td>"
+    return f"<td class=n>{number(value).removesuffix('.00')}</td>"
 
 
 def _set_table(results: dict[str, Any], name: str) -> str:
@@ -134,17 +135,17 @@ def _set_table(results: dict[str, Any], name: str) -> str:
         change = results["differences"].get(model, {}).get(name)
         rows += f"<tr><td>{html.escape(model)}</td>"
         for key in columns:
-            score = sets[name].get(key)
-            spread = f" <span class=small>± {score['spread']:.2f}</span>" if score and "spread" in score else ""
-            rows += "<td class=n></td>" if score is None else f"<td class=n>{score['mean']:.2f}{spread}</td>"
+            score = sets.get(name, {}).get(key)
+            spread = f" <span class=small>± {number(score['spread'])}</span>" if score and score.get("spread") is not None else ""
+            rows += "<td class=n></td>" if score is None else f"<td class=n>{number(score['mean'])}{spread}</td>"
         rows += f"{_cell(change)}</tr>"
     heads = "".join(f"<th>{title}</th>" for title in columns.values())
     count = f", {results['prompts'][name]} prompts" if name in results["prompts"] else " of the sets"
     return (
         f"<h2>{html.escape(name)}{count}</h2><table><tr><th>model</th>{heads}"
         f"<th>Rouge-L, difference to {html.escape(results['compared_with'])}</th></tr>{rows}</table>"
-        f"<p class=small>Mean ± spread over seeds {', '.join(map(str, results['seeds']))}; differences are paired over prompts, with a "
-        "95 % bootstrap interval.</p>"
+        f"<p class=small>Mean ± standard deviation over seeds {', '.join(map(str, results['seeds']))}; differences are paired over "
+        "prompts, with a 95 % bootstrap interval.</p>"
     )
 
 
@@ -165,13 +166,13 @@ def _by_words(results: dict[str, Any]) -> str:
     """Rouge-L by the length of the reference."""
     out = ""
     for name in results["prompts"]:
-        found = {model: sets[name].get("rouge_l_by_reference_words", {}) for model, sets in results["models"].items()}
+        found = {model: sets.get(name, {}).get("rouge_l_by_reference_words", {}) for model, sets in results["models"].items()}
         bins = list(dict.fromkeys(key for values in found.values() for key in values))
         if bins:
             heads = "".join(f"<th>{key} words</th>" for key in bins)
             rows = ""
             for model, values in found.items():
-                cells = "".join(f"<td class=n>{values.get(key, float('nan')):.2f}</td>" for key in bins)
+                cells = "".join(f"<td class=n>{number(values.get(key))}</td>" for key in bins)
                 rows += f"<tr><td>{html.escape(model)}</td>{cells}</tr>"
             title = f"{html.escape(name)}: Rouge-L by the length of the reference"
             out += f"<h3>{title}</h3><table><tr><th>model</th>{heads}</tr>{rows}</table>"
@@ -182,7 +183,7 @@ def _exposure(results: dict[str, Any]) -> str:
     """Excess accumulated error by position, where it was asked for."""
     panels = [
         (f"{name}: excess error, %", {
-            model: [(at, value) for at, value in enumerate(sets[name]["excess_error"]["by_position"], 1) if math.isfinite(value)]
+            model: [(at, value) for at, value in enumerate(sets[name]["excess_error"]["by_position"], 1) if value is not None]
             for model, sets in results["models"].items() if "excess_error" in sets.get(name, {})
         })
         for name in results["prompts"]
@@ -191,14 +192,17 @@ def _exposure(results: dict[str, Any]) -> str:
 
 
 def _side_by_side(title: str, answers: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    if not answers:
+    """By row: a model whose tokenizer makes a prompt too long has no answer to it."""
+    by_row = {model: {row["row"]: row for row in rows} for model, rows in answers.items()}
+    rows = sorted(set().union(*by_row.values()))[:_SHOWN]
+    if not rows:
         return ""
     heads = "".join(f"<th>{html.escape(model)}</th>" for model in answers)
-    body = "".join(
-        "<tr>" + f"<td class=answer>{html.escape(' / '.join(rows[0].get('references', [])))}</td>"
-        + "".join(f"<td class=answer>{html.escape(row['text'])}</td>" for row in rows) + "</tr>"
-        for rows in list(zip(*answers.values(), strict=False))[:_SHOWN]
-    )  # fmt: skip
+    body = ""
+    for row in rows:
+        references = next(found[row] for found in by_row.values() if row in found).get("references", [])
+        texts = [" / ".join(references), *(found[row]["text"] if row in found else "" for found in by_row.values())]
+        body += f"<tr>{''.join(f'<td class=answer>{html.escape(text)}</td>' for text in texts)}</tr>"
     return f"<h2>{html.escape(title)}</h2><table><tr><th>reference</th>{heads}</tr>{body}</table>"
 
 
@@ -209,14 +213,11 @@ def _page(title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _cell(interval: dict[str, float] | None) -> str:
+def _cell(interval: dict[str, float | None] | None) -> str:
     if interval is None:
         return "<td class=n></td>"
-    return f"<td class=n>{interval['mean']:.2f} <span class=small>[{interval['low']:.2f}, {interval['high']:.2f}]</span></td>"
+    ends = f"[{number(interval['low'])}, {number(interval['high'])}]"
+    return f"<td class=n>{number(interval['mean'])} <span class=small>{ends}</span></td>"
 
 
 def _table(results: dict[str, Any]) -> str:
@@ -237,25 +238,21 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _check(results: dict[str, Any]) -> str:
-    if "check" not in results:
+    found = check_of(results)
+    if found is None:
         return ""
-    items = "".join(
-        f"<li class={'ok' if item['passed'] else 'no'}>{html.escape(item['criterion'])} {item['needed']:g}: "
-        f"lower end of the paired interval {item['lower_end']:.3f}</li>"
-        for item in results["check"]["criteria"]
-    )
-    return f"<h2>minillm against the warmed-up student</h2><ul>{items}</ul>"
+    return f"<h2>Verdict</h2><p class={COLOURS[found['verdict']]}>{html.escape(found['sentence'])}</p>"
 
 
 def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]]) -> str:
     if not state.is_file():
         return ""
-    history = [entry for entry in _read(state)["log_history"] if "loss" in entry]
+    history = [entry for entry in read_json(state)["log_history"] if "loss" in entry]
     return _drawn(title, [(name, {label: _points(history, key) for key, label in series.items()}) for name, series in panels])
 
 
 def _points(history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in history if key in entry]
+    return [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
 
 
 def _drawn(

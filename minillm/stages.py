@@ -306,6 +306,7 @@ def _evaluate(this: Run) -> None:
     from minillm import evaluation
     from minillm.hardware import device, working_dtype
     from minillm.models.load import load_model
+    from minillm.results import write_json
     from minillm.rollout.build import OneEngine
     from minillm.teacher.local import LocalTeacher
 
@@ -352,7 +353,8 @@ def _evaluate(this: Run) -> None:
     if "warmed" in scores and "minillm" in scores:
         changes = evaluation.compare(scores["warmed"], scores["minillm"], settings.bootstrap)
         results |= {"minillm_against_warmed": changes, "check": evaluation.check(changes, settings)}
-    (this.dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_json(this.dir / "evaluate" / "prompts.json", {prompt.example.row: prompt.example.text for prompt in prompts})
+    write_json(this.dir / "results.json", results)
 
 
 def _made_from(this: Run, folder: str) -> dict[str, Any]:
@@ -376,14 +378,21 @@ def _digest_of(this: Run) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
-def _report(this: Run) -> None:
-    from minillm.model_card import push, write_card
+def describe(this: Run) -> None:
+    """Write the report and the model cards from what is there."""
+    from minillm.model_card import write_card
     from minillm.report import write_report
 
     write_report(this.dir, {example.row: example.text for example in this.heldout_examples})
     for stage, folder in this.trained().items():
         if Path(folder).is_dir():
             write_card(Path(folder), this.recipe, stage)
+
+
+def _report(this: Run) -> None:
+    from minillm.model_card import push
+
+    describe(this)
     done = [folder for folder in this.trained().values() if Path(folder).is_dir()]
     if this.recipe.push_to_hub and done:
         _say(0, f"  uploaded to {push(Path(done[-1]), this.recipe.push_to_hub, this.recipe.training.get('hub_token'))}")

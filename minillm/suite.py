@@ -7,8 +7,6 @@ that are missing are drawn together.
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,54 +16,32 @@ import numpy as np
 import torch
 
 from minillm import metrics
-from minillm.data.batches import permutation, seed_of
-from minillm.data.examples import DataError, Example, Prompt, read_examples, read_jsonl, render_all, write_jsonl
+from minillm.choices import choice_logprobs, right_choices
+from minillm.data.batches import seed_of
+from minillm.data.examples import Example, read_jsonl, write_jsonl
 from minillm.data.rollouts import Sampling
 from minillm.evaluation import Row, answer, token_divergences
 from minillm.hardware import device, working_dtype
 from minillm.metrics import Floats
-from minillm.models.load import eos_ids, load_model, load_tokenizer, text_config
+from minillm.models.load import eos_ids, load_model, text_config
 from minillm.models.scoring import bind_scoring
-from minillm.models.vocabulary import check_same_tokens, head_width, token_count
+from minillm.models.vocabulary import head_width, token_count
 from minillm.recipe import RolloutConfig
-from minillm.recipe_compare import Suite, TestSet
+from minillm.recipe_compare import Suite
+from minillm.results import finite, write_json
 from minillm.rollout.build import OneEngine, choose_engine
+from minillm.suite_input import Model, check_suite
+from minillm.suite_input import read_set as read_set
 from minillm.teacher.local import LocalTeacher
 
-logger = logging.getLogger(__name__)
 _LENGTH_BINS = ((1, 5), (6, 10), (11, None))  # words of the longest reference, as the paper bins S-NI and UnNI
 
 
-def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
-    """The examples of a set, those of other reference lengths left out.
-
-    Raises:
-        DataError: the file is missing, a row is not what it should be, or nothing is left.
-    """
-    if test.file is not None and not test.file.is_absolute():
-        if data_dir is None:
-            raise DataError(f"sets.{name}: {test.file} is looked for below data_dir, which is not given: data_dir=FOLDER")
-        test = test.model_copy(update={"file": Path(data_dir) / test.file})
-    examples = read_examples(test)
-    if test.sample is not None:
-        examples = [examples[i] for i in sorted(permutation(len(examples), "sample")[: test.sample])]
-    low, high = test.min_reference_words or 0, test.max_reference_words or 10**9
-    if test.min_reference_words or test.max_reference_words:
-        examples = [e for e in examples if e.references and low <= max(len(text.split()) for text in e.references) <= high]
-    if not examples:
-        raise DataError(f"sets.{name}: no row's longest reference has {low} to {high} words")
-    return examples[: test.limit]
-
-
 @dataclass
-class _Loaded:
+class _Loaded(Model):
     """A model that has something left to do."""
 
-    name: str
-    folder: str
     model: Any
-    tokenizer: Any
-    prompts: dict[str, list[Prompt]]
     sampling: Sampling
 
 
@@ -76,25 +52,23 @@ def run_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, Any]:
         models: folders or hub ids by name; the first is what the others are compared with.
 
     Raises:
-        DataError: a set that cannot be read, before any model loads.
+        DataError, VocabularyError: as `check_suite`, before any model loads.
     """
     sets = answer_suite(suite, models)
-    results = _collect(suite, sets, list(models))
-    (suite.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    return results
+    return write_json(suite.out / "results.json", _collect(suite, sets, list(models)))
 
 
 def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Example]]:
     """The answers alone, where they are not there yet; returns the sets. See `run_suite`."""
-    sets = {name: read_set(name, test, suite.data_dir) for name, test in suite.sets.items()}
+    sets, checked = check_suite(suite, models)
     config = RolloutConfig(engine="transformers" if suite.no_repeat_ngram else suite.engine)
     choose_engine(config.engine)
     most = max(len(examples) for examples in sets.values()) * len(suite.seeds)
     engines = OneEngine(config, suite.max_prompt_tokens + suite.max_new_tokens, sequences=min(most, 256))
     teacher = _Teacher(suite)
     try:
-        for name, folder in models.items():
-            _answer_all(suite, sets, name, folder, engines, teacher)
+        for model in checked:
+            _answer_all(suite, model, engines, teacher)
             engines.rest()
     finally:
         engines.close()
@@ -110,35 +84,30 @@ class _Teacher:
     def __bool__(self) -> bool:
         return self._name is not None
 
-    def get(self, tokenizer: Any) -> LocalTeacher:
+    def get(self) -> LocalTeacher:
         if self._loaded is None:
             assert self._name is not None
-            check_same_tokens(tokenizer, load_tokenizer(self._name))
             model: Any = load_model(self._name, working_dtype())
             self._loaded = LocalTeacher(model.to(device()))
         return self._loaded
 
 
-def _answer_all(suite: Suite, sets: Mapping[str, list[Example]], name: str, folder: str, engines: OneEngine, teacher: _Teacher) -> None:
-    tokenizer = load_tokenizer(folder)
-    prompts: dict[str, list[Prompt]] = {}
-    for key, examples in sets.items():
-        prompts[key], too_long = render_all(examples, suite.template, tokenizer, suite.max_prompt_tokens, suite.system)
-        if too_long:
-            logger.warning("%s, %s: %d of %d prompts exceed max_prompt_tokens and are left out", name, key, len(too_long), len(examples))
-    made_from = {key: _made_from(suite, folder, prompts[key], suite.sets[key]) for key in sets}
-    left = {key: [seed for seed in suite.seeds if not _is_there(suite, name, key, str(seed), made_from[key])] for key in sets}
+def _answer_all(suite: Suite, this: Model, engines: OneEngine, teacher: _Teacher) -> None:
+    name, folder, prompts = this.name, this.folder, this.prompts
+    made_from = _made_from(suite, this)
+    left = {key: [seed for seed in suite.seeds if not _is_there(suite, name, key, str(seed), made_from[key])] for key in prompts}
     missing = {key: seeds for key, seeds in left.items() if seeds}
-    extra = [key for key, test in suite.sets.items() if test.choices and not _is_there(suite, name, key, "choices", made_from[key])]
-    exposure = [key for key in sets if suite.exposure_bias and not _is_there(suite, name, key, "exposure", made_from[key])]
+    extra = [key for key in this.options if not _is_there(suite, name, key, "choices", made_from[key])]
+    exposure = [key for key in prompts if suite.exposure_bias and not _is_there(suite, name, key, "exposure", made_from[key])]
     if not missing and not extra and not exposure:
         return
     model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-    width = min(head_width(model), token_count(tokenizer))
+    width = min(head_width(model), token_count(this.tokenizer))
     sampling = Sampling(
-        suite.max_new_tokens, eos_ids(model.generation_config, tokenizer), width, suite.temperature, no_repeat_ngram=suite.no_repeat_ngram
-    )
-    loaded = _Loaded(name, folder, model, tokenizer, prompts, sampling)
+        suite.max_new_tokens, eos_ids(model.generation_config, this.tokenizer), width, suite.temperature,
+        no_repeat_ngram=suite.no_repeat_ngram,
+    )  # fmt: skip
+    loaded = _Loaded(**vars(this), model=model, sampling=sampling)
     for key in sorted(missing, key=lambda key: _whole_of(suite, key) is not None):
         whole = _whole_of(suite, key)
         if whole is not None:
@@ -146,12 +115,12 @@ def _answer_all(suite: Suite, sets: Mapping[str, list[Example]], name: str, fold
             theirs = {seed: read_jsonl(_file(suite, name, whole, str(seed))) for seed in missing[key]}
             by_seed = {seed: [row for row in rows if row["row"] in wanted] for seed, rows in theirs.items()}
         else:
-            by_seed = answer(engines.of(model, folder), prompts[key], sampling, missing[key], tokenizer)
+            by_seed = answer(engines.of(model, folder), prompts[key], sampling, missing[key], this.tokenizer)
             _score(loaded, key, by_seed, suite, teacher)
         for seed, rows in by_seed.items():
             _keep(suite, name, key, str(seed), rows, made_from[key])
     for key in extra:
-        _keep(suite, name, key, "choices", _choose(loaded, key, suite.sets[key]), made_from[key])
+        _keep(suite, name, key, "choices", _choose(loaded, key, suite.sets[key].choices), made_from[key])
     for key in exposure:
         _keep(suite, name, key, "exposure", _exposure(loaded, key, suite, engines, teacher), made_from[key])
 
@@ -168,7 +137,7 @@ def _score(loaded: _Loaded, key: str, by_seed: Mapping[int, list[Row]], suite: S
     if teacher and suite.seeds[0] in by_seed:
         rows = by_seed[suite.seeds[0]]
         found = token_divergences(
-            bind_scoring(loaded.model), teacher.get(loaded.tokenizer), [p.ids for p in prompts], [row["ids"] for row in rows],
+            bind_scoring(loaded.model), teacher.get(), [p.ids for p in prompts], [row["ids"] for row in rows],
             _shared(loaded, teacher), suite.temperature, progress=True,
         )  # fmt: skip
         for row, (reverse, forward) in zip(rows, found, strict=True):
@@ -185,26 +154,25 @@ def _whole_of(suite: Suite, key: str) -> str | None:
 
 
 def _shared(loaded: _Loaded, teacher: _Teacher) -> int:
-    return min(loaded.sampling.vocab_size, head_width(teacher.get(loaded.tokenizer).model))
+    return min(loaded.sampling.vocab_size, head_width(teacher.get().model))
 
 
-def _choose(loaded: _Loaded, key: str, test: TestSet) -> list[Row]:
-    """The model's probabilities over the choices of each prompt, normalised over them."""
-    scorer, rows = LocalTeacher(loaded.model), []
-    options = [loaded.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in test.choices]
-    plain = replace(loaded.sampling, temperature=1.0)
-    for prompt in loaded.prompts[key]:
-        hidden = scorer.hidden([prompt.ids] * len(options), options)
-        logs = torch.stack([scorer.token_logprobs(states, ids, plain).sum() for states, ids in zip(hidden, options, strict=True)])
+def _choose(loaded: _Loaded, key: str, choices: Sequence[str]) -> list[Row]:
+    """The likeliest choice of every prompt with a reference, its share of the probability of all, and whether it is right."""
+    prompts = [prompt for prompt in loaded.prompts[key] if prompt.example.references]
+    found = choice_logprobs(LocalTeacher(loaded.model), prompts, loaded.options[key], replace(loaded.sampling, temperature=1.0))
+    rows: list[Row] = []
+    for prompt, logs in zip(prompts, found, strict=True):
         best = int(logs.argmax())
-        right = metrics.exact_match(test.choices[best], prompt.example.references) > 0 if prompt.example.references else False
-        rows.append({"row": prompt.example.row, "confidence": float(torch.softmax(logs, 0)[best]), "correct": right})
+        right = best in right_choices(choices, prompt.example.references)
+        confidence = float(torch.softmax(logs, 0)[best])
+        rows.append({"row": prompt.example.row, "confidence": confidence, "correct": right, "logprobs": logs.tolist()})
     return rows
 
 
 def _exposure(loaded: _Loaded, key: str, suite: Suite, engines: OneEngine, teacher: _Teacher) -> list[Row]:
     """KL(p‖q) along one answer of the model and one of the teacher to each prompt."""
-    prompts, at_hand = loaded.prompts[key], teacher.get(loaded.tokenizer)
+    prompts, at_hand = loaded.prompts[key], teacher.get()
     rows: list[Row] = [{"row": prompt.example.row} for prompt in prompts]
     for who, model, folder in (("own", loaded.model, loaded.folder), ("oracle", at_hand.model, str(suite.teacher))):
         seed = seed_of(suite.seeds[0], "exposure")
@@ -227,7 +195,7 @@ def _file(suite: Suite, name: str, key: str, part: str) -> Path:
 
 def _keep(suite: Suite, name: str, key: str, part: str, rows: Sequence[Row], made_from: str) -> None:
     file = _file(suite, name, key, part)
-    write_jsonl(file, rows)
+    write_jsonl(file, finite(rows))
     file.with_suffix(".made_from").write_text(made_from, encoding="utf-8")
 
 
@@ -236,17 +204,25 @@ def _is_there(suite: Suite, name: str, key: str, part: str, made_from: str) -> b
     return note.is_file() and note.read_text(encoding="utf-8") == made_from
 
 
-def _made_from(suite: Suite, folder: str, prompts: Sequence[Prompt], test: TestSet) -> str:
-    """A digest of what a part depends on."""
+def _made_from(suite: Suite, this: Model) -> dict[str, str]:
+    """By set, a digest of what its parts depend on."""
     weights, taught = (
-        {file.name: file.stat().st_mtime_ns for file in sorted(Path(place).glob("*.safetensors"))} if place is not None else {}
-        for place in (folder, suite.teacher)
-    )
-    engine = "transformers" if suite.no_repeat_ngram else choose_engine(suite.engine, text_config(folder))
+        {file.name: file.stat().st_mtime_ns for kind in ("*.safetensors", "*.bin", "generation_config.json")
+         for file in sorted(Path(place).glob(kind))} if place is not None else {}
+        for place in (this.folder, suite.teacher)
+    )  # fmt: skip
+    engine = "transformers" if suite.no_repeat_ngram else choose_engine(suite.engine, text_config(this.folder))
     settings = suite.model_dump(mode="json", include={"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"})
-    rows = [(prompt.ids, prompt.example.references) for prompt in prompts]
-    seen = (weights or folder, settings, engine, test.choices, rows, *([taught] if taught else []))
-    return hashlib.sha256(repr(seen).encode()).hexdigest()
+    words = sorted(this.tokenizer.get_vocab().items()), this.tokenizer.eos_token_id
+    shared = _digest(weights or this.folder, settings, engine, words, taught)
+    return {
+        key: _digest(shared, suite.sets[key].choices, [(prompt.ids, prompt.example.references) for prompt in prompts])
+        for key, prompts in this.prompts.items()
+    }
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 # Results
@@ -308,10 +284,9 @@ def _scores(suite: Suite, name: str, key: str, by_seed: Sequence[Sequence[Row]])
     first = next((rows for rows in by_seed if "reverse_kl" in rows[0]), None)  # of one seed
     if first is not None:
         tokens = sum(len(row["ids"]) for row in first)
-        out |= {kl: {"mean": sum(row[kl] for row in first) / tokens} for kl in ("reverse_kl", "forward_kl")}
+        out |= {kl: {"mean": float(np.sum(_column(first, kl))) / max(tokens, 1)} for kl in ("reverse_kl", "forward_kl")}
     choices = _file(suite, name, key, "choices")
-    if suite.sets[key].choices and choices.is_file():
-        rows = read_jsonl(choices)
+    if suite.sets[key].choices and choices.is_file() and (rows := read_jsonl(choices)):
         out["ece"] = {"mean": metrics.calibration_error([r["confidence"] for r in rows], [r["correct"] for r in rows])}
     exposure = _file(suite, name, key, "exposure")
     if suite.exposure_bias and exposure.is_file():
@@ -324,8 +299,13 @@ def _scores(suite: Suite, name: str, key: str, by_seed: Sequence[Sequence[Row]])
     return out
 
 
+def _column(rows: Sequence[Row], key: str) -> Floats:
+    """NaN where a row has no number."""
+    return np.array([row[key] for row in rows], dtype=float)
+
+
 def _mean(rows: Sequence[Row], key: str) -> float:
-    return float(np.mean([row[key] for row in rows]))
+    return float(np.mean(_column(rows, key)))
 
 
 def _words(row: Row) -> int:
@@ -333,9 +313,9 @@ def _words(row: Row) -> int:
 
 
 def _over_seeds(values: Sequence[float] | Floats) -> dict[str, Any]:
-    """Mean over the seeds, their spread (one standard deviation of the sample), and each."""
+    """Mean over the seeds, their spread (one standard deviation of the sample; None of a single one), and each."""
     seeds = np.asarray(values, dtype=float)
-    spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else 0.0
+    spread = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
     return {"mean": float(seeds.mean()), "spread": spread, "by_seed": seeds.tolist()}
 
 
@@ -347,6 +327,8 @@ def _by_prompt(by_seed: Sequence[Sequence[Row]], key: str) -> Floats:
 def _paired(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> tuple[list[int], Floats, Floats]:
     """Rouge-L of two models on the prompts that both answered, and which those are: another tokenizer may leave out others as too long."""
     common = {row["row"] for row in first[0] if "rouge_l" in row} & {row["row"] for row in second[0]}
+    if not common:
+        return [], np.zeros(0), np.zeros(0)
     one, other = ([[row for row in rows if row["row"] in common] for rows in by_seed] for by_seed in (first, second))
     return [row["row"] for row in one[0]], _by_prompt(one, "rouge_l"), _by_prompt(other, "rouge_l")
 
@@ -356,8 +338,8 @@ def _differences(suite: Suite, first: Mapping[str, list[list[Row]]], second: Map
     out: dict[str, dict[str, float]] = {}
     changes: dict[str, dict[int, float]] = {}
     for key in first:
-        if any("rouge_l" in row for row in first[key][0]):
-            rows, before, after = _paired(first[key], second[key])
+        rows, before, after = _paired(first[key], second[key])
+        if rows:
             out[key] = metrics.paired_bootstrap(before, after, suite.bootstrap)
             changes[key] = dict(zip(rows, (after - before).tolist(), strict=True))
     return out | ({"average": _average_difference(suite, changes)} if changes else {})

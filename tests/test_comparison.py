@@ -154,11 +154,46 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
         ("baseline: kd", "baseline: kt", "baseline: kt is none of the methods"),
         ("cross_entropy: 0.1}}]", "cross_entropy: 0.1}}, {}]", "every tested method gets as many tuning runs"),
         ("stage: sft", "stage: sftt", "methods.sft.stage: Input should be 'warmup', 'sft' or 'minillm'"),
+        ("seeds: [0, 1]}", "seeds: [1, 1]}", "methods.minillm.seeds: 1 is there more than once; name each once"),
+        ("seeds: [0, 1]}", "seeds: [0, -1]}", "methods.minillm.seeds.1: Input should be greater than or equal to 0"),
+        ("seeds: [1, 2]", "seeds: [2, 2]", "suite.seeds: 2 is there more than once; name each once"),
+        ("bootstrap: 200", "bootstrp: 200", "suite.bootstrp: unknown key; did you mean bootstrap?"),
+        ("  run_dir: RUN".replace("RUN", str(file.parent / "run")), "  seed: 0", "recipe.run_dir: needed, and not given"),
+        ("baseline: kd", "baseline: distillm", "baseline: distillm is not tested"),
+        (", validation: dev.jsonl, validation_limit: 6", "", "methods.sft: the best of 2 tuning runs is chosen on validation"),
     ):
         file.write_text(text.replace(before, after))
         with pytest.raises(RecipeError) as caught:
             compare(load(file))
         assert message in str(caught.value)
+
+
+def test_tests_that_cannot_be_made_are_found_before_anything_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison.stages, "run", lambda *_: pytest.fail("something ran"))
+    text = file.read_text()
+    other = Path(save(tiny_llama(3), file.parent / "other")) / "tokenizer.json"
+    other.write_text(other.read_text().replace('"w8"', '"w99"'))
+    (file.parent / "data" / "bare.jsonl").write_text('{"instruction": "w1"}\n')
+    for before, after, message in (
+        (
+            "bootstrap: 200",
+            f"bootstrap: 200\n  teacher: {other.parent}",
+            "have different tokenizers: id 12 is 'w8' for the model and 'w99'",
+        ),
+        ("file: test.jsonl", "file: none.jsonl", "none.jsonl: no such file"),
+        ("file: test.jsonl", "file: bare.jsonl", "no row of test has a reference to score answers by"),
+        ("file: test.jsonl", "file: test.jsonl, choices: [w1, w2]", "sets.test.choices: none is the reference"),
+    ):
+        file.write_text(text.replace(before, after))
+        with pytest.raises(ValueError, match=message):
+            compare(load(file))
+
+
+def test_a_run_without_validation_has_no_best_score(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0, "reverse_kl": float("nan")}]}))
+    found = comparison._validated(tmp_path)
+    assert (found["rouge_l"], found["update"]) == (None, None)
+    assert comparison._best([{"rouge_l": None}, {"rouge_l": 0.0}]) == 1
 
 
 def test_several_processes_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from minillm import metrics
 def test_latin_text_gets_the_package_s_own_numbers() -> None:
     rng = random.Random(0)
     words = ["the", "a", "The", "cat", "cats", "Cat's", "cats.", "dog,", "dogs", "running", "runs", "RAN", "on", "in", "house", "houses"]
-    words += ["houses!", "(tree)", "trees;", "it's", "x_y", "3", "3.5", "café", "e-mail", "“quoted”"]
+    words += ["houses!", "(tree)", "trees;", "it's", "it’s", "x_y", "3", "3.5", "50 m²", "½", "—", "…", "e-mail", "“quoted”"]
+    words += ["❤\ufe0f", "1\ufe0f\u20e3", "👍🏽", "€5", "20°"]
     scorer, above = RougeScorer(["rougeL"], use_stemmer=True), 0
     for _ in range(1000):
         prediction, *references = (rng.choice(" \n").join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(rng.randint(2, 5)))
@@ -29,10 +30,24 @@ def test_latin_text_gets_the_package_s_own_numbers() -> None:
 
 
 def test_what_counts_as_latin() -> None:
-    for text in ("", "42 + ?", "The cat", "naïve café", "İstanbul", "ab 猫猫"):  # the last: half of the letters
+    for text in ("", "42 + ?", "The cat", "“it’s” – 20° … ½ m² ™ 😀 ❤\ufe0f 1\ufe0f\u20e3 👍🏽"):
         assert metrics.is_latin(text), text
-    for text in ("ab 猫猫猫", "猫在窗上", "кошка", "القط", "แมว", "ねこ", "고양이", "é"):
+    for text in ("naïve café", "cafe\u0301", "Straße", "smørrebrød", "İstanbul", "ｃａｔ", "ﬁnd", "ab 猫猫", "猫在窗上", "кошка"):
         assert not metrics.is_latin(text), text
+    for text in ("القط", "แมว", "ねこ", "고양이", "é", "٤٢", "４２"):
+        assert not metrics.is_latin(text), text
+
+
+@pytest.mark.parametrize(
+    ("text", "mangled"),
+    [("naïve", "na ve"), ("café", "caf"), ("cafe\u0301s", "cafe s"), ("Straße", "stra e"), ("ｃａｔ", ""), ("４２", "")],
+)
+def test_a_word_with_accents_is_one_word(text: str, mangled: str) -> None:
+    """The package reads both alike."""
+    package = RougeScorer(["rougeL"], use_stemmer=True)
+    assert package.score(f"the {text}", f"the {mangled}")["rougeL"].fmeasure == 1
+    assert metrics.rouge_l(f"the {mangled}", [f"the {text}"]) < 70
+    assert metrics.rouge_l(f"the {text}", [f"THE {unicodedata.normalize('NFD', text)}"]) == 100
 
 
 @pytest.mark.parametrize(
@@ -78,10 +93,48 @@ def test_one_text_that_is_not_latin_is_enough() -> None:
 def test_exact_match() -> None:
     assert metrics.exact_match(" The\n Cat! ", ["the cat"]) == 100
     assert metrics.exact_match("ice-cream", ["soup", "icecream"]) == 100
-    assert metrics.exact_match("", ["?!"]) == 100
     assert metrics.exact_match("cat", ["the cat", "a cat"]) == 0  # articles are kept
-    assert metrics.exact_match("«cat»", ["cat"]) == 0  # only ASCII punctuation goes
     assert metrics.exact_match("the cat", ["cat the"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("The answer.", "the answer"), ("don't", "dont"), ("don’t", "don't"), ('"Paris"', "Paris"),
+        ("“Paris”", "paris"), ("«Paris»", "Paris"), ("(B)", "b"), ("B)", "B"), ("[A]", "A"),
+        ("**Paris**", "Paris"), ("`-5`", "-5"), ("“-5”", "-5"), ('"+"', "+"), ("'<'", "<"), ("U.S.", "US"),
+        ("e.g.", "eg"), ("Hello , world .", "Hello, world"), ("wait ...", "wait…"), ("C++.", "C++"),
+        ("yes\u00a0no", "yes no"), ("1,000", "1000"), ("1,234,567.5", "1234567.5"), ("−5", "-5"),
+        ("5–7", "5-7"), ("５", "5"), ("50 %", "50%"), ("3.5.", "3.5"), ("5,", "5"), ("猫。", "猫"), ("ｶﾞ", "ガ"),
+        ("cafe\u0301", "café"), ("हाँ।", "हाँ"), ("**Answer:** Paris", "answer paris"), ("so\u00adda", "soda"),
+    ],
+)  # fmt: skip
+def test_what_means_the_same_matches(one: str, other: str) -> None:
+    assert metrics.exact_match(one, [other]) == metrics.exact_match(other, [one]) == 100
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("-", "+"), ("<", ">"), ("<=", "<"), ("!=", "="), ("->", "<-"), ("!", "?"), (":)", ":("),
+        ("good :)", "good :("), ("", "?!"), ("", "+"), ("***", "*"), ("-.", "-"), ("@", "#"), ("3.5", "35"),
+        ("3,5", "35"), ("-5", "5"), ("−5", "5"), ("+5", "-5"), (".5", "5"), ("50%", "50"), ("$5", "5"),
+        ("€5", "5"), ("1.000", "1000"), ("1,00", "100"), ("0,123", "0123"), ("1,2,3", "123"),
+        ("10:30", "1030"), ("1/2", "12"), ("2-3", "23"), ("2*3", "23"), ("1e-5", "1e5"), ("10²", "102"),
+        ("½", "1/2"), ("5!", "5"), ("5'", '5"'), ("[1, 2]", "(1, 2)"), ("5 : 3", "5 3"), ("C", "C++"),
+        ("C", "C#"), ("C++", "C#"), ("A+", "A-"), ("A*", "A"), (".NET", "NET"), ("a_b", "ab"), ("x-y", "xy"),
+        ("-x", "x"), ("f(x)", "fx"), ("f()", "f"), ("R&D", "RD"), ("a=b", "ab"), ("*args", "args"),
+        ("n=3", "n3"),
+    ],
+)  # fmt: skip
+def test_what_means_something_else_does_not_match(one: str, other: str) -> None:
+    assert metrics.exact_match(one, [other]) == metrics.exact_match(other, [one]) == 0
+    assert metrics.exact_match(one, [other, one]) == 100
+
+
+def test_an_answer_of_nothing_but_marks_takes_no_time() -> None:
+    for text in ("*" * 20_000, "a 'b" * 5_000, '" "' * 5_000, "1," * 10_000):
+        assert metrics.exact_match(text, [f"{text} not"]) == 0
 
 
 def test_distinct_n() -> None:

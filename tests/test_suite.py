@@ -15,6 +15,7 @@ from minillm import cli, suite
 from minillm.data.examples import DataError, read_jsonl
 from minillm.metrics import calibration_error, excess_error, rouge_l
 from minillm.models.load import load_model
+from minillm.models.vocabulary import VocabularyError
 from minillm.recipe_compare import Suite, TestSet
 from minillm.recipe_file import RecipeError, load_recipe, load_suite
 from minillm.report import write_suite_report
@@ -158,8 +159,8 @@ def test_calibration_and_exposure_bias_come_from_the_models_themselves(
         for ids in ([3 + 4], [5 + 4, 6 + 4]):  # words begin at id 4
             prompt = [i + 4, i + 5]
             with torch.no_grad():
-                logq = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0, 1:-1], -1)
-            logs.append(logq.gather(1, torch.tensor(ids)[:, None]).sum())
+                logq = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0, 1:], -1)
+            logs.append(logq.gather(1, torch.tensor([*ids, 1])[:, None]).sum())  # and the answer ends there
         best = int(torch.stack(logs).argmax())
         confidences.append(float(torch.softmax(torch.stack(logs), 0)[best]))
         correct.append((["w3", "w5 w6"][best]) in row["output"] if isinstance(row["output"], list) else best == 0)
@@ -170,6 +171,75 @@ def test_calibration_and_exposure_bias_come_from_the_models_themselves(
         excess_error([r["own"] for r in rows], [r["oracle"] for r in rows], 6).tolist()
     )
     assert "Exposure bias" in write_suite_report(tmp_path / "out").read_text()
+
+
+def with_other_words(folder: Path, *pair: str) -> str:
+    """Exchange two words of a saved tokenizer, or put the second for the first where that is none yet."""
+    file = folder / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    other = {pair[0]: pair[1], pair[1]: pair[0]}
+    raw["model"]["vocab"] = {other.get(word, word): place for word, place in raw["model"]["vocab"].items()}
+    file.write_text(json.dumps(raw))
+    return str(folder)
+
+
+def test_every_model_shares_the_teacher_s_vocabulary_or_nothing_is_sampled(
+    data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = with_other_words(Path(save(tiny_llama(3), tmp_path / "other")), "w8", "w9")
+    for name in ("load_model", "answer"):
+        monkeypatch.setattr(suite, name, lambda *_, **__: pytest.fail("something was loaded or sampled"))
+    for given in ({**models, "third": other}, {"third": other, **models}):
+        with pytest.raises(VocabularyError) as caught:
+            suite.run_suite(make(data, tmp_path / "out", teacher=models["teacher"]), given)
+        assert str(caught.value) == (
+            f"model third ({other}) and teacher {models['teacher']} have different tokenizers: id 12 is 'w9' for the model and 'w8' for "
+            "the teacher. KL needs one vocabulary: leave out the teacher, or this model"
+        )
+    assert not (tmp_path / "out").exists()
+    suite.check_suite(make(data, tmp_path / "out"), {**models, "third": other})  # answers alone need none in common
+
+
+def test_answers_of_another_tokenizer_are_made_again(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that reads these prompts as the one before did, and writes answers otherwise."""
+    folder = Path(save(tiny_llama(1), tmp_path / "model"))
+    config = make(data, tmp_path / "out", sets={"some": {"file": "some.jsonl"}}, seeds=[1])
+    suite.run_suite(config, {"one": str(folder)})
+    with_other_words(folder, "w20", "w99")
+    calls: list[Any] = []
+    original = suite.answer
+    monkeypatch.setattr(suite, "answer", lambda *given: calls.append(given) or original(*given))
+    for _ in range(2):
+        suite.run_suite(config, {"one": str(folder)})
+        assert len(calls) == 1
+
+
+def test_a_model_that_no_prompt_is_short_enough_for_is_refused(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"sets.some: no prompt is within max_prompt_tokens \(1\) for model student"):
+        suite.run_suite(make(data, tmp_path / "out", max_prompt_tokens=1), models)
+
+
+def test_models_that_share_no_prompt_are_not_compared(data: str, tmp_path: Path) -> None:
+    def rows(*places: int) -> list[list[dict[str, Any]]]:
+        return [[{"row": place, "rouge_l": 1.0} for place in places]]
+
+    given = make(data, tmp_path / "out", seeds=[1])
+    assert suite._differences(given, {"some": rows(0, 1)}, {"some": rows(2)}) == {}
+    assert list(suite._differences(given, {"some": rows(0, 1)}, {"some": rows(1, 2)})) == ["some", "average"]
+
+
+def test_results_hold_no_number_that_json_lacks(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    """Answers of one token have no 4-grams, and one of a seed no spread; a model does not differ from itself as a teacher."""
+    sets = {"some": {"file": "some.jsonl"}}
+    config = make(data, tmp_path / "out", sets=sets, max_new_tokens=1, teacher=models["student"], exposure_bias=True, seeds=[1])
+    results = suite.run_suite(config, {"student": models["student"]})
+    found = results["models"]["student"]["some"]
+    assert found["distinct_4"] == {"mean": None, "spread": None, "by_seed": [None]}
+    assert found["rouge_l"]["spread"] is None
+    text = (tmp_path / "out" / "results.json").read_text()
+    assert results == json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    cli._show_suite(results)
+    write_suite_report(tmp_path / "out")
 
 
 def test_blocked_ngrams_do_not_repeat(data: str, models: dict[str, str], tmp_path: Path) -> None:
@@ -216,6 +286,16 @@ def test_what_cannot_be_read_is_named(data: str, tmp_path: Path, models: dict[st
         load_suite(file)
     with pytest.raises(RecipeError, match="data: needed, and not given"):
         load_recipe(file)
+    for key, given, message in (
+        ("seeds", "[1, 2, 1]", r"seeds: 1 is there more than once; name each once"),
+        ("sets.average", "{file: a.jsonl}", r"sets.average: results have the mean over the sets under that name"),
+        ("sets.two", "{file: a.jsonl, choices: [x]}", r"sets.two.choices: one answer is no choice"),
+        ("sets.two", "{file: a.jsonl, choices: [x, ' ']}", r"sets.two.choices: a blank choice is no answer"),
+        ("sets.two", "{file: a.jsonl, choices: [x, y, ' x']}", r"sets.two.choices: x is there more than once"),
+    ):
+        file.write_text("sets: {one: {file: a.jsonl}}\n")
+        with pytest.raises(RecipeError, match=f"command line: {message}"):
+            load_suite(file, [f"{key}={given}"])
     for given, message in ((["a/b", "c/b"], "b is the name of two models"), ([], "no model to evaluate"), (["x:"], "model=NAME:FOLDER")):
         with pytest.raises(ValueError, match=message):
             cli._models(given)

@@ -22,18 +22,24 @@ def token_count(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def first_difference(one: Any, other: Any) -> tuple[int, str | None, str | None] | None:
+    """The lowest id for which two tokenizers have different tokens, and the token of each (None: it has none); None where all agree."""
+    ours, theirs = ({i: t for t, i in tok.get_vocab().items()} for tok in (one, other))
+    differing = (i for i in sorted(ours.keys() | theirs.keys()) if ours.get(i) != theirs.get(i))
+    token_id = next(differing, None)
+    return None if token_id is None else (token_id, ours.get(token_id), theirs.get(token_id))
+
+
 def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     """Refuse a pair whose tokenizers give different tokens for one id.
 
     Raises:
         VocabularyError: naming the first id that differs.
     """
-    student, teacher = ({i: t for t, i in tok.get_vocab().items()} for tok in (student_tokenizer, teacher_tokenizer))
-    for token_id in sorted(student.keys() | teacher.keys()):
-        ours, theirs = student.get(token_id), teacher.get(token_id)
-        if ours != theirs:
-            raise VocabularyError(
-                f"student and teacher have different tokenizers: id {token_id} is {ours!r} for the student and "
-                f"{theirs!r} for the teacher. Reverse KL needs one vocabulary; train the student on the teacher's "
-                "answers as text instead (sequence-level distillation), which needs none in common."
-            )
+    if difference := first_difference(student_tokenizer, teacher_tokenizer):
+        token_id, ours, theirs = difference
+        raise VocabularyError(
+            f"student and teacher have different tokenizers: id {token_id} is {ours!r} for the student and "
+            f"{theirs!r} for the teacher. Reverse KL needs one vocabulary; train the student on the teacher's "
+            "answers as text instead (sequence-level distillation), which needs none in common."
+        )
