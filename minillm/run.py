@@ -34,6 +34,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        from minillm.models.adapters import check_adapter_files
         from minillm.models.load import check_student, find_gguf
 
         self.recipe = recipe
@@ -53,6 +54,8 @@ class Run:
         elif recipe.student.lora is not None and not gguf:
             check_student(recipe.teacher.source, recipe.student.lora)
         self._check_model(recipe.teacher.source, "teacher")
+        if recipe.teacher.adapter and "teacher" in recipe.stages:
+            check_adapter_files(recipe.teacher.source, recipe.teacher.adapter)
         self.untuned = str(self.dir / "teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
         self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
         self.start = str(self.dir / "pruned") if pruned else recipe.student.source
@@ -81,10 +84,14 @@ class Run:
 
     def _check_model(self, source: str, who: str) -> None:
         """Before weights load."""
+        from minillm.models.depth import check_keep_layers
         from minillm.models.load import attends_fully, check_quantization, check_student, context_length, find_gguf, text_config
-        from minillm.models.vocabulary import token_count
+        from minillm.models.vocabulary import check_tokenizer_fits, token_count
 
         recipe, config = self.recipe, text_config(source)
+        check_tokenizer_fits(self.conventions.tokenizer, config, who)
+        if who == "teacher" and "student" in recipe.stages and recipe.student.source == "prune" and recipe.student.keep_layers is not None:
+            check_keep_layers(config.num_hidden_layers, recipe.student.keep_layers)
         if _SAMPLE & set(recipe.stages):
             chosen = choose_engine(recipe.rollout.engine, config)
             if chosen == "vllm" and torch.cuda.is_available():  # refused by name, before weights load

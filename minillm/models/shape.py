@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from minillm.models.depth import check_keep_layers, cut_config
 from minillm.models.known import KNOWN
-from minillm.models.load import find_gguf, head_size
+from minillm.models.load import head_size, read_config
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,29 @@ def cached_bytes(config: Any, itemsize: int) -> int:
 
 
 def shape_of(source: str, keep_layers: int | None = None) -> Shape:
-    """From a folder, from published dimensions, or from the hub's config. `keep_layers`: after pruning."""
+    """From a folder, from published dimensions, or from the hub's config.
+
+    Args:
+        keep_layers: layers that are left after pruning.
+
+    Raises:
+        ValueError: the model has fewer layers than that, or fewer than 2 would be left.
+    """
     config = _config(source)
     if keep_layers is not None:
-        config.num_hidden_layers = keep_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:keep_layers]
+        depth = config.get_text_config().num_hidden_layers
+        check_keep_layers(depth, keep_layers)
+        config = cut_config(config, [*range(keep_layers - 1), depth - 1])  # which will go is not known yet
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     return Shape(source, config.get_text_config(), model.num_parameters(), model.get_output_embeddings().weight.numel())
 
 
 def _config(source: str) -> Any:
-    gguf = find_gguf(source)
-    if gguf is not None:
-        return AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if source in KNOWN and not Path(source).is_dir():
         sizes = dict(KNOWN[source])
         return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    return AutoConfig.from_pretrained(source)
+    return read_config(source)
 
 
 def kept_bytes(shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool, sharded: bool = False) -> float:

@@ -30,6 +30,24 @@ def first_difference(one: Any, other: Any) -> tuple[int, str | None, str | None]
     return None if token_id is None else (token_id, ours.get(token_id), theirs.get(token_id))
 
 
+def check_tokenizer_fits(tokenizer: Any, config: Any, who: str) -> None:
+    """Refuse a tokenizer with tokens that its model has no embedding for.
+
+    Args:
+        config: the model's config.
+        who: `student` or `teacher`.
+
+    Raises:
+        VocabularyError: saying how many there are, and how many rows.
+    """
+    tokens, rows = token_count(tokenizer), config.get_text_config().vocab_size
+    if tokens > rows:
+        raise VocabularyError(
+            f"the {who}'s tokenizer has tokens up to id {tokens - 1} and its model {rows} embedding rows ({tokenizer.name_or_path}): "
+            f"use the tokenizer that the model was trained with, or give the model rows for all (resize_token_embeddings({tokens}))"
+        )
+
+
 def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     """Refuse a pair whose tokenizers give different tokens for one id.
 

