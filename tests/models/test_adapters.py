@@ -109,7 +109,11 @@ MISFITS: dict[str, tuple[Callable[[], Any], Callable[[Path], Any], str]] = {
         lambda: tiny_llama(0, tied=False), lambda folder: set_in(folder, target_modules=["c_attn"]), "c_attn.* not found",
     ),
     "of more tokens": (grown, lambda _: None, r"embed_tokens.*\[36, 64\]"),
-    "of no kind": (lambda: tiny_llama(0, tied=False), lambda folder: set_in(folder, peft_type="LOTA"), "adapter_config.json cannot be read"),
+    "of no kind": (
+        lambda: tiny_llama(0, tied=False),
+        lambda folder: set_in(folder, peft_type="LOTA"),
+        "adapter_config.json cannot be read",
+    ),
     "cut short": (
         lambda: tiny_llama(0, tied=False),
         lambda folder: (file := folder / "adapter_model.safetensors").write_bytes(file.read_bytes()[:-10]),
