@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -83,7 +82,7 @@ class Finite:
     def check_state(self) -> None:
         """Look at what the optimiser's step has left."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        moments = [value for values in self.optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        moments = [value for kept in self.optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
         faults = [name for name, tensors in (("weights", trained), ("the optimiser's state", moments)) if not _are_finite(tensors)]
         self.stop_at([f"the step left {' and '.join(faults)} that are not finite, on {self._of_the_update()}"] if faults else [])
 
@@ -114,14 +113,17 @@ class Finite:
         )
 
 
-def listed(what: str, numbers: Sequence[int]) -> str:
-    """ "row 3", "rows 3, 8"."""
-    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+def listed(what: str, numbers: Sequence[int], most: int = 20) -> str:
+    """The numbers after what they number: row 3; rows 3, 8."""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
 
 
 def _are_finite(tensors: Iterable[Any]) -> bool:
+    """By their sums, which cost a tenth of looking at each number on a CPU."""
     local = [value.to_local() if isinstance(value, DTensor) else getattr(value, "ds_tensor", value) for value in tensors]
-    return bool(get_total_norm([value.detach() for value in local if value.is_floating_point()], math.inf).isfinite())
+    wide = [(value.detach(), torch.float32 if value.dtype.itemsize < 4 else value.dtype) for value in local if value.is_floating_point()]
+    return math.isfinite(float(sum(value.sum(dtype=dtype) for value, dtype in wide)))
 
 
 class _AfterTheStep(TrainerCallback):
