@@ -236,6 +236,8 @@ def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel
         message = "needed, and not given"
     elif not isinstance(fault["input"], dict):
         message += f" (given: {fault['input']!r})"
+    if not key and (named := re.match(r"([\w.]+): (.*)", message, re.S)):  # a check of several keys says which it is about
+        key, message = tuple(named[1].split(".")), named[2]
     return f"{_place(where, key, path)}: {'.'.join(key) or 'recipe'}: {message}"
 
 

@@ -160,7 +160,8 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
         ("bootstrap: 200", "bootstrp: 200", "suite.bootstrp: unknown key; did you mean bootstrap?"),
         ("  run_dir: RUN".replace("RUN", str(file.parent / "run")), "  seed: 0", "recipe.run_dir: needed, and not given"),
         ("baseline: kd", "baseline: distillm", "baseline: distillm is not tested"),
-        (", validation: dev.jsonl, validation_limit: 6", "", "methods.sft: the best of 2 tuning runs is chosen on validation"),
+        (", validation: dev.jsonl, validation_limit: 6", "", "finetune.eval_strategy: there are no rows to validate on"),
+        (TRAINING.partition("    eval_strategy")[2], ': "no"\n', "methods.sft: the best of 2 tuning runs is chosen on validation"),
     ):
         file.write_text(text.replace(before, after))
         with pytest.raises(RecipeError) as caught:

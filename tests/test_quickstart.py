@@ -41,11 +41,12 @@ def test_every_stage_on_the_real_model(tmp_path: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     assert set(results["models"]) == {"teacher", "pruned", "warmed", "minillm"}
     assert results["models"]["pruned"]["reverse_kl"]["mean"] > 0.1
-    # The saved student is an ordinary folder, and every weight of it has moved.
+    # The saved student is an ordinary folder in the teacher's dtype, and every matrix of it has moved (a norm's weight of some moves by
+    # less than bfloat16 can tell).
     student, warmed = (AutoModelForCausalLM.from_pretrained(run / name, dtype=torch.float32) for name in ("student", "warmed"))
     assert student.config.num_hidden_layers < 30
     before = warmed.state_dict()
-    assert all(not torch.equal(value, before[name]) for name, value in student.state_dict().items() if "inv_freq" not in name)
+    assert all(not torch.equal(value, before[name]) for name, value in student.state_dict().items() if value.dim() > 1)
     assert AutoTokenizer.from_pretrained(run / "student").chat_template
     logged = [e for e in json.loads((run / "student" / "trainer_state.json").read_text())["log_history"] if "loss" in e]
     # bfloat16 vLLM and the bfloat16 trainer see the same model.

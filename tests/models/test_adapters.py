@@ -42,7 +42,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "rank-stabilised, of several ranks": lambda: LoraConfig(**LORA, use_rslora=True, rank_pattern={"q_proj": 3}),
     "some layers": lambda: LoraConfig(**LORA, layers_to_transform=[1]),
     "DoRA": lambda: LoraConfig(**LORA, use_dora=True),
-    "embedding": lambda: LoraConfig(**LORA | {"target_modules": ["q_proj", "embed_tokens"]}),
+    "embedding": lambda: LoraConfig(**dict(LORA, target_modules=["q_proj", "embed_tokens"])),
     "modules to save": lambda: LoraConfig(**LORA, modules_to_save=["lm_head", "norm"]),
     "tokens": lambda: LoraConfig(**LORA, trainable_token_indices=[3, 4]),
     "IA3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),

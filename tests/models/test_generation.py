@@ -47,7 +47,7 @@ def test_a_model_can_be_saved_whatever_came_with_it(
     told = [record.message for record in caplog.records if record.name.startswith("minillm")]
     assert bool(told) == (given != kept)
     assert all(folder in message and "\n" not in message for message in told)
-    for number, saved in enumerate((model.save_pretrained, prune(model, [0, 2]).save_pretrained, lambda to: save_plain(model, to))):
+    for number, saved in enumerate((model.save_pretrained, prune(model, [0, 2]).save_pretrained, lambda to: save_plain(model, str(to)))):
         saved(tmp_path / str(number))
         found = json.loads((tmp_path / str(number) / "generation_config.json").read_text())
         found.pop("transformers_version")

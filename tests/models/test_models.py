@@ -123,7 +123,7 @@ def test_vocabularies() -> None:
 def test_a_token_without_an_embedding_is_refused(who: str) -> None:
     tokenizer = tiny_tokenizer()
     for rows in (32, 40):
-        check_tokenizer_fits(tokenizer, LlamaConfig(**SMALL | {"vocab_size": rows}), who)
+        check_tokenizer_fits(tokenizer, LlamaConfig(**dict(SMALL, vocab_size=rows)), who)
     tokenizer.add_tokens(["more"])
     with pytest.raises(VocabularyError, match=rf"the {who}'s tokenizer has tokens up to id 32 and its model 32 embedding rows"):
         check_tokenizer_fits(tokenizer, LlamaConfig(**SMALL), who)
