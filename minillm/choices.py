@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.data.encoding import encoder_of
 from minillm.data.examples import DataError, Example, Prompt
 from minillm.data.rollouts import Sampling
 from minillm.metrics import exact_match
@@ -20,7 +21,8 @@ def choice_ids(choices: Sequence[str], tokenizer: Any) -> list[list[int]]:
     Raises:
         DataError: a choice has no token, or two have the same, which no probability tells apart.
     """
-    options = [list(tokenizer(choice, add_special_tokens=False, split_special_tokens=True)["input_ids"]) for choice in choices]
+    encoder = encoder_of(tokenizer)
+    options = [list(encoder.text(choice, first=False)) for choice in choices]
     for place, ids in enumerate(options):
         if not ids:
             raise DataError(f"{choices[place]!r} has no token; leave it out")

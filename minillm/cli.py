@@ -169,17 +169,16 @@ def generate(
 ) -> None:
     """Sample one answer."""
     from minillm.data.examples import Example, render
-    from minillm.data.rollouts import Sampling
     from minillm.hardware import device, working_dtype
-    from minillm.models.load import eos_ids, load_model, load_tokenizer
-    from minillm.models.vocabulary import token_count
+    from minillm.models.conventions import settle
+    from minillm.models.load import load_model, load_tokenizer
     from minillm.rollout.transformers_engine import TransformersEngine
 
     if template not in ("chat", "alpaca", "plain"):
         raise ValueError(f"--template {template}: allowed: chat, alpaca, plain")
     tokenizer = load_tokenizer(model)
     loaded: Any = load_model(model, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-    sampling = Sampling(max_new_tokens, eos_ids(loaded.generation_config, tokenizer), token_count(tokenizer), temperature)
+    sampling = settle(tokenizer, loaded, template=template == "chat").sampling(max_new_tokens, temperature)
     ids = render(Example(0, prompt), template, tokenizer)
     [rollout] = TransformersEngine(loaded).generate([ids], sampling, [seed])
     typer.echo(tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip())

@@ -28,6 +28,7 @@ from minillm.jobs import Job, run_jobs
 from minillm.recipe import Recipe
 from minillm.recipe_compare import Comparison, Method
 from minillm.recipe_file import RecipeError, merge, recipe_of
+from minillm.redaction import redacted
 from minillm.report import write_comparison_report
 from minillm.results import finite, write_json
 from minillm.run import Run
@@ -100,7 +101,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     results |= {
         "tests": found, "methods": _over_training_seeds(found, folders),
         "differences": pooled_differences(suite, {name: [f"{name}-{seed}" for seed in some] for name, some in folders.items()}),
-        "machine": machine(), "settings": comparison.model_dump(mode="json"),
+        "machine": machine(), "settings": redacted(comparison.model_dump(mode="json")),
     }  # fmt: skip
     keep()
     _train([run for name in methods if name not in tested for run in tuning[name]], comparison.jobs, keep)

@@ -35,7 +35,8 @@ class Run:
 
     def __init__(self, recipe: Recipe) -> None:
         from minillm.models.adapters import check_adapter_files
-        from minillm.models.load import check_student, find_gguf
+        from minillm.models.load import check_student
+        from minillm.models.sources import check_source, find_gguf
 
         self.recipe = recipe
         self.dir = recipe.run_dir
@@ -47,6 +48,8 @@ class Run:
             choose_engine(recipe.rollout.engine)
         self._check_sizes()
         pruned, gguf = recipe.student.source == "prune", find_gguf(recipe.teacher.source)
+        for source in [recipe.teacher.source] if pruned else [recipe.teacher.source, recipe.student.source]:
+            check_source(source)
         chat = recipe.data.template == "chat"
         self.conventions: Conventions = settle_run(recipe.teacher.source, None if pruned else recipe.student.source, template=chat)
         if not pruned:
@@ -133,9 +136,9 @@ class Run:
             or ("warmup" in stages and recipe.warmup.targets == "references")
             or ("minillm" in stages and recipe.rollout.on_policy < 1)
         ):
-            self.references()
+            _ = self.references
         if stages & {"finetune", "sft", "warmup", "minillm"}:
-            self.validation()
+            _ = self.validation
         if recipe.data.text is not None and "minillm" in stages:
             self._check_texts(recipe.data.text)
         if recipe.responses.file is not None and "warmup" in stages and recipe.warmup.targets == "teacher":
@@ -204,7 +207,8 @@ class Run:
         return prompts
 
     @cached_property
-    def _references(self) -> list[dict[str, Any]]:
+    def references(self) -> list[dict[str, Any]]:
+        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
         tokenizer, data = self.conventions.tokenizer, self.recipe.data
         rows = []
         for prompt in self.train_prompts:
@@ -215,16 +219,9 @@ class Run:
             raise ValueError(f"{data.train.name}: no row has an output to train on")
         return rows
 
-    def references(self) -> list[dict[str, Any]]:
-        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
-        return self._references
-
+    @cached_property
     def validation(self) -> list[dict[str, Any]] | None:
         """Rows that training stages are validated on, where there are any."""
-        return self._validation
-
-    @cached_property
-    def _validation(self) -> list[dict[str, Any]] | None:
         data = self.recipe.data
         if data.validation is None:
             return None

@@ -117,9 +117,9 @@ def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[s
     from minillm.train.finetune import FineTuner
 
     arguments = _training_arguments(this, stage, training)
-    validation = this.validation()
+    validation = this.validation
     trainer = FineTuner(
-        args=arguments, train_dataset=this.references(), rollout=this.rollout(), eval_dataset=validation,
+        args=arguments, train_dataset=this.references, rollout=this.rollout(), eval_dataset=validation,
         teacher=None if stage == "finetune" or validation is None else _reading_teacher(this, arguments),
         **(_student_of(this, source, arguments) if stage == "sft" else {"model": source, "conventions": this.conventions}),
     )  # fmt: skip
@@ -258,7 +258,7 @@ def _warmup(this: Run) -> None:
         shard_teacher=this.recipe.teacher.shard,
         train_dataset=_warmup_rows(this),
         cross_entropy=settings.cross_entropy, divergence=settings.divergence, temperature=settings.temperature, rollout=this.rollout(),
-        cross_entropy_temperature=settings.cross_entropy_temperature, eval_dataset=this.validation(),
+        cross_entropy_temperature=settings.cross_entropy_temperature, eval_dataset=this.validation,
     )  # fmt: skip
     _train(this, trainer, this.warmed, "warmup", final="minillm" not in this.recipe.stages)
 
@@ -266,7 +266,7 @@ def _warmup(this: Run) -> None:
 def _warmup_rows(this: Run) -> list[dict[str, Any]]:
     given = this.recipe.responses.file
     if this.recipe.warmup.targets == "references":
-        return this.references()
+        return this.references
     return read_jsonl(Path(this.answers)) if given is None else this.given_responses(given)
 
 
@@ -288,8 +288,8 @@ def _minillm(this: Run) -> None:
     trainer = MiniLLMTrainer(
         **_student_of(this, this.warmed, arguments), teacher=teacher, args=arguments, objective=recipe.objective,
         shard_teacher=recipe.teacher.shard, rollout=rollout, train_dataset=[{"prompt_ids": prompt.ids} for prompt in prompts],
-        eval_dataset=this.validation(), text_dataset=_texts(recipe),
-        responses=this.references() if rollout.on_policy < 1 else None,
+        eval_dataset=this.validation, text_dataset=_texts(recipe),
+        responses=this.references if rollout.on_policy < 1 else None,
     )  # fmt: skip
     _train(this, trainer, this.student, "minillm", final=True)
 

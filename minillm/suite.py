@@ -23,9 +23,10 @@ from minillm.data.rollouts import Sampling
 from minillm.evaluation import Row, answer, token_divergences
 from minillm.hardware import device, working_dtype
 from minillm.metrics import Floats
-from minillm.models.load import eos_ids, load_model, text_config
+from minillm.models.conventions import settle
+from minillm.models.load import load_model, text_config
 from minillm.models.scoring import bind_scoring
-from minillm.models.vocabulary import head_width, token_count
+from minillm.models.vocabulary import head_width
 from minillm.recipe import RolloutConfig
 from minillm.recipe_compare import Suite
 from minillm.results import finite, write_json
@@ -102,11 +103,8 @@ def _answer_all(suite: Suite, this: Model, engines: OneEngine, teacher: _Teacher
     if not missing and not extra and not exposure:
         return
     model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-    width = min(head_width(model), token_count(this.tokenizer))
-    sampling = Sampling(
-        suite.max_new_tokens, eos_ids(model.generation_config, this.tokenizer), width, suite.temperature,
-        no_repeat_ngram=suite.no_repeat_ngram,
-    )  # fmt: skip
+    conventions = settle(this.tokenizer, model, template=suite.template == "chat")
+    sampling = conventions.sampling(suite.max_new_tokens, suite.temperature, no_repeat_ngram=suite.no_repeat_ngram)
     loaded = _Loaded(**vars(this), model=model, sampling=sampling)
     for key in sorted(missing, key=lambda key: _whole_of(suite, key) is not None):
         whole = _whole_of(suite, key)

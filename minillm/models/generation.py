@@ -76,20 +76,3 @@ def _valid(settings: dict[str, Any]) -> bool:
     except (ValueError, TypeError, AttributeError):
         return False
     return True
-
-
-def eos_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that ends a response: the generation config's and the tokenizer's.
-
-    Raises:
-        ValueError: neither has one.
-    """
-    configured = generation_config.eos_token_id if generation_config else None
-    ids = configured if isinstance(configured, list) else [configured]
-    found = tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
-    if not found:
-        raise ValueError(
-            f"{tokenizer.name_or_path}: no token ends a response: set eos_token in tokenizer_config.json or eos_token_id in "
-            "generation_config.json"
-        )
-    return found

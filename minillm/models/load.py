@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import deepspeed
 
-from minillm.models.generation import eos_ids as eos_ids
 from minillm.models.generation import read_generation_config
 from minillm.models.sources import check_source, place
 from minillm.models.sources import find_gguf as find_gguf
@@ -177,7 +178,15 @@ def read_config(source: str | Path) -> Any:
     """The config of a folder, hub id or GGUF file, of which no weights are read."""
     check_source(str(source), ("config",))
     folder, gguf = place(source)
-    return AutoConfig.from_pretrained(folder, **gguf)
+    if not gguf:
+        return AutoConfig.from_pretrained(folder)
+    return copy.deepcopy(_config_of_gguf(folder, gguf["gguf_file"], (Path(folder) / gguf["gguf_file"]).stat().st_mtime_ns))
+
+
+@cache
+def _config_of_gguf(folder: str, file: str, _changed: int) -> Any:
+    """A GGUF file's metadata holds its vocabulary: seconds to read, and several are asked for it."""
+    return AutoConfig.from_pretrained(folder, gguf_file=file)
 
 
 def text_config(model: PreTrainedModel | str) -> Any:

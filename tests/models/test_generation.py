@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from minillm.models.generation import eos_ids, read_generation_config
+from minillm.models.generation import read_generation_config
 from minillm.models.load import load_model
 from minillm.models.prune import prune
 from minillm.models.weights import save_plain
-from tests.conftest import save, tiny_llama, tiny_tokenizer
+from tests.conftest import save, tiny_llama
 
 # What is given, and what is kept of it.
 GIVEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -70,12 +69,3 @@ def test_without_a_generation_config_the_models_config_has_the_end(file: str | N
     model: Any = load_model(folder)
     assert model.generation_config.eos_token_id == 1
     assert read_generation_config(folder, model.config).eos_token_id == 1
-
-
-def test_a_model_that_nothing_ends_is_refused_by_name(tmp_path: Path) -> None:
-    tiny_tokenizer().save_pretrained(tmp_path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path, eos_token=None)
-    assert eos_ids(GenerationConfig(eos_token_id=[3, 1]), tokenizer) == (1, 3)
-    assert eos_ids(None, tiny_tokenizer()) == (1,)
-    with pytest.raises(ValueError, match=rf"^{tmp_path}: no token ends a response: set eos_token"):
-        eos_ids(GenerationConfig(), tokenizer)
