@@ -525,6 +525,14 @@ class Recipe(Section):
     push_to_hub: str | None = None
     """A hub id to which the report stage uploads the student."""
 
+    def trainings(self, *, idle: bool = False) -> list[tuple[Stage, str, dict[str, Any]]]:
+        """(stage, section, training arguments) of every stage that trains; `idle`: of those too that are none of the recipe's."""
+        known: list[tuple[Stage, str, dict[str, Any]]] = [
+            ("finetune", "finetune", self.finetune), ("warmup", "warmup.training", self.warmup.training), ("sft", "sft", self.sft),
+            ("minillm", "training", self.training),
+        ]  # fmt: skip
+        return [each for each in known if idle or each[0] in self.stages]
+
     @model_validator(mode="after")
     def _pruning(self) -> Recipe:
         if self.data.system is not None and self.data.template in ("alpaca", "plain"):

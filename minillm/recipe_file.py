@@ -86,14 +86,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: Path) -> list[str]:
-    sections: list[tuple[Stage, Key, dict[str, Any]]] = [
-        ("minillm", ("training",), recipe.training), ("warmup", ("warmup", "training"), recipe.warmup.training),
-        ("finetune", ("finetune",), recipe.finetune), ("sft", ("sft",), recipe.sft),
-    ]  # fmt: skip
     faults = [
         f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
-        for stage, section, given in sections
-        for key, fault in _training_faults(recipe, stage, section, given)
+        for stage, section, given in recipe.trainings(idle=True)
+        for key, fault in _training_faults(recipe, stage, tuple(section.split(".")), given)
     ]
     for name in ("train", "heldout", "validation", "text"):
         source = getattr(recipe.data, name)

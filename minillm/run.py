@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -84,6 +85,10 @@ class Run:
                 f"rollout.num_rollouts ({rollouts}) must be a multiple of the responses of one update: "
                 f"per_device_train_batch_size × gradient_accumulation_steps × processes ({micro} × {accumulation} × {processes})"
             )
+
+        for _, section, settings in self.recipe.trainings():
+            if settings.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+                raise ValueError(f"{section}.deepspeed: DeepSpeed is not installed (pip install deepspeed): leave it out, or use FSDP2")
 
     def _check_model(self, source: str, who: str) -> None:
         """Before weights load."""

@@ -352,7 +352,7 @@ def test_rows_are_those_that_the_run_reads(tmp_path: Path) -> None:
         given = load_recipe(
             on_disk(tmp_path, stages=stages, finetune=training, sft=training, warmup={"training": training}), overrides
         )  # fmt: skip
-        return [work.updates(given, stage, arguments, Machine(3)) for stage, _, arguments in work.trainings(given)]
+        return [work.updates(given, stage, arguments, Machine(3)) for stage, _, arguments in given.trainings()]
 
     assert supervised() == [2, 1, 2]  # 40 rows of 24: what fills no update is left out by one trainer, not by TRL's
     assert supervised("data.limit=24") == [1, 1, 1]

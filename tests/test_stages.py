@@ -230,6 +230,9 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
     for section in ("sft", "warmup.training", "training"):
         with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
             stages.run(load_recipe(recipe, [*quantised, f"{section}.deepspeed={sharded}"]))
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ValueError, match=r"training\.deepspeed: DeepSpeed is not installed \(pip install deepspeed\)"):
+            stages.run(load_recipe(recipe, [f"training.deepspeed={sharded}"]))
     with monkeypatch.context() as on_a_cpu:
         on_a_cpu.setattr(torch.cuda, "is_available", lambda: False)
         on_a_cpu.setattr(build, "vllm_is_installed", lambda: True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from minillm.models.shape import shape_of
 from minillm.plan.machine import Machine
 from minillm.plan.phases import Plan, plan
-from minillm.plan.work import argument, trainings, update_responses, why_refused
+from minillm.plan.work import argument, update_responses, why_refused
 from minillm.recipe import Recipe
 from minillm.rollout.vllm_memory import GIB, LEAST_CACHE
 
@@ -66,10 +66,10 @@ def _exact(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
     """Settings that cost time alone, and fewer rollouts between two sets of weights, which are then less off policy."""
     out = [
         [f"{section}.gradient_checkpointing=true"]
-        for _, section, training in trainings(recipe)
+        for _, section, training in recipe.trainings()
         if not argument(training, "gradient_checkpointing")
     ]
-    for _, section, training in trainings(recipe):
+    for _, section, training in recipe.trainings():
         micro, accumulation = argument(training, "per_device_train_batch_size"), argument(training, "gradient_accumulation_steps")
         if (part := _divisor(micro)) is not None:  # an update keeps its responses
             out.append(

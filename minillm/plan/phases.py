@@ -85,7 +85,7 @@ class _Stages:
 
     def phases(self) -> list[Phase]:
         recipe = self.recipe
-        training = {stage: given for stage, _, given in work.trainings(recipe)}
+        training = {stage: given for stage, _, given in recipe.trainings()}
         phases: list[Phase] = []
         if "finetune" in training:
             phases += self._supervised("finetune", training["finetune"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from minillm.plan.machine import GIB
 from minillm.plan.phases import Plan
-from minillm.plan.work import trainings, update_responses, why_refused
+from minillm.plan.work import update_responses, why_refused
 from minillm.recipe import Recipe
 
 
@@ -23,7 +23,7 @@ def summary(recipe: Recipe, found: Plan, rests_on: str) -> str:
         f"time rests on {rests_on}; prompts as long as the data's (text at 4 bytes a token; of data sets that are not read, half of the "
         "most), sampled answers half as long as they may be; loading models and starting engines, a minute or so a stage, come on top",
     ]
-    if sizes := [f"{stage} {update_responses(training, machine)}" for stage, _, training in trainings(recipe)]:
+    if sizes := [f"{stage} {update_responses(training, machine)}" for stage, _, training in recipe.trainings()]:
         lines.append(f"responses in an update, which grow with the processes: {', '.join(sizes)}")
     if found.overrides:
         lines.append("changed: " + " ".join(found.overrides))

@@ -41,15 +41,6 @@ def argument(training: dict[str, Any], name: str) -> Any:
     return training.get(name, _DEFAULTS[name])
 
 
-def trainings(recipe: Recipe) -> list[tuple[str, str, dict[str, Any]]]:
-    """(stage, section, training arguments) of every stage that trains."""
-    known = (
-        ("finetune", "finetune", recipe.finetune), ("warmup", "warmup.training", recipe.warmup.training), ("sft", "sft", recipe.sft),
-        ("minillm", "training", recipe.training),
-    )  # fmt: skip
-    return [each for each in known if each[0] in recipe.stages]
-
-
 def item_size(training: dict[str, Any], machine: Machine) -> int:
     """Bytes of the numbers that a stage computes with."""
     return 2 if machine.bf16 and (argument(training, "bf16") or argument(training, "fp16")) else 4
