@@ -173,7 +173,13 @@ MUTATIONS = [
         "        hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]",
         "        hidden = self.teacher.hidden([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])",
     ),
-    Mutation("padding of the vocabulary trained on", "train/base.py", "min(*widths, token_count(processing_class))", "min(*widths)"),
+    Mutation(
+        "padding of the vocabulary trained on",
+        "models/conventions.py",
+        "min([token_count(tokenizer), *(config.vocab_size for config in configs)])",
+        "min(config.vocab_size for config in configs)",
+    ),
+    Mutation("the teacher's end tokens left out", "models/conventions.py", "eos = configured | {end", "eos = {end"),
     Mutation(
         "weight of the single step left out",
         "loss/objective.py",
