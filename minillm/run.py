@@ -49,10 +49,10 @@ class Run:
             choose_engine(recipe.rollout.engine)
         self._check_sizes()
         pruned, gguf = recipe.student.source == "prune", find_gguf(recipe.teacher.source)
-        for source in [recipe.teacher.source] if pruned else [recipe.teacher.source, recipe.student.source]:
-            check_source(source)
         chat = recipe.data.template == "chat"
         self.conventions: Conventions = settle_run(recipe.teacher.source, None if pruned else recipe.student.source, template=chat)
+        for source in [recipe.teacher.source] if pruned else [recipe.teacher.source, recipe.student.source]:
+            check_source(source)
         if not pruned:
             self._check_model(recipe.student.source, "student")
         elif recipe.student.lora is not None and not gguf:
