@@ -30,13 +30,14 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from minillm import stages
-from minillm.hardware import cpu_multiplies_bfloat16, machine
+from minillm.models.device import cpu_multiplies_bfloat16, machine
 from minillm.models.load import load_tokenizer
-from minillm.plan import Machine, Plan, plan
-from minillm.plan.work import updates_of_batch
-from minillm.recipe import Recipe
-from minillm.recipe_file import load_recipe
+from minillm.run import runner as stages
+from minillm.run.plan.machine import Machine
+from minillm.run.plan.phases import Plan, plan
+from minillm.run.plan.work import updates_of_batch
+from minillm.run.recipe import Recipe
+from minillm.run.recipe_file import load_recipe
 
 _SECTIONS = {"finetune": "finetune", "warmup": "warmup.training", "sft": "sft", "minillm": "training"}
 _UPDATES = 3

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minillm.recipe import Objective, RolloutConfig
+    from minillm.loss.config import Objective
+    from minillm.rollout.config import RolloutConfig
     from minillm.teacher.served import ServedTeacher
     from minillm.train.on_policy import MiniLLMTrainer
     from minillm.train.supervised import SupervisedTrainer
@@ -21,8 +22,8 @@ _HOME = {
     "MiniLLMTrainer": "minillm.train.on_policy",
     "ServedTeacher": "minillm.teacher.served",
     "SupervisedTrainer": "minillm.train.supervised",
-    "Objective": "minillm.recipe",
-    "RolloutConfig": "minillm.recipe",
+    "Objective": "minillm.loss.config",
+    "RolloutConfig": "minillm.rollout.config",
 }
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from minillm.recipe import Stage
+from minillm.run.recipe import Stage
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
@@ -37,8 +37,8 @@ def run(
 
     Several processes: accelerate launch -m minillm run RECIPE
     """
-    from minillm import stages
-    from minillm.recipe_file import is_comparison, load_recipe
+    from minillm.run import runner as stages
+    from minillm.run.recipe_file import is_comparison, load_recipe
 
     if is_comparison(recipe):
         _compare(recipe, overrides or [])
@@ -64,13 +64,13 @@ def evaluate(
     ] = None,
 ) -> None:
     """Answer prompts with several models, and score the answers: a suite's sets, or the held-out prompts of a recipe's run."""
-    from minillm.recipe_file import is_suite, load_suite
+    from minillm.run.recipe_file import is_suite, load_suite
 
     if not is_suite(file):
         run(file, overrides, stage="evaluate")
         return
-    from minillm.report import write_suite_report
-    from minillm.suite import run_suite
+    from minillm.evaluation.report.suite import write_suite_report
+    from minillm.evaluation.suite import run_suite
 
     given = overrides or []
     models = _models([text.removeprefix("model=") for text in given if text.startswith("model=")])
@@ -81,9 +81,9 @@ def evaluate(
 
 
 def _compare(file: Path, overrides: list[str]) -> None:
-    from minillm.comparison import compare
-    from minillm.recipe_file import load_comparison
-    from minillm.report import write_suite_report
+    from minillm.evaluation.report.suite import write_suite_report
+    from minillm.run.experiments.compare import compare
+    from minillm.run.recipe_file import load_comparison
 
     comparison = load_comparison(file, overrides)
     results = compare(comparison)
@@ -122,7 +122,7 @@ def _show_suite(results: dict[str, Any]) -> None:
     """Rouge-L of every model on every set, mean ± standard deviation over seeds, and how it compares."""
     from rich.table import Table
 
-    from minillm.results import number
+    from minillm.evaluation.results import number
 
     names = [*results["prompts"], "average"]
     spread = "mean ± standard deviation" if len(results["seeds"]) > 1 else "mean"
@@ -168,11 +168,12 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Sample one answer."""
-    from minillm.data.examples import Example, render
-    from minillm.hardware import device, working_dtype
+    from minillm.data.examples import Example
+    from minillm.data.templates import render
     from minillm.models.conventions import settle
+    from minillm.models.device import device, working_dtype
     from minillm.models.load import load_model, load_tokenizer
-    from minillm.rollout.transformers_engine import TransformersEngine
+    from minillm.rollout.engines.transformers import TransformersEngine
 
     if template not in ("chat", "alpaca", "plain"):
         raise ValueError(f"--template {template}: allowed: chat, alpaca, plain")
@@ -208,9 +209,12 @@ def plan(
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
     from dataclasses import replace
 
-    from minillm.plan import advice, fewest, fitted, machine_for, summary, table, why_refused
-    from minillm.plan import plan as planned
-    from minillm.recipe_file import load_recipe, written
+    from minillm.run.plan.fit import advice, fewest, fitted
+    from minillm.run.plan.machine import machine_for
+    from minillm.run.plan.phases import plan as planned
+    from minillm.run.plan.text import summary, table
+    from minillm.run.plan.work import why_refused
+    from minillm.run.recipe_file import load_recipe, written
 
     machine, rests_on = machine_for(gpus, None if memory is None else _bytes(memory), flops, utilisation, shard)
     if recipe.is_dir():
@@ -256,7 +260,7 @@ def _bytes(text: str) -> int:
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/quickstart.")]) -> None:
     """Write a run's report.html again from what its directory holds."""
-    from minillm.report import write_report
+    from minillm.evaluation.report.run import write_report
 
     typer.echo(f"wrote {write_report(run_dir)}")
 
@@ -266,8 +270,8 @@ def _show_results(run_dir: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from minillm.results import current_files, current_results, with_interval
-    from minillm.verdict import COLOURS, check_of
+    from minillm.evaluation.results import current_files, current_results, with_interval
+    from minillm.evaluation.verdict import COLOURS, check_of
 
     console = _console()
     if results := current_results(run_dir):
@@ -286,7 +290,7 @@ def main() -> None:
     """Run the command line; errors a person can mend are one line, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from minillm.run_state import Interrupted
+    from minillm.errors import Interrupted
 
     try:
         app()
@@ -301,8 +305,6 @@ def main() -> None:
 
 
 def _is_for_people(error: Exception) -> bool:
-    from minillm.data.rollouts import EngineError
-    from minillm.jobs import JobError
-    from minillm.run_state import RunError
+    from minillm.errors import EngineError, JobError, RunError
 
     return isinstance(error, (ValueError, OSError, subprocess.CalledProcessError, EngineError, JobError, RunError))

@@ -24,13 +24,13 @@ SUITE = [
     "tests/loss/test_objective.py",
     "tests/loss/test_token_scores.py",
     "tests/rollout/test_teacher_mixed.py",
-    "tests/rollout/test_build.py",
+    "tests/rollout/test_choose.py",
     "tests/rollout/test_vllm_server.py",
     "tests/rollout/test_engines.py",
     "tests/train",
-    "tests/test_suite.py",
-    "tests/test_jobs.py",
-    "tests/test_plan.py",
+    "tests/evaluation/test_suite.py",
+    "tests/run/test_jobs.py",
+    "tests/run/test_plan.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -63,21 +63,21 @@ MUTATIONS = [
     Mutation("discount left out", "loss/credit.py", "steps.clamp(min=0) * self._log_discount", "steps.clamp(min=0) * 0.0"),
     Mutation(
         "reward not detached",
-        "loss/objective.py",
+        "loss/on_policy.py",
         "by_logq = -long * weights * gain * active",
         "by_logq = -long * weights * (gain - ratio) * active",
     ),
     Mutation(
         "expected reward not detached",
-        "loss/objective.py",
+        "loss/on_policy.py",
         "**{field: single})",
         "**{field: single + long * weights * ratio})",
     ),
-    Mutation("weight inside the clip", "loss/objective.py", "if objective.weight_in_clip:", "if objective.clip is not None:"),
-    Mutation("clipped tokens keep their gradient", "loss/objective.py", "gain * active\n", "gain\n"),
+    Mutation("weight inside the clip", "loss/on_policy.py", "if objective.weight_in_clip:", "if objective.clip is not None:"),
+    Mutation("clipped tokens keep their gradient", "loss/on_policy.py", "gain * active\n", "gain\n"),
     Mutation(
         "mean per response instead of per token",
-        "loss/objective.py",
+        "loss/on_policy.py",
         "long = objective.long_term / self._count",
         "n = self._tokens.lengths; long = objective.long_term / self._count * n.double().mean() / n[self._tokens.segments][part]",
     ),
@@ -88,7 +88,7 @@ MUTATIONS = [
         "counts = [(len(groups) * sum(lengths[i] for i in g), text_count) for g in groups]",
     ),
     Mutation(
-        "importance weight left out", "loss/objective.py", 'kinds = {"none": ones, "token": token}', 'kinds = {"none": ones, "token": ones}'
+        "importance weight left out", "loss/on_policy.py", 'kinds = {"none": ones, "token": token}', 'kinds = {"none": ones, "token": ones}'
     ),
     Mutation(
         "prefix weight one token late",
@@ -103,7 +103,7 @@ MUTATIONS = [
         "sampled_rewards(tokens, objective)",
     ),
     Mutation("rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"),
-    Mutation("whitened without the padding", "loss/objective.py", 'slots if objective.baseline == "whiten_padded" else None', "None"),
+    Mutation("whitened without the padding", "loss/on_policy.py", 'slots if objective.baseline == "whiten_padded" else None', "None"),
     Mutation(
         "whitened per process",
         "loss/credit.py",
@@ -112,29 +112,28 @@ MUTATIONS = [
     ),
     Mutation(
         "end token left out",
-        "data/rollouts.py",
+        "data/sampling.py",
         "ends = next((place + 1 for place, token",
         "ends = next((max(place, 1) for place, token",
     ),
+    Mutation("padded vocabulary rows scored", "models/head.py", "if width == self.weight.shape[0]:", "if width <= self.weight.shape[0]:"),
     Mutation(
-        "padded vocabulary rows scored", "loss/token_scores.py", "if width == self.weight.shape[0]:", "if width <= self.weight.shape[0]:"
+        "padded vocabulary rows drawn by vLLM",
+        "rollout/engines/base.py",
+        "dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None",
+        "None",
     ),
-    Mutation(
-        "padded vocabulary rows drawn by vLLM", "rollout/engine.py", "dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None", "None"
-    ),
-    Mutation("small models planned as fast as large ones", "plan/machine.py", "layers * _LAYER if self.gpu else 0.0", "0.0"),
-    Mutation("padded vocabulary rows drawn", "data/rollouts.py", "logits[..., : sampling.vocab_size]", "logits"),
+    Mutation("small models planned as fast as large ones", "run/plan/machine.py", "layers * _LAYER if self.gpu else 0.0", "0.0"),
+    Mutation("padded vocabulary rows drawn", "data/logprobs.py", "logits[..., : sampling.vocab_size]", "logits"),
     Mutation("targets off by one", "data/batches.py", "torch.arange(first - 1, end - 1)", "torch.arange(first, end)"),
     Mutation("packed documents see each other", "data/batches.py", "places[row, start:] = torch.arange(width - start)", "pass"),
     Mutation(
         "temperature missing in the gradient",
-        "loss/token_scores.py",
+        "models/head.py",
         "            return self.scale / self.temperature\n",
         "            return self.scale\n",
     ),
-    Mutation(
-        "soft cap missing in the gradient", "loss/token_scores.py", "(1 - (logits * (self.temperature / self.softcap)) ** 2) * ", "1.0 * "
-    ),
+    Mutation("soft cap missing in the gradient", "models/head.py", "(1 - (logits * (self.temperature / self.softcap)) ** 2) * ", "1.0 * "),
     Mutation("reverse KL's gradient without its mean", "loss/token_scores.py", "(logq - logp - reverse_kl[:, None])", "(logq - logp)"),
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
@@ -145,25 +144,25 @@ MUTATIONS = [
     ),
     Mutation(
         "tied or trained head forgotten by the adapter check",
-        "models/scoring.py",
+        "models/head.py",
         'hasattr(module, "base_layer") or hasattr(module, "modules_to_save")',
         "False",
     ),
     Mutation(
         "residual drawn from p instead of (p-q)+",
-        "rollout/teacher_mixed.py",
+        "rollout/samplers/teacher_mixed.py",
         "if u < stays or r.draws > _TRIES:",
         "if True:",
     ),
     Mutation(
         "every draft kept",
-        "rollout/teacher_mixed.py",
+        "rollout/samplers/teacher_mixed.py",
         "generator=row.generator) >= keep).nonzero()",
         "generator=row.generator) >= 2 + keep).nonzero()",
     ),
     Mutation(
         "behaviour log-probs of the student alone",
-        "rollout/teacher_mixed.py",
+        "rollout/samplers/teacher_mixed.py",
         "logq, self._mixture(logq, logp), self._engine.version",
         "logq, logq, self._engine.version",
     ),
@@ -182,15 +181,15 @@ MUTATIONS = [
     Mutation("the teacher's end tokens left out", "models/conventions.py", "eos = configured | {end", "eos = {end"),
     Mutation(
         "weight of the single step left out",
-        "loss/objective.py",
+        "loss/on_policy.py",
         '{**kinds, "prefix": before}[objective.single_step_weight]',
         "ones",
     ),
-    Mutation("token weights not truncated", "loss/objective.py", "token_weights(tokens, truncation)", "token_weights(tokens)"),
-    Mutation("ratio not truncated", "loss/objective.py", "objective.importance_truncation if objective.clip is None else None", "None"),
+    Mutation("token weights not truncated", "loss/on_policy.py", "token_weights(tokens, truncation)", "token_weights(tokens)"),
+    Mutation("ratio not truncated", "loss/on_policy.py", "objective.importance_truncation if objective.clip is None else None", "None"),
     Mutation(
         "ratio bounded on one side",
-        "loss/objective.py",
+        "loss/on_policy.py",
         "ratio = torch.where(advantages < 0, ratio.clamp(max=objective.dual_clip), ratio)",
         "pass",
     ),
@@ -214,13 +213,13 @@ MUTATIONS = [
     Mutation("a state that is none saved", "train/finite.py", "self._trainer.check_state()", "pass"),
     Mutation(
         "entropy and forward KL swapped",
-        "loss/objective.py",
+        "loss/on_policy.py",
         "forward_kl=scores.forward_kl, entropy=scores.entropy",
         "forward_kl=scores.entropy, entropy=scores.forward_kl",
     ),
     Mutation(
         "language model counted twice",
-        "loss/objective.py",
+        "loss/on_policy.py",
         "(objective.language_model / self._text_count)",
         "(2 * objective.language_model / self._text_count)",
     ),
@@ -246,22 +245,24 @@ MUTATIONS = [
     ),
     Mutation(
         "stop strings looked for in drafts alone",
-        "rollout/teacher_mixed.py",
+        "rollout/samplers/teacher_mixed.py",
         "if sampling.stop is not None or row.ids[-1] in sampling.eos_ids else None",
         "if row.ids[-1] in sampling.eos_ids else None",
     ),
     Mutation("replayed rollouts taken for fresh ones", "train/on_policy.py", "self._others.keep(drawn.rollouts)", "self._others.keep([])"),
-    Mutation("answers of a process that was swapped meanwhile believed", "serving.py", " and born == server.born\n", "\n"),
-    Mutation("a restart that fails no request unnoticed", "serving.py", "server.born is None or server.started() == server.born", "True"),
+    Mutation("answers of a process that was swapped meanwhile believed", "models/servers.py", " and born == server.born\n", "\n"),
+    Mutation(
+        "a restart that fails no request unnoticed", "models/servers.py", "server.born is None or server.started() == server.born", "True"
+    ),
     Mutation(
         "scaling of an adapter left out",
-        "models/weights.py",
-        "_whole(module.lora_B[adapter].weight) * module.scaling[adapter]",
-        "_whole(module.lora_B[adapter].weight)",
+        "models/lora.py",
+        "full_tensor(module.lora_B[adapter].weight) * module.scaling[adapter]",
+        "full_tensor(module.lora_B[adapter].weight)",
     ),
     Mutation(
         "a residual's candidates judged by the numbers that drew them",
-        "rollout/teacher_mixed.py",
+        "rollout/samplers/teacher_mixed.py",
         "numbers[:, 1].tolist()",
         "numbers[:, 0].tolist()",
     ),
@@ -274,21 +275,28 @@ MUTATIONS = [
     ),
     Mutation(
         "the head copied once a row",
-        "rollout/transformers_engine.py",
+        "rollout/engines/transformers.py",
         "return torch.tensor([-1], device=device)",
         "return 1  # type: ignore",
     ),
-    Mutation("every seed of an evaluation the first one", "evaluation.py", 'seed_of("evaluate", seed, ', 'seed_of("evaluate", seeds[0], '),
-    Mutation("all processes of a comparison on the same cores", "jobs.py", "cores[place * each : (place + 1) * each]", "cores[:each]"),
+    Mutation(
+        "every seed of an evaluation the first one", "evaluation/answers.py", 'seed_of("evaluate", seed, ', 'seed_of("evaluate", seeds[0], '
+    ),
+    Mutation(
+        "all processes of a comparison on the same cores",
+        "run/experiments/jobs.py",
+        "cores[place * each : (place + 1) * each]",
+        "cores[:each]",
+    ),
     Mutation(
         "the trainers' process group gone with an engine",
-        "rollout/vllm_engine.py",
+        "rollout/engines/vllm.py",
         "with _process_group_kept() if self._guest else nullcontext():",
         "with nullcontext():",
     ),
     Mutation(
         "the loss as FSDP2 rounds it",
-        "models/scoring.py",
+        "loss/in_forward.py",
         "return through + (call.loss - through).detach(), call.scores",
         "return through, call.scores",
     ),

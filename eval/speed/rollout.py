@@ -19,12 +19,15 @@ from typing import Any
 import torch
 from measure import median, seconds
 
-from minillm.data.examples import read_examples, render
-from minillm.data.rollouts import Rollout, Sampling, next_token_logprobs
-from minillm.hardware import device, machine, working_dtype
+from minillm.data.examples import read_examples
+from minillm.data.logprobs import next_token_logprobs
+from minillm.data.rollouts import Rollout
+from minillm.data.sampling import Sampling
+from minillm.data.templates import render
+from minillm.models.device import device, machine, working_dtype
 from minillm.models.load import load_model, load_tokenizer
-from minillm.rollout.teacher_mixed import TeacherMixedSampler
-from minillm.rollout.vllm_engine import VLLMEngine
+from minillm.rollout.engines.vllm import VLLMEngine
+from minillm.rollout.samplers.teacher_mixed import TeacherMixedSampler
 from minillm.teacher.local import LocalTeacher
 
 

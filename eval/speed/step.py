@@ -28,10 +28,11 @@ from measure import median, seconds
 from transformers import TrainerCallback
 
 from minillm.data.batches import pad
-from minillm.data.examples import chat_ids, read_examples
-from minillm.hardware import fast_bfloat16, machine, working_dtype
+from minillm.data.examples import read_examples
+from minillm.data.templates import chat_ids
+from minillm.models.device import fast_bfloat16, machine, working_dtype
+from minillm.models.head import hidden_states
 from minillm.models.load import load_model, load_tokenizer
-from minillm.models.scoring import hidden_states
 
 LEARNING_RATE = 1e-5
 PHASES = ("rollout_seconds", "teacher_seconds", "update_seconds", "sync_seconds")
@@ -94,7 +95,9 @@ def optimiser_of(trainer: Any) -> list[Any]:
 def ours(options: argparse.Namespace) -> None:
     from transformers import TrainingArguments
 
-    from minillm import MiniLLMTrainer, Objective, RolloutConfig
+    from minillm.loss.config import Objective
+    from minillm.rollout.config import RolloutConfig
+    from minillm.train.on_policy import MiniLLMTrainer
 
     rollout = RolloutConfig(
         engine="vllm", num_rollouts=options.sequences, inner_epochs=1, teacher_mix=0.0, max_new_tokens=options.tokens, max_prompt_tokens=192
@@ -142,8 +145,8 @@ def trl(options: argparse.Namespace) -> None:
 
 
 def floor(options: argparse.Namespace) -> None:
-    from minillm.data.rollouts import Sampling
-    from minillm.rollout.vllm_engine import VLLMEngine
+    from minillm.data.sampling import Sampling
+    from minillm.rollout.engines.vllm import VLLMEngine
     from minillm.teacher.local import LocalTeacher
 
     tokenizer = load_tokenizer(options.student)
@@ -189,7 +192,8 @@ def same_loss() -> float:
     """Relative difference of the two losses' values and gradients on the same states."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    from minillm.loss.token_scores import Head, TokenWeights, token_scores
+    from minillm.loss.token_scores import TokenWeights, token_scores
+    from minillm.models.head import Head
 
     g = torch.Generator().manual_seed(0)
     draw: Any = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731

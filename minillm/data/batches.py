@@ -6,7 +6,6 @@ with `lengths` [B]. Nothing is read off the pad id.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,14 +77,3 @@ def bucket(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in groups of `size`, like lengths together, so that padding is small."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part, the same on every machine and in every process."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def permutation(n: int, *seed: int | str) -> list[int]:
-    generator = torch.Generator().manual_seed(seed_of(*seed))
-    return torch.randperm(n, generator=generator).tolist()

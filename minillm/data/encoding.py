@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minillm.data.rows import DataError
+from minillm.errors import DataError
 
 # Private-use characters, which no template looks at, around the number of a special token whose text was meant as text.
 _OPEN, _CLOSE = "\ue000", "\ue001"

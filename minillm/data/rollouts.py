@@ -4,76 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class EngineError(RuntimeError):
-    """What draws or scores rollouts is not to be had, or has stopped answering."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: softmax(logits / temperature) over the first `vocab_size` ids.
-
-    A response ends with the first of `eos_ids`, which belongs to it; with the token that completes one of the `stop`
-    strings in its text; or after `max_new_tokens`. With `likeliest`, the log-probabilities of at least as many likeliest
-    tokens come back for each place. With `no_repeat_ngram`, for evaluation, tokens that would repeat an n-gram of that
-    length, prompt included, are not drawn (transformers engine only).
-    """
-
-    max_new_tokens: int
-    eos_ids: tuple[int, ...]
-    vocab_size: int
-    temperature: float = 1.0
-    likeliest: int = 0
-    stop: StopStrings | None = None
-    no_repeat_ngram: int = 0
-
-    def length(self, ids: list[int]) -> int | None:
-        """Tokens of a response that begins with `ids`, up to the one that ends it; None while none does.
-
-        The limit is not looked at: who draws counts the tokens.
-        """
-        ends = next((place + 1 for place, token in enumerate(ids) if token in self.eos_ids), None)
-        if self.stop is not None:
-            stopped = self.stop.length(ids if ends is None else ids[:ends])
-            ends = ends if stopped is None else stopped
-        return ends
-
-    def ended(self, ids: list[int]) -> bool:
-        """Whether the last of `ids` ends the response, given that none before it did."""
-        return ids[-1] in self.eos_ids or (self.stop is not None and self.stop.length(ids) is not None)
-
-
-class StopStrings:
-    """Strings of which the first to appear in a response's text ends it.
-
-    Args:
-        tokenizer: decodes the response by itself; special tokens are no text (their ids end a response, where they do).
-    """
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
-        if not all(strings):
-            raise ValueError("stop: an empty string is in every text")
-        self.strings = tuple(strings)
-        self._tokenizer = tokenizer
-
-    def length(self, ids: Sequence[int]) -> int | None:
-        """Tokens up to the one that completes a string; None where there is none."""
-        if not self._found(ids):
-            return None
-        low, high = 1, len(ids)  # found in the first `high` tokens, and text only grows
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._found(ids[:middle]) else (middle + 1, high)
-        return high
-
-    def _found(self, ids: Sequence[int]) -> bool:
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return any(string in text for string in self.strings)
+from minillm.data.sampling import Sampling
 
 
 @dataclass
@@ -128,6 +63,12 @@ class Rollout:
         return cls(prompt, ids[:length], values, values, version, finished, likeliest=likeliest and likeliest[:length])
 
 
-def next_token_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Log-probabilities [..., vocab_size], float32, of the distribution that tokens are drawn from."""
-    return torch.log_softmax(logits[..., : sampling.vocab_size].float() / sampling.temperature, dim=-1)
+def join(rows: Sequence[TeacherRows]) -> TeacherRows:
+    """Rows of several responses, one after another."""
+    width = max(row.ids.shape[1] for row in rows)
+    wide = [(_widened(row.ids, width), _widened(row.logprobs, width)) for row in rows]
+    return TeacherRows(torch.cat([ids for ids, _ in wide]), torch.cat([logprobs for _, logprobs in wide]))
+
+
+def _widened(values: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.cat([values, values[:, :1].expand(-1, width - values.shape[1])], dim=1)

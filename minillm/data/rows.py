@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minillm.recipe import Source
+from minillm.data.config import Source
+from minillm.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,6 @@ _ABOUT_THE_ROW = frozenset(
      "score", "toxic", "redacted", "difficulty", "quality", "length", "num_turns", "is_classification")
 )  # fmt: skip
 _SHUFFLE_BUFFER = 10_000  # rows of a stream that are held to mix their order
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the text names the file and the line."""
 
 
 class Remarks:
@@ -136,18 +133,3 @@ def _records(source: Source, stream: bool, seed: int | None) -> Iterator[tuple[A
         rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     for number, fields in enumerate(rows):
         yield dict(fields), f"{source.name}[{number}]"
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows so that the file is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    part.replace(path)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows that this package has written."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]

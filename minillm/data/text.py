@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from minillm.data.batches import permutation
 from minillm.data.encoding import encoder_of
+from minillm.data.seeding import permutation
 
 
 def pack_text(documents: Iterable[Iterable[int]], block: int, eos: int, *, several: bool = True) -> list[list[array[int]]]:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.loss.floor import LOG_ZERO
-from minillm.recipe import Objective
+from minillm.data.logprobs import LOG_ZERO
+from minillm.loss.config import Objective
 
 _WALK = 512
 _MOST = 20.0  # log of the greatest weight: with rewards, states and their squares it stays far from float32's end

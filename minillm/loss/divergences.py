@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.loss.floor import floored_log_softmax
-from minillm.recipe import DivergenceConfig
+from minillm.data.logprobs import floored_log_softmax
+from minillm.loss.config import DivergenceConfig
 
 
 def named(config: DivergenceConfig) -> Callable[[Tensor, Tensor], Tensor]:

@@ -13,41 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import TeacherRows
-from minillm.hardware import cpu_multiplies_bfloat16
-from minillm.loss.floor import LOG_ZERO
+from minillm.models.device import cpu_multiplies_bfloat16
+from minillm.models.head import Head, LogitTransform, project
 
 CHUNK = 512
 # Below this many logits a chunk is not worth compiling for. Float32 states stay eager: the compiled sums over a
 # vocabulary carry 4e-5 of relative error, which bfloat16 states hide and float32 ones would not.
 _COMPILE_FROM = 1 << 22
-
-
-@dataclass
-class Head:
-    """The map from hidden states [N, H] to logits [N, V]: softcap(scale · (h Wᵀ + b)) / temperature."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def narrow(self, width: int) -> Head:
-        """The head of the first `width` tokens."""
-        if width == self.weight.shape[0]:
-            return self
-        bias = None if self.bias is None else self.bias[:width]
-        return Head(self.weight[:width], bias, self.scale, self.softcap)
-
-    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """All of them, [N, V], in float32 or better: for a few rows at a time."""
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return _Curve.of(self, temperature, wide).logits(_project(hidden, self.weight.to(hidden.dtype)), wide)
 
 
 @dataclass
@@ -187,26 +165,26 @@ def _forward(
     used_weight = None if grad_weight is None else grad_weight[:width]
     used_bias = None if grad_bias is None else grad_bias[:width]
     head = head.narrow(width)
-    weight, curve = head.weight.detach().to(dtype), _Curve.of(head, temperature, wide)
+    weight, curve = head.weight.detach().to(dtype), LogitTransform.of(head, temperature, wide)
     states = hidden.detach().to(dtype)
     teacher_curve = curve
     text_curve = text_teacher_curve = curve._replace(temperature=float(text_temperature))
     if teacher_hidden is not None:
         teacher_head = teacher_head.narrow(width)
-        teacher_weight, teacher_curve = teacher_head.weight.detach().to(dtype), _Curve.of(teacher_head, temperature, wide)
+        teacher_weight, teacher_curve = teacher_head.weight.detach().to(dtype), LogitTransform.of(teacher_head, temperature, wide)
         text_teacher_curve = teacher_curve._replace(temperature=float(text_temperature))
         teacher_hidden = teacher_hidden.to(dtype)
     elif teacher_rows is not None:
-        teacher_curve = text_teacher_curve = _Curve(None, 1.0, None, 1.0)
+        teacher_curve = text_teacher_curve = LogitTransform(None, 1.0, None, 1.0)
 
     measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], hidden.device, wide, rounded)
     for start in range((max(n, 1) - 1) // chunk * chunk, -1, -chunk):
         part = slice(start, min(start + chunk, n))
         if part.start == part.stop:
             break
-        student = _project(states[part], weight)
+        student = project(states[part], weight)
         if teacher_hidden is not None:
-            teacher = _project(teacher_hidden[part], teacher_weight)
+            teacher = project(teacher_hidden[part], teacher_weight)
         elif teacher_rows is not None:
             teacher = _filled_in(curve.logits(student, wide), teacher_rows.ids[part], teacher_rows.logprobs[part])
         else:
@@ -282,43 +260,7 @@ def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
     return value if unit is None else value.to(unit.dtype) * unit
 
 
-class _Curve(NamedTuple):
-    """What turns h Wᵀ into the logits that are compared; applied in float32, after the matmul's own rounding."""
-
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-    temperature: float
-
-    @classmethod
-    def of(cls, head: Head, temperature: float, wide: torch.dtype) -> _Curve:
-        bias = None if head.bias is None else head.bias.detach().to(wide)
-        return cls(bias, float(head.scale), None if head.softcap is None else float(head.softcap), float(temperature))
-
-    def logits(self, projected: Tensor, wide: torch.dtype) -> Tensor:
-        logits = projected.to(wide)
-        if self.bias is not None:
-            logits = logits + self.bias
-        if self.softcap is None:
-            return logits * (self.scale / self.temperature)
-        return torch.tanh(logits * (self.scale / self.softcap)) * (self.softcap / self.temperature)
-
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the logits by the projection, from the logits themselves."""
-        if self.softcap is None:
-            return self.scale / self.temperature
-        # d cap·tanh(x/cap)/dx = 1 − tanh²
-        return (1 - (logits * (self.temperature / self.softcap)) ** 2) * (self.scale / self.temperature)
-
-
-def _project(states: Tensor, weight: Tensor) -> Tensor:
-    """h Wᵀ, in float32 where the backend can give it: rounding logits to 16 bits costs gradient accuracy."""
-    if states.is_cuda and states.dtype.itemsize == 2:
-        return torch.mm(states, weight.t(), out_dtype=torch.float32)
-    return states @ weight.t()
-
-
-def _measure(student: Tensor, teacher: Tensor, targets: Tensor, curve: _Curve, teacher_curve: _Curve, wide: torch.dtype):
+def _measure(student: Tensor, teacher: Tensor, targets: Tensor, curve: LogitTransform, teacher_curve: LogitTransform, wide: torch.dtype):
     """The two normalisers, then the fields of `TokenScores`; one exponential a logit."""
     s, z = curve.logits(student, wide), teacher_curve.logits(teacher, wide)
     top_s, top_z = s.amax(-1), z.amax(-1)
@@ -338,7 +280,7 @@ def _measure(student: Tensor, teacher: Tensor, targets: Tensor, curve: _Curve, t
 
 def _differentiate(
     student: Tensor, teacher: Tensor, lse_s: Tensor, lse_z: Tensor, reverse_kl: Tensor, targets: Tensor, by_logq: Tensor,
-    by_reverse: Tensor, by_forward: Tensor, curve: _Curve, teacher_curve: _Curve, wide: torch.dtype, dtype: torch.dtype,
+    by_reverse: Tensor, by_forward: Tensor, curve: LogitTransform, teacher_curve: LogitTransform, wide: torch.dtype, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Gradient by the student's projection [n, V] of Σ by_logq·log q(y) + by_reverse·KL(q‖p) + by_forward·KL(p‖q).
 

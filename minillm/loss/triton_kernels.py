@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm.loss.floor import LOG_ZERO
+from minillm.data.logprobs import LOG_ZERO
 
 _BLOCK = 4096
 _FLOOR = tl.constexpr(LOG_ZERO)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from minillm.models.load import read_config
+from minillm.models.configs import read_config
 from minillm.models.sources import check_adapter_source
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from minillm.data.encoding import encoder_of
-from minillm.data.rollouts import Sampling, StopStrings
-from minillm.models.load import context_length, load_tokenizer, text_config
+from minillm.data.sampling import Sampling, StopStrings
+from minillm.models.configs import context_length, text_config
+from minillm.models.load import load_tokenizer
 from minillm.models.vocabulary import check_same_tokens, token_count
 
 

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from minillm.models.depth import check_keep_layers, cut_config
-from minillm.models.known import KNOWN
-from minillm.models.load import head_size, read_config
+from minillm.models.configs import head_size, read_config
+from minillm.models.families import KNOWN
+from minillm.models.pruning.depth import check_keep_layers
+from minillm.models.pruning.layer_settings import cut_config
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-
-class VocabularyError(ValueError):
-    """Student and teacher do not share a vocabulary."""
+from minillm.errors import VocabularyError
 
 
 def head_width(model: PreTrainedModel) -> int:

@@ -9,7 +9,7 @@ The request also tells the teacher's own likeliest tokens. Where those leave out
 for by itself, which the server's prefix cache makes a matter of one block of tokens.
 
 A token that the teacher excludes comes as −inf, or as the −9999 that vLLM writes for it: its mass is 0, and its log p
-`minillm.loss.floor.LOG_ZERO`, as with a teacher at hand. What is above 0 or not a number is no answer, and asked for again.
+`minillm.data.logprobs.LOG_ZERO`, as with a teacher at hand. What is above 0 or not a number is no answer, and asked for again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from minillm.data.rollouts import Rollout, Sampling, TeacherRows
-from minillm.serving import PLAIN, Servers, checked_logprob, read_completion
+from minillm.data.rollouts import Rollout, TeacherRows
+from minillm.data.sampling import Sampling
+from minillm.models.servers import PLAIN, Servers, checked_logprob, read_completion
 
 _LIKELIEST = 20  # as many as a server gives unless --max-logprobs says otherwise
 _NEGLIGIBLE = -9.2  # log 1e-4: less likely tokens of the student are left to the others
@@ -126,14 +127,3 @@ class ServedTeacher:
         logprobs = [[table[token] for token in row] for row, table in zip(ids, tables, strict=True)]
         rollout.teacher_rows = TeacherRows(torch.tensor(ids), torch.tensor(logprobs))
         rollout.teacher_logprobs = rollout.teacher_rows.logprobs[:, 0].clone()
-
-
-def join(rows: Sequence[TeacherRows]) -> TeacherRows:
-    """Rows of several responses, one after another."""
-    width = max(row.ids.shape[1] for row in rows)
-    wide = [(_widened(row.ids, width), _widened(row.logprobs, width)) for row in rows]
-    return TeacherRows(torch.cat([ids for ids, _ in wide]), torch.cat([logprobs for _, logprobs in wide]))
-
-
-def _widened(values: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.cat([values, values[:, :1].expand(-1, width - values.shape[1])], dim=1)

@@ -18,17 +18,19 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minillm.data.batches import Padded
 from minillm.data.rollouts import TeacherRows
-from minillm.hardware import fast_bfloat16
+from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.token_scores import Divergence, Weigh
 from minillm.models.conventions import Conventions, settle
+from minillm.models.device import fast_bfloat16
+from minillm.models.head import check_head, gather_head, head_of
 from minillm.models.load import load_model, load_tokenizer, without_dropout
-from minillm.models.scoring import Scoring, bind_scoring, check_head, gather_head, head_of, score
+from minillm.models.shards import is_sharded
 from minillm.models.vocabulary import check_same_tokens, head_width
-from minillm.models.weights import is_sharded
-from minillm.recipe import RolloutConfig
-from minillm.rollout.engine import Engine
-from minillm.teacher.local import AdapterOff, LocalTeacher, shard
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.base import Engine
+from minillm.teacher.local import AdapterOff, LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.sharded import shard
 from minillm.train.arguments import check_arguments
 from minillm.train.finite import Finite
 from minillm.train.trl_arguments import check_parameters

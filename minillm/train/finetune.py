@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from minillm.loss.in_forward import bind_scoring
 from minillm.models.conventions import Conventions, settle
 from minillm.models.load import load_model, load_tokenizer, without_dropout
-from minillm.models.scoring import bind_scoring
 from minillm.models.vocabulary import head_width
-from minillm.recipe import RolloutConfig
+from minillm.rollout.config import RolloutConfig
 from minillm.teacher.local import LocalTeacher
 from minillm.train.arguments import NAMES, check_arguments
 from minillm.train.finite import Finite, listed

@@ -14,9 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-
-class TrainingDiverged(ValueError):
-    """A loss, a gradient norm, a weight or an optimiser's state is not finite."""
+from minillm.errors import TrainingDiverged
 
 
 class Finite:

@@ -17,24 +17,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from minillm.data.batches import Padded, bucket, pad, permutation, seed_of, share_rows
+from minillm.data.batches import Padded, bucket, pad, share_rows
 from minillm.data.encoding import encoder_of
-from minillm.data.rollouts import EngineError, Rollout, TeacherRows
+from minillm.data.rollouts import Rollout, TeacherRows, join
+from minillm.data.seeding import permutation, seed_of
 from minillm.data.text import TextBlocks
-from minillm.hardware import give_back_memory
+from minillm.errors import EngineError
+from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens, baselines
-from minillm.loss.objective import OnPolicyLoss, extra_divergence
+from minillm.loss.in_forward import Scoring, score_responses
+from minillm.loss.on_policy import OnPolicyLoss
+from minillm.loss.terms import extra_divergence
 from minillm.loss.token_scores import TokenScores
-from minillm.models.load import context_length, text_config
-from minillm.models.scoring import Scoring, keeps_sequences_apart, score_responses
-from minillm.models.weights import check_adapter
-from minillm.recipe import Objective, RolloutConfig, check_off_policy, check_served_teacher, check_sharded_teacher
-from minillm.rollout.engine import Engine
-from minillm.rollout.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
-from minillm.teacher.served import ServedTeacher, join
+from minillm.models.configs import context_length, text_config
+from minillm.models.device import give_back_memory
+from minillm.models.head import keeps_sequences_apart
+from minillm.models.lora import check_adapter
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.base import Engine
+from minillm.rollout.replay import OtherResponses
+from minillm.rollout.samplers.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
+from minillm.teacher.served import ServedTeacher
 from minillm.train.base import DistillationTrainer
+from minillm.train.checks import check_off_policy, check_served_teacher, check_sharded_teacher
 from minillm.train.finite import listed
-from minillm.train.replay import OtherResponses
 
 logger = logging.getLogger(__name__)
 

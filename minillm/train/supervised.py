@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from minillm.data.batches import bucket, pad, permutation
-from minillm.loss.objective import SupervisedLoss, extra_divergence
-from minillm.recipe import DivergenceConfig
+from minillm.data.batches import bucket, pad
+from minillm.data.seeding import permutation
+from minillm.loss.config import DivergenceConfig
+from minillm.loss.supervised import SupervisedLoss
+from minillm.loss.terms import extra_divergence
 from minillm.train.base import DistillationTrainer
 from minillm.train.finite import listed
 

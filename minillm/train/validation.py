@@ -16,17 +16,19 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from minillm import metrics
-from minillm.data.batches import seed_of
 from minillm.data.rollouts import Rollout
-from minillm.evaluation import token_divergences
+from minillm.data.seeding import seed_of
+from minillm.evaluation import metrics
+from minillm.evaluation.answers import token_divergences
+from minillm.models.configs import context_length, text_config
 from minillm.models.conventions import Conventions
-from minillm.models.load import cached, context_length, text_config
-from minillm.models.weights import cast_folder, is_quantized, save_plain
-from minillm.recipe import RolloutConfig
+from minillm.models.load import cached
+from minillm.models.quantization import is_quantized
+from minillm.models.saving import cast_folder, save_plain
 from minillm.redaction import is_secret
-from minillm.rollout.build import hand_over, make_engine
-from minillm.rollout.engine import Engine
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.base import Engine
+from minillm.rollout.engines.choose import hand_over, make_engine
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.train.best_checkpoint import METRICS

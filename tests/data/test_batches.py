@@ -19,7 +19,7 @@ from transformers import (
 
 from minillm.data.batches import pad, share_rows
 from minillm.data.text import pack_text
-from minillm.models.scoring import hidden_states, keeps_sequences_apart
+from minillm.models.head import hidden_states, keeps_sequences_apart
 from tests.conftest import tiny_llama
 
 

@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from minillm.data.encoding import TextEncoder
-from minillm.data.examples import DataError, Example, Prompt, render, render_answer
+from minillm.data.examples import Example, Prompt
+from minillm.data.templates import render, render_answer
 from minillm.data.text import TextBlocks
+from minillm.errors import DataError
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 CHATML = (

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from minillm.data.examples import DataError, Example, Prompt, read_examples, read_texts, render, render_all, render_answer
-from minillm.recipe import Source
+from minillm.data.config import Source
+from minillm.data.examples import Example, Prompt, read_examples, read_texts
+from minillm.data.templates import render, render_all, render_answer
+from minillm.errors import DataError
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from minillm.data.rollouts import Rollout, Sampling, StopStrings
+from minillm.data.rollouts import Rollout
+from minillm.data.sampling import Sampling, StopStrings
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

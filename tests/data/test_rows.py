@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from minillm.data.examples import DataError, read_examples, read_texts
-from minillm.recipe import Source
+from minillm.data.config import Source
+from minillm.data.examples import read_examples, read_texts
+from minillm.errors import DataError
 
 
 def write(file: Path, *rows: Any) -> Path:

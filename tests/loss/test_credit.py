@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minillm.loss import credit
+from minillm.loss.config import Objective
 from minillm.loss.credit import ReturnWalk, SampledTokens
-from minillm.recipe import Objective
 
 LENGTHS = [5, 1, 9, 2, 40]
 

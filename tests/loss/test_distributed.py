@@ -18,13 +18,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minillm.data.batches import pad
+from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
-from minillm.loss.objective import OnPolicyLoss
+from minillm.loss.in_forward import Scoring, bind_scoring, score
+from minillm.loss.on_policy import OnPolicyLoss
 from minillm.loss.token_scores import TokenScores, TokenWeights
-from minillm.models.scoring import Scoring, bind_scoring, head_of, score
+from minillm.models.head import head_of
 from minillm.models.weights import plain_weights
-from minillm.recipe import Objective
-from minillm.teacher.local import LocalTeacher, shard
+from minillm.teacher.local import LocalTeacher
+from minillm.teacher.sharded import shard
 from tests.conftest import tiny_llama
 
 PROMPTS = [[3, 1, 4], [5], [6, 7], [8, 9, 10, 11]]

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from minillm.loss import credit
+from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
-from minillm.loss.objective import OnPolicyLoss
-from minillm.loss.token_scores import Head, TokenScores, token_scores
-from minillm.recipe import Objective
+from minillm.loss.on_policy import OnPolicyLoss
+from minillm.loss.token_scores import TokenScores, token_scores
+from minillm.models.head import Head
 
 V, LENGTH, H, EOS = 3, 3, 4, 0
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from minillm.loss import credit
+from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
-from minillm.loss.objective import OnPolicyLoss
-from minillm.loss.token_scores import Head, token_scores
-from minillm.recipe import Objective
+from minillm.loss.on_policy import OnPolicyLoss
+from minillm.loss.token_scores import token_scores
+from minillm.models.head import Head
 
 LENGTHS, LIMIT, V, H = [3, 1, 6], 8, 11, 5
 TEXT = 4

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from minillm.data.rollouts import TeacherRows
 from minillm.loss import divergences
-from minillm.loss.token_scores import Divergence, Head, TokenScores, TokenWeights, token_scores
+from minillm.loss.token_scores import Divergence, TokenScores, TokenWeights, token_scores
+from minillm.models.head import Head
 
 N, H, HP, V = 23, 8, 12, 40
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minillm.loss import token_scores as plain
-from minillm.loss.token_scores import Head
+from minillm.models.head import Head, LogitTransform
 
 N, V = 5, 300  # three blocks of 128, the last one part empty
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,7 +54,7 @@ def test_kernels_are_the_plain_functions(kernels: ModuleType, kind: str, teacher
     def curve_of(kind: str) -> Any:
         bias = draw(V) if kind == "bias" else None
         head = Head(draw(V, 2), bias, 0.3 if kind == "scale" else 1.0, 9.0 if kind == "softcap" else None)
-        return plain._Curve.of(head, 0.7, torch.float32)
+        return LogitTransform.of(head, 0.7, torch.float32)
 
     curve, teacher_curve = curve_of(kind), curve_of(teacher_kind)
     arguments = (student, teacher, targets, curve, teacher_curve, torch.float32)
@@ -77,7 +77,7 @@ def test_excluded_tokens_are_the_plain_functions_too(kernels: ModuleType, least:
     student[:, :130], teacher[:, 125:140] = least, least
     teacher[0, 299] = least
     targets = torch.tensor([0, 127, 135, 299, 200], device=device)
-    curve = plain._Curve(None, 1.0, None, 0.7)
+    curve = LogitTransform(None, 1.0, None, 0.7)
     arguments = (student, teacher, targets, curve, curve, torch.float32)
     want, got = plain._measure(*arguments), kernels.measure(*arguments)
     for ours, theirs in zip(got, want, strict=True):

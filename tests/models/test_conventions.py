@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from minillm.models.conventions import settle, settle_run
 from minillm.models.load import load_model
-from minillm.recipe import RolloutConfig
+from minillm.rollout.config import RolloutConfig
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
 

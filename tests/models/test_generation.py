@@ -12,8 +12,8 @@ import torch
 
 from minillm.models.generation import read_generation_config
 from minillm.models.load import load_model
-from minillm.models.prune import prune
-from minillm.models.weights import save_plain
+from minillm.models.pruning.apply import prune
+from minillm.models.saving import save_plain
 from tests.conftest import save, tiny_llama
 
 # What is given, and what is kept of it.

@@ -25,14 +25,22 @@ from transformers import (
 )
 
 from minillm.data.batches import pad
+from minillm.errors import VocabularyError
 from minillm.loss.divergences import forward_kl
-from minillm.loss.objective import SupervisedLoss
-from minillm.models.load import cached, find_gguf, load_model, load_student, without_dropout
-from minillm.models.prune import block_similarity, decoder_layers, layers_to_keep, prune
-from minillm.models.scoring import Scoring, bind_scoring, check_head, head_of, score
-from minillm.models.vocabulary import VocabularyError, check_same_tokens, check_tokenizer_fits, token_count
-from minillm.models.weights import is_quantized, plain_weights, save_plain
-from minillm.recipe import AdapterConfig
+from minillm.loss.in_forward import Scoring, bind_scoring, score
+from minillm.loss.supervised import SupervisedLoss
+from minillm.models.config import AdapterConfig
+from minillm.models.head import check_head, head_of
+from minillm.models.layers import decoder_layers
+from minillm.models.load import cached, load_model, without_dropout
+from minillm.models.lora import load_student
+from minillm.models.pruning.apply import prune
+from minillm.models.pruning.depth import block_similarity, layers_to_keep
+from minillm.models.quantization import is_quantized
+from minillm.models.saving import save_plain
+from minillm.models.sources import find_gguf
+from minillm.models.vocabulary import check_same_tokens, check_tokenizer_fits, token_count
+from minillm.models.weights import plain_weights
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import save, tiny_llama, tiny_tokenizer
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minillm.models.depth import check_keep_layers, cut_config
+from minillm.models.layers import decoder_layers
 from minillm.models.load import load_model
-from minillm.models.prune import decoder_layers, prune
+from minillm.models.pruning.apply import prune
+from minillm.models.pruning.depth import check_keep_layers
+from minillm.models.pruning.layer_settings import cut_config
 from minillm.models.shape import shape_of
 from tests.conftest import save, tiny_llama
 
@@ -162,7 +164,7 @@ def test_a_setting_that_is_not_cut_is_found(monkeypatch: pytest.MonkeyPatch) -> 
         cut.no_rope_layers = config.no_rope_layers
         return cut
 
-    monkeypatch.setattr("minillm.models.prune.cut_config", forgetful)
+    monkeypatch.setattr("minillm.models.pruning.apply.cut_config", forgetful)
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(ValueError, match=r"SmolLM3ForCausalLM .*log-probabilities off by up to"):
             prune(made(*FAMILIES["flags of positions"]).to(dtype), KEPT)

@@ -16,7 +16,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNo
 from safetensors.torch import load_file, save_file
 
 from minillm.models import sources
-from minillm.models.load import load_model, load_tokenizer, text_config
+from minillm.models.configs import text_config
+from minillm.models.load import load_model, load_tokenizer
 from minillm.models.sources import check_adapter_source, check_source
 from tests.conftest import save, tiny_llama
 

@@ -24,19 +24,23 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
-from minillm import MiniLLMTrainer, Objective, RolloutConfig
-from minillm.data.rollouts import EngineError, Sampling, StopStrings
+from minillm.data.sampling import Sampling, StopStrings
+from minillm.errors import EngineError
+from minillm.loss.config import Objective
 from minillm.models.load import load_model
 from minillm.models.weights import plain_weights
-from minillm.rollout import teacher_mixed
-from minillm.rollout.engine import Engine
-from minillm.rollout.local_server import LocalServer
-from minillm.rollout.teacher_mixed import TeacherMixedSampler
-from minillm.rollout.transformers_engine import TransformersEngine
-from minillm.rollout.vllm_engine import VLLMEngine, vllm_is_installed
-from minillm.rollout.vllm_server import VLLMServerEngine
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.base import Engine
+from minillm.rollout.engines.local_server import LocalServer
+from minillm.rollout.engines.server import VLLMServerEngine
+from minillm.rollout.engines.transformers import TransformersEngine
+from minillm.rollout.engines.vllm import VLLMEngine
+from minillm.rollout.engines.vllm_memory import vllm_is_installed
+from minillm.rollout.samplers import teacher_mixed
+from minillm.rollout.samplers.teacher_mixed import TeacherMixedSampler
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama, tiny_tokenizer
 from tests.rollout.test_teacher_mixed import chi_square, enumerate_mixture
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.data.rollouts import Sampling
-from minillm.rollout import teacher_mixed
-from minillm.rollout.teacher_mixed import _ROUND_COST, TeacherMixedSampler, draft_length
-from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.data.sampling import Sampling
+from minillm.rollout.engines.transformers import TransformersEngine
+from minillm.rollout.samplers import teacher_mixed
+from minillm.rollout.samplers.teacher_mixed import _ROUND_COST, TeacherMixedSampler, draft_length
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import tiny_llama
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm import serving
-from minillm.data.rollouts import EngineError, Sampling
-from minillm.rollout.vllm_server import VLLMServerEngine
+from minillm.data.sampling import Sampling
+from minillm.errors import EngineError
+from minillm.models import servers as serving
+from minillm.rollout.engines.server import VLLMServerEngine
 
 SAMPLING = Sampling(4, (1,), 30)
 

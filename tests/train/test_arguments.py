@@ -16,11 +16,12 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
 
-from minillm import MiniLLMTrainer, SupervisedTrainer
 from minillm.teacher.served import ServedTeacher
 from minillm.train.arguments import FINE_TUNING_ONLY, HONOURED, IN_A_RECIPE, REFUSED, check_arguments, setting_faults
 from minillm.train.best_checkpoint import METRICS, with_given
 from minillm.train.finetune import FineTuner
+from minillm.train.on_policy import MiniLLMTrainer
+from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.train.test_on_policy import PROMPTS, ROLLOUT, arguments, train
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from minillm import SupervisedTrainer
+from minillm.loss.config import DivergenceConfig
 from minillm.models.load import load_model
-from minillm.recipe import DivergenceConfig
 from minillm.train.finetune import FineTuner
+from minillm.train.supervised import SupervisedTrainer
 from tests.train.test_on_policy import ROLLOUT, arguments
 
 ROWS = [{"prompt_ids": [2, 4 + i, 3][: 2 + i % 2], "response_ids": [5 + i, *[9] * (i % 4), 1]} for i in range(12)]

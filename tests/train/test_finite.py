@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from minillm import MiniLLMTrainer, Objective, SupervisedTrainer
 from minillm.cli import _is_for_people
+from minillm.errors import TrainingDiverged
+from minillm.loss.config import Objective
 from minillm.train.finetune import FineTuner
-from minillm.train.finite import TrainingDiverged
+from minillm.train.on_policy import MiniLLMTrainer
+from minillm.train.supervised import SupervisedTrainer
 from tests.train.test_finetune import ROWS
 from tests.train.test_on_policy import PROMPTS, ROLLOUT, arguments, launch
 

@@ -17,17 +17,20 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
-from minillm import MiniLLMTrainer, Objective, RolloutConfig
-from minillm.data.batches import permutation, seed_of
-from minillm.data.rollouts import EngineError
+from minillm.data.seeding import permutation, seed_of
 from minillm.data.text import pack_text
-from minillm.metrics import rouge_l
-from minillm.models.load import load_model, load_student
-from minillm.models.weights import save_plain
-from minillm.recipe import AdapterConfig
-from minillm.rollout.teacher_mixed import FIRST_DRAFT, draft_length
-from minillm.rollout.transformers_engine import TransformersEngine
+from minillm.errors import EngineError
+from minillm.evaluation.metrics import rouge_l
+from minillm.loss.config import Objective
+from minillm.models.config import AdapterConfig
+from minillm.models.load import load_model
+from minillm.models.lora import load_student
+from minillm.models.saving import save_plain
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.transformers import TransformersEngine
+from minillm.rollout.samplers.teacher_mixed import FIRST_DRAFT, draft_length
 from minillm.train import on_policy
+from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama, tiny_tokenizer
 from tests.train.two_processes import run
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from minillm import MiniLLMTrainer, RolloutConfig
 from minillm.models.load import load_model
-from minillm.rollout.vllm_engine import vllm_is_installed
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.vllm_memory import vllm_is_installed
+from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama
 from tests.rollout.test_engines import own_logprobs, start_server, stop_server
 from tests.train.test_on_policy import PROMPTS, arguments, launch

@@ -11,12 +11,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
-from minillm import MiniLLMTrainer, Objective, RolloutConfig
-from minillm.models.load import load_model, load_student, load_tokenizer
-from minillm.models.weights import is_sharded
-from minillm.recipe import AdapterConfig
-from minillm.rollout.transformers_engine import TransformersEngine
-from minillm.train.finite import TrainingDiverged
+from minillm.errors import TrainingDiverged
+from minillm.loss.config import Objective
+from minillm.models.config import AdapterConfig
+from minillm.models.load import load_model, load_tokenizer
+from minillm.models.lora import load_student
+from minillm.models.shards import is_sharded
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.transformers import TransformersEngine
+from minillm.train.on_policy import MiniLLMTrainer
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 

@@ -1,0 +1,36 @@
+"""The loss on given responses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minillm.loss.config import DivergenceConfig
+from minillm.loss.terms import Tally, single_step_score
+from minillm.loss.token_scores import TokenScores, TokenWeights
+
+
+class SupervisedLoss:
+    """λ·CE + (1−λ)·D on fixed responses: with D = KL(p‖q) the paper's word-level distillation. CE is at the temperature of text."""
+
+    def __init__(self, cross_entropy: float, count: float | Tensor, divergence: DivergenceConfig | None = None) -> None:
+        self._share, self._count = cross_entropy, count
+        self._divergence = divergence or DivergenceConfig(name="forward_kl")
+        self.tally = Tally()
+
+    def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+        ones = torch.ones_like(scores.logq) / self._count
+        if self._share == 1:  # fine-tuning, where there need be no teacher
+            self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, entropy=scores.entropy)
+            return (ones * -scores.text_logq).sum(), TokenWeights(text_logq=-ones)
+        field, value = single_step_score(self._divergence, scores)
+        loss = ones * (self._share * -scores.text_logq + (1 - self._share) * value)
+        if field == "divergence":
+            self.tally.add(divergence=value)
+        self.tally.add(
+            tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, forward_kl=scores.forward_kl,
+            reverse_kl=scores.reverse_kl, entropy=scores.entropy,
+        )  # fmt: skip
+        return loss.sum(), replace(TokenWeights(text_logq=-ones * self._share), **{field: ones * (1 - self._share)})

@@ -1,0 +1,109 @@
+"""A student by depth pruning: the teacher without the blocks that change their input least."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from minillm.models.generation import mend_generation_config
+from minillm.models.layers import decoder_layers
+from minillm.models.pruning.layer_settings import cut_config
+
+_CHECKED_TOKENS = 16  # several, for positions to matter
+
+
+def prune(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A new model with the layers `kept`, in order, on the CPU, sharing no memory with `model`.
+
+    Raises:
+        ValueError: it would not compute what `model` does with the other blocks skipped, tried on a few tokens.
+    """
+    name, layers = decoder_layers(model)
+    places = {str(old): str(new) for new, old in enumerate(kept)}
+
+    def left(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """By the names that they have in the pruned model."""
+        found = {}
+        for key, value in tensors:
+            index, _, tail = key.removeprefix(f"{name}.").partition(".")
+            if not key.startswith(f"{name}."):
+                found[key] = value
+            elif index in places:
+                found[f"{name}.{places[index]}.{tail}"] = value
+        return found
+
+    try:
+        config, attention = cut_config(model.config, kept), model.config._attn_implementation
+        with init_empty_weights(include_buffers=False):
+            pruned: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
+        # The teacher's own tensors, until they have been checked: a second copy may not fit beside them.
+        pruned.load_state_dict(left(model.state_dict().items()), assign=True)
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise _cannot(model, textwrap.shorten(str(error), 300)) from error
+    pruned.tie_weights()
+    pruned.to(model.device).eval()
+    with _rounded(pruned, left(model.named_buffers())):
+        _check(model, [layer for i, layer in enumerate(layers) if str(i) not in places], pruned)
+    for tensor in (*pruned.parameters(), *pruned.buffers()):
+        tensor.data = tensor.data.to("cpu", copy=True)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
+    mend_generation_config(pruned)
+    return pruned
+
+
+def _cannot(model: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} cannot be pruned by depth: {reason}; set student.source to a smaller model of the family")
+
+
+@contextmanager
+def _rounded(pruned: PreTrainedModel, like: dict[str, Tensor]) -> Iterator[None]:
+    """Buffers in the dtypes of the teacher's: `teacher.to(bfloat16)` has rounded the frequencies of its positions too."""
+    exact = [(buffer, buffer.data) for buffer in pruned.buffers()]
+    for key, buffer in pruned.named_buffers():
+        buffer.data = buffer.data.to(like[key].dtype if key in like else buffer.dtype)
+    try:
+        yield
+    finally:
+        for buffer, value in exact:
+            buffer.data = value
+
+
+@torch.no_grad()
+def _check(model: PreTrainedModel, dropped: Sequence[nn.Module], pruned: PreTrainedModel) -> None:
+    """Finds settings of layers that `cut_config` misses, scales by a layer's number, and layers that read what another one keeps."""
+    config: Any = model.config.get_text_config()
+    ids = torch.arange(1, _CHECKED_TOKENS + 1, device=model.device)[None] * 7919 % config.vocab_size
+    was_training = model.training
+    model.eval()
+    with _skipped(dropped):
+        want = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(was_training)
+    off = pruned(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) - want.log_softmax(-1)
+    spread = want - want.mean(-1, keepdim=True)
+    if not off.norm() <= 0.25 * torch.finfo(model.dtype).eps ** 0.5 * spread.norm():  # far above rounding, far below a layer's setting
+        differ = f"log-probabilities off by up to {float(off.abs().max()):.2g}"
+        raise _cannot(model, f"what is left would not be the model with those blocks skipped ({differ})")
+
+
+@contextmanager
+def _skipped(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Blocks that hand on what they were given."""
+
+    def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *output[1:]) if isinstance(output, tuple | list) else given
+
+    hooks = [layer.register_forward_hook(skip, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,141 @@
+"""A training stage that can be stopped anywhere and goes on from its last checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.errors import Interrupted, RunError
+
+_MOMENT = 1.0  # seconds between two Ctrl-C that are two
+
+
+def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = None) -> None:
+    """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`.
+
+    Args:
+        dtype: of the weights that are left; by default they are saved as they were trained.
+
+    Raises:
+        Interrupted: after Ctrl-C, with a checkpoint; `stage` names what was stopped.
+        RunError: the last checkpoint lacks what training goes on from.
+    """
+    try:
+        _train(trainer, folder, stage, dtype)
+    finally:
+        trainer.close()
+
+
+def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> None:
+    from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_callback import TrainerState
+    from transformers.trainer_utils import get_last_checkpoint
+
+    stopping = _StopCleanly()
+    trainer.add_callback(stopping.callback(trainer))
+    work = trainer.args.output_dir
+    if os.path.isdir(work) and trainer.is_world_process_zero():
+        for left in Path(work).glob("checkpoint-*"):  # cut short while it was written
+            if not (left / TRAINER_STATE_NAME).is_file():
+                shutil.rmtree(left, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    last = get_last_checkpoint(work) if os.path.isdir(work) else None
+    if last is not None and _is_complete(last):
+        trainer.state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
+        best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best or last)
+    else:
+        if last is not None:
+            check_checkpoint(Path(last), stage)
+        with stopping:
+            trainer.train(resume_from_checkpoint=last)
+    if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
+        trainer.accelerator.wait_for_everyone()  # the first that leaves takes the others with it
+        raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
+    trainer.save_student(folder, dtype)
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+        shutil.rmtree(work, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_checkpoint(checkpoint: Path, stage: str) -> None:
+    """Refuse to go on from a checkpoint without all of its state: the optimiser would begin anew, in the middle of a schedule.
+
+    Raises:
+        RunError: naming what is missing.
+    """
+    wanted = {
+        "its optimiser": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "*optimizer*.safetensors"),
+        "its learning-rate schedule": ("scheduler.pt", "global_step*"),
+        "its random states": ("rng_state*.pth",),
+        "its weights": ("*.safetensors", "*.bin", "pytorch_model_fsdp*", "global_step*"),
+    }
+    there = [path.name for path in checkpoint.iterdir() if path.name != "training_args.bin" and not _is_empty(path)]
+    missing = [what for what, names in wanted.items() if not any(fnmatch.filter(there, name) for name in names)]
+    if missing:
+        raise RunError(
+            f"{checkpoint}: training cannot go on from here without {', '.join(missing)}, which the checkpoint lacks. Delete it to go on "
+            f"from the one before, or make the stage again: --stage {stage} --redo"
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
+
+
+def _is_complete(checkpoint: str) -> bool:
+    """The run ended between its last checkpoint and the saving of the student."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
+class _StopCleanly:
+    """The first Ctrl-C lets the update end and saves a checkpoint; the second stops at once.
+
+    Under a launcher one Ctrl-C comes twice, from the terminal and from the launcher, so that a second counts after a moment only.
+    """
+
+    asked = False
+    _heard = 0.0
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        before, self._heard = self._heard, time.monotonic()
+        if self.asked and self._heard - before > _MOMENT:
+            raise KeyboardInterrupt
+        if self.asked:
+            return
+        self.asked = True
+        print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+
+    def callback(self, trainer: Any) -> Any:
+        from transformers import TrainerCallback
+
+        outer = self
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+                agreed = outer.asked
+                if trainer.accelerator.num_processes > 1:  # they stop after the same update, whichever heard it first
+                    agreed = trainer.global_sum(float(agreed)) > 0
+                if agreed:
+                    outer.asked = True
+                    control.should_save = control.should_training_stop = True
+                return control
+
+        return Stop()

@@ -1,0 +1,102 @@
+"""Scores against the rouge-score package and hand-worked cases."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+
+from minillm.data.examples import Example, Prompt
+from minillm.errors import RecipeError
+from minillm.evaluation import answers as evaluation
+from minillm.evaluation import metrics, scores, statistics, verdict
+from minillm.evaluation.config import EvaluateConfig
+from minillm.loss import divergences
+from minillm.run.recipe_file import load_recipe
+from minillm.teacher.local import LocalTeacher
+from tests.conftest import tiny_llama
+
+
+def test_rouge_l_is_the_package_s_best_over_references() -> None:
+    rng = random.Random(0)
+    words = ["the", "a", "cat", "cats", "dog", "running", "runs", "ran", "on", "in", "house", "houses", "tree", "it", "is", "was"]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for _ in range(200):
+        texts = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(3)]
+        want = max(scorer.score(reference, texts[0])["rougeL"].fmeasure for reference in texts[1:])
+        assert metrics.rouge_l(texts[0], texts[1:]) == pytest.approx(100 * want)
+
+
+def test_an_interval_covers_its_mean_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(200):
+        found = statistics.interval(statistics.mean_of(rng.normal(3.0, 2.0, 60)), 60, 400)
+        hits += found["low"] <= 3.0 <= found["high"]
+    assert 180 <= hits <= 198
+
+
+def row(prompt: int, seed: int, text: str, tokens: int, kl: float, finished: bool = True) -> evaluation.Row:
+    return {"row": prompt, "seed": seed, "text": text, "ids": [0] * tokens, "finished": finished, "reverse_kl": kl}
+
+
+def test_scores_by_hand() -> None:
+    references = [row(0, 1, "red cat", 2, 0), row(0, 2, "blue dog", 2, 0), row(1, 1, "one", 1, 0), row(1, 2, "two", 1, 0)]
+    answers = [row(0, 1, "blue dog", 4, 2.0), row(0, 2, "blue dog", 2, 4.0, False), row(1, 1, "two", 1, 1.0), row(1, 2, "two", 1, 1.0)]
+    found = scores.collect(answers, references)
+    # Seed 1 meets the reference of seed 2, and the other way round.
+    assert found.rouge_l.tolist() == [50.0, 50.0]
+    assert found.finished.tolist() == [50.0, 100.0]
+    summary = scores.summarise(found, 200)
+    assert summary["reverse_kl"]["mean"] == pytest.approx(8 / 8)
+    assert summary["length"]["mean"] == pytest.approx(2.0)
+    assert scores.summarise(scores.collect(references, references), 200)["rouge_l"]["mean"] == 0.0
+
+
+def test_a_student_that_did_not_move_is_no_better() -> None:
+    rng = np.random.default_rng(0)
+    still = scores.Scores(rng.random(80) * 50, np.full(80, 90.0), np.full(80, 100.0), 3, rng.random(80) * 70)
+    found = verdict.check(scores.compare(still, still, 200), EvaluateConfig())
+    assert (found["verdict"], found["passed"]) == ("no clear difference", False)
+
+
+def test_a_kl_that_is_no_number_is_left_out_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "token_divergences", lambda *_, **__: [(torch.tensor([1.0, torch.inf]), torch.zeros(2))])
+    rows = [row(0, 1, "one", 2, 0.0)]
+    evaluation.add_reverse_kl(rows, [Prompt(Example(0, "x"), [2])], tiny_llama(1), LocalTeacher(tiny_llama(2)), 32, 1.0)
+    assert rows[0]["reverse_kl"] is None
+    found = scores.collect(rows, [row(0, 2, "one", 1, 0.0)])
+    assert found.reverse_kl is None
+    assert "reverse_kl" not in scores.summarise(found, 100)
+    assert "reverse_kl_reduction" not in scores.compare(found, found, 100)
+
+
+def test_a_seed_is_named_once(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n')
+    text = (
+        "run_dir: r\ndata: {train: ./rows.jsonl, heldout: ./rows.jsonl}\nteacher: {source: t}\nstudent: {source: s}\nevaluate:\n  seeds: "
+    )
+    file.write_text(f"{text}[10, 20, 10]\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml:6: evaluate.seeds: 10 is there more than once; name each once"):
+        load_recipe(file)
+    file.write_text(f"{text}[10, 20]\n")
+    assert load_recipe(file).evaluate.seeds == [10, 20]
+
+
+def test_reverse_kl_of_answers_is_that_of_full_distributions() -> None:
+    student, teacher = tiny_llama(1), tiny_llama(2, layers=3)
+    prompts = [Prompt(Example(0, "x"), [2, 5, 3]), Prompt(Example(1, "y"), [2, 3])]
+    rows = [row(0, 1, "", 0, 0), row(1, 1, "", 0, 0)]
+    rows[0]["ids"], rows[1]["ids"] = [7, 8, 1], [9]
+    want = []
+    with torch.no_grad():
+        for prompt, answer in zip(prompts, rows, strict=True):
+            ids, start = torch.tensor([prompt.ids + answer["ids"]]), len(prompt.ids) - 1
+            logits = [model(ids).logits[0, start:-1] for model in (student, teacher)]
+            want.append(float(divergences.reverse_kl(logits[0], logits[1], 0.7).sum()))
+    evaluation.add_reverse_kl(rows, prompts, student, LocalTeacher(teacher), 32, 0.7)
+    assert [r["reverse_kl"] for r in rows] == pytest.approx(want, rel=1e-4)

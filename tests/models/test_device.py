@@ -1,0 +1,74 @@
+"""A CPU that emulates bfloat16 computes in float32, whatever the recipe says."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minillm.loss import token_scores as scores
+from minillm.loss.token_scores import token_scores
+from minillm.models import device as hardware
+from minillm.models.head import Head
+from minillm.run import runner as stages
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_recipe_that_asks_for_bfloat16(
+    quick: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hardware, "fast_bfloat16", lambda: quick)
+    run: Any = SimpleNamespace(dir=tmp_path, recipe=SimpleNamespace(seed=0))
+    given = {"bf16": True}
+    with caplog.at_level(logging.WARNING):
+        assert stages._training_arguments(run, "warmup", given).bf16 is quick
+    assert any("stage warmup computes in float32" in record.message for record in caplog.records) is not quick
+    assert given == {"bf16": True}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_bfloat16_states_are_multiplied_in_what_is_quick(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "cpu_multiplies_bfloat16", lambda: quick)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 16, generator=g).bfloat16(), torch.randn(50, 16, generator=g).bfloat16()
+    targets = torch.randint(50, (40,), generator=g)
+    _, got = token_scores(hidden, Head(weight), targets, hidden, Head(weight))
+    want = torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(1, targets[:, None])[:, 0]
+    assert (float((got.logq - want).abs().max()) < 1e-5) is not quick  # bfloat16 products are rounded, float32 ones are not
+
+
+def test_the_working_dtype_is_one_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quick, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(hardware, "fast_bfloat16", lambda quick=quick: quick)
+        assert hardware.working_dtype() == dtype
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="of glibc, without a GPU")
+def test_freed_memory_is_kept_as_long_as_is_asked_for() -> None:
+    """By what is resident after a block of 64 MiB was freed: inside, at the end, and after one more outside."""
+    code = """
+import resource, torch
+from pathlib import Path
+from minillm.models.device import freed_memory_kept
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+torch.set_num_threads(1)
+torch.ones(8)
+start = resident()
+with freed_memory_kept():
+    torch.ones(1 << 24)
+    kept = resident() - start
+at_the_end = resident() - start
+torch.ones(1 << 24)
+print(kept, at_the_end, resident() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, at_the_end, outside = map(int, done.stdout.split())
+    assert kept >= 60
+    assert max(at_the_end, outside) < 10

@@ -1,0 +1,106 @@
+"""The recipes that are shipped: they say what the paper says, and nothing that cannot run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minillm.run.recipe import Recipe
+from minillm.run.recipe_file import load_recipe
+
+ROOT = Path(__file__).parents[2] / "recipes"
+FAMILIES = sorted(path for path in ROOT.glob("*/*.yaml") if path.parent.name != "accelerate")
+
+
+def load(path: Path, folder: Path, *overrides: str) -> Recipe:
+    """With files in place of the hub's data sets."""
+    file = folder / "prompts.jsonl"
+    file.write_text(json.dumps({"instruction": "w1", "output": "w2"}) + "\n")
+    return load_recipe(path, [*(f"data.{name}={file}" for name in ("train", "heldout", "validation")), *overrides])
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_is_valid_and_short(path: Path, tmp_path: Path) -> None:
+    recipe = load(path, tmp_path)
+    own = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert len(own) <= 12
+    assert "extends" in own[0]
+    assert recipe.run_dir.name == f"{path.parent.name}-{path.stem}" or path.stem.startswith(path.parent.name)
+    assert recipe.teacher.source != recipe.student.source
+    shipped = load_recipe(path).data
+    assert shipped.heldout != shipped.validation  # what chooses a checkpoint does not score it
+    assert (shipped.text is None) == (recipe.data.template == "chat")  # the paper's term, where the paper speaks
+    for training in (recipe.training, recipe.sft, recipe.warmup.training):
+        assert training["load_best_model_at_end"]
+        assert training["metric_for_best_model"] == "rouge_l"
+    # An update of eight processes divides a rollout batch.
+    update = 8 * recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]
+    assert recipe.rollout.num_rollouts % update == 0
+    assert update in (64, 256)
+    # The language-model term is one setting away.
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "w1 w2"}\n')
+    assert load(path, tmp_path, f"data.text={text}").data.text is not None
+    assert recipe.objective.language_model == 1.0
+
+
+def commands(start: str) -> list[list[str]]:
+    """Those in the recipes' README, as a shell takes them apart."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith(start)]
+
+
+def test_the_readmes_commands_are_valid(tmp_path: Path) -> None:
+    found = commands("minillm run ")
+    assert len(found) >= 11
+    for recipe, *overrides in found:
+        load(ROOT.parent / recipe, tmp_path, *overrides)
+
+
+def test_run_directories_differ(tmp_path: Path) -> None:
+    folders = [load(path, tmp_path).run_dir for path in FAMILIES]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("name", ["gpt2/120m", "gpt2/340m", "gpt2/760m", "opt/1.3b", "opt/2.7b", "opt/6.7b", "llama/7b"])
+def test_the_papers_recipes_are_the_papers(name: str, tmp_path: Path) -> None:
+    recipe = load(ROOT / f"{name}.yaml", tmp_path)
+    training, rollout = recipe.training, recipe.rollout
+    assert 8 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 64
+    assert (rollout.num_rollouts, rollout.inner_epochs, rollout.teacher_mix, rollout.temperature) == (256, 4, 0.2, 1.0)
+    assert (training["learning_rate"], training["max_steps"], training["warmup_steps"]) == (5e-6, 5000, 100)
+    assert (recipe.objective.preset, recipe.objective.clip) == ("paper", 0.2)
+    assert (recipe.data.template, recipe.data.max_prompt_tokens, rollout.max_new_tokens) == ("alpaca", 256, 256)
+    assert 8 * recipe.sft["per_device_train_batch_size"] * recipe.sft["gradient_accumulation_steps"] == 32
+    rates = {"gpt2/120m": 5e-4, "gpt2/340m": 1e-4, "gpt2/760m": 1e-4, "opt/1.3b": 5e-5, "opt/2.7b": 5e-5}
+    rate = rates.get(name, 1e-5)
+    assert recipe.sft["learning_rate"] == recipe.warmup.training["learning_rate"] == rate
+    assert recipe.sft["num_train_epochs"] == (20 if name in ("gpt2/120m", "gpt2/340m") else 10)
+    assert recipe.warmup.training["num_train_epochs"] == 3
+    assert recipe.finetune["learning_rate"] == (5e-5 if name.startswith("gpt2") else 1e-5)
+
+
+def test_where_the_released_scripts_differ_they_have_a_recipe_of_their_own(tmp_path: Path) -> None:
+    released = load(ROOT / "gpt2" / "120m-released.yaml", tmp_path)
+    assert released.objective.preset == "reference"
+    assert 8 * released.training["per_device_train_batch_size"] == 256
+    lora = load(ROOT / "llama" / "7b-lora.yaml", tmp_path).student.lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha) == (8, 32)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_takes_the_configurations(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    assert loaded.mixed_precision == "bf16"
+    given = yaml.safe_load(path.read_text())
+    if "fsdp" in path.stem:
+        assert given["fsdp_config"]["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    if "zero3" in path.stem:
+        assert given["deepspeed_config"]["zero3_save_16bit_model"] is True

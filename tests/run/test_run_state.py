@@ -1,0 +1,139 @@
+"""What makes a finished stage stale, and what does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minillm.errors import RunError
+from minillm.run.directory import RunState
+from minillm.run.recipe_file import load_recipe
+from minillm.train.resume import check_checkpoint
+
+STAGES = ["teacher", "finetune", "student", "responses", "warmup", "sft", "minillm", "evaluate"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    for name in ("train", "heldout", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text('{"instruction": "w1", "output": "w2"}\n')
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "run_dir: ./run\ndata: {train: ./train.jsonl, heldout: ./heldout.jsonl, validation: ./validation.jsonl}\nteacher: {source: t}\n"
+        f"student: {{keep_layers: 2}}\nstages: [{', '.join(STAGES)}]\ntraining: {{max_steps: 10}}\n"
+    )
+    state = RunState(load_recipe(file))
+    for stage in STAGES:
+        state.begin(stage)
+        state.finish(stage, 1.0)
+    return file
+
+
+def stale(recipe: Path, *overrides: str) -> list[str]:
+    """Stages of the run that other settings would not have made."""
+    state = RunState(load_recipe(recipe, overrides))
+    found = []
+    for stage in STAGES:
+        try:
+            state.check(stage)
+        except RunError:
+            found.append(stage)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first"),
+    [
+        (["training.logging_steps=5", "training.save_steps=5", "training.report_to=none", "training.hub_token=x"], None),
+        (["teacher.shard=true", "rollout.teacher_mix=0.2"], "refused"),
+        (["teacher.top_k=3"], None),
+        (["rollout.engine_memory=3", "training.eval_strategy=epoch", "data.validation_limit=1"], None),
+        (["training.max_steps=20"], "minillm"),
+        (["training.learning_rate=1e-3"], "minillm"),
+        (["responses.max_new_tokens=9"], "finetune"),
+        (["rollout.stop=[w3]"], "responses"),
+        (["rollout.max_new_tokens=9"], "minillm"),
+        (["evaluate.max_new_tokens=9"], "evaluate"),
+        (["student.lora.rank=3"], "warmup"),
+        (["student.keep_layers=3"], "student"),
+    ],
+)
+def test_what_a_stage_was_made_from(recipe: Path, overrides: list[str], first: str | None) -> None:
+    if first == "refused":
+        overrides = ["teacher.shard=true", "rollout.teacher_mix=0"]
+        assert "warmup" not in stale(recipe, *overrides)
+        return
+    assert stale(recipe, *overrides)[:1] == ([first] if first else [])
+
+
+def test_a_corrected_heldout_file_is_evaluated_again_without_training(recipe: Path) -> None:
+    (recipe.parent / "heldout.jsonl").write_text('{"instruction": "w5"}\n')
+    assert stale(recipe) == ["evaluate"]
+    with pytest.raises(RunError, match="add --stage evaluate --redo to make evaluate, and what builds on it, again"):
+        RunState(load_recipe(recipe)).check("evaluate")
+    (recipe.parent / "train.jsonl").write_text('{"instruction": "w5", "output": "w2"}\n')
+    assert stale(recipe)[0] == "finetune"
+
+
+def test_validation_counts_where_it_chooses(recipe: Path) -> None:
+    best = [
+        "training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.eval_steps=2", "training.save_steps=2",
+        "training.metric_for_best_model=rouge_l",
+    ]  # fmt: skip
+    state = RunState(load_recipe(recipe, best))
+    state.begin("minillm")
+    assert "minillm" not in stale(recipe, *best)
+    assert "minillm" in stale(recipe, *best[:2], "training.eval_steps=1", "training.save_steps=1", best[-1])
+    (recipe.parent / "validation.jsonl").write_text('{"instruction": "w5", "output": "w2"}\n')
+    assert "minillm" in stale(recipe, *best)
+    assert "warmup" not in stale(recipe, *best)
+
+
+def test_a_stage_that_has_not_ended_may_go_on_for_longer(recipe: Path) -> None:
+    state = RunState(load_recipe(recipe))
+    state.forget("minillm")
+    state.begin("minillm")
+    assert stale(recipe, "training.max_steps=20") == []
+    assert "minillm" in stale(recipe, "training.max_steps=5")
+
+
+def test_one_place_however_it_is_written(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    monkeypatch.chdir(recipe.parent)
+    assert load_recipe(recipe, ["run_dir=~/run"]).run_dir == recipe.parent / "run"
+    assert stale(recipe, "run_dir=~/run", "data.train=~/train.jsonl", "data.heldout=heldout.jsonl") == []
+    (recipe.parent / "prune").mkdir()  # not the student
+    assert stale(recipe) == []
+    assert load_recipe(recipe, ["teacher.source=~/t"]).teacher.source == str(recipe.parent / "t")
+
+
+def test_a_state_of_an_earlier_version_is_read(recipe: Path) -> None:
+    file = recipe.parent / "run" / "state.json"
+    state = json.loads(file.read_text())
+    for entry in state["stages"].values():
+        del entry["format"]
+        entry["settings"] |= {"training.logging_steps": 3, "data.validation": "x", "teacher.shard": False}
+        entry["settings"].pop("student.dtype", None)
+    file.write_text(json.dumps(state))
+    assert stale(recipe) == []
+    assert "minillm" in stale(recipe, "objective.clip=0.3")
+    file.write_text("{")
+    with pytest.raises(RunError, match=r"state\.json: cannot be read"):
+        RunState(load_recipe(recipe))
+
+
+def test_a_checkpoint_without_all_of_its_state_is_refused(tmp_path: Path) -> None:
+    names = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    check_checkpoint(tmp_path, "minillm")
+    for name, what in zip(names, ("its weights", "its optimiser", "its learning-rate schedule", "its random states"), strict=False):
+        (tmp_path / name).rename(tmp_path / "away")
+        with pytest.raises(RunError, match=f"without {what}, which the checkpoint lacks"):
+            check_checkpoint(tmp_path, "minillm")
+        (tmp_path / "away").rename(tmp_path / name)
+    (tmp_path / "optimizer.pt").write_text("")
+    with pytest.raises(RunError, match="without its optimiser"):
+        check_checkpoint(tmp_path, "minillm")

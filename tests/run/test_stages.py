@@ -1,0 +1,500 @@
+"""A whole recipe on tiny models, sampling with transformers: stages, continuing, refusing, the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gpt2 import GPT2Config
+
+from minillm.errors import DataError, EngineError, RecipeError, RunError
+from minillm.models import load, quantization
+from minillm.models.quantization import is_quantized
+from minillm.rollout.engines import choose as build
+from minillm.rollout.engines.vllm_memory import vllm_is_installed
+from minillm.run import processes
+from minillm.run import runner as stages
+from minillm.run.context import Run
+from minillm.run.directory import RunState
+from minillm.run.recipe_file import load_recipe
+from tests.conftest import save, tiny_llama, tiny_tokenizer
+from tests.train.two_processes import deepspeed
+
+RECIPE = """\
+run_dir: {run}
+data: {{train: {data}, heldout: {data}, max_prompt_tokens: 16}}
+teacher: {{source: {teacher}}}
+student: {{keep_layers: 2, probe_prompts: 4}}
+responses: {{max_new_tokens: 8}}
+warmup: {{training: {{max_steps: 2, per_device_train_batch_size: 4, use_cpu: true}}}}
+rollout: {{engine: transformers, num_rollouts: 4, max_new_tokens: 8}}
+training: {{max_steps: 3, per_device_train_batch_size: 4, use_cpu: true, learning_rate: 1e-3}}
+evaluate: {{seeds: [1, 2], max_new_tokens: 8, bootstrap: 100}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("recipe")
+    data = root / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
+    file = root / "recipe.yaml"
+    file.write_text(RECIPE.format(run=root / "run", data=data, teacher=pair[1]))
+    stages.run(load_recipe(file))
+    return file
+
+
+def test_a_run_leaves_its_results(recipe: Path) -> None:
+    run = recipe.parent / "run"
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["models"]) == ["teacher", "pruned", "warmed", "minillm"]
+    for folder in ("warmed", "student"):
+        assert json.loads((run / folder / "config.json").read_text())["use_cache"]
+    for scores in results["models"].values():
+        for key in ("rouge_l", "reverse_kl", "finished", "length"):
+            assert scores[key]["low"] <= scores[key]["mean"] <= scores[key]["high"]
+    assert results["models"]["teacher"]["reverse_kl"]["mean"] == 0
+    assert results["models"]["pruned"]["reverse_kl"]["mean"] > 0
+    assert len(results["check"]["criteria"]) == 3
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert student.config.num_hidden_layers == 2
+    assert json.loads((run / "pruned" / "pruning.json").read_text())["kept"] == [0, 2]
+    page = (run / "report.html").read_text()
+    for part in ("<svg", "Reverse KL", "Importance weights", "Gradient norm", "Response length", "minillm", "w0 w3"):
+        assert part in page
+    assert "src=" not in page  # self-contained
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+    assert not (run / "work").exists() or not any((run / "work").iterdir())  # no checkpoint is left lying
+
+
+def test_a_lora_student_is_merged_after_every_stage_and_described(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i}"}) + "\n" for i in range(10)))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(pair[1], teacher)
+    (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
+    file = tmp_path / "recipe.yaml"
+    text = RECIPE.format(run=tmp_path / "run", data=data, teacher=teacher)
+    file.write_text(text.replace("probe_prompts: 4}", "probe_prompts: 4, lora: {rank: 4, targets: [q_proj, down_proj]}}"))
+    uploaded: list[tuple[str, str]] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: f"https://hub/{name}")
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.upload_folder", lambda self, **given: uploaded.append((given["repo_id"], given["folder_path"]))
+    )
+    names = "[teacher, student, responses, warmup, sft, minillm, evaluate, report]"
+    training = "{max_steps: 2, per_device_train_batch_size: 4, use_cpu: true, learning_rate: 1e-2}"
+    stages.run(load_recipe(file, [f"stages={names}", f"sft={training}", "push_to_hub=me/student"]))
+    run = tmp_path / "run"
+    for folder, before in (("warmed", "pruned"), ("sft", "pruned"), ("student", "warmed")):
+        plain: Any = AutoModelForCausalLM.from_pretrained(run / folder, dtype=torch.float32)
+        base: Any = AutoModelForCausalLM.from_pretrained(run / before, dtype=torch.float32)
+        start = {name: value.clone() for name, value in base.state_dict().items()}
+        adapted = PeftModel.from_pretrained(base, str(run / folder / "adapter"))
+        moved = adapted.merge_and_unload().state_dict()
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(value, moved[name], rtol=1e-2, atol=1e-3)  # where the base is bfloat16, so is this
+            changed = not torch.equal(value, start[name])
+            assert changed == any(part in name for part in ("q_proj", "down_proj")), (folder, name)
+        card = (run / folder / "README.md").read_text()
+        assert "license: apache-2.0" in card
+        how = "fine-tuned on the answers in its training data" if folder == "sft" else "distilled from"
+        assert f"2 layers of its teacher, {how}" in card
+        assert "| minillm | " in card  # the results
+        assert "rank: 4" in card
+        assert "convert_hf_to_gguf.py" in card
+        assert str(run) not in card
+    assert uploaded == [("me/student", str(run / "student"))]
+    assert (run / "student" / "generation_config.json").is_file()
+    assert "chat_template" in "".join(path.name for path in (run / "student").iterdir())
+
+
+def test_a_quantised_teacher_and_a_qlora_student(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(run=tmp_path / "run", data=data, teacher=pair[1]))
+    asked: list[str] = []
+    original = quantization.quantization_config
+    monkeypatch.setattr(load, "_bits", lambda bits, dtype: asked.append(bits) or original(bits, dtype))
+    given = ["teacher.quantization=8bit", "student.lora.rank=4", "student.lora.quantization=4bit"]
+    stages.run(load_recipe(file, given))
+    assert sorted(asked) == ["4bit"] * 2 + ["8bit"] * 3  # the student is trained twice; the teacher also reads in evaluation
+    student = load.load_model(tmp_path / "run" / "student")
+    assert not is_quantized(student)
+    assert (tmp_path / "run" / "report.html").is_file()
+    for wrong, message in (
+        (["teacher.shard=true", "rollout.teacher_mix=0"], "quantization with shard"),
+        (["teacher.servers=[http://127.0.0.1:1]", "rollout.teacher_mix=0"], "quantization with servers"),
+        (["teacher.quantization=2bit"], "Input should be '8bit' or '4bit'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(file, [*given, *wrong])
+
+
+def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_again(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    weights = recipe.parent / "run" / "student" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    stages.run(load_recipe(recipe))
+    assert capfd.readouterr().out.count("finished before") == 6  # all but the report
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_and_redo_accepts_them(recipe: Path) -> None:
+    with pytest.raises(RunError, match=r"stage minillm there was made with other settings: training.max_steps \(there 3, now 2\)"):
+        stages.run(load_recipe(recipe, ["training.max_steps=2"]))
+    other = recipe.parent / "other.jsonl"
+    other.write_text('{"prompt": "w1"}\n' * 10)
+    with pytest.raises(RunError, match=r"stage student there was made with other settings: data\.train"):
+        stages.run(load_recipe(recipe, [f"data.train={other}"]))
+    stages.run(load_recipe(recipe, ["training.max_steps=2"]), "minillm", redo=True)
+    state = json.loads((recipe.parent / "run" / "state.json").read_text())["stages"]
+    assert state["minillm"]["settings"]["training.max_steps"] == 2
+    assert "evaluate" not in state  # it was made from the student that is gone
+    stages.run(load_recipe(recipe), "minillm", redo=True)
+
+
+def test_a_stage_needs_what_it_builds_on(recipe: Path) -> None:
+    with pytest.raises(RunError, match="stage minillm needs stage warmup, which is not finished"):
+        stages.run(load_recipe(recipe, [f"run_dir={recipe.parent / 'fresh'}"]), "minillm")
+    occupied = recipe.parent / "occupied"
+    occupied.mkdir()
+    (occupied / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty, and not the directory of a minillm run"):
+        stages.run(load_recipe(recipe, [f"run_dir={occupied}"]))
+
+
+def test_another_tokenizer_is_refused_before_any_stage(recipe: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["extra"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="id 32 is 'extra' for the student and None for the teacher"):
+        stages.run(load_recipe(recipe, [f"student.source={tmp_path / 'other'}", f"run_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
+
+
+def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "minillm", *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+
+
+def save_sliding(folder: Path) -> str:
+    config = Gemma2Config(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=4,
+        sliding_window=16, max_position_embeddings=256, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return save(AutoModelForCausalLM.from_config(config), folder)
+
+
+def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    for setting in ("rollout.max_new_tokens", "responses.max_new_tokens", "evaluate.max_new_tokens"):
+        with pytest.raises(ValueError, match=rf"data\.max_prompt_tokens \+ {setting} \(16 \+ 5000\) exceed the teacher's context of \d+"):
+            stages.run(load_recipe(recipe, [f"{setting}=5000"]))
+    with pytest.raises(ValueError, match=r"objective\.language_model_block: 5000 exceeds the teacher's context of \d+"):
+        stages.run(load_recipe(recipe, [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model_block=5000"]))
+    sliding = save_sliding(recipe.parent / "sliding")
+    with pytest.raises(
+        ValueError, match=r"rollout\.teacher_mix: mixing needs a teacher whose every layer is full attention, and .*sliding"
+    ):
+        stages.run(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.teacher_mix=0.2"]))
+    config = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=2, eos_token_id=1, pad_token_id=0)
+    gpt2 = save(AutoModelForCausalLM.from_config(config), recipe.parent / "gpt2")
+    with pytest.raises(ValueError, match=r"student\.lora\.quantization: bitsandbytes does not take the layers of GPT-2"):
+        stages.run(load_recipe(recipe, [f"student.source={gpt2}", "student.lora.rank=2", "student.lora.quantization=4bit"]))
+    text = [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model=1", "objective.language_model_distill=1"]
+    with pytest.raises(RecipeError, match=r"processes read text in different numbers of pieces .*language_model_distill: 0"):
+        load_recipe(recipe, ["teacher.shard=true", "rollout.teacher_mix=0", *text])
+    quantised = ["student.lora.rank=2", "student.lora.quantization=4bit"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
+        stages.run(load_recipe(recipe, quantised))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    sharded = recipe.parent / "deepspeed.json"
+    sharded.write_text(json.dumps(deepspeed(3)))
+    for section in ("sft", "warmup.training", "training"):
+        with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
+            stages.run(load_recipe(recipe, [*quantised, f"{section}.deepspeed={sharded}"]))
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ValueError, match=r"training\.deepspeed: DeepSpeed is not installed \(pip install deepspeed\)"):
+            stages.run(load_recipe(recipe, [f"training.deepspeed={sharded}"]))
+    with monkeypatch.context() as on_a_cpu:
+        on_a_cpu.setattr(torch.cuda, "is_available", lambda: False)
+        on_a_cpu.setattr(build, "vllm_is_installed", lambda: True)
+        with pytest.raises(EngineError, match=r"rollout\.engine: vLLM on a CPU has no attention for heads of 4 .*set rollout\.engine=auto"):
+            stages.run(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.engine=vllm"]))
+    with pytest.raises(RecipeError, match=r"an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N"):
+        load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"])
+    with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):
+        load_recipe(recipe, ["student.lora.targets=[q_proj, lm_head]"])
+    whole = ["student.source=" + load_recipe(recipe).teacher.source, "student.keep_layers=null"]
+    for start in ([], whole):  # a pruned one too
+        with pytest.raises(ValueError, match=r"student\.lora: Target modules .*c_attn.* not found"):
+            stages.run(load_recipe(recipe, [*start, "student.lora.targets=[c_attn]"]))
+    with monkeypatch.context() as bare:
+        found = importlib.util.find_spec
+        bare.setattr(importlib.util, "find_spec", lambda name, *given: None if name == "bitsandbytes" else found(name, *given))
+        for setting in ("teacher.quantization=4bit", "student.lora={rank: 2, quantization: 4bit}"):
+            with pytest.raises(ValueError, match="4bit needs bitsandbytes, which is not installed"):
+                stages.run(load_recipe(recipe, [*whole, setting]))
+    with pytest.raises(DataError, match="nowhere"):  # the corpus too, though only the last stages read it
+        stages.run(load_recipe(recipe, [f"data.text={{dataset: {recipe.parent / 'nowhere'}}}", "objective.language_model_block=32"]))
+
+
+def test_a_node_without_the_run_directory_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(processes, "_MEETING", 0.2)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    loaded = load_recipe(recipe, [f"run_dir={tmp_path / 'run'}", "training.per_device_train_batch_size=2"])
+    with pytest.raises(RunError, match=r"run_dir: process 1 does not see in .*run what process 0 wrote"):
+        stages.run(loaded)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the stage's own error"))
+    with pytest.raises(pytest.fail.Exception, match="the stage's own error"):
+        stages.run(loaded)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes, "meet", lambda *_: None)
+    with pytest.raises(RunError, match="process 0 gave up at stage teacher"):  # and does not wait for ever
+        stages.run(loaded)
+
+
+def test_a_path_is_one_setting_however_it_is_written(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = f"run_dir={recipe.parent / 'run'}"
+    teacher = load_recipe(recipe).teacher.source
+    monkeypatch.chdir(tmp_path)
+    for written in (os.path.relpath(teacher), teacher):
+        RunState(load_recipe(recipe, [run_dir, f"teacher.source={written}"])).check("minillm")
+    with pytest.raises(RunError, match=r"teacher\.source"):
+        RunState(load_recipe(recipe, [run_dir, "teacher.source=another/teacher"])).check("minillm")
+
+
+def test_accelerates_precision_is_a_stages_own(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("minillm.models.device.fast_bfloat16", lambda: True)
+    this = Run(load_recipe(recipe, [f"run_dir={tmp_path / 'run'}"]))
+    assert not stages._training_arguments(this, "minillm", {"use_cpu": True}).bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert stages._training_arguments(this, "minillm", {"use_cpu": True}).bf16
+
+
+def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:
+    done = command("run", str(recipe), "rollout.teacher_mix=7")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: command line: rollout.teacher_mix: Input should be less than 1 (given: 7)"
+    done = command("run", str(recipe), "--stage", "slep")
+    assert done.returncode == 2
+    assert "--stage slep: no such stage; allowed: teacher, finetune" in done.stderr
+    done = command("generate", str(recipe.parent / "nowhere"), "w1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    done = command("report", str(recipe.parent))
+    assert done.returncode == 2
+    assert "not the directory of a run" in done.stderr
+
+
+def test_help_and_generate(recipe: Path) -> None:
+    done = command("run", "--help", COLUMNS="200")
+    assert "accelerate launch" in done.stdout
+    assert "--redo" in done.stdout
+    done = command("generate", str(recipe.parent / "run" / "student"), "w1 w2", "--max-new-tokens", "5", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    again = command("generate", str(recipe.parent / "run" / "student"), "w1 w2", "--max-new-tokens", "5", "--seed", "3")
+    assert done.stdout == again.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_launch_trains_in_every_process(recipe: Path, processes: int, tmp_path: Path) -> None:
+    """Two CPU processes need --multi_gpu; with --cpu accelerate starts one."""
+    flags = ["--multi_gpu", "--num_processes", "2"] if processes == 2 else ["--cpu", "--num_processes", "1"]
+    run = tmp_path / "run"
+    words = ["run", str(recipe), f"run_dir={run}"]
+    assert command(*words, "--stage", "teacher").returncode == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *flags,
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    launch += ["--main_process_port", "0"] if processes == 2 else []
+    whole = [
+        *launch,
+        "-m",
+        "minillm",
+        *words,
+        "training.per_device_train_batch_size=2",
+        "stages=[teacher,student,responses,warmup,minillm]",
+    ]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(whole, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    state = json.loads((run / "student" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    world = json.loads((run / "state.json").read_text())["stages"]["minillm"]["processes"]
+    assert world == processes
+
+
+def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "minillm",
+        "run",
+        str(recipe),
+        f"run_dir={tmp_path / 'run'}",
+        "training.max_steps=300",
+        "training.save_steps=1000",
+    ]
+    words += ["stages=[teacher,student,responses,warmup,minillm]"]
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert started.stdout is not None
+    seen = ""
+    for line in started.stdout:
+        seen += line
+        if "'importance_weight'" in line and started.poll() is None:
+            started.send_signal(signal.SIGINT)
+            break
+    rest = started.stdout.read()
+    assert started.wait(timeout=120) == 130, seen + rest
+    assert "the same command continues it" in rest
+    stopped = int(rest.split("stopped after update ")[1].split(";")[0])
+    assert 0 < stopped < 300
+    assert (tmp_path / "run" / "work" / "minillm" / f"checkpoint-{stopped}").is_dir()
+    words[words.index("training.max_steps=300")] = f"training.max_steps={stopped + 2}"
+    done = subprocess.run([*words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2  # another length is another setting
+    words[words.index(f"training.max_steps={stopped + 2}")] = "training.max_steps=300"
+    done = subprocess.run([*words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == list(range(1, 301))  # no update lost, none done twice
+
+
+ZEROS = [("zero3-8-gpus", False), ("zero3-8-gpus", True), ("zero2-8-gpus", False)]
+zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)")
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def sharded_run(file: str, precision: str, words: list[str], **dies: str) -> subprocess.CompletedProcess[str]:
+    """`minillm` as accelerate launches it by a shipped file, in two processes on the CPU."""
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{file}.yaml",
+        "--num_processes", "2", "--mixed_precision", precision, "--dynamo_backend", "no", "--main_process_port", "0",
+        "-m", "tests.sharded_run", *words,
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", **dies,
+    }  # fmt: skip
+    return subprocess.run(launch, capture_output=True, text=True, timeout=400, env=environment, cwd=ROOT)
+
+
+def sharded_words(recipe: Path, pair: tuple[str, str], run_dir: Path, micro: int, *overrides: str) -> list[str]:
+    """A run of every training stage, validated, and evaluated; to be begun in `ROOT`."""
+    data = run_dir.parent / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12)))
+    training = "use_cpu: true, learning_rate: 0.01, adam_epsilon: 1.0e-3, lr_scheduler_type: constant, max_grad_norm: 1.0, save_steps: 2"
+    training += ", eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true, metric_for_best_model: "
+    read, taught = training + "rouge_l", training + "reverse_kl, greater_is_better: true"  # the best must not be the last
+    sections = {"finetune": (4, read), "warmup.training": (2, taught), "sft": (2, read), "training": (4, taught)}
+    return [
+        "run", str(recipe), f"run_dir={run_dir}", "stages=[finetune,responses,warmup,sft,minillm,evaluate,report]",
+        f"teacher.source={os.path.relpath(pair[1], ROOT)}", f"student={{source: {pair[0]}}}",
+        f"data.train={data}", f"data.heldout={data}", f"data.validation={data}", "data.validation_limit=7",
+        "warmup.targets=references", "rollout.teacher_mix=0",
+        *(f"{part}={{max_steps: {n}, per_device_train_batch_size: {micro}, {settings}}}" for part, (n, settings) in sections.items()),
+        *overrides,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "adapter"),
+    [
+        ("fsdp2-8-gpus", False), pytest.param("fsdp2-8-gpus", True, marks=pytest.mark.full),
+        *(pytest.param(file, adapter, marks=[zero, pytest.mark.full]) for file, adapter in ZEROS),
+    ],
+)  # fmt: skip
+def test_every_training_stage_in_shards_leaves_what_one_process_does(
+    recipe: Path, pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, adapter: bool
+) -> None:
+    """Fine-tuning, warm-up and minillm, of each the best of two checkpoints. One stage dies, in one a single process hears Ctrl-C, one
+    dies between training and saving; each time the same command goes on."""
+    lora = ["student.lora={rank: 4, targets: [q_proj, down_proj]}"] if adapter else []
+    for dies, kept in (({"DIES_IN": "finetune"}, [2]), ({"CTRL_C_IN": "minillm"}, [2, 3]), ({"DIES_AFTER": "minillm"}, [2, 4]), ({}, [])):
+        done = sharded_run(file, "no", sharded_words(recipe, pair, tmp_path / "two", 2, *lora), **dies)
+        assert (done.returncode == 0) == (not dies), done.stdout[-2000:] + done.stderr[-6000:]
+        left = sorted(path.name for path in (tmp_path / "two" / "work").glob("*/checkpoint-*"))
+        assert left == [f"checkpoint-{step}" for step in kept]
+        assert ("the same command continues it" in done.stderr) == ("CTRL_C_IN" in dies)
+    monkeypatch.chdir(ROOT)
+    stages.run(load_recipe(recipe, sharded_words(recipe, pair, tmp_path / "one", 4, *lora)[2:]))
+    for folder, start in (("tuned", pair[1]), ("warmed", pair[0]), ("sft", pair[0]), ("student", str(tmp_path / "one" / "warmed"))):
+        one, two, before = (
+            torch.cat([value.flatten() for value in load.load_model(source, torch.float32).state_dict().values()])
+            for source in (tmp_path / "one" / folder, tmp_path / "two" / folder, start)
+        )
+        moved = float((one - before).norm())
+        assert moved > 0, folder
+        assert float((two - one).norm()) <= 5e-3 * moved, folder
+    # Of seven rows one process validates on one more than the other.
+    assert set(json.loads((tmp_path / "two" / "results.json").read_text())["models"]) == {"teacher", "student", "warmed", "sft", "minillm"}
+    for folder in ("warmed", "student"):
+        one, two = (validated(tmp_path / name / folder) for name in ("one", "two"))
+        assert one.keys() == two.keys() != set()
+        for step, found in one.items():
+            assert two[step] == pytest.approx(found, rel=1e-2), (folder, step)
+
+
+def validated(folder: Path) -> dict[int, float]:
+    """KL(q‖p) by update."""
+    logged = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["eval_reverse_kl"] for entry in logged if "eval_reverse_kl" in entry}
+
+
+@pytest.mark.full
+@pytest.mark.vllm
+@pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
+@pytest.mark.parametrize(
+    ("file", "adapter"),
+    [("8-gpus", False), ("fsdp2-8-gpus", False), ("fsdp2-8-gpus", True), pytest.param("zero3-8-gpus", False, marks=zero)],
+)
+def test_several_processes_with_a_vllm_each_in_bfloat16(
+    recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str, adapter: bool
+) -> None:
+    """Every stage, as the recipes train: in bfloat16, checkpointed, clipped, with a head of its own, or as llama/7b-lora does."""
+    untied = save(tiny_llama(5, tied=False), tmp_path / "untied")
+    sections, settings = ("finetune", "warmup.training", "sft", "training"), ("bf16", "gradient_checkpointing")
+    as_recipes = [f"{section}.{setting}=true" for section in sections for setting in settings]
+    overrides = ["rollout.engine=vllm", "rollout.teacher_mix=0.2", *as_recipes]
+    if adapter:
+        overrides += ["student.lora={rank: 4, targets: [q_proj, v_proj]}", "rollout.lora=adapter"]
+    done = sharded_run(file, "bf16", sharded_words(recipe, (untied, pair[1]), tmp_path / "run", 2, *overrides))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    logged = json.loads((tmp_path / "run" / "student" / "trainer_state.json").read_text())["log_history"]
+    mismatch = [entry["engine_mismatch"] for entry in logged if "engine_mismatch" in entry]
+    assert len(mismatch) == 2  # of each first update on what was drawn: what was trained is what vLLM samples next
+    assert max(mismatch) < 0.05, mismatch
+    assert set(validated(tmp_path / "run" / "student")) == {2, 4}
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["models"]) == {"teacher", "student", "warmed", "sft", "minillm"}
