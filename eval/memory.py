@@ -83,11 +83,15 @@ def measured(recipe: str, overrides: list[str], stage: str) -> dict[str, Any]:
     loaded = load_recipe(recipe, overrides)
     with _peak_of_the_card() as peak:
         stages.run(loaded, stage)
-    out: dict[str, Any] = {"bytes": peak[0] if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    out: dict[str, Any] = {
+        "bytes": peak[0] if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    }
     if len(_Clock.ends) > 1:
         out["update"] = _Clock.ends[-1] - _Clock.ends[-2]
     for state in Path(loaded.run_dir).glob("*/trainer_state.json"):
-        drawn = [log for log in json.loads(state.read_text(encoding="utf-8"))["log_history"] if log.get("rollout_seconds")]
+        drawn = [
+            log for log in json.loads(state.read_text(encoding="utf-8"))["log_history"] if log.get("rollout_seconds")
+        ]
         if drawn:
             out["rollouts"] = drawn[-1]["rollout_seconds"] + drawn[-1]["teacher_seconds"]
     return out
@@ -123,7 +127,9 @@ def _peak_of_the_card() -> Iterator[list[int]]:
     def look() -> None:
         while not done.wait(0.005):
             if told:
-                held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card) if p.pid == os.getpid()]
+                held = [
+                    p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card) if p.pid == os.getpid()
+                ]
             else:
                 held = [pynvml.nvmlDeviceGetMemoryInfo(card).used - before]
             peak[0] = max(peak[0], *held, 0)
@@ -137,7 +143,9 @@ def _peak_of_the_card() -> Iterator[list[int]]:
 
 def worked(recipe: str, overrides: list[str], stage: str) -> dict[str, Any]:
     """What a fresh process measured."""
-    done = subprocess.run([sys.executable, __file__, recipe, *overrides, "--worker", stage], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, recipe, *overrides, "--worker", stage], capture_output=True, text=True
+    )
     line = next((line for line in done.stdout.splitlines() if line.startswith("MEASURED")), None)
     if line is None:
         raise SystemExit(f"{stage} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
@@ -162,7 +170,13 @@ def main() -> None:
         folder = Path(name)
         recipe = load_recipe(options.recipe, overrides)
         overrides += [f"run_dir={folder / 'run'}"]
-        briefly = (f"max_steps={_UPDATES}", "logging_steps=1", 'save_strategy="no"', 'eval_strategy="no"', "load_best_model_at_end=false")
+        briefly = (
+            f"max_steps={_UPDATES}",
+            "logging_steps=1",
+            'save_strategy="no"',
+            'eval_strategy="no"',
+            "load_best_model_at_end=false",
+        )
         overrides += [f"{_SECTIONS[stage]}.{setting}" for stage in wanted for setting in briefly]
         made = made_up(folder, recipe.teacher.source, recipe.data.max_prompt_tokens, recipe.responses.max_new_tokens)
         for stage in ("teacher", "student"):  # not here: a process begins with the peak of the one that starts it
@@ -170,7 +184,12 @@ def main() -> None:
         source = str(folder / "run" / "teacher") if (folder / "run" / "teacher").is_dir() else recipe.teacher.source
         start = str(folder / "run" / "pruned") if (folder / "run" / "pruned").is_dir() else recipe.student.source
         for stage in wanted:
-            own = [f"stages=[{stage}]", f"teacher.source={source}", f"student.source={start}", f"run_dir={folder / stage}"]
+            own = [
+                f"stages=[{stage}]",
+                f"teacher.source={source}",
+                f"student.source={start}",
+                f"run_dir={folder / stage}",
+            ]
             run = [*overrides, *made, *own]
             loaded = load_recipe(options.recipe, run)
             found = plan(loaded, Machine(gpu=gpu, bf16=gpu or cpu_multiplies_bfloat16()))
@@ -179,14 +198,22 @@ def main() -> None:
                 "stage": stage, "planned": found.peak, "measured": seen["bytes"], "ratio": found.peak / seen["bytes"],
                 "parts": max(found.phases, key=lambda p: p.peak).parts,
             }  # fmt: skip
-            text = f"{stage}: planned {found.peak / 1e9:.2f} GB, measured {seen['bytes'] / 1e9:.2f} GB, {row['ratio']:.2f}"
+            text = (
+                f"{stage}: planned {found.peak / 1e9:.2f} GB, measured {seen['bytes'] / 1e9:.2f} GB, {row['ratio']:.2f}"
+            )
             if gpu:
-                row["seconds"] = {name: [of, seen.get(name)] for name, of in planned_seconds(loaded, found, stage).items()}
-                text += "".join(f"; {name} {of:.2f} s, measured {took or 0:.2f} s" for name, (of, took) in row["seconds"].items())
+                row["seconds"] = {
+                    name: [of, seen.get(name)] for name, of in planned_seconds(loaded, found, stage).items()
+                }
+                text += "".join(
+                    f"; {name} {of:.2f} s, measured {took or 0:.2f} s" for name, (of, took) in row["seconds"].items()
+                )
             print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
             results.append(row)
     if options.json:
-        print(json.dumps({"machine": machine(), "recipe": options.recipe, "overrides": options.given, "results": results}))
+        print(
+            json.dumps({"machine": machine(), "recipe": options.recipe, "overrides": options.given, "results": results})
+        )
 
 
 if __name__ == "__main__":

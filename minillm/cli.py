@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from minillm.errors import InputError, Interrupted, MinillmError
 from minillm.run.recipe import Stage
 
 app = typer.Typer(
@@ -22,7 +22,9 @@ _STAGES = get_args(Stage)
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.key=value]...", help="Settings that replace the recipe's, e.g. training.learning_rate=1e-5."),
+    typer.Argument(
+        metavar="[section.key=value]...", help="Settings that replace the recipe's, e.g. training.learning_rate=1e-5."
+    ),
 ]
 
 
@@ -30,8 +32,12 @@ Overrides = Annotated[
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help=f"Do this stage alone: {', '.join(_STAGES)}.", show_default=False)] = None,
-    redo: Annotated[bool, typer.Option(help="Make it again, and what builds on it, even if finished or made with other settings.")] = False,
+    stage: Annotated[
+        str | None, typer.Option(help=f"Do this stage alone: {', '.join(_STAGES)}.", show_default=False)
+    ] = None,
+    redo: Annotated[
+        bool, typer.Option(help="Make it again, and what builds on it, even if finished or made with other settings.")
+    ] = False,
 ) -> None:
     """Run a recipe's stages; finished ones are skipped, an interrupted one continues.
 
@@ -44,7 +50,7 @@ def run(
         _compare(recipe, overrides or [])
         return
     if stage is not None and stage not in _STAGES:
-        raise ValueError(f"--stage {stage}: no such stage; allowed: {', '.join(_STAGES)}")
+        raise InputError(f"--stage {stage}: no such stage; allowed: {', '.join(_STAGES)}")
     done = stages.run(load_recipe(recipe, overrides or []), stage, redo)
     if int(os.environ.get("RANK", 0)) == 0:
         if stage == "evaluate":
@@ -54,7 +60,9 @@ def run(
 
 @app.command()
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A suite of test sets, e.g. eval/local.yaml, or a recipe.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="A suite of test sets, e.g. eval/local.yaml, or a recipe.", show_default=False)
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -91,7 +99,8 @@ def _compare(file: Path, overrides: list[str]) -> None:
     _show_pairs(results["differences"])
     out = comparison.recipe["run_dir"]
     _console().print(
-        f"Results: {Path(out) / 'compare.json'}, {Path(out) / 'report.html'}, {write_suite_report(Path(out) / 'tests')}", soft_wrap=True
+        f"Results: {Path(out) / 'compare.json'}, {Path(out) / 'report.html'}, {write_suite_report(Path(out) / 'tests')}",
+        soft_wrap=True,
     )
 
 
@@ -103,12 +112,12 @@ def _models(given: list[str]) -> dict[str, str]:
         if not colon:
             name, folder = Path(text).name, text
         if not name or not folder or "/" in name:
-            raise ValueError(f"model={text}: model=FOLDER or model=NAME:FOLDER is needed")
+            raise InputError(f"model={text}: model=FOLDER or model=NAME:FOLDER is needed")
         if name in models:
-            raise ValueError(f"model={text}: {name} is the name of two models; say model=NAME:FOLDER")
+            raise InputError(f"model={text}: {name} is the name of two models; say model=NAME:FOLDER")
         models[name] = folder
     if not models:
-        raise ValueError("no model to evaluate: add model=FOLDER, several times if you like")
+        raise InputError("no model to evaluate: add model=FOLDER, several times if you like")
     return models
 
 
@@ -126,7 +135,9 @@ def _show_suite(results: dict[str, Any]) -> None:
 
     names = [*results["prompts"], "average"]
     spread = "mean ± standard deviation" if len(results["seeds"]) > 1 else "mean"
-    table = Table(title=f"Rouge-L, {len(results['seeds'])} seeds: {spread}; difference to {results['compared_with']} [95 % interval]")
+    table = Table(
+        title=f"Rouge-L, {len(results['seeds'])} seeds: {spread}; difference to {results['compared_with']} [95 % interval]"
+    )
     for column in ("model", *names):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model, sets in results["models"].items():
@@ -176,7 +187,7 @@ def generate(
     from minillm.rollout.engines.transformers import TransformersEngine
 
     if template not in ("chat", "alpaca", "plain"):
-        raise ValueError(f"--template {template}: allowed: chat, alpaca, plain")
+        raise InputError(f"--template {template}: allowed: chat, alpaca, plain")
     tokenizer = load_tokenizer(model)
     loaded: Any = load_model(model, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
     sampling = settle(tokenizer, loaded, template=template == "chat").sampling(max_new_tokens, temperature)
@@ -187,24 +198,36 @@ def generate(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe; or a folder, for a table of all recipes below it.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe; or a folder, for a table of all recipes below it.", show_default=False)
+    ],
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=0, help="Processes, a GPU each; 0 is this machine's CPU. Those that are here, else 8.", show_default=False),
+        typer.Option(
+            min=0,
+            help="Processes, a GPU each; 0 is this machine's CPU. Those that are here, else 8.",
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Of a GPU, or of the machine; that of what is here, else 80GiB.", show_default=False)
+        str | None,
+        typer.Option(help="Of a GPU, or of the machine; that of what is here, else 80GiB.", show_default=False),
     ] = None,
     shard: Annotated[bool, typer.Option(help="With the student in shards (FSDP2, ZeRO-3).")] = False,
     flops: Annotated[
         float | None,
-        typer.Option(help="Operations a second of a GPU in bfloat16: by its name, else an H100's; of a CPU measured.", show_default=False),
+        typer.Option(
+            help="Operations a second of a GPU in bfloat16: by its name, else an H100's; of a CPU measured.",
+            show_default=False,
+        ),
     ] = None,
     utilisation: Annotated[
         float | None, typer.Option(help="Share of them that is reached (MFU): 0.35, of a CPU 0.6.", show_default=False)
     ] = None,
-    fit: Annotated[Path | None, typer.Option(help="Write a recipe that extends this one and fits.", show_default=False)] = None,
+    fit: Annotated[
+        Path | None, typer.Option(help="Write a recipe that extends this one and fits.", show_default=False)
+    ] = None,
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
     from dataclasses import replace
@@ -218,7 +241,9 @@ def plan(
 
     machine, rests_on = machine_for(gpus, None if memory is None else _bytes(memory), flops, utilisation, shard)
     if recipe.is_dir():
-        files = sorted(path for path in recipe.rglob("*.yaml") if path.parent != recipe and path.parent.name != "accelerate")
+        files = sorted(
+            path for path in recipe.rglob("*.yaml") if path.parent != recipe and path.parent.name != "accelerate"
+        )
         plans = []
         for path in files:
             loaded = load_recipe(path, overrides or [])
@@ -232,7 +257,7 @@ def plan(
 
     loaded = overridden([])
     if fit is not None and (refused := why_refused(loaded, machine)):
-        raise ValueError(f"{recipe}: {refused}; then --fit")
+        raise InputError(f"{recipe}: {refused}; then --fit")
     found, shown = (planned(loaded, machine), loaded) if fit is None else fitted(loaded, machine, overridden)
     typer.echo(summary(shown, found, rests_on))
     if not found.fits:
@@ -253,7 +278,7 @@ def _bytes(text: str) -> int:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|)", text.strip())
     if match is None:
-        raise ValueError(f"--memory {text}: a size such as 80GiB is needed")
+        raise InputError(f"--memory {text}: a size such as 80GiB is needed")
     return int(float(match[1]) * (10**9 if match[2] == "GB" else 1 << 30))
 
 
@@ -275,36 +300,34 @@ def _show_results(run_dir: Path) -> None:
 
     console = _console()
     if results := current_results(run_dir):
-        table = Table(title=f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]")
+        table = Table(
+            title=f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
+        )
         for column in ("model", "Rouge-L", "KL(q‖p), nats/token", "finished %", "length, tokens"):
             table.add_column(column, justify="left" if column == "model" else "right")
         for name, scores in results["models"].items():
-            table.add_row(name, *(with_interval(scores.get(key)) for key in ("rouge_l", "reverse_kl", "finished", "length")))
+            table.add_row(
+                name, *(with_interval(scores.get(key)) for key in ("rouge_l", "reverse_kl", "finished", "length"))
+            )
         console.print(table)
         if found := check_of(results):
-            console.print(f"[{COLOURS[found['verdict']]}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False)
+            console.print(
+                f"[{COLOURS[found['verdict']]}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False
+            )
     console.print("Results: " + (", ".join(map(str, current_files(run_dir))) or str(run_dir)), soft_wrap=True)
 
 
 def main() -> None:
-    """Run the command line; errors a person can mend are one line, without a traceback."""
+    """Run the command line; a `MinillmError` is printed as one line, every other error keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from minillm.errors import Interrupted
-
     try:
         app()
     except Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        if not _is_for_people(error) or os.environ.get("MINILLM_TRACEBACK"):
+    except MinillmError as error:
+        if os.environ.get("MINILLM_TRACEBACK"):
             raise
         print(f"error: {str(error).strip()}", file=sys.stderr)
         sys.exit(2)
-
-
-def _is_for_people(error: Exception) -> bool:
-    from minillm.errors import EngineError, JobError, RunError
-
-    return isinstance(error, (ValueError, OSError, subprocess.CalledProcessError, EngineError, JobError, RunError))

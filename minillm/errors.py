@@ -1,35 +1,59 @@
-"""Every error that a person can mend, under one base class."""
+"""Every error that a person can mend, under one base class.
+
+The command line prints a `MinillmError` as one line; anything else is a defect, ours or another library's, and keeps its
+traceback. Each class also derives from the built-in exception that callers of the library would expect.
+"""
 
 from __future__ import annotations
 
 
-class RunError(RuntimeError):
-    """A run directory that does not fit the recipe, or lacks what a stage needs."""
+class MinillmError(Exception):
+    """Base of every error whose message tells a person what was wrong, where, and what is allowed."""
 
 
-class Interrupted(Exception):
-    """Ctrl-C, after what was done has been saved."""
+class InputError(MinillmError, ValueError):
+    """A setting, an argument or a model that cannot be used, or cannot be combined with the others."""
 
 
-class JobError(RuntimeError):
-    """Pieces of work that failed, with where their logs are."""
+class RecipeError(InputError):
+    """A recipe that cannot run; the message has one line per fault, with file, line and key."""
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot run; its text is one line per fault."""
+class DataError(InputError):
+    """A data file that cannot be used; the message names the file and the line."""
 
 
-class TrainingDiverged(ValueError):
-    """A loss, a gradient norm, a weight or an optimiser's state is not finite."""
-
-
-class VocabularyError(ValueError):
+class VocabularyError(InputError):
     """Student and teacher do not share a vocabulary."""
 
 
-class DataError(ValueError):
-    """A data file that cannot be used; the text names the file and the line."""
+class TrainingDiverged(InputError):
+    """A loss, a gradient norm, a weight or an optimiser's state is not finite."""
 
 
-class EngineError(RuntimeError):
-    """What draws or scores rollouts is not to be had, or has stopped answering."""
+class MissingError(MinillmError, FileNotFoundError):
+    """A file, a model or a package that is not there."""
+
+
+class NotAFolderError(MinillmError, NotADirectoryError):
+    """A file in the place of a folder."""
+
+
+class SourceError(MinillmError, OSError):
+    """A model that the hub does not give, or that cannot be read."""
+
+
+class RunError(MinillmError, RuntimeError):
+    """A run directory that does not fit the recipe, or lacks what a stage needs."""
+
+
+class EngineError(MinillmError, RuntimeError):
+    """What samples or scores rollouts is not available, or has stopped answering."""
+
+
+class JobError(MinillmError, RuntimeError):
+    """Jobs that failed, with the paths of their logs."""
+
+
+class Interrupted(MinillmError):
+    """Ctrl-C, after the work done so far was saved."""

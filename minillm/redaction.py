@@ -8,7 +8,8 @@ from typing import Any
 HIDDEN = "(hidden)"
 # A setting's own name says that it is secret; `max_prompt_tokens` and `update_tokens` count tokens, and are not.
 _SECRET_NAME = re.compile(
-    r"(^|[_.-])(token|hub_token|api[_-]?key|key|secret|password|passwd|passphrase|credentials?|auth|authorization|bearer|cookie)$", re.I
+    r"(^|[_.-])(token|hub_token|api[_-]?key|key|secret|password|passwd|passphrase|credentials?|auth|authorization|bearer|cookie)$",
+    re.I,
 )
 # What secrets look like, whatever the key: tokens of well-known services, and long ones that announce themselves.
 _SECRET_TEXT = re.compile(
@@ -18,7 +19,8 @@ _SECRET_TEXT = re.compile(
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
 _IN_QUERY = re.compile(
-    r"([?&;](?:[a-z0-9_.-]*(?:token|api[_-]?key|secret|password|passwd|signature|credential|auth)|key|sig|pwd)=)[^&#\s\"']+", re.I
+    r"([?&;](?:[a-z0-9_.-]*(?:token|api[_-]?key|secret|password|passwd|signature|credential|auth)|key|sig|pwd)=)[^&#\s\"']+",
+    re.I,
 )
 
 

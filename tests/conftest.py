@@ -23,11 +23,17 @@ def tiny_tokenizer() -> Any:
     raw = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", chat_template=CHAT, additional_special_tokens=["<user>", "<bot>"]
+        tokenizer_object=raw,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        chat_template=CHAT,
+        additional_special_tokens=["<user>", "<bot>"],
     )
 
 
-def tiny_llama(seed: int, *, layers: int = 2, width: int = 64, vocab: int = 32, tied: bool = True, scale: float = 0.25) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int, *, layers: int = 2, width: int = 64, vocab: int = 32, tied: bool = True, scale: float = 0.25
+) -> LlamaForCausalLM:
     """A random Llama that vLLM's CPU build accepts too (head size 32). `scale` sets how peaked its predictions are."""
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -59,8 +59,15 @@ MUTATIONS = [
         "joined = segments >= 0",
     ),
     Mutation("return shifted by one", "loss/credit.py", "1 if return_from ==", "2 if return_from =="),
-    Mutation("immediate reward counted twice", "loss/credit.py", 'self._shift = 1 if return_from == "next" else 0', "self._shift = 0"),
-    Mutation("discount left out", "loss/credit.py", "steps.clamp(min=0) * self._log_discount", "steps.clamp(min=0) * 0.0"),
+    Mutation(
+        "immediate reward counted twice",
+        "loss/credit.py",
+        'self._shift = 1 if return_from == "next" else 0',
+        "self._shift = 0",
+    ),
+    Mutation(
+        "discount left out", "loss/credit.py", "steps.clamp(min=0) * self._log_discount", "steps.clamp(min=0) * 0.0"
+    ),
     Mutation(
         "reward not detached",
         "loss/on_policy.py",
@@ -73,7 +80,9 @@ MUTATIONS = [
         "**{field: single})",
         "**{field: single + long * weights * ratio})",
     ),
-    Mutation("weight inside the clip", "loss/on_policy.py", "if objective.weight_in_clip:", "if objective.clip is not None:"),
+    Mutation(
+        "weight inside the clip", "loss/on_policy.py", "if objective.weight_in_clip:", "if objective.clip is not None:"
+    ),
     Mutation("clipped tokens keep their gradient", "loss/on_policy.py", "gain * active\n", "gain\n"),
     Mutation(
         "mean per response instead of per token",
@@ -88,7 +97,10 @@ MUTATIONS = [
         "counts = [(len(groups) * sum(lengths[i] for i in g), text_count) for g in groups]",
     ),
     Mutation(
-        "importance weight left out", "loss/on_policy.py", 'kinds = {"none": ones, "token": token}', 'kinds = {"none": ones, "token": ones}'
+        "importance weight left out",
+        "loss/on_policy.py",
+        'kinds = {"none": ones, "token": token}',
+        'kinds = {"none": ones, "token": ones}',
     ),
     Mutation(
         "prefix weight one token late",
@@ -102,8 +114,15 @@ MUTATIONS = [
         "sampled_rewards(tokens, objective) * token_weights(tokens)",
         "sampled_rewards(tokens, objective)",
     ),
-    Mutation("rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"),
-    Mutation("whitened without the padding", "loss/on_policy.py", 'slots if objective.baseline == "whiten_padded" else None', "None"),
+    Mutation(
+        "rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"
+    ),
+    Mutation(
+        "whitened without the padding",
+        "loss/on_policy.py",
+        'slots if objective.baseline == "whiten_padded" else None',
+        "None",
+    ),
     Mutation(
         "whitened per process",
         "loss/credit.py",
@@ -116,25 +135,50 @@ MUTATIONS = [
         "ends = next((place + 1 for place, token",
         "ends = next((max(place, 1) for place, token",
     ),
-    Mutation("padded vocabulary rows scored", "models/head.py", "if width == self.weight.shape[0]:", "if width <= self.weight.shape[0]:"),
+    Mutation(
+        "padded vocabulary rows scored",
+        "models/head.py",
+        "if width == self.weight.shape[0]:",
+        "if width <= self.weight.shape[0]:",
+    ),
     Mutation(
         "padded vocabulary rows drawn by vLLM",
         "rollout/engines/base.py",
         "dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None",
         "None",
     ),
-    Mutation("small models planned as fast as large ones", "run/plan/machine.py", "layers * _LAYER if self.gpu else 0.0", "0.0"),
+    Mutation(
+        "small models planned as fast as large ones",
+        "run/plan/machine.py",
+        "layers * _LAYER if self.gpu else 0.0",
+        "0.0",
+    ),
     Mutation("padded vocabulary rows drawn", "data/logprobs.py", "logits[..., : sampling.vocab_size]", "logits"),
     Mutation("targets off by one", "data/batches.py", "torch.arange(first - 1, end - 1)", "torch.arange(first, end)"),
-    Mutation("packed documents see each other", "data/batches.py", "places[row, start:] = torch.arange(width - start)", "pass"),
+    Mutation(
+        "packed documents see each other",
+        "data/batches.py",
+        "places[row, start:] = torch.arange(width - start)",
+        "pass",
+    ),
     Mutation(
         "temperature missing in the gradient",
         "models/head.py",
         "            return self.scale / self.temperature\n",
         "            return self.scale\n",
     ),
-    Mutation("soft cap missing in the gradient", "models/head.py", "(1 - (logits * (self.temperature / self.softcap)) ** 2) * ", "1.0 * "),
-    Mutation("reverse KL's gradient without its mean", "loss/token_scores.py", "(logq - logp - reverse_kl[:, None])", "(logq - logp)"),
+    Mutation(
+        "soft cap missing in the gradient",
+        "models/head.py",
+        "(1 - (logits * (self.temperature / self.softcap)) ** 2) * ",
+        "1.0 * ",
+    ),
+    Mutation(
+        "reverse KL's gradient without its mean",
+        "loss/token_scores.py",
+        "(logq - logp - reverse_kl[:, None])",
+        "(logq - logp)",
+    ),
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
         "head gradient of the last chunk only",
@@ -185,8 +229,15 @@ MUTATIONS = [
         '{**kinds, "prefix": before}[objective.single_step_weight]',
         "ones",
     ),
-    Mutation("token weights not truncated", "loss/on_policy.py", "token_weights(tokens, truncation)", "token_weights(tokens)"),
-    Mutation("ratio not truncated", "loss/on_policy.py", "objective.importance_truncation if objective.clip is None else None", "None"),
+    Mutation(
+        "token weights not truncated", "loss/on_policy.py", "token_weights(tokens, truncation)", "token_weights(tokens)"
+    ),
+    Mutation(
+        "ratio not truncated",
+        "loss/on_policy.py",
+        "objective.importance_truncation if objective.clip is None else None",
+        "None",
+    ),
     Mutation(
         "ratio bounded on one side",
         "loss/on_policy.py",
@@ -195,9 +246,17 @@ MUTATIONS = [
     ),
     Mutation("ratio that overflows", "loss/credit.py", "weights = logs.clamp(max=_MOST).exp()", "weights = logs.exp()"),
     Mutation(
-        "a response in its own baseline", "loss/credit.py", "(total(sums.sum()) - sums) / others", "total(sums.sum()) / total(counts.sum())"
+        "a response in its own baseline",
+        "loss/credit.py",
+        "(total(sums.sum()) - sums) / others",
+        "total(sums.sum()) / total(counts.sum())",
     ),
-    Mutation("no floor under what a model excludes", "loss/token_scores.py", "torch.maximum(z, (log_p + LOG_ZERO)[:, None])", "z"),
+    Mutation(
+        "no floor under what a model excludes",
+        "loss/token_scores.py",
+        "torch.maximum(z, (log_p + LOG_ZERO)[:, None])",
+        "z",
+    ),
     Mutation(
         "text fitted at the rollouts' temperature",
         "loss/token_scores.py",
@@ -229,7 +288,12 @@ MUTATIONS = [
         "groups = [list(range(start, start + each)) for start in range(0, len(chosen), each)]",
         "groups = bucket(lengths, each)",
     ),
-    Mutation("micro-batches of reference added up", "train/on_policy.py", "share = len(groups) * self._processes", "share = 1"),
+    Mutation(
+        "micro-batches of reference added up",
+        "train/on_policy.py",
+        "share = len(groups) * self._processes",
+        "share = 1",
+    ),
     Mutation("whitened in each process by itself", "train/on_policy.py", "total=self.global_sum,", "total=float,"),
     Mutation(
         "others of a served teacher's row as likely as the student's",
@@ -249,10 +313,23 @@ MUTATIONS = [
         "if sampling.stop is not None or row.ids[-1] in sampling.eos_ids else None",
         "if row.ids[-1] in sampling.eos_ids else None",
     ),
-    Mutation("replayed rollouts taken for fresh ones", "train/on_policy.py", "self._others.keep(drawn.rollouts)", "self._others.keep([])"),
-    Mutation("answers of a process that was swapped meanwhile believed", "models/servers.py", " and born == server.born\n", "\n"),
     Mutation(
-        "a restart that fails no request unnoticed", "models/servers.py", "server.born is None or server.started() == server.born", "True"
+        "replayed rollouts taken for fresh ones",
+        "train/on_policy.py",
+        "self._others.keep(drawn.rollouts)",
+        "self._others.keep([])",
+    ),
+    Mutation(
+        "answers of a process that was swapped meanwhile believed",
+        "models/servers.py",
+        " and started_at == server.started_at\n",
+        "\n",
+    ),
+    Mutation(
+        "a restart that fails no request unnoticed",
+        "models/servers.py",
+        "server.started_at is None or server.started() == server.started_at",
+        "True",
     ),
     Mutation(
         "scaling of an adapter left out",
@@ -266,7 +343,12 @@ MUTATIONS = [
         "numbers[:, 1].tolist()",
         "numbers[:, 0].tolist()",
     ),
-    Mutation("a base that teaches with its adapter on", "teacher/local.py", "with self._student.disable_adapter():", "with nullcontext():"),
+    Mutation(
+        "a base that teaches with its adapter on",
+        "teacher/local.py",
+        "with self._student.disable_adapter():",
+        "with nullcontext():",
+    ),
     Mutation(
         "shards saved as such",
         "train/validation.py",
@@ -280,7 +362,10 @@ MUTATIONS = [
         "return 1  # type: ignore",
     ),
     Mutation(
-        "every seed of an evaluation the first one", "evaluation/answers.py", 'seed_of("evaluate", seed, ', 'seed_of("evaluate", seeds[0], '
+        "every seed of an evaluation the first one",
+        "evaluation/answers.py",
+        'seed_of("evaluate", seed, ',
+        'seed_of("evaluate", seeds[0], ',
     ),
     Mutation(
         "all processes of a comparison on the same cores",
@@ -300,7 +385,12 @@ MUTATIONS = [
         "return through + (call.loss - through).detach(), call.scores",
         "return through, call.scores",
     ),
-    Mutation("reference without its own scoring", "train/on_policy.py", 'if self.objective.old_logprobs == "engine":\n', "if True:\n"),
+    Mutation(
+        "reference without its own scoring",
+        "train/on_policy.py",
+        'if self.objective.old_logprobs == "engine":\n',
+        "if True:\n",
+    ),
 ]
 
 
@@ -318,7 +408,9 @@ def survivors(mutations: list[Mutation]) -> list[str]:
             path = copy / "minillm" / mutation.file
             source = path.read_text()
             if source.count(mutation.before) != 1:
-                raise SystemExit(f"{mutation.name}: {mutation.file} holds its text {source.count(mutation.before)} times, not once")
+                raise SystemExit(
+                    f"{mutation.name}: {mutation.file} holds its text {source.count(mutation.before)} times, not once"
+                )
             path.write_text(source.replace(mutation.before, mutation.after))
             done = _suite(copy, mutation.file)
             path.write_text(source)
@@ -333,7 +425,19 @@ def survivors(mutations: list[Mutation]) -> list[str]:
 def _suite(copy: Path, file: str = "") -> subprocess.CompletedProcess[str]:
     """The tests that mirror a broken file come first."""
     suite = sorted(SUITE, key=lambda path: not path.startswith(f"tests/{file.split('/')[0]}"))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not full and not vllm", *suite]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not full and not vllm",
+        *suite,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
 

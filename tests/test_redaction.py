@@ -58,13 +58,22 @@ def test_a_token_of_a_recipe_is_written_nowhere(tmp_path: Path, pair: tuple[str,
     (tmp_path / "student").mkdir()
     write_card(tmp_path / "student", recipe)
     args = TrainingArguments(
-        str(tmp_path / "work"), use_cpu=True, report_to="none", max_steps=1, per_device_train_batch_size=2, hub_token=TOKEN
+        str(tmp_path / "work"),
+        use_cpu=True,
+        report_to="none",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        hub_token=TOKEN,
     )
     rows = [{"prompt_ids": [4], "response_ids": [5, 1]}] * 4
     trainer = SupervisedTrainer(pair[0], pair[1], args, train_dataset=rows, processing_class=tiny_tokenizer())
     trainer.save_student(tmp_path / "saved")
     assert trainer.args.hub_token == TOKEN
-    for written in (*(tmp_path / "run").rglob("*"), *(tmp_path / "student").rglob("*"), *(tmp_path / "saved").rglob("*")):
+    for written in (
+        *(tmp_path / "run").rglob("*"),
+        *(tmp_path / "student").rglob("*"),
+        *(tmp_path / "saved").rglob("*"),
+    ):
         if written.is_file():
             assert TOKEN.encode() not in written.read_bytes(), written
     assert torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False).max_steps == 1

@@ -18,7 +18,7 @@ import torch
 from measure import alternate, in_fresh_process, median, peak_extra_bytes
 from torch import Tensor
 
-from minillm.loss.token_scores import TokenScores, TokenWeights, token_scores
+from minillm.loss.token_scores import ScoreGradients, TokenScores, token_scores
 from minillm.models.device import cpu_multiplies_bfloat16, machine
 from minillm.models.head import Head
 
@@ -53,10 +53,12 @@ class Problem:
 def ours(p: Problem) -> None:
     weight = torch.full((len(p.targets),), 1 / len(p.targets), device=p.targets.device)
 
-    def weigh(part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
-        return (weight[part] * scores.reverse_kl).sum(), TokenWeights(reverse_kl=weight[part])
+    def loss_fn(part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
+        return (weight[part] * scores.reverse_kl).sum(), ScoreGradients(reverse_kl=weight[part])
 
-    loss, _ = token_scores(p.hidden, Head(p.weight), p.targets, p.teacher_hidden, Head(p.teacher_weight), weigh=weigh)
+    loss, _ = token_scores(
+        p.hidden, Head(p.weight), p.targets, p.teacher_hidden, Head(p.teacher_weight), loss_fn=loss_fn
+    )
     loss.backward()
 
 
@@ -75,7 +77,9 @@ def full(p: Problem) -> None:
 def trl(p: Problem) -> None:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    divergence: Any = ChunkedDivergenceFunction.apply(p.hidden, p.weight, None, p.teacher_hidden, p.teacher_weight, None, 1.0)
+    divergence: Any = ChunkedDivergenceFunction.apply(
+        p.hidden, p.weight, None, p.teacher_hidden, p.teacher_weight, None, 1.0
+    )
     divergence[0].mean().backward()
 
 
@@ -143,8 +147,15 @@ def main() -> None:
         print(peak_extra_bytes(fresh(contenders()[options.memory_of])))
         return
     errors = gradient_errors(problem)
-    times = {name: median(taken) for name, taken in alternate({n: fresh(r) for n, r in contenders().items()}, options.repeats).items()}
-    shape = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items() if key not in ("json", "memory_of", "repeats")]
+    times = {
+        name: median(taken)
+        for name, taken in alternate({n: fresh(r) for n, r in contenders().items()}, options.repeats).items()
+    }
+    shape = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in vars(options).items()
+        if key not in ("json", "memory_of", "repeats")
+    ]
     memory = {name: in_fresh_process(__file__, *shape, f"--memory-of={name}") for name in times if name != "floor"}
     result = {
         "vs_trl": times["trl"] / times["ours"], "vs_full": times["full"] / times["ours"], "vs_floor": times["ours"] / times["floor"],
@@ -158,7 +169,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print(f"{options.tokens} tokens × {options.vocab}, widths {options.width} and {options.teacher_width}, {options.dtype}, {machine()}")
+    print(
+        f"{options.tokens} tokens × {options.vocab}, widths {options.width} and {options.teacher_width}, {options.dtype}, {machine()}"
+    )
     print(f"{'':8}{'seconds':>10}{'ours is':>12}{'peak MB':>10}{'gradient error':>16}")
     for name, taken in times.items():
         peak = f"{memory[name] / 1e6:.0f}" if name in memory else ""

@@ -58,7 +58,14 @@ def mix_per_token(student: Any, teacher: Any, alpha: float, prompts: Sequence[li
     for _ in range(sampling.max_new_tokens):
         rows = []
         for i, model in enumerate((student, teacher)):
-            out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=caches[i], use_cache=True, logits_to_keep=last)
+            out = model(
+                feed,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=caches[i],
+                use_cache=True,
+                logits_to_keep=last,
+            )
             caches[i] = out.past_key_values
             rows.append(next_token_logprobs(out.logits[:, -1], sampling).exp())
         tokens = torch.multinomial((1 - alpha) * rows[0] + alpha * rows[1], 1)[:, 0]
@@ -98,7 +105,9 @@ def main() -> None:
     examples = read_examples(options.prompts, limit=options.sequences)
     prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
     dtype = working_dtype()
-    student, teacher_model = (load_model(folder, dtype).eval().to(device()) for folder in (options.student, options.teacher))  # pyright: ignore[reportArgumentType]
+    student, teacher_model = (
+        load_model(folder, dtype).eval().to(device()) for folder in (options.student, options.teacher)
+    )  # pyright: ignore[reportArgumentType]
     sampling = Sampling(options.max_new_tokens, (tokenizer.eos_token_id,), len(tokenizer), options.temperature)
     limit = max(map(len, prompts)) + options.max_new_tokens
     engine, teacher = VLLMEngine(options.student, max_length=limit, dtype=dtype), LocalTeacher(teacher_model)
@@ -136,7 +145,11 @@ def main() -> None:
             for name, run in contenders.items():
                 drawn: list[int] = []
                 spent = seconds(lambda run=run, drawn=drawn: drawn.append(run()))
-                print(f"round {turn} of {options.repeats}, {name}: {drawn[0] / spent:.1f} tokens/s", file=sys.stderr, flush=True)
+                print(
+                    f"round {turn} of {options.repeats}, {name}: {drawn[0] / spent:.1f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if turn:  # the first turn warms up
                     taken[name].append(spent / drawn[0])
     per_token = {name: median(values) for name, values in taken.items()}

@@ -71,7 +71,12 @@ class Obey(TrainerCallback):
     def _report(self) -> dict[str, Any]:
         taken = time.perf_counter() - self._started
         moved = all(not torch.equal(p, self._before[name]) for name, p in self._model.named_parameters())
-        return {"seconds": taken, "moved": moved, "loss": self._log.get("loss"), "phases": {k: self._log.get(k) for k in PHASES}}
+        return {
+            "seconds": taken,
+            "moved": moved,
+            "loss": self._log.get("loss"),
+            "phases": {k: self._log.get(k) for k in PHASES},
+        }
 
     def _wait(self, control: Any, report: dict[str, Any] | None = None) -> None:
         if report is not None:
@@ -100,7 +105,12 @@ def ours(options: argparse.Namespace) -> None:
     from minillm.train.on_policy import MiniLLMTrainer
 
     rollout = RolloutConfig(
-        engine="vllm", num_rollouts=options.sequences, inner_epochs=1, teacher_mix=0.0, max_new_tokens=options.tokens, max_prompt_tokens=192
+        engine="vllm",
+        num_rollouts=options.sequences,
+        inner_epochs=1,
+        teacher_mix=0.0,
+        max_new_tokens=options.tokens,
+        max_prompt_tokens=192,
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = MiniLLMTrainer(
@@ -158,7 +168,10 @@ def floor(options: argparse.Namespace) -> None:
     student: Any = load_model(options.student, torch.float32)
     teacher_model: Any = load_model(options.teacher, dtype)
     student, teacher_model = student.to(device), teacher_model.to(device)
-    teacher, engine = LocalTeacher(teacher_model), VLLMEngine(options.student, max_length=192 + options.tokens, dtype=dtype)
+    teacher, engine = (
+        LocalTeacher(teacher_model),
+        VLLMEngine(options.student, max_length=192 + options.tokens, dtype=dtype),
+    )
     sampling = Sampling(options.tokens, (), len(tokenizer))
     micro = min(options.sequences, options.micro_batch)
     weights = [m.get_output_embeddings().weight.detach().to(dtype) for m in (student, teacher_model)]
@@ -166,7 +179,9 @@ def floor(options: argparse.Namespace) -> None:
     def train() -> None:
         for start in range(0, len(prompts), micro):
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                hidden = hidden_states(student, pad(prompts[start : start + micro], responses[start : start + micro], device))
+                hidden = hidden_states(
+                    student, pad(prompts[start : start + micro], responses[start : start + micro], device)
+                )
             hidden.float().square().mean().backward()
 
     def heads() -> None:
@@ -192,16 +207,21 @@ def same_loss() -> float:
     """Relative difference of the two losses' values and gradients on the same states."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    from minillm.loss.token_scores import TokenWeights, token_scores
+    from minillm.loss.token_scores import ScoreGradients, token_scores
     from minillm.models.head import Head
 
     g = torch.Generator().manual_seed(0)
     draw: Any = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
-    hidden, weight, teacher_hidden, teacher_weight = draw(64, 16).requires_grad_(), draw(300, 16), draw(64, 16), draw(300, 16)
+    hidden, weight, teacher_hidden, teacher_weight = (
+        draw(64, 16).requires_grad_(),
+        draw(300, 16),
+        draw(64, 16),
+        draw(300, 16),
+    )
     share = torch.full((64,), 1 / 64)
     mine, _ = token_scores(
         hidden, Head(weight), torch.zeros(64, dtype=torch.long), teacher_hidden, Head(teacher_weight),
-        weigh=lambda part, s: ((share[part] * s.reverse_kl).sum(), TokenWeights(reverse_kl=share[part])),
+        loss_fn=lambda part, s: ((share[part] * s.reverse_kl).sum(), ScoreGradients(reverse_kl=share[part])),
     )  # fmt: skip
     theirs: Any = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 1.0)
     grads = [torch.autograd.grad(loss, hidden)[0] for loss in (mine, theirs[0].mean())]
@@ -243,7 +263,10 @@ class Worker:
 
 def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
     """Medians of each contender at one batch size."""
-    given = [f"--{name}={getattr(options, name.replace('-', '_'))}" for name in ("student", "teacher", "prompts", "tokens", "micro-batch")]
+    given = [
+        f"--{name}={getattr(options, name.replace('-', '_'))}"
+        for name in ("student", "teacher", "prompts", "tokens", "micro-batch")
+    ]
     workers = [Worker(name, [*given, f"--sequences={sequences}"]) for name in ("ours", "trl", "floor")]
     reports: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     for turn in range(1 - options.warm_up, options.repeats + 1):
@@ -273,11 +296,17 @@ def main() -> None:
     parser.add_argument("--student", default="runs/quickstart/student")
     parser.add_argument("--teacher", default="runs/quickstart/teacher")
     parser.add_argument("--prompts", default="recipes/quickstart/train.jsonl")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[16, 64], help="responses in an update; each is a comparison")
+    parser.add_argument(
+        "--sequences", type=int, nargs="+", default=[16, 64], help="responses in an update; each is a comparison"
+    )
     parser.add_argument("--tokens", type=int, default=128, help="of each response")
-    parser.add_argument("--micro-batch", type=int, default=8, help="three processes are held at once: 16 takes 9 GB each in float32")
+    parser.add_argument(
+        "--micro-batch", type=int, default=8, help="three processes are held at once: 16 takes 9 GB each in float32"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warm-up", type=int, default=1, help="rounds before; with 0 what ours compiles counts against it")
+    parser.add_argument(
+        "--warm-up", type=int, default=1, help="rounds before; with 0 what ours compiles counts against it"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--worker", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -56,7 +56,9 @@ def pad(
         targets.append(ids[row, first:end])
     lengths = torch.tensor([len(response) for response in responses])
     packed = len(ends) < len(prompts)
-    ids, places, at, drawn, lengths = (part.to(device) for part in (ids, places, torch.cat(positions), torch.cat(targets), lengths))
+    ids, places, at, drawn, lengths = (
+        part.to(device) for part in (ids, places, torch.cat(positions), torch.cat(targets), lengths)
+    )
     return Padded(ids, at, drawn, lengths, places if packed else None)
 
 

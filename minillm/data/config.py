@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from minillm.config import LocalPath, ModelSource, Positive, Section, expand_home
+from minillm.errors import InputError
 
 
 def _is_template(name: str) -> str:
     if name in ("chat", "alpaca", "plain") or name.endswith(".jinja") or "{{" in name or "{%" in name:
         return name
-    raise ValueError("chat, alpaca, plain, a .jinja file or a Jinja text is needed")
+    raise InputError("chat, alpaca, plain, a .jinja file or a Jinja text is needed")
 
 
 Template = Annotated[str, AfterValidator(_is_template), BeforeValidator(expand_home)]
@@ -44,7 +45,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Source:
         if (self.file is None) == (self.dataset is None):
-            raise ValueError("either file or dataset is needed, and not both")
+            raise InputError("either file or dataset is needed, and not both")
         return self
 
     @property

@@ -29,8 +29,12 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        added = {token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._added = {text: added[text] for text in sorted(added, key=len, reverse=True)}  # the longest that fits is the token
+        added = {
+            token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self._added = {
+            text: added[text] for text in sorted(added, key=len, reverse=True)
+        }  # the longest that fits is the token
         self._numbers = {text: number for number, text in enumerate(self._added)}
         self._texts = list(self._added)
         self._special = re.compile("|".join(map(re.escape, self._added)) or r"(?!)")

@@ -15,12 +15,29 @@ from minillm.errors import DataError
 _ROLES = {
     **dict.fromkeys(("user", "human", "prompter", "instruction", "question"), "user"),
     **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "gpt-3.5", "gpt-4", "gpt4", "bing", "bard", "claude", "model", "bot", "ai", "llm", "chatbot"),
+        (
+            "assistant",
+            "gpt",
+            "chatgpt",
+            "gpt-3.5",
+            "gpt-4",
+            "gpt4",
+            "bing",
+            "bard",
+            "claude",
+            "model",
+            "bot",
+            "ai",
+            "llm",
+            "chatbot",
+        ),
         "assistant",
     ),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-_MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "name", "id", "weight", "timestamp", "metadata", "markdown", "text"))
+_MESSAGE_KEYS = frozenset(
+    ("role", "from", "content", "value", "name", "id", "weight", "timestamp", "metadata", "markdown", "text")
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,9 @@ def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]
         messages = fields["instruction"] + (completion if isinstance(completion, list) else [])
         if isinstance(completion, str):
             messages.append({"role": "assistant", "content": completion})
-    elif messages is not None and (meant := [name for name in ("instruction", "input", "output", "history") if fields.get(name)]):
+    elif messages is not None and (
+        meant := [name for name in ("instruction", "input", "output", "history") if fields.get(name)]
+    ):
         remarks.add(f"a row of messages has {', '.join(meant)} too, which is not read", place)
     if messages is None:
         yield _example_of(fields, place)
@@ -116,7 +135,9 @@ def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]
     for number, (role, content) in enumerate(said):
         if role == "assistant":
             if not number or said[number - 1][0] != "user":
-                raise DataError(f"{place}: messages[{number}]: an answer of the assistant follows a message of the user")
+                raise DataError(
+                    f"{place}: messages[{number}]: an answer of the assistant follows a message of the user"
+                )
             if content.strip():
                 yield _answered(said[:number], content)
             else:
@@ -132,13 +153,18 @@ def _message(message: Any, where: str, remarks: Remarks) -> tuple[str, str]:
         DataError: it has none, or nobody knows who speaks.
     """
     if isinstance(message, dict):
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value", message.get("text")))
+        role, content = (
+            message.get("role", message.get("from")),
+            message.get("content", message.get("value", message.get("text"))),
+        )
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             content = "".join(str(part.get("text", "")) for part in content)
         if isinstance(role, str) and isinstance(content, str):
             if role.lower() not in _ROLES:
                 known = ", ".join(sorted(_ROLES))
-                raise DataError(f"{where}: unknown role {role!r}; known are user, assistant and system, by one of the names {known}")
+                raise DataError(
+                    f"{where}: unknown role {role!r}; known are user, assistant and system, by one of the names {known}"
+                )
             for name in message.keys() - _MESSAGE_KEYS:
                 if message[name]:
                     remarks.add(f"{name} of a message is not read", where.split(": messages")[0])
@@ -161,7 +187,9 @@ def _system(fields: dict[str, Any], place: str) -> str:
 def _example_of(fields: dict[str, Any], place: str) -> Example:
     instruction, output = fields.get("instruction"), fields.get("output", "")
     parts = {"instruction": instruction, "input": fields.get("input", "")}
-    parts |= {"output": output} if not isinstance(output, list) else {f"output[{i}]": text for i, text in enumerate(output)}
+    parts |= (
+        {"output": output} if not isinstance(output, list) else {f"output[{i}]": text for i, text in enumerate(output)}
+    )
     for name, value in parts.items():
         if not isinstance(value, str):
             given = "is missing" if value is None else f"is {type(value).__name__}"

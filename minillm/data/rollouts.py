@@ -49,18 +49,20 @@ class Rollout:
     teacher_hidden: Tensor | None = None
     teacher_rows: TeacherRows | None = None
     reverse_kl: Tensor | None = None
-    likeliest: Sequence[dict[int, float]] | None = None
+    top_logprobs: Sequence[dict[int, float]] | None = None
 
     @classmethod
     def drawn(
         cls, prompt: list[int], ids: list[int], logprobs: Sequence[float], sampling: Sampling, version: int, *,
-        stopped: bool = False, likeliest: Sequence[dict[int, float]] | None = None,
+        stopped: bool = False, top_logprobs: Sequence[dict[int, float]] | None = None,
     ) -> Rollout:  # fmt: skip
         """What an engine drew, cut after the token that ends it; `stopped`: the engine saw an end."""
         length = sampling.length(ids)
         values = torch.tensor(logprobs[:length], dtype=torch.float32)
         finished = stopped or length is not None
-        return cls(prompt, ids[:length], values, values, version, finished, likeliest=likeliest and likeliest[:length])
+        return cls(
+            prompt, ids[:length], values, values, version, finished, top_logprobs=top_logprobs and top_logprobs[:length]
+        )
 
 
 def join(rows: Sequence[TeacherRows]) -> TeacherRows:

@@ -44,7 +44,9 @@ class Remarks:
             logger.warning("%s: %s (%s)", first, kind, "this row" if count == 1 else f"{count} rows, the first here")
 
 
-def read_rows(source: Source, *, stream: bool = False, seed: int | None = 0, remarks: Remarks | None = None) -> Iterator[tuple[Any, str]]:
+def read_rows(
+    source: Source, *, stream: bool = False, seed: int | None = 0, remarks: Remarks | None = None
+) -> Iterator[tuple[Any, str]]:
     """A source's rows, each with its place (`file:line`, or `dataset[number]`).
 
     Args:
@@ -58,7 +60,9 @@ def read_rows(source: Source, *, stream: bool = False, seed: int | None = 0, rem
         if not isinstance(fields, dict):
             yield fields, place
             continue
-        names = {name: next((old for old in known if fields.get(old) is not None), name) for name, known in _ALIASES.items()}
+        names = {
+            name: next((old for old in known if fields.get(old) is not None), name) for name, known in _ALIASES.items()
+        }
         if unknown := set(source.columns.values()) - fields.keys():
             raise DataError(f"{place}: no column {', '.join(sorted(unknown))}; there are {', '.join(map(str, fields))}")
         names |= source.columns
@@ -67,7 +71,9 @@ def read_rows(source: Source, *, stream: bool = False, seed: int | None = 0, rem
         if remarks is not None:
             for name in fields.keys() - set(names.values()) - _ABOUT_THE_ROW:
                 if fields[name] not in (None, "", [], {}):
-                    remarks.add(f"column {name} is not read (columns: {{instruction: …}} says which column is what)", place)
+                    remarks.add(
+                        f"column {name} is not read (columns: {{instruction: …}} says which column is what)", place
+                    )
         yield {name: fields[old] for name, old in names.items() if fields.get(old) is not None}, place
 
 
@@ -105,7 +111,9 @@ def _lines(path: Path) -> Iterator[tuple[Any, str]]:
                     raise DataError(f"{path}: UTF-16; save it as UTF-8")
                 raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
                 if raw.strip() in (b"[", b"[{"):
-                    raise DataError(f"{path}: one JSON array; JSONL is needed, one object a line (jq -c '.[]' makes it)")
+                    raise DataError(
+                        f"{path}: one JSON array; JSONL is needed, one object a line (jq -c '.[]' makes it)"
+                    )
             try:
                 line = raw.decode("utf-8")
                 if line.strip():
@@ -124,11 +132,15 @@ def _records(source: Source, stream: bool, seed: int | None) -> Iterator[tuple[A
     from datasets import load_dataset
 
     try:
-        rows: Any = load_dataset(str(source.dataset), source.config, split=source.split, revision=source.revision, streaming=stream)
+        rows: Any = load_dataset(
+            str(source.dataset), source.config, split=source.split, revision=source.revision, streaming=stream
+        )
     except (OSError, ValueError) as error:  # no such data set, configuration, split or revision
         raise DataError(f"{source.name}: {error}") from error
     except RuntimeError as error:  # a data set that is a program, which `datasets` no longer runs
-        raise DataError(f"{source.name}: {error}; the hub's own copy of its rows: revision: refs/convert/parquet") from error
+        raise DataError(
+            f"{source.name}: {error}; the hub's own copy of its rows: revision: refs/convert/parquet"
+        ) from error
     if stream and seed is not None:
         rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     for number, fields in enumerate(rows):

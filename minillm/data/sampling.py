@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minillm.errors import InputError
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: softmax(logits / temperature) over the first `vocab_size` ids.
 
     A response ends with the first of `eos_ids`, which belongs to it; with the token that completes one of the `stop`
-    strings in its text; or after `max_new_tokens`. With `likeliest`, the log-probabilities of at least as many likeliest
+    strings in its text; or after `max_new_tokens`. With `top_logprobs`, the log-probabilities of at least as many likeliest
     tokens come back for each place. With `no_repeat_ngram`, for evaluation, tokens that would repeat an n-gram of that
     length, prompt included, are not drawn (transformers engine only).
     """
@@ -21,7 +23,7 @@ class Sampling:
     eos_ids: tuple[int, ...]
     vocab_size: int
     temperature: float = 1.0
-    likeliest: int = 0
+    top_logprobs: int = 0
     stop: StopStrings | None = None
     no_repeat_ngram: int = 0
 
@@ -50,7 +52,7 @@ class StopStrings:
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
         if not all(strings):
-            raise ValueError("stop: an empty string is in every text")
+            raise InputError("stop: an empty string is in every text")
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
 

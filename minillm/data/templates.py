@@ -11,7 +11,9 @@ from minillm.data.encoding import Messages, encoder_of
 from minillm.data.examples import Example, Prompt
 from minillm.errors import DataError
 
-_ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
 
 
 _ALPACA_INPUT = ", paired with an input that provides further context"
@@ -58,7 +60,9 @@ def prompt_text(example: Example, template: str, system: str | None = None, toke
     return f"{head}### Instruction:\n{example.instruction}\n\n{middle}### Response:\n"
 
 
-def _of_own_template(example: Example, template: str, system: str | None, tokenizer: Any, *, marked: bool = True) -> str:
+def _of_own_template(
+    example: Example, template: str, system: str | None, tokenizer: Any, *, marked: bool = True
+) -> str:
     """What the user's own template makes of an example, in which text that reads like special tokens is marked as text."""
     from jinja2 import TemplateError
 

@@ -11,7 +11,9 @@ from minillm.data.encoding import encoder_of
 from minillm.data.seeding import permutation
 
 
-def pack_text(documents: Iterable[Iterable[int]], block: int, eos: int, *, several: bool = True) -> list[list[array[int]]]:
+def pack_text(
+    documents: Iterable[Iterable[int]], block: int, eos: int, *, several: bool = True
+) -> list[list[array[int]]]:
     """Blocks of at most `block` tokens, each a list of pieces of documents, which `eos` ends.
 
     A piece sees nothing of its neighbours. A piece of one token predicts nothing and is left out.
@@ -46,7 +48,15 @@ class TextBlocks:
     """
 
     def __init__(
-        self, dataset: Iterable[dict[str, Any]], tokenizer: Any, block: int, each: int, seed: int, *, updates: int, several: bool
+        self,
+        dataset: Iterable[dict[str, Any]],
+        tokenizer: Any,
+        block: int,
+        each: int,
+        seed: int,
+        *,
+        updates: int,
+        several: bool,
     ) -> None:
         endless = not hasattr(dataset, "__len__") and updates > 0
         needed = updates * each * block if endless else math.inf

@@ -23,7 +23,9 @@ from minillm.teacher.local import LocalTeacher
 Row = dict[str, Any]
 
 
-def answer(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], tokenizer: Any) -> dict[int, list[Row]]:
+def answer(
+    engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], tokenizer: Any
+) -> dict[int, list[Row]]:
     """By seed, one sampled answer a prompt: row, seed, text, ids, finished.
 
     The answers to one prompt are drawn beside each other: an engine that caches prefixes reads it once.
@@ -49,20 +51,29 @@ def token_divergences(
     """
     out: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))] * len(prompts)
     device = next(student.parameters()).device
-    for group in tqdm(bucket([len(ids) for ids in responses], teacher.batch_size), desc="scoring", disable=not progress):
+    for group in tqdm(
+        bucket([len(ids) for ids in responses], teacher.batch_size), desc="scoring", disable=not progress
+    ):
         own, theirs = [prompts[i] for i in group], [responses[i] for i in group]
         batch = pad(own, theirs, device)
         hidden = torch.cat(teacher.hidden(own, theirs)).to(device)
         with torch.no_grad():
             _, scores = score(student, Scoring(batch, width, hidden, head_of(teacher.model), temperature=temperature))
-        parts = (values.double().cpu().split(batch.lengths.tolist()) for values in (scores.reverse_kl, scores.forward_kl))
+        parts = (
+            values.double().cpu().split(batch.lengths.tolist()) for values in (scores.reverse_kl, scores.forward_kl)
+        )
         for i, reverse, forward in zip(group, *parts, strict=True):
             out[i] = reverse, forward
     return out
 
 
 def add_reverse_kl(
-    rows: Sequence[Row], prompts: Sequence[Prompt], student: PreTrainedModel, teacher: LocalTeacher, width: int, temperature: float
+    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
+    student: PreTrainedModel,
+    teacher: LocalTeacher,
+    width: int,
+    temperature: float,
 ) -> None:
     """Write `reverse_kl`, the sum of KL(q‖p) over an answer's tokens in nats, into each row; None where that is no number."""
     bind_scoring(student)

@@ -29,13 +29,19 @@ def choice_ids(choices: Sequence[str], tokenizer: Any) -> list[list[int]]:
             raise DataError(f"{choices[place]!r} has no token; leave it out")
         if ids in options[:place]:
             other = choices[options.index(ids)]
-            raise DataError(f"{other!r} and {choices[place]!r} are the same tokens, {ids}; leave one out, or write them otherwise")
+            raise DataError(
+                f"{other!r} and {choices[place]!r} are the same tokens, {ids}; leave one out, or write them otherwise"
+            )
     return options
 
 
 def right_choices(choices: Sequence[str], references: Sequence[str]) -> set[int]:
     """Which of the choices the references are: as they are written, or, where none is, by `exact_match`."""
-    written = {place for place, choice in enumerate(choices) if choice.strip() in [reference.strip() for reference in references]}
+    written = {
+        place
+        for place, choice in enumerate(choices)
+        if choice.strip() in [reference.strip() for reference in references]
+    }
     return written or {place for place, choice in enumerate(choices) if references and exact_match(choice, references)}
 
 
@@ -51,7 +57,9 @@ def check_references(choices: Sequence[str], examples: Sequence[Example]) -> Non
     for example in referenced:
         if not right_choices(choices, example.references):
             given, allowed = (", ".join(map(repr, texts)) for texts in (example.references, choices))
-            raise DataError(f"none is the reference {given} of row {example.row} (counted from 0): correct it, or the choices ({allowed})")
+            raise DataError(
+                f"none is the reference {given} of row {example.row} (counted from 0): correct it, or the choices ({allowed})"
+            )
 
 
 @torch.no_grad()
@@ -66,7 +74,9 @@ def choice_logprobs(
     """
     ends = [token for token in sampling.eos_ids if token < sampling.vocab_size]
     if not ends:
-        raise DataError("choices: the model has no token that ends an answer (eos_token_id in its generation_config.json)")
+        raise DataError(
+            "choices: the model has no token that ends an answer (eos_token_id in its generation_config.json)"
+        )
     for prompt in prompts:
         hidden = scorer.hidden([prompt.ids] * len(options), [[*ids, ends[0]] for ids in options])
         logs = [scorer.distribution(states, sampling) for states in hidden]

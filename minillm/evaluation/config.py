@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from minillm.config import Positive, Section, different
 from minillm.data.config import Source, Template
+from minillm.errors import InputError
 
 
 class EvaluateConfig(Section):
@@ -30,9 +31,9 @@ class EvaluateConfig(Section):
 def _answers(choices: list[str]) -> list[str]:
     texts = different([choice.strip() for choice in choices])
     if "" in texts:
-        raise ValueError("a blank choice is no answer")
+        raise InputError("a blank choice is no answer")
     if len(texts) == 1:
-        raise ValueError("one answer is no choice: at least two are needed")
+        raise InputError("one answer is no choice: at least two are needed")
     return choices
 
 
@@ -80,7 +81,9 @@ class Suite(Section):
     @model_validator(mode="after")
     def _needs(self) -> Suite:
         if self.exposure_bias and self.teacher is None:
-            raise ValueError("exposure_bias compares with a teacher's samples: name the teacher")
+            raise InputError("exposure_bias compares with a teacher's samples: name the teacher")
         if "average" in self.sets:
-            raise ValueError("sets.average: results have the mean over the sets under that name; give the set another one")
+            raise InputError(
+                "sets.average: results have the mean over the sets under that name; give the set another one"
+            )
         return self

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from minillm.errors import InputError
 from minillm.evaluation.statistics import PERCENTILES, Floats, check_not_empty, resample
 
 # Scripts written without spaces: Thai and Lao, Myanmar, Khmer, Hiragana and Katakana, Chinese characters.
@@ -21,15 +22,21 @@ UNSPACED = re.compile(
 # Signs that mean the same, as one: dashes and the minus sign, quotes, sentence marks, full- and half-width forms; signs of no width go.
 SAME = {
     **{place: unicodedata.normalize("NFKC", chr(place)) for place in range(0xFF01, 0xFFEF)},
-    **str.maketrans(dict.fromkeys("‐‑‒–—―−", "-") | dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromkeys("“”„‟«»「」『』", '"')),
+    **str.maketrans(
+        dict.fromkeys("‐‑‒–—―−", "-") | dict.fromkeys("‘’‚‛‹›ʼ", "'") | dict.fromkeys("“”„‟«»「」『』", '"')
+    ),
     **str.maketrans({"…": "...", "。": ".", "।": ".", "۔": ".", "、": ",", "،": ",", "؛": ";", "؟": "?"}),
     **dict.fromkeys((0xAD, 0x200B, 0x2060, 0xFEFF)),
 }
 _LETTER = r"[^\W\d_]"
 _THOUSANDS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)")
-_IN_PAIRS = re.compile(r"""(?<![\w"'`*])((["'`*])\2{0,2})(?=\S)((?:(?!\2).)+)(?<=\S)\1(?![\w"'`*])""", re.DOTALL)  # "quoted", **bold**
+_IN_PAIRS = re.compile(
+    r"""(?<![\w"'`*])((["'`*])\2{0,2})(?=\S)((?:(?!\2).)+)(?<=\S)\1(?![\w"'`*])""", re.DOTALL
+)  # "quoted", **bold**
 _APART = re.compile(r"(?<=[^\W_])\s+([.,;:!?%]+)(?=\s|$)")
-_WITHIN = re.compile(rf"(?<={_LETTER})['.](?={_LETTER})|(?<={_LETTER}{_LETTER})-(?={_LETTER})|(?<={_LETTER})-(?={_LETTER}{_LETTER})")
+_WITHIN = re.compile(
+    rf"(?<={_LETTER})['.](?={_LETTER})|(?<={_LETTER}{_LETTER})-(?={_LETTER})|(?<={_LETTER})-(?={_LETTER}{_LETTER})"
+)
 _AROUND = re.compile(rf"^[\"'(\[{{¿¡]+(?={_LETTER})|(?<=\d)[.,;?]+$|(?<!\d)[.,;:!?)\]}}\"']+$")
 
 
@@ -46,7 +53,11 @@ def _is_lost(character: str, before: str) -> bool:
         return False
     category = unicodedata.category(character)
     # An accent that is a character of its own splits a word; variation selectors, as of emoji, are no accents.
-    accent = category in ("Mn", "Mc") and before.isalpha() and not unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+    accent = (
+        category in ("Mn", "Mc")
+        and before.isalpha()
+        and not unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+    )
     return accent or category[0] == "L" or category == "Nd"
 
 
@@ -128,7 +139,9 @@ def _plain(text: str) -> str:
     text = unicodedata.normalize("NFC", text.translate(SAME).lower())
     text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
     text = _APART.sub(r"\1", _IN_PAIRS.sub(r"\3", text))  # a mark that stands alone belongs to the word before it
-    return " ".join(_AROUND.sub("", _WITHIN.sub("", word)) if any(map(str.isalnum, word)) else word for word in text.split())
+    return " ".join(
+        _AROUND.sub("", _WITHIN.sub("", word)) if any(map(str.isalnum, word)) else word for word in text.split()
+    )
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
@@ -137,7 +150,7 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int = 4) -> float:
     It tends to fall as sequences are added, so compare equal numbers of tokens.
     """
     if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}")
+        raise InputError(f"n must be at least 1, not {n}")
     grams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
     return 100 * len(set(grams)) / len(grams) if grams else float("nan")
 
@@ -178,7 +191,7 @@ def excess_error_spread(
 def _accumulated(errors: Sequence[Sequence[float]], length: int) -> Floats:
     """Sums up to each position [samples, length]."""
     if length < 1:
-        raise ValueError(f"length must be at least 1, not {length}")
+        raise InputError(f"length must be at least 1, not {length}")
     table = np.zeros((len(errors), length))
     for row, values in zip(table, errors, strict=True):
         row[: len(values)] = values[:length]
@@ -197,12 +210,12 @@ def calibration_error(confidences: Sequence[float] | Floats, correct: Sequence[b
     """
     check_not_empty(confidences=confidences)
     if len(confidences) != len(correct):
-        raise ValueError(f"{len(confidences)} confidences but {len(correct)} answers marked correct or not")
+        raise InputError(f"{len(confidences)} confidences but {len(correct)} answers marked correct or not")
     if bins < 1:
-        raise ValueError(f"bins must be at least 1, not {bins}")
+        raise InputError(f"bins must be at least 1, not {bins}")
     confidence = np.asarray(confidences, np.float64)
     if not ((confidence >= 0) & (confidence <= 1)).all():
-        raise ValueError("confidences must lie between 0 and 1")
+        raise InputError("confidences must lie between 0 and 1")
     # k / bins is the number nearest to the edge, so a confidence of 5/6 lies on it; linspace's edge is a little lower.
     place = np.searchsorted(np.arange(1, bins) / bins, confidence)
     gaps = np.bincount(place, np.asarray(correct, np.float64) - confidence)

@@ -32,7 +32,8 @@ def current_files(run_dir: Path) -> list[Path]:
     report, results, student = (run_dir / name for name in ("report.html", "results.json", "student"))
     told = [results, *run_dir.glob("*/trainer_state.json")]
     made = {
-        report: report.is_file() and all(report.stat().st_mtime_ns >= file.stat().st_mtime_ns for file in told if file.is_file()),
+        report: report.is_file()
+        and all(report.stat().st_mtime_ns >= file.stat().st_mtime_ns for file in told if file.is_file()),
         results: bool(current_results(run_dir)),
         student: student.is_dir() and _finished(run_dir, "minillm"),
     }

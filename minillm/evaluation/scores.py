@@ -71,5 +71,7 @@ def compare(before: Scores, after: Scores, times: int) -> dict[str, Interval]:
         whole = np.arange(n)
         levels = {"before": float(old(whole)), "after": float(new(whole))}
         with np.errstate(divide="ignore", invalid="ignore"):  # of nothing, no share can fall
-            out["reverse_kl_reduction"] = statistics.interval(lambda index: 1 - new(index) / old(index), n, times) | levels
+            out["reverse_kl_reduction"] = (
+                statistics.interval(lambda index: 1 - new(index) / old(index), n, times) | levels
+            )
     return out

@@ -29,14 +29,18 @@ def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
     """
     if test.file is not None and not test.file.is_absolute():
         if data_dir is None:
-            raise DataError(f"sets.{name}: {test.file} is looked for below data_dir, which is not given: data_dir=FOLDER")
+            raise DataError(
+                f"sets.{name}: {test.file} is looked for below data_dir, which is not given: data_dir=FOLDER"
+            )
         test = test.model_copy(update={"file": Path(data_dir) / test.file})
     examples = read_examples(test)
     if test.sample is not None:
         examples = [examples[i] for i in sorted(permutation(len(examples), "sample")[: test.sample])]
     low, high = test.min_reference_words or 0, test.max_reference_words or 10**9
     if test.min_reference_words or test.max_reference_words:
-        examples = [e for e in examples if e.references and low <= max(len(text.split()) for text in e.references) <= high]
+        examples = [
+            e for e in examples if e.references and low <= max(len(text.split()) for text in e.references) <= high
+        ]
     if not examples:
         raise DataError(f"sets.{name}: no row's longest reference has {low} to {high} words")
     return examples[: test.limit]
@@ -88,9 +92,17 @@ def _rendered(suite: Suite, sets: Mapping[str, list[Example]], name: str, folder
     for key, examples in sets.items():
         prompts[key], too_long = render_all(examples, suite.template, tokenizer, suite.max_prompt_tokens, suite.system)
         if not prompts[key]:
-            raise DataError(f"sets.{key}: no prompt is within max_prompt_tokens ({suite.max_prompt_tokens}) for model {name}")
+            raise DataError(
+                f"sets.{key}: no prompt is within max_prompt_tokens ({suite.max_prompt_tokens}) for model {name}"
+            )
         if too_long:
-            logger.warning("%s, %s: %d of %d prompts exceed max_prompt_tokens and are left out", name, key, len(too_long), len(examples))
+            logger.warning(
+                "%s, %s: %d of %d prompts exceed max_prompt_tokens and are left out",
+                name,
+                key,
+                len(too_long),
+                len(examples),
+            )
         if suite.sets[key].choices:
             with _naming(f"sets.{key}.choices, model {name}"):
                 options[key] = choice_ids(suite.sets[key].choices, tokenizer)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minillm.errors import InputError
+
 Interval = dict[str, float]
 
 
@@ -20,7 +22,7 @@ PERCENTILES = [2.5, 97.5]  # of a 95 % interval
 def resample(n: int, times: int, seed: int = 0) -> NDArray[np.int64]:
     """Indices [times, n] of bootstrap samples."""
     if n < 1 or times < 1:
-        raise ValueError(f"a bootstrap needs at least one unit and one resample, not {n} and {times}")
+        raise InputError(f"a bootstrap needs at least one unit and one resample, not {n} and {times}")
     return np.random.default_rng(seed).integers(0, n, size=(times, n))
 
 
@@ -47,7 +49,7 @@ def paired_bootstrap(a: Floats, b: Floats, times: int, seed: int = 0) -> Interva
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(f"a and b need one value for each of the same prompts [n], not shapes {a.shape} and {b.shape}")
+        raise InputError(f"a and b need one value for each of the same prompts [n], not shapes {a.shape} and {b.shape}")
     check_not_empty(a=a)
     difference = mean_of(b - a)
     draws = difference(resample(len(a), times, seed))
@@ -67,4 +69,4 @@ def ratio_of(totals: Floats, counts: Floats) -> Callable[[NDArray[np.int64]], Fl
 def check_not_empty(**named: Sequence[Any] | Floats) -> None:
     for name, values in named.items():
         if len(values) == 0:
-            raise ValueError(f"{name} is empty: there is nothing to score")
+            raise InputError(f"{name} is empty: there is nothing to score")

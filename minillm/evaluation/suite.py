@@ -32,7 +32,7 @@ from minillm.models.device import device, working_dtype
 from minillm.models.load import load_model
 from minillm.models.vocabulary import head_width
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.choose import OneEngine, choose_engine
+from minillm.rollout.engines.choose import ReusableEngine, choose_engine
 from minillm.teacher.local import LocalTeacher
 
 _LENGTH_BINS = ((1, 5), (6, 10), (11, None))  # words of the longest reference, as the paper bins S-NI and UnNI
@@ -65,12 +65,12 @@ def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Exam
     config = RolloutConfig(engine="transformers" if suite.no_repeat_ngram else suite.engine)
     choose_engine(config.engine)
     most = max(len(examples) for examples in sets.values()) * len(suite.seeds)
-    engines = OneEngine(config, suite.max_prompt_tokens + suite.max_new_tokens, sequences=min(most, 256))
+    engines = ReusableEngine(config, suite.max_prompt_tokens + suite.max_new_tokens, sequences=min(most, 256))
     teacher = _Teacher(suite)
     try:
         for model in checked:
             _answer_all(suite, model, engines, teacher)
-            engines.rest()
+            engines.sleep()
     finally:
         engines.close()
     return sets
@@ -93,13 +93,18 @@ class _Teacher:
         return self._loaded
 
 
-def _answer_all(suite: Suite, this: Model, engines: OneEngine, teacher: _Teacher) -> None:
+def _answer_all(suite: Suite, this: Model, engines: ReusableEngine, teacher: _Teacher) -> None:
     name, folder, prompts = this.name, this.folder, this.prompts
     made_from = _made_from(suite, this)
-    left = {key: [seed for seed in suite.seeds if not _is_there(suite, name, key, str(seed), made_from[key])] for key in prompts}
+    left = {
+        key: [seed for seed in suite.seeds if not _is_there(suite, name, key, str(seed), made_from[key])]
+        for key in prompts
+    }
     missing = {key: seeds for key, seeds in left.items() if seeds}
     extra = [key for key in this.options if not _is_there(suite, name, key, "choices", made_from[key])]
-    exposure = [key for key in prompts if suite.exposure_bias and not _is_there(suite, name, key, "exposure", made_from[key])]
+    exposure = [
+        key for key in prompts if suite.exposure_bias and not _is_there(suite, name, key, "exposure", made_from[key])
+    ]
     if not missing and not extra and not exposure:
         return
     model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
@@ -158,7 +163,9 @@ def _shared(loaded: _Loaded, teacher: _Teacher) -> int:
 def _choose(loaded: _Loaded, key: str, choices: Sequence[str]) -> list[Row]:
     """The likeliest choice of every prompt with a reference, its share of the probability of all, and whether it is right."""
     prompts = [prompt for prompt in loaded.prompts[key] if prompt.example.references]
-    found = choice_logprobs(LocalTeacher(loaded.model), prompts, loaded.options[key], replace(loaded.sampling, temperature=1.0))
+    found = choice_logprobs(
+        LocalTeacher(loaded.model), prompts, loaded.options[key], replace(loaded.sampling, temperature=1.0)
+    )
     rows: list[Row] = []
     for prompt, logs in zip(prompts, found, strict=True):
         best = int(logs.argmax())
@@ -168,7 +175,7 @@ def _choose(loaded: _Loaded, key: str, choices: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _exposure(loaded: _Loaded, key: str, suite: Suite, engines: OneEngine, teacher: _Teacher) -> list[Row]:
+def _exposure(loaded: _Loaded, key: str, suite: Suite, engines: ReusableEngine, teacher: _Teacher) -> list[Row]:
     """KL(p‖q) along one answer of the model and one of the teacher to each prompt."""
     prompts, at_hand = loaded.prompts[key], teacher.get()
     rows: list[Row] = [{"row": prompt.example.row} for prompt in prompts]
@@ -210,7 +217,9 @@ def _made_from(suite: Suite, this: Model) -> dict[str, str]:
         for place in (this.folder, suite.teacher)
     )  # fmt: skip
     engine = "transformers" if suite.no_repeat_ngram else choose_engine(suite.engine, text_config(this.folder))
-    settings = suite.model_dump(mode="json", include={"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"})
+    settings = suite.model_dump(
+        mode="json", include={"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"}
+    )
     words = sorted(this.tokenizer.get_vocab().items()), this.tokenizer.eos_token_id
     shared = _digest(weights or this.folder, settings, engine, words, taught)
     return {
@@ -271,7 +280,9 @@ def _scores(suite: Suite, name: str, key: str, by_seed: Sequence[Sequence[Row]])
     referenced = [[row for row in rows if "rouge_l" in row] for rows in by_seed]
     if referenced[0]:
         out["rouge_l"] = _over_seeds([_mean(rows, "rouge_l") for rows in referenced])
-        out["rouge_l"] |= statistics.interval(statistics.mean_of(_by_prompt(by_seed, "rouge_l")), len(referenced[0]), suite.bootstrap)
+        out["rouge_l"] |= statistics.interval(
+            statistics.mean_of(_by_prompt(by_seed, "rouge_l")), len(referenced[0]), suite.bootstrap
+        )
         out["exact_match"] = _over_seeds([_mean(rows, "exact_match") for rows in referenced])
         out["not_latin"] = sum(not metrics.is_latin(" ".join(row["references"])) for row in referenced[0])
         out["rouge_l_by_reference_words"] = {
@@ -331,7 +342,9 @@ def _paired(first: Sequence[Sequence[Row]], second: Sequence[Sequence[Row]]) -> 
     return [row["row"] for row in one[0]], _by_prompt(one, "rouge_l"), _by_prompt(other, "rouge_l")
 
 
-def _differences(suite: Suite, first: Mapping[str, list[list[Row]]], second: Mapping[str, list[list[Row]]]) -> dict[str, dict[str, float]]:
+def _differences(
+    suite: Suite, first: Mapping[str, list[list[Row]]], second: Mapping[str, list[list[Row]]]
+) -> dict[str, dict[str, float]]:
     """Second − first by set, and on the average of the sets; of those that have references."""
     out: dict[str, dict[str, float]] = {}
     changes: dict[str, dict[int, float]] = {}
@@ -354,7 +367,10 @@ def _average_difference(suite: Suite, changes: Mapping[str, Mapping[int, float]]
         rows = sorted(set().union(*(changes[key] for key in keys)))
         drawn = statistics.resample(len(rows), suite.bootstrap, seed)
         for key in keys:
-            values, inside = np.array([changes[key].get(row, 0.0) for row in rows]), np.array([row in changes[key] for row in rows])
+            values, inside = (
+                np.array([changes[key].get(row, 0.0) for row in rows]),
+                np.array([row in changes[key] for row in rows]),
+            )
             draws.append(values[drawn].sum(-1) / np.maximum(inside[drawn].sum(-1), 1))
     means = np.mean(draws, axis=0)
     low, high = np.percentile(means, [2.5, 97.5])

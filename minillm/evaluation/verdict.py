@@ -75,7 +75,9 @@ def check(changes: Mapping[str, Change], config: EvaluateConfig) -> dict[str, An
             phrases.append(f"{measure.name} cannot be compared")
             continue
         tolerance, has_to_gain = tolerated[measure.key], measure.key == "reverse_kl_reduction"
-        outcome: Outcome = "better" if change["low"] > 0 else "worse" if change["high"] < -tolerance else "no clear difference"
+        outcome: Outcome = (
+            "better" if change["low"] > 0 else "worse" if change["high"] < -tolerance else "no clear difference"
+        )
         passed = outcome == "better" if has_to_gain else outcome != "worse"
         criteria.append({
             "criterion": measure.criterion, "needed": 0.0 if has_to_gain else -tolerance, "lower_end": change["low"],
@@ -111,7 +113,9 @@ def _numbers(change: Change | None) -> dict[str, float] | None:
 
 def _phrase(measure: _Measure, change: dict[str, float], tolerance: float) -> str:
     low, mean, high = (change[end] for end in ("low", "mean", "high"))
-    levels = f" ({measure.level.format(change['before'], change['after'])})" if {"before", "after"} <= change.keys() else ""
+    levels = (
+        f" ({measure.level.format(change['before'], change['after'])})" if {"before", "after"} <= change.keys() else ""
+    )
     if low <= 0 <= high:
         ends = sorted((measure.scale * low, measure.scale * high))
         said = f"{_signed(measure.scale * mean)} {measure.unit} [{', '.join(map(_signed, ends))}]"
@@ -119,7 +123,11 @@ def _phrase(measure: _Measure, change: dict[str, float], tolerance: float) -> st
     ends = sorted(abs(measure.scale * end) for end in (low, high))
     said = f"{abs(measure.scale * mean):.1f} {measure.unit} [{ends[0]:.1f}, {ends[1]:.1f}]"
     verb = "rises" if (low > 0) == (measure.scale > 0) else "falls"
-    within = f", which is not clearly more than the {abs(measure.scale) * tolerance:g} tolerated" if -tolerance <= high < 0 else ""
+    within = (
+        f", which is not clearly more than the {abs(measure.scale) * tolerance:g} tolerated"
+        if -tolerance <= high < 0
+        else ""
+    )
     return f"{measure.name} {verb} by {said}{levels}{within}"
 
 

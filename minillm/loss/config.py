@@ -7,13 +7,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from minillm.config import Section, Share
+from minillm.errors import InputError
 
 
 class DivergenceConfig(Section):
     """A divergence between the student's q and the teacher's p at each token; see `minillm.loss.divergences`."""
 
     name: Literal[
-        "forward_kl", "reverse_kl", "jensen_shannon", "skew_forward_kl", "skew_reverse_kl", "total_variation", "adaptive_kl", "alpha_beta"
+        "forward_kl",
+        "reverse_kl",
+        "jensen_shannon",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+        "adaptive_kl",
+        "alpha_beta",
     ]
     alpha: float | None = None
     """Of `alpha_beta`."""
@@ -36,7 +44,9 @@ class DivergenceConfig(Section):
             "alpha_beta": {"alpha", "beta"},
         }.get(self.name, set())  # fmt: skip
         if spare := set(self.parameters) - takes:
-            raise ValueError(f"{self.name} takes {' and '.join(sorted(takes)) or 'no parameter'}, not {', '.join(sorted(spare))}")
+            raise InputError(
+                f"{self.name} takes {' and '.join(sorted(takes)) or 'no parameter'}, not {', '.join(sorted(spare))}"
+            )
         return self
 
     @property
@@ -114,25 +124,38 @@ class Objective(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Objective:
         if self.weight_in_clip and self.clip is None:
-            raise ValueError("weight_in_clip needs clip (a number between 0 and 1)")
+            raise InputError("weight_in_clip needs clip (a number between 0 and 1)")
         if self.clip and self.dual_clip and self.dual_clip <= 1 + self.clip:
-            raise ValueError(f"dual_clip ({self.dual_clip:g}) bounds what clip does not: it must be above 1 + clip ({1 + self.clip:g})")
+            raise InputError(
+                f"dual_clip ({self.dual_clip:g}) bounds what clip does not: it must be above 1 + clip ({1 + self.clip:g})"
+            )
         if self.reward == "expected" and (self.reward_scale != 1.0 or self.reward_clip is not None):
-            raise ValueError("reward_scale and reward_clip apply to reward: sampled; the expected reward is -KL as it is")
+            raise InputError(
+                "reward_scale and reward_clip apply to reward: sampled; the expected reward is -KL as it is"
+            )
         if self.reward == "expected" and self.baseline.startswith("whiten"):
-            raise ValueError("whitening needs every return beforehand: use reward: sampled, or baseline: centre")
+            raise InputError("whitening needs every return beforehand: use reward: sampled, or baseline: centre")
         if self.importance == "none" and self.weight_in_clip:
-            raise ValueError("weight_in_clip has no weight to clip: set importance: token")
-        if self.importance_truncation is not None and self.clip and self.importance == "none" and self.single_step_weight == "none":
-            raise ValueError("importance_truncation has no weight to truncate: set importance or single_step_weight, or clip: null")
+            raise InputError("weight_in_clip has no weight to clip: set importance: token")
+        if (
+            self.importance_truncation is not None
+            and self.clip
+            and self.importance == "none"
+            and self.single_step_weight == "none"
+        ):
+            raise InputError(
+                "importance_truncation has no weight to truncate: set importance or single_step_weight, or clip: null"
+            )
         if self.importance == "prefix" and self.weight_in_clip:
-            raise ValueError("weight_in_clip holds for importance: token")
+            raise InputError("weight_in_clip holds for importance: token")
         if self.importance == "prefix" and self.baseline != "none":
-            raise ValueError("importance: prefix weighs rewards, not the score; a baseline would bias it: set baseline: none")
+            raise InputError(
+                "importance: prefix weighs rewards, not the score; a baseline would bias it: set baseline: none"
+            )
         if self.divergence.name != "reverse_kl" and self.long_term:
-            raise ValueError(f"divergence: {self.divergence.name} has no long-term term; set long_term: 0")
+            raise InputError(f"divergence: {self.divergence.name} has no long-term term; set long_term: 0")
         if self.importance == "prefix" and self.length_norm:
-            raise ValueError("importance: prefix weighs each future reward; it has no length-normalised form")
+            raise InputError("importance: prefix weighs each future reward; it has no length-normalised form")
         return self
 
     @classmethod

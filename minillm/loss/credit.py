@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minillm.data.logprobs import LOG_ZERO
+from minillm.errors import InputError
 from minillm.loss.config import Objective
 
 _WALK = 512
@@ -47,7 +48,9 @@ class SampledTokens:
             setattr(self, name, getattr(self, name).clamp(min=LOG_ZERO))
 
     def to(self, device: torch.device) -> SampledTokens:
-        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in vars(self).items()
+        }
         return SampledTokens(**moved)
 
     @property
@@ -70,7 +73,7 @@ def sampled_rewards(tokens: SampledTokens, objective: Objective) -> Tensor:
     return rewards
 
 
-def known_rewards(tokens: SampledTokens, objective: Objective) -> Tensor | None:
+def precomputed_rewards(tokens: SampledTokens, objective: Objective) -> Tensor | None:
     """Rewards of each token [N]; None for expected rewards −KL_k of tokens not scored yet.
 
     They belong to the rollout, not to the pass over it: on a later inner epoch the student's KL on these very prefixes
@@ -145,10 +148,10 @@ def returns(rewards: Tensor, tokens: SampledTokens, objective: Objective) -> Ten
     for start in range((max(len(rewards), 1) - 1) // _WALK * _WALK, -1, -_WALK):
         part = slice(start, min(start + _WALK, len(rewards)))
         out[part] = walk(part, rewards[part])
-    return out / summands(tokens, objective).clamp(min=1) if objective.length_norm else out
+    return out / num_rewards(tokens, objective).clamp(min=1) if objective.length_norm else out
 
 
-def summands(tokens: SampledTokens, objective: Objective) -> Tensor:
+def num_rewards(tokens: SampledTokens, objective: Objective) -> Tensor:
     """How many rewards a token's return sums, [N]."""
     return tokens.remaining + (objective.return_from == "current")
 
@@ -159,10 +162,10 @@ def return_sum(tokens: SampledTokens, objective: Objective) -> tuple[Tensor, Ten
     Expected rewards of tokens not scored yet are estimated by ρ_k r_k: tokens are drawn from p̃, under which the mean of r_k is
     not −KL_k but that of ρ_k r_k is.
     """
-    rewards = known_rewards(tokens, objective)
+    rewards = precomputed_rewards(tokens, objective)
     if rewards is None:
         rewards = sampled_rewards(tokens, objective) * token_weights(tokens)
-    has_future = summands(tokens, objective) > 0
+    has_future = num_rewards(tokens, objective) > 0
     values = returns(rewards, tokens, objective).double() * has_future
     sums = torch.stack([values, has_future.double()])
     nothing = sums.new_zeros(2, len(tokens.lengths))
@@ -190,7 +193,7 @@ def whiten(values: Tensor, slots: int | None = None, total: Callable[[Tensor], f
     """
     slots = len(values) if slots is None else slots
     if slots < len(values):
-        raise ValueError(f"{len(values)} values do not fit into {slots} slots")
+        raise InputError(f"{len(values)} values do not fit into {slots} slots")
     count = total(torch.tensor(float(slots)))
     mean = total(values.double().sum()) / count
     squares = ((values.double() - mean) ** 2).sum() + (slots - len(values)) * mean**2

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minillm.data.logprobs import floored_log_softmax
+from minillm.errors import InputError
 from minillm.loss.config import DivergenceConfig
 
 
@@ -35,7 +36,9 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     return _kl(p, q)
 
 
-def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+def jensen_shannon(
+    student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
     """β·KL(p‖m) + (1−β)·KL(q‖m), m = β·p + (1−β)·q, 0 < β < 1 (GKD, arXiv 2306.13649).
 
     Divided by β it tends to the forward KL as β → 0, divided by 1−β to the reverse KL as β → 1; at either end itself
@@ -47,14 +50,18 @@ def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float =
     return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
 
 
-def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, skew: float = 0.1, temperature: float = 1.0) -> Tensor:
+def skew_forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, skew: float = 0.1, temperature: float = 1.0
+) -> Tensor:
     """KL(p ‖ λ·p + (1−λ)·q), 0 ≤ λ < 1 (DistiLLM, arXiv 2402.03898); λ = 0 is the forward KL."""
     _inside("skew", skew, low_included=True)
     q, p = _logs(student_logits, teacher_logits, temperature)
     return _kl(p, _mix(p, q, skew))
 
 
-def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, skew: float = 0.1, temperature: float = 1.0) -> Tensor:
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, skew: float = 0.1, temperature: float = 1.0
+) -> Tensor:
     """KL(q ‖ λ·q + (1−λ)·p), 0 ≤ λ < 1 (DistiLLM, arXiv 2402.03898); λ = 0 is the reverse KL."""
     _inside("skew", skew, low_included=True)
     q, p = _logs(student_logits, teacher_logits, temperature)
@@ -67,7 +74,9 @@ def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature:
     return (q.exp() - p.exp()).abs().sum(-1) / 2
 
 
-def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, head_mass: float = 0.5, temperature: float = 1.0) -> Tensor:
+def adaptive_kl(
+    student_logits: Tensor, teacher_logits: Tensor, head_mass: float = 0.5, temperature: float = 1.0
+) -> Tensor:
     """w·KL(p‖q) + (1−w)·KL(q‖p), w the share of Σ|p − q| that lies in the teacher's head (AKL, arXiv 2404.02657).
 
     The head is the fewest tokens that hold `head_mass` of p, 0 < head_mass < 1; the weight w is not differentiated.
@@ -84,7 +93,9 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, head_mass: float
     return weight * _kl(p, q) + (1 - weight) * _kl(q, p)
 
 
-def alpha_beta(student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.2, beta: float = 0.7, temperature: float = 1.0) -> Tensor:
+def alpha_beta(
+    student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.2, beta: float = 0.7, temperature: float = 1.0
+) -> Tensor:
     """The α–β divergence of p and q (ABKD, arXiv 2505.04560; Cichocki and others, 2011).
 
         −1/(αβ) Σ_v [ p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β) ]
@@ -118,7 +129,7 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 def _logs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
+        raise InputError(f"temperature must be above 0, not {temperature}")
     q, p = (floored_log_softmax(logits / temperature) for logits in (student_logits, teacher_logits))
     return q, p
 
@@ -140,4 +151,4 @@ def _mix(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 def _inside(name: str, value: float, low_included: bool = False) -> None:
     if not (0 < value < 1 or (low_included and value == 0)):
-        raise ValueError(f"{name} must be {'at least' if low_included else 'above'} 0 and below 1, not {value}")
+        raise InputError(f"{name} must be {'at least' if low_included else 'above'} 0 and below 1, not {value}")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, bucket, pad
 from minillm.data.rollouts import TeacherRows
-from minillm.loss.token_scores import Divergence, TokenScores, Weigh, token_scores
+from minillm.loss.token_scores import Divergence, LossFn, TokenScores, token_scores
 from minillm.models.head import Head, head_of, hidden_states, unwrap_adapter
 
 
@@ -32,7 +32,7 @@ class Scoring:
     width: int
     teacher_hidden: Tensor | None = None
     teacher_head: Head | None = None
-    weigh: Weigh | None = None
+    loss_fn: LossFn | None = None
     temperature: float = 1.0
     teacher_rows: TeacherRows | None = None
     divergence: Divergence | None = None
@@ -56,7 +56,9 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         return model
     # Of the class, so that a copy of the model does not call the original's; another's patch is kept as it is.
     plain: Any = (
-        (lambda self, *args, **kwargs: patched(*args, **kwargs)) if (patched := vars(model).get("forward")) else type(model).forward
+        (lambda self, *args, **kwargs: patched(*args, **kwargs))
+        if (patched := vars(model).get("forward"))
+        else type(model).forward
     )
 
     def forward(self: Any, *args: Any, scoring: _ScoringCall | None = None, **kwargs: Any) -> Any:
@@ -69,7 +71,7 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
             head.unshard()  # a unit of its own: its weights are gathered when it is called, and here it is not
         scoring.loss, scoring.scores = token_scores(
             hidden, head_of(self), asked.batch.targets, asked.teacher_hidden, asked.teacher_head,
-            teacher_rows=asked.teacher_rows, weigh=asked.weigh, divergence=asked.divergence, temperature=asked.temperature,
+            teacher_rows=asked.teacher_rows, loss_fn=asked.loss_fn, divergence=asked.divergence, temperature=asked.temperature,
             text_temperature=asked.text_temperature, width=asked.width,
         )  # fmt: skip
         return {"loss": scoring.loss}
@@ -101,6 +103,13 @@ def score_responses(
     for group in bucket([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], size):
         batch = pad([prompts[i] for i in group], [responses[i] for i in group], device)
         _, scores = score(model, scoring(batch, group))
-        parts = {name: value.float().cpu().split(batch.lengths.tolist()) for name, value in vars(scores).items() if value is not None}
-        out |= {i: TokenScores(**{name: part[place].clone() for name, part in parts.items()}) for place, i in enumerate(group)}
+        parts = {
+            name: value.float().cpu().split(batch.lengths.tolist())
+            for name, value in vars(scores).items()
+            if value is not None
+        }
+        out |= {
+            i: TokenScores(**{name: part[place].clone() for name, part in parts.items()})
+            for place, i in enumerate(group)
+        }
     return [out[i] for i in range(len(prompts))]

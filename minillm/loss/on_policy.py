@@ -18,11 +18,11 @@ from minillm.loss import credit
 from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
 from minillm.loss.terms import Tally, single_step_score
-from minillm.loss.token_scores import TokenScores, TokenWeights
+from minillm.loss.token_scores import ScoreGradients, TokenScores
 
 
 class OnPolicyLoss:
-    """The `weigh` of `token_scores` for sampled responses followed, in the same flat batch, by text.
+    """The `loss_fn` of `token_scores` for sampled responses followed, in the same flat batch, by text.
 
     Args:
         tokens: the sampled responses; the first N tokens of the batch.
@@ -41,7 +41,7 @@ class OnPolicyLoss:
         self._objective, self._tokens = objective, tokens
         self._count, self._text_count = count, text_count
         self._n = len(tokens.student_logprobs)
-        self._summands = credit.summands(tokens, objective)
+        self._num_rewards = credit.num_rewards(tokens, objective)
         ones = torch.ones_like(tokens.student_logprobs)
         self._baseline = ones * baseline if objective.baseline == "centre" else torch.zeros_like(ones)
         truncation = objective.importance_truncation
@@ -55,12 +55,12 @@ class OnPolicyLoss:
         by_reward = before if objective.reward == "expected" else including
         self._reward_weights = by_reward if objective.importance == "prefix" else ones
         self._walk = credit.ReturnWalk(tokens.segments, objective.discount, objective.return_from)
-        rewards = credit.known_rewards(tokens, objective)
+        rewards = credit.precomputed_rewards(tokens, objective)
         self._advantages = None if rewards is None else self._known(rewards, slots, total)
         self.reverse_kl = torch.zeros_like(tokens.student_logprobs)
         self.tally = Tally()
 
-    def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+    def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
         if part.stop <= self._n:
             return self._policy(part, scores)
         if part.start >= self._n:
@@ -72,18 +72,22 @@ class OnPolicyLoss:
         zeros = torch.zeros_like(scores.logq)
         pairs = {name: (getattr(policy, name), getattr(text, name)) for name in vars(policy)}
         joined = {
-            name: None if a is b is None else torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b])
+            name: None
+            if a is b is None
+            else torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b])
             for name, (a, b) in pairs.items()
         }
-        return loss + text_loss, TokenWeights(**joined)
+        return loss + text_loss, ScoreGradients(**joined)
 
-    def _policy(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+    def _policy(self, part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
         objective, old = self._objective, self._tokens.student_logprobs[part]
         self.reverse_kl[part] = scores.reverse_kl
         advantages = self._future(part, scores.reverse_kl) if self._advantages is None else self._advantages[part]
         weights = self._weights[part]
         # A ratio beyond its bound is truncated, not cut off: a token far off policy still counts, as much as the bound.
-        ratio = credit.importance_weights(scores.logq - old, objective.importance_truncation if objective.clip is None else None)
+        ratio = credit.importance_weights(
+            scores.logq - old, objective.importance_truncation if objective.clip is None else None
+        )
         if objective.weight_in_clip:
             ratio, weights = ratio * weights, torch.ones_like(weights)
         if objective.clip is not None and objective.dual_clip is not None:
@@ -108,16 +112,16 @@ class OnPolicyLoss:
         if field == "divergence":
             self.tally.add(divergence=exact)
         by_logq = -long * weights * gain * active
-        return loss, replace(TokenWeights(logq=by_logq), **{field: single})
+        return loss, replace(ScoreGradients(logq=by_logq), **{field: single})
 
-    def _text(self, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+    def _text(self, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
         """λ·[(1−s)·(−log q(y)) + s·KL(p‖q)] over text tokens, at the temperature of text."""
         objective = self._objective
         share = objective.language_model_distill
         scale = torch.ones_like(scores.logq) * (objective.language_model / self._text_count)
         loss = scale * ((1 - share) * -scores.text_logq + share * scores.text_forward_kl)
         self.tally.add(text_tokens=torch.ones_like(scores.logq), text_nll=-scores.text_logq, language_model_loss=loss)
-        return loss.sum(), TokenWeights(text_logq=-scale * (1 - share), text_forward_kl=scale * share)
+        return loss.sum(), ScoreGradients(text_logq=-scale * (1 - share), text_forward_kl=scale * share)
 
     def _future(self, part: slice, reverse_kl: Tensor) -> Tensor:
         """Advantages from expected rewards −KL_k of tokens scored for the first time, on the walk."""
@@ -133,12 +137,12 @@ class OnPolicyLoss:
         return self._finish(value, slice(None), divide=False)
 
     def _finish(self, value: Tensor, part: slice, divide: bool) -> Tensor:
-        summands = self._summands[part]
+        num_rewards = self._num_rewards[part]
         if divide:
-            value = value / summands.clamp(min=1)
+            value = value / num_rewards.clamp(min=1)
         centred = value - self._baseline[part]
         if self._objective.length_norm:
             # The mean of no rewards is undefined: such a token is judged by the single step alone, so that ending a
             # response is neither rewarded nor punished for having no future.
-            centred = torch.where(summands > 0, centred, torch.zeros_like(centred))
+            centred = torch.where(num_rewards > 0, centred, torch.zeros_like(centred))
         return centred

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minillm.loss.config import DivergenceConfig
 from minillm.loss.terms import Tally, single_step_score
-from minillm.loss.token_scores import TokenScores, TokenWeights
+from minillm.loss.token_scores import ScoreGradients, TokenScores
 
 
 class SupervisedLoss:
@@ -20,11 +20,11 @@ class SupervisedLoss:
         self._divergence = divergence or DivergenceConfig(name="forward_kl")
         self.tally = Tally()
 
-    def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
+    def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
         ones = torch.ones_like(scores.logq) / self._count
         if self._share == 1:  # fine-tuning, where there need be no teacher
             self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, entropy=scores.entropy)
-            return (ones * -scores.text_logq).sum(), TokenWeights(text_logq=-ones)
+            return (ones * -scores.text_logq).sum(), ScoreGradients(text_logq=-ones)
         field, value = single_step_score(self._divergence, scores)
         loss = ones * (self._share * -scores.text_logq + (1 - self._share) * value)
         if field == "divergence":
@@ -33,4 +33,4 @@ class SupervisedLoss:
             tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, forward_kl=scores.forward_kl,
             reverse_kl=scores.reverse_kl, entropy=scores.entropy,
         )  # fmt: skip
-        return loss.sum(), replace(TokenWeights(text_logq=-ones * self._share), **{field: ones * (1 - self._share)})
+        return loss.sum(), replace(ScoreGradients(text_logq=-ones * self._share), **{field: ones * (1 - self._share)})

@@ -24,7 +24,7 @@ class Tally:
 
 
 def single_step_score(divergence: DivergenceConfig, scores: TokenScores) -> tuple[str, Tensor]:
-    """The divergence among a token's scores, and the field of `TokenWeights` that it is weighed by.
+    """The divergence among a token's scores, and the field of `ScoreGradients` that it is weighed by.
 
     The two KLs are there in any case; another kind is what `token_scores` was given as `divergence`.
     """

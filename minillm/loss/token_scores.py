@@ -52,7 +52,7 @@ class TokenScores:
 
 
 @dataclass
-class TokenWeights:
+class ScoreGradients:
     """Derivatives of the loss by a token's scores [N]; each may be None for zero.
 
     logq: by log q(y). reverse_kl: by KL(q‖p). forward_kl: by KL(p‖q). divergence: by the one that was given. text_logq,
@@ -69,7 +69,7 @@ class TokenWeights:
 
 # Given a chunk's place and scores, the loss it contributes and the loss's derivatives. Called from the last chunk to
 # the first, so that a return, which sums over the future, is complete when a token's turn comes.
-Weigh = Callable[[slice, TokenScores], tuple[Tensor, TokenWeights]]
+LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
 # Logits of student and teacher [n, V], divided by the temperature, to one value a token [n]; see `minillm.loss.divergences`.
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,7 +82,7 @@ def token_scores(
     teacher_head: Head | None = None,
     *,
     teacher_rows: TeacherRows | None = None,
-    weigh: Weigh | None = None,
+    loss_fn: LossFn | None = None,
     divergence: Divergence | None = None,
     temperature: float = 1.0,
     text_temperature: float | None = None,
@@ -111,7 +111,7 @@ def token_scores(
     """
     outs: list[TokenScores] = []
     loss = _GradientInForward.apply(
-        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature,
+        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, loss_fn, divergence, temperature,
         temperature if text_temperature is None else text_temperature, width, chunk, outs,
     )  # fmt: skip
     return loss, outs[0]
@@ -120,7 +120,7 @@ def token_scores(
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature,
+        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, loss_fn, divergence, temperature,
         text_temperature, width, chunk, outs,
     ):  # fmt: skip
         dtype = hidden.dtype
@@ -131,7 +131,7 @@ class _GradientInForward(torch.autograd.Function):
             dtype = torch.float32
         with torch.autocast(hidden.device.type, enabled=False):
             return _forward(
-                ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, teacher_rows, weigh,
+                ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, teacher_rows, loss_fn,
                 divergence, temperature, text_temperature, width, chunk, outs, dtype, rounded,
             )  # fmt: skip
 
@@ -143,19 +143,21 @@ class _GradientInForward(torch.autograd.Function):
 
 
 def _forward(
-    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, weigh, divergence, temperature, text_temperature, width,
+    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, loss_fn, divergence, temperature, text_temperature, width,
     chunk, outs, dtype, rounded,
 ) -> Tensor:  # fmt: skip
     n = len(targets)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     apart = text_temperature != temperature
-    left_out = ({"divergence"} if divergence is None else set()) | (set() if apart else {"text_logq", "text_forward_kl"})
+    left_out = ({"divergence"} if divergence is None else set()) | (
+        set() if apart else {"text_logq", "text_forward_kl"}
+    )
     kept = [field.name for field in fields(TokenScores) if field.name not in left_out]
     scores = TokenScores(**{name: hidden.new_zeros(n, dtype=wide) for name in kept})
     outs.append(scores)
     loss = hidden.new_zeros((), dtype=wide)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    wants_grad = weigh is not None and any(ctx.needs_input_grad[:3])
+    wants_grad = loss_fn is not None and any(ctx.needs_input_grad[:3])
     grad_hidden = torch.empty_like(hidden, dtype=wide) if wants_grad and needs_hidden else None
     grad_weight = torch.zeros_like(head.weight, dtype=wide) if wants_grad and needs_weight else None
     grad_bias = torch.zeros_like(head.bias, dtype=wide) if wants_grad and needs_bias else None
@@ -171,7 +173,10 @@ def _forward(
     text_curve = text_teacher_curve = curve._replace(temperature=float(text_temperature))
     if teacher_hidden is not None:
         teacher_head = teacher_head.narrow(width)
-        teacher_weight, teacher_curve = teacher_head.weight.detach().to(dtype), LogitTransform.of(teacher_head, temperature, wide)
+        teacher_weight, teacher_curve = (
+            teacher_head.weight.detach().to(dtype),
+            LogitTransform.of(teacher_head, temperature, wide),
+        )
         text_teacher_curve = teacher_curve._replace(temperature=float(text_temperature))
         teacher_hidden = teacher_hidden.to(dtype)
     elif teacher_rows is not None:
@@ -186,10 +191,14 @@ def _forward(
         if teacher_hidden is not None:
             teacher = project(teacher_hidden[part], teacher_weight)
         elif teacher_rows is not None:
-            teacher = _filled_in(curve.logits(student, wide), teacher_rows.ids[part], teacher_rows.logprobs[part])
+            teacher = _complete_with_student(
+                curve.logits(student, wide), teacher_rows.ids[part], teacher_rows.logprobs[part]
+            )
         else:
             teacher = student
-        *normalisers, logq, logp, reverse, forward, entropy = measure(student, teacher, targets[part], curve, teacher_curve, wide)
+        *normalisers, logq, logp, reverse, forward, entropy = measure(
+            student, teacher, targets[part], curve, teacher_curve, wide
+        )
         here = TokenScores(logq, logp, reverse, forward, entropy)
         if apart:
             measured = measure(student, teacher, targets[part], text_curve, text_teacher_curve, wide)
@@ -201,9 +210,9 @@ def _forward(
             here.divergence = other.detach()
         for name in kept:
             getattr(scores, name)[part] = getattr(here, name)
-        if weigh is None:
+        if loss_fn is None:
             continue
-        value, weights = weigh(part, here)
+        value, weights = loss_fn(part, here)
         loss += value
         if not wants_grad:
             continue
@@ -242,7 +251,7 @@ def _forward(
     return loss
 
 
-def _filled_in(student: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
+def _complete_with_student(student: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
     """Rows of log p [n, V] that are known at `ids` [n, K] and elsewhere q's own, scaled to the mass that is left.
 
     KL(q‖·) to such a row is that of the partition {ids, all others}, and so is its gradient.
@@ -252,7 +261,9 @@ def _filled_in(student: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
     repeated = ids == ids[:, :1]
     repeated[:, 0] = False
     known = logp.double().exp().masked_fill(repeated, 0.0).sum(-1)
-    others_p = torch.log1p(-known.clamp(max=1 - 1e-7)).to(logq.dtype)  # float32 log-probabilities add up no closer to one
+    others_p = torch.log1p(-known.clamp(max=1 - 1e-7)).to(
+        logq.dtype
+    )  # float32 log-probabilities add up no closer to one
     return (logq + (others_p - others_q)[:, None]).scatter(1, ids, logp.to(logq.dtype))
 
 
@@ -260,7 +271,14 @@ def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
     return value if unit is None else value.to(unit.dtype) * unit
 
 
-def _measure(student: Tensor, teacher: Tensor, targets: Tensor, curve: LogitTransform, teacher_curve: LogitTransform, wide: torch.dtype):
+def _measure(
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    curve: LogitTransform,
+    teacher_curve: LogitTransform,
+    wide: torch.dtype,
+):
     """The two normalisers, then the fields of `TokenScores`; one exponential a logit."""
     s, z = curve.logits(student, wide), teacher_curve.logits(teacher, wide)
     top_s, top_z = s.amax(-1), z.amax(-1)

@@ -33,7 +33,9 @@ def _curve(x, scale, cap, temperature, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _read(pointer, bias, row, width, columns, inside, scale, cap, temperature, CAPPED: tl.constexpr, BIASED: tl.constexpr):
+def _read(
+    pointer, bias, row, width, columns, inside, scale, cap, temperature, CAPPED: tl.constexpr, BIASED: tl.constexpr
+):
     x = tl.load(pointer + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if BIASED:
         x += tl.load(bias + columns, mask=inside, other=0.0)
@@ -113,12 +115,16 @@ def _differentiate_kernel(
     tl.store(out + row * width + columns, grad.to(out.dtype.element_ty), mask=inside)
 
 
-def measure(student: Tensor, teacher: Tensor, targets: Tensor, curve: Any, teacher_curve: Any, wide: torch.dtype) -> tuple[Tensor, ...]:
+def measure(
+    student: Tensor, teacher: Tensor, targets: Tensor, curve: Any, teacher_curve: Any, wide: torch.dtype
+) -> tuple[Tensor, ...]:
     """See `token_scores._measure`. student, teacher: [n, V], contiguous; targets: [n]."""
     rows, width = student.shape
     out = torch.empty(7, rows, dtype=wide, device=student.device)
     settings, flags = _settings(student, curve, teacher_curve)
-    _measure_kernel[(rows,)](student, teacher, *_biases(out, curve, teacher_curve), targets, out, rows, width, *settings, **flags)
+    _measure_kernel[(rows,)](
+        student, teacher, *_biases(out, curve, teacher_curve), targets, out, rows, width, *settings, **flags
+    )
     return tuple(out)
 
 
@@ -149,4 +155,7 @@ def _settings(student: Tensor, curve: Any, teacher_curve: Any) -> tuple[list[flo
 
 def _biases(stand_in: Tensor, curve: Any, teacher_curve: Any) -> tuple[Tensor, Tensor]:
     """Any pointer serves where there is no bias: it is not read."""
-    return (stand_in if curve.bias is None else curve.bias, stand_in if teacher_curve.bias is None else teacher_curve.bias)
+    return (
+        stand_in if curve.bias is None else curve.bias,
+        stand_in if teacher_curve.bias is None else teacher_curve.bias,
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minillm.errors import InputError
 from minillm.models.configs import read_config
 from minillm.models.sources import check_adapter_source
 
@@ -48,10 +49,10 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{adapter}: the adapter cannot be merged: {_short(error)}") from error
+        raise InputError(f"{adapter}: the adapter cannot be merged: {_short(error)}") from error
     if _fingerprints(merged) == before:
         if not nothing:
-            raise ValueError(f"{adapter}: the adapter is too small to change a weight in {model.dtype}")
+            raise InputError(f"{adapter}: the adapter is too small to change a weight in {model.dtype}")
         logger.warning("%s: the adapter changes nothing: was it trained?", adapter)
     return merged.eval()
 
@@ -66,10 +67,12 @@ def _adapted(model: Any, adapter: str, source: str) -> Any:
     try:
         config: Any = PeftConfig.from_pretrained(adapter)
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{adapter}: adapter_config.json cannot be read: {_short(error)}") from error
+        raise InputError(f"{adapter}: adapter_config.json cannot be read: {_short(error)}") from error
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
-        raise ValueError(f"{adapter}: an adapter of kind {config.peft_type.value} cannot be merged into the model's weights")
+        raise InputError(
+            f"{adapter}: an adapter of kind {config.peft_type.value} cannot be merged into the model's weights"
+        )
     theirs = f"the adapter, which belongs to {config.base_model_name_or_path or 'a model that it does not name'}, does not fit {source}"
     config.inference_mode = True
     try:
@@ -79,8 +82,12 @@ def _adapted(model: Any, adapter: str, source: str) -> Any:
             adapter, "default", torch_device="cpu", low_cpu_mem_usage=meta,
             key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
         )  # fmt: skip
-    except (ValueError, KeyError, RuntimeError) as error:  # modules that are not there, tensors missing or of another shape
-        raise ValueError(f"{adapter}: {theirs}: {_short(error)}") from error
+    except (
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # modules that are not there, tensors missing or of another shape
+        raise InputError(f"{adapter}: {theirs}: {_short(error)}") from error
     faults = [
         f"{len(keys)} {what} ({keys[0]}{', …' if keys[1:] else ''})"
         for keys, what in (
@@ -90,18 +97,25 @@ def _adapted(model: Any, adapter: str, source: str) -> Any:
         if keys
     ]
     if faults:
-        raise ValueError(f"{adapter}: {theirs}: {', and '.join(faults)}")
+        raise InputError(f"{adapter}: {theirs}: {', and '.join(faults)}")
     return adapted
 
 
 def _layers(adapted: Any) -> list[Any]:
-    return [module for module in adapted.modules() if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})]
+    return [
+        module
+        for module in adapted.modules()
+        if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})
+    ]
 
 
 def _fingerprints(model: Any) -> list[int]:
     """A number of each weight's bits, which are the same only where nothing changed: a copy may not fit beside the model."""
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return [int(value.detach().contiguous().view(sizes[value.itemsize]).sum(dtype=torch.int64)) for value in model.parameters()]
+    return [
+        int(value.detach().contiguous().view(sizes[value.itemsize]).sum(dtype=torch.int64))
+        for value in model.parameters()
+    ]
 
 
 def _short(error: BaseException) -> str:

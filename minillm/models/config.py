@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from minillm.config import ModelSource, Positive, Section
+from minillm.errors import InputError
 
 
 class AdapterConfig(Section):
@@ -24,7 +25,7 @@ class AdapterConfig(Section):
     @model_validator(mode="after")
     def _not_on_the_head(self) -> AdapterConfig:
         if heads := sorted({"lm_head", "embed_out"} & set(self.targets)):
-            raise ValueError(f"targets: {', '.join(heads)}: an adapter on the output head is not scored; leave it out")
+            raise InputError(f"targets: {', '.join(heads)}: an adapter on the output head is not scored; leave it out")
         return self
 
 

@@ -18,7 +18,9 @@ def read_config(source: str | Path) -> Any:
     folder, gguf = place(source)
     if not gguf:
         return AutoConfig.from_pretrained(folder)
-    return copy.deepcopy(_config_of_gguf(folder, gguf["gguf_file"], (Path(folder) / gguf["gguf_file"]).stat().st_mtime_ns))
+    return copy.deepcopy(
+        _config_of_gguf(folder, gguf["gguf_file"], (Path(folder) / gguf["gguf_file"]).stat().st_mtime_ns)
+    )
 
 
 @cache

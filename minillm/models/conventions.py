@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from minillm.data.encoding import encoder_of
 from minillm.data.sampling import Sampling, StopStrings
+from minillm.errors import InputError
 from minillm.models.configs import context_length, text_config
 from minillm.models.load import load_tokenizer
 from minillm.models.vocabulary import check_same_tokens, token_count
@@ -36,9 +37,13 @@ class Conventions:
     vocab_size: int
     context: int | None
 
-    def sampling(self, max_new_tokens: int, temperature: float = 1.0, stop: Sequence[str] = (), **more: Any) -> Sampling:
+    def sampling(
+        self, max_new_tokens: int, temperature: float = 1.0, stop: Sequence[str] = (), **more: Any
+    ) -> Sampling:
         """How tokens are drawn. A stop string that is the text of a special token means that token."""
-        special = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = {
+            token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
         ends = {special[text] for text in stop if text in special}
         strings = [text for text in stop if text not in special]
         return Sampling(
@@ -78,8 +83,11 @@ def settle(tokenizer: Any, teacher: Any = None, students: Iterable[Any] = (), *,
     configs = [text_config(model) for model in models]
     width = min([token_count(tokenizer), *(config.vocab_size for config in configs)])
     if not (eos := {end for end in eos if 0 <= end < width}):
-        names = " and ".join(dict.fromkeys(str(getattr(model, "name_or_path", model)) for model in models)) or "the tokenizer"
-        raise ValueError(
+        names = (
+            " and ".join(dict.fromkeys(str(getattr(model, "name_or_path", model)) for model in models))
+            or "the tokenizer"
+        )
+        raise InputError(
             f"{names}: no end token: neither generation_config.json nor the tokenizer names one (eos_token_id), nor does the chat template "
             "end a turn with one; answers would never end. Set eos_token in tokenizer_config.json"
         )

@@ -34,7 +34,7 @@ def working_dtype() -> torch.dtype:
     return torch.bfloat16 if fast_bfloat16() else torch.float32
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Models and caches that are done with, which hold each other in cycles, go back to the system, or to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
@@ -44,7 +44,7 @@ def give_back_memory() -> None:
 
 
 @contextlib.contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def keep_freed_memory() -> Iterator[None]:
     """On a CPU with glibc: large blocks that are freed stay with the process inside, and go back to the system at the end.
 
     Otherwise each goes back to the kernel at once, and every page of the next one is faulted in anew. That was a third of the time
@@ -66,8 +66,10 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        allow(65536, 64 << 20)  # glibc no longer moves the size from which blocks are mapped one by one, which costs memory, not time
-        give_back_memory()
+        allow(
+            65536, 64 << 20
+        )  # glibc no longer moves the size from which blocks are mapped one by one, which costs memory, not time
+        release_memory()
 
 
 def machine() -> str:

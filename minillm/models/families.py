@@ -6,7 +6,14 @@ from typing import Any
 
 
 def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
-    return {"model_type": "gpt2", "n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": 50257, "n_positions": 1024}
+    return {
+        "model_type": "gpt2",
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "vocab_size": 50257,
+        "n_positions": 1024,
+    }
 
 
 def _opt(width: int, layers: int, heads: int) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from minillm.models.sources import place
 logger = logging.getLogger(__name__)
 
 # What others depend on, which therefore is set before them.
-_FIRST = ("eos_token_id", "pad_token_id", "bos_token_id", "do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+_FIRST = (
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "do_sample",
+    "num_beams",
+    "return_dict_in_generate",
+    "use_cache",
+)
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -27,13 +35,18 @@ def read_generation_config(source: str | Path, config: Any) -> GenerationConfig:
     """
     folder, _ = place(source)
     file = cached_file(
-        folder, "generation_config.json", _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        folder,
+        "generation_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     if file is not None:
         try:
             return savable(json.loads(Path(file).read_text(encoding="utf-8")), str(source))
         except (ValueError, AttributeError) as error:
-            logger.warning("%s: generation_config.json cannot be read (%s); the model's config stands in for it", source, error)
+            logger.warning(
+                "%s: generation_config.json cannot be read (%s); the model's config stands in for it", source, error
+            )
     return savable(GenerationConfig.from_model_config(config).to_diff_dict(), str(source))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, pad
+from minillm.errors import InputError
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -25,7 +26,9 @@ def head_of(model: PreTrainedModel) -> Head:
     """The head's weights and the constants that its family applies to logits."""
     module: Any = unwrap_adapter(model).get_output_embeddings()
     if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
-        raise ValueError("an adapter on the output head is not scored; leave lm_head out of target_modules and modules_to_save")
+        raise InputError(
+            "an adapter on the output head is not scored; leave lm_head out of target_modules and modules_to_save"
+        )
     config: Any = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None)  # Cohere
     if scale is None:
@@ -57,7 +60,7 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     ours = head_of(model).logits(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
     model.train(was_training)
     if not (own - ours.to(own.dtype)).norm() <= 0.05 * own.norm() + 1e-6:  # far above what rounding does
-        raise ValueError(
+        raise InputError(
             f"the {name} ({type(model).__name__}) makes its logits in a way that is not scored here: only a linear head with a "
             "bias, a scale (logit_scale, logits_scaling) and a soft cap (final_logit_softcapping) is"
         )
@@ -74,7 +77,9 @@ def keeps_sequences_apart(model: PreTrainedModel) -> bool:
         hidden_states(model, pad(prompts, responses, model.device, rows=rows)).float() for rows in ([0, 1, 2], [0, 0, 1])
     )  # fmt: skip
     model.train(was_training)
-    return bool((apart - together).norm() <= 0.02 * apart.norm())  # seeing each other changes far more than rounding does
+    return bool(
+        (apart - together).norm() <= 0.02 * apart.norm()
+    )  # seeing each other changes far more than rounding does
 
 
 def gather_head(model: PreTrainedModel) -> None:

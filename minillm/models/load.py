@@ -14,15 +14,18 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import deepspeed
 
+from minillm.errors import InputError, SourceError
 from minillm.models.configs import read_config
 from minillm.models.generation import read_generation_config
 from minillm.models.quantization import check_quantization, quantization_config
 from minillm.models.sources import check_source, place
 
-_FIRST_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's default under FSDP
+_FSDP_RAM_EFFICIENT_ENV = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's default under FSDP
 
 
-def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantization: str | None = None) -> PreTrainedModel:
+def load_model(
+    source: str | Path, dtype: torch.dtype = torch.bfloat16, quantization: str | None = None
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, dropout off.
 
     A trained model wants float32: at a learning rate of 5e-6 a bfloat16 weight hardly ever moves.
@@ -40,7 +43,9 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantiza
     check_source(str(source), ("weights",))
     folder, gguf = place(source)
     if gguf and quantization:
-        raise ValueError(f"{source}: a GGUF file is not loaded in {quantization}; save it as a folder first (load_model, save_pretrained)")
+        raise InputError(
+            f"{source}: a GGUF file is not loaded in {quantization}; save it as a folder first (load_model, save_pretrained)"
+        )
     given: dict[str, Any] = {}
     if gguf:
         from transformers import GgufConfig
@@ -48,7 +53,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantiza
         given = gguf | {"quantization_config": GgufConfig(dequantize=True)}
     elif quantization:
         given = {"quantization_config": quantization_config(quantization, dtype)}
-    with _in_one_piece():
+    with _disable_sharded_init():
         read: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, generation_config=read_generation_config(source, config), output_loading_info=True,
             ignore_mismatched_sizes=True, **given,
@@ -57,7 +62,11 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantiza
     _check_loaded(str(source), loaded)
     if gguf:
         # The weights are dense now; with these left in place the model would refuse to be saved.
-        for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        for holder, name in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+        ):
             if hasattr(holder, name):
                 delattr(holder, name)
         setattr(model, "is_quantized", False)  # noqa: B010
@@ -67,26 +76,28 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16, quantiza
 def _check_loaded(source: str, loaded: dict[str, Any]) -> None:
     """transformers draws at random what it does not find, or finds in another shape, and only warns."""
     for name, stored, wanted in sorted(loaded["mismatched_keys"]):
-        raise ValueError(f"{source}: {name} has the shape {list(stored)} in the weights, and {list(wanted)} by config.json")
+        raise InputError(
+            f"{source}: {name} has the shape {list(stored)} in the weights, and {list(wanted)} by config.json"
+        )
     absent = sorted(loaded["missing_keys"])
     if absent:
         more = f" and {len(absent) - 1} more" if absent[1:] else ""
-        raise ValueError(f"{source}: the weights do not hold {absent[0]}{more}, which the model of its config.json has")
+        raise InputError(f"{source}: the weights do not hold {absent[0]}{more}, which the model of its config.json has")
 
 
 @contextmanager
-def _in_one_piece() -> Iterator[None]:
+def _disable_sharded_init() -> Iterator[None]:
     """Under a ZeRO-3 configuration transformers would deal the weights out while it loads them; DeepSpeed does that with the
     student's when it is prepared, and the teacher stays whole. Under accelerate's FSDP it would leave zeros in all processes but
     the first of a machine, for the first one's weights to be sent to; a teacher's never are."""
-    kept, told = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FIRST_ALONE, None)
+    kept, told = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_RAM_EFFICIENT_ENV, None)
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
         if told is not None:
-            os.environ[_FIRST_ALONE] = told
+            os.environ[_FSDP_RAM_EFFICIENT_ENV] = told
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -100,16 +111,16 @@ def load_tokenizer(source: str | Path) -> Any:
     folder, gguf = place(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
-    except OSError:
-        raise
+    except OSError as error:
+        raise SourceError(f"{source}: its tokenizer cannot be loaded: {textwrap.shorten(str(error), 300)}") from error
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise ValueError(f"{source}: its tokenizer cannot be read: {textwrap.shorten(str(error), 200)}") from error
+        raise InputError(f"{source}: its tokenizer cannot be read: {textwrap.shorten(str(error), 200)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def cached(source: str) -> str:
+def resolve_cached(source: str) -> str:
     """The folder in which the hub's cache holds a model; a folder as it is, and what is not cached too."""
     if Path(source).is_dir():
         return source

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from minillm.errors import InputError
 from minillm.models.config import AdapterConfig
 from minillm.models.configs import read_config, text_config
 from minillm.models.load import load_model
@@ -35,19 +36,27 @@ def check_adapter(model: Any) -> None:
     embeddings = base.get_input_embeddings()
     for name, module in base.named_modules():
         if getattr(module, "parameter_name", None):
-            raise ValueError(f"{name}: an adapter on a bare parameter (target_parameters) is not handed to the engine; use layers")
+            raise InputError(
+                f"{name}: an adapter on a bare parameter (target_parameters) is not handed to the engine; use layers"
+            )
         if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(f"{name}: modules_to_save and trainable tokens are not handed to the engine; use LoRA layers alone")
+            raise InputError(
+                f"{name}: modules_to_save and trainable tokens are not handed to the engine; use LoRA layers alone"
+            )
         if not isinstance(module, BaseTunerLayer):
             continue
         if not (isinstance(module, LoraLayer) and hasattr(module, "get_delta_weight")):
-            raise ValueError(f"{name}: an adapter of kind {type(module).__name__} is not handed to the engine; use LoRA")
+            raise InputError(
+                f"{name}: an adapter of kind {type(module).__name__} is not handed to the engine; use LoRA"
+            )
         if any(getattr(module, "use_dora", {}).values()):
-            raise ValueError(f"{name}: a DoRA adapter cannot be merged on the way to the engine; use plain LoRA")
+            raise InputError(f"{name}: a DoRA adapter cannot be merged on the way to the engine; use plain LoRA")
         if any(getattr(module, "lora_bias", {}).values()):
-            raise ValueError(f"{name}: the bias of a LoRA adapter is not handed to the engine; set lora_bias=False")
+            raise InputError(f"{name}: the bias of a LoRA adapter is not handed to the engine; set lora_bias=False")
         if module is embeddings and getattr(base.config, "tie_word_embeddings", False):
-            raise ValueError(f"{name}: a LoRA adapter on an embedding that is also the head changes one of the two only; leave it out")
+            raise InputError(
+                f"{name}: a LoRA adapter on an embedding that is also the head changes one of the two only; leave it out"
+            )
 
 
 def adapted_layers(model: Any) -> Iterator[tuple[str, list[tuple[Any, str]]]]:
@@ -68,7 +77,9 @@ def adapter_rank(model: Any) -> int:
     check_adapter(model)
     for name, pairs in adapted_layers(model):
         if any(adapter not in module.lora_A for module, adapter in pairs):
-            raise ValueError(f"{name}: an adapter on an embedding reaches the engine merged only: set rollout.lora: merged")
+            raise InputError(
+                f"{name}: an adapter on an embedding reaches the engine merged only: set rollout.lora: merged"
+            )
     return max((sum(module.r[adapter] for module, adapter in pairs) for _, pairs in adapted_layers(model)), default=0)
 
 
@@ -88,7 +99,14 @@ def save_adapter(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
                 tensors[f"base_model.model.{name}.lora_{which}.weight"] = whole.detach().to("cpu", dtype).contiguous()
     rank = adapter_rank(model)
     layers = sorted({name.rsplit(".", 1)[-1] for name, pairs in adapted_layers(model) if pairs})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": layers, "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": layers,
+        "bias": "none",
+    }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "adapter_model.safetensors")
@@ -100,7 +118,7 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
     if lora is None:
         return load_model(source, torch.float32)
     if lora.quantization and text_config(str(source)).model_type == "gpt2":
-        raise ValueError(
+        raise InputError(
             f"{source}: student.lora.quantization: GPT-2's layers are stored the other way round once they are quantised; leave it out"
         )
     torch.manual_seed(0)  # the same adapter in every process, and in a run that goes on
@@ -127,10 +145,12 @@ def check_student(source: str, lora: AdapterConfig) -> None:
 def _with_lora(base: Any, lora: AdapterConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM"
+    )  # pyright: ignore[reportArgumentType]
     try:
         student = get_peft_model(base, config)
     except ValueError as error:  # PEFT names the modules that are not there
-        raise ValueError(f"student.lora: {error}") from error
+        raise InputError(f"student.lora: {error}") from error
     check_adapter(student)
     return student

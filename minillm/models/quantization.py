@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from minillm.errors import InputError
+
 
 def is_quantized(model: Any) -> bool:
     """Whether some layers are held in 8 or 4 bits (bitsandbytes)."""
@@ -25,13 +27,19 @@ def check_quantization(quantization: str) -> None:
         ValueError: saying how to install it.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install 'minillm[quantized]'")
+        raise InputError(
+            f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install 'minillm[quantized]'"
+        )
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line at every product, that it casts to float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+            logging.ERROR
+        )  # a line at every product, that it casts to float16
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )

@@ -70,7 +70,10 @@ def cast_folder(folder: str | Path, dtype: torch.dtype) -> None:
         part.replace(file)
     config = Path(folder) / "config.json"
     said = json.loads(config.read_text(encoding="utf-8"))
-    for section in [said, *(value for key, value in said.items() if key.endswith("_config") and isinstance(value, dict))]:
+    for section in [
+        said,
+        *(value for key, value in said.items() if key.endswith("_config") and isinstance(value, dict)),
+    ]:
         if "dtype" in section:
             section["dtype"] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 T = TypeVar("T")
 
 
-class Trouble(Exception):
+class TransientServerError(Exception):
     """A server failed in a way that may pass."""
 
 
@@ -37,31 +37,37 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = ""
         self.busy = 0
-        self.fresh = True  # nothing has to be sent before it is asked
-        self.born: float | None = None  # when the process that was made fresh had started, where that can be told
-        self.well = True  # its last answer was one
-        self.trouble: Trouble | None = None
+        self.has_current_weights = True  # nothing has to be sent before it is asked
+        self.started_at: float | None = None  # when the process that was made fresh had started, where that can be told
+        self.healthy = True  # its last answer was one
+        self.trouble: TransientServerError | None = None
         self.pause, self.retry_at = _FIRST_PAUSE, 0.0
         self.lock = threading.Lock()
         self._client = client
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer's JSON. Raises Trouble where another try may help, else EngineError."""
+        """The answer's JSON. Raises TransientServerError where another try may help, else EngineError."""
         answer = self._request(method, path, body)
         if answer.status_code >= 500 or answer.status_code in (408, 429):
-            raise Trouble(f"{path} answered {answer.status_code}: {answer.text[:200]}")
+            raise TransientServerError(f"{path} answered {answer.status_code}: {answer.text[:200]}")
         if answer.status_code >= 400:
-            raise EngineError(f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}{_hint(path, answer.status_code)}")
+            raise EngineError(
+                f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}{_hint(path, answer.status_code)}"
+            )
         try:
             return answer.json() if answer.content else None
         except ValueError as error:
-            raise Trouble(f"{path} answered no JSON: {answer.text[:80]!r}") from error
+            raise TransientServerError(f"{path} answered no JSON: {answer.text[:80]!r}") from error
 
     def started(self) -> float | None:
-        """When its process started, in seconds since 1970; None where its metrics do not say (several front ends). May raise Trouble."""
+        """When its process started, in seconds since 1970; None where its metrics do not say (several front ends).
+
+        Raises:
+            TransientServerError: it does not answer.
+        """
         answer = self._request("GET", "/metrics")
         if answer.status_code >= 500:
-            raise Trouble(f"/metrics answered {answer.status_code}: {answer.text[:200]}")
+            raise TransientServerError(f"/metrics answered {answer.status_code}: {answer.text[:200]}")
         found = re.search(r"^process_start_time_seconds (\S+)", answer.text, re.MULTILINE)
         return float(found[1]) if found else None
 
@@ -71,15 +77,15 @@ class Server:
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise EngineError(f"{self.url} is no address of a server: http://host:port ({error})") from error
         except httpx.RequestError as error:
-            raise Trouble(f"{type(error).__name__}: {error}") from error
+            raise TransientServerError(f"{type(error).__name__}: {error}") from error
 
     def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """A completion; Trouble where `read` can make nothing of the answer."""
+        """A completion; TransientServerError where `read` can make nothing of the answer."""
         answer = self.ask("POST", "/v1/completions", body | {"model": self.model})
         try:
             return read(answer)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise Trouble(f"/v1/completions answered garbage ({type(error).__name__}: {error})") from error
+            raise TransientServerError(f"/v1/completions answered garbage ({type(error).__name__}: {error})") from error
 
     def attach(self, max_length: int) -> None:
         """Learn what is served.
@@ -90,7 +96,9 @@ class Server:
         [model, *_] = self.ask("GET", "/v1/models")["data"]
         self.model = model["id"]
         if model.get("max_model_len", max_length) < max_length:
-            raise EngineError(f"{self.url} serves {model['max_model_len']} tokens; prompt and response need {max_length}: --max-model-len")
+            raise EngineError(
+                f"{self.url} serves {model['max_model_len']} tokens; prompt and response need {max_length}: --max-model-len"
+            )
 
 
 def _hint(path: str, status: int) -> str:
@@ -109,13 +117,13 @@ class Servers:
         refresh: called with a server that is not `fresh` before it is asked.
         patience: seconds for which what has gone is tried again.
         setting: the setting behind `patience`, for the error at its end.
-        fate: tells why there is nothing to wait for any more, once that is so.
+        exit_reason: tells why there is nothing to wait for any more, once that is so.
     """
 
     def __init__(
         self, urls: Sequence[str], *, refresh: Callable[[Server], None] | None = None, patience: float = 600.0,
         timeout: float = 300.0, concurrency: int = 64, setting: str = "rollout.server_patience",
-        fate: Callable[[], str | None] | None = None,
+        exit_reason: Callable[[], str | None] | None = None,
     ) -> None:  # fmt: skip
         key = os.environ.get("VLLM_API_KEY")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency * len(urls))
@@ -126,7 +134,7 @@ class Servers:
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
         self.each = [Server(url, self._client) for url in urls]
-        self._refresh, self._patience, self._setting, self._fate = refresh, patience, setting, fate
+        self._refresh, self._patience, self._setting, self._exit_reason = refresh, patience, setting, exit_reason
         self._pool = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="vllm")
         self._picking = threading.Lock()
         self._closed = False
@@ -135,7 +143,9 @@ class Servers:
         """One completion from some server."""
         return self._complete(body, read)[0]
 
-    def complete_all(self, requests: Sequence[tuple[dict[str, Any], Callable[[Any], T]]], progress: bool = False) -> list[T]:
+    def complete_all(
+        self, requests: Sequence[tuple[dict[str, Any], Callable[[Any], T]]], progress: bool = False
+    ) -> list[T]:
         """Completions in order, all from processes that were fresh: a server may have been started anew, with other weights,
         between two requests without failing one. What it answered is asked again.
 
@@ -146,11 +156,15 @@ class Servers:
         deadline = time.monotonic() + self._patience
         while missing := [i for i in range(len(requests)) if i not in found]:
             answers = self.all([lambda request=requests[i]: self._complete(*request) for i in missing], progress)
-            replaced = {server.url for server in {server.url: server for _, server, _ in answers}.values() if self._is_another(server)}
+            replaced = {
+                server.url
+                for server in {server.url: server for _, server, _ in answers}.values()
+                if self._is_another(server)
+            }
             found |= {
                 i: answer
-                for i, (answer, server, born) in zip(missing, answers, strict=True)
-                if server.url not in replaced and born == server.born
+                for i, (answer, server, started_at) in zip(missing, answers, strict=True)
+                if server.url not in replaced and started_at == server.started_at
             }
             if replaced and time.monotonic() > deadline:
                 raise EngineError(
@@ -162,11 +176,11 @@ class Servers:
     def _is_another(self, server: Server) -> bool:
         """Whether the process that answers is not the one that was made fresh; then it has to be made so."""
         try:
-            same = server.born is None or server.started() == server.born
-        except Trouble:
+            same = server.started_at is None or server.started() == server.started_at
+        except TransientServerError:
             same = False  # gone since; whose its last answers were cannot be told
         if not same:
-            server.fresh = False
+            server.has_current_weights = False
         return not same
 
     def _complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> tuple[T, Server, float | None]:
@@ -175,35 +189,37 @@ class Servers:
         while True:
             server = self._pick(deadline)
             try:
-                born = server.born  # before `fresh`: a process that is being made so is not fresh yet
-                if not server.fresh and self._refresh is not None:
+                started_at = server.started_at  # before `fresh`: a process that is being made so is not fresh yet
+                if not server.has_current_weights and self._refresh is not None:
                     self._refresh(server)
-                    born = server.born
+                    started_at = server.started_at
                 answer = server.complete(body, read)
-                server.well, server.pause = True, _FIRST_PAUSE
-                return answer, server, born
-            except Trouble as trouble:
-                server.trouble, server.well = trouble, False
+                server.healthy, server.pause = True, _FIRST_PAUSE
+                return answer, server, started_at
+            except TransientServerError as trouble:
+                server.trouble, server.healthy = trouble, False
                 # Sending again what it has would disturb what it is answering meanwhile.
-                if self._refresh is not None and (server.born is None or self._is_another(server)):
-                    server.fresh = False
+                if self._refresh is not None and (server.started_at is None or self._is_another(server)):
+                    server.has_current_weights = False
                 server.retry_at = time.monotonic() + server.pause
                 server.pause = min(2 * server.pause, _LONGEST_PAUSE)
             finally:
                 with self._picking:
                     server.busy -= 1
 
-    def insist(self, action: Callable[[], None], server: Server) -> None:
+    def call_with_retries(self, action: Callable[[], None], server: Server) -> None:
         """Do something with this very server, trying again while patience lasts."""
         deadline, pause = time.monotonic() + self._patience, _FIRST_PAUSE
         while True:
             try:
                 return action()
-            except Trouble as trouble:
+            except TransientServerError as trouble:
                 self._wait(pause, deadline, server, trouble)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except (KeyError, TypeError, ValueError) as error:
-                raise EngineError(f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})") from error
+                raise EngineError(
+                    f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})"
+                ) from error
 
     def all(self, actions: Sequence[Callable[[], T]], progress: bool | str = False) -> list[T]:
         """Results of actions done at the same time, in order; the first error ends them all."""
@@ -229,11 +245,11 @@ class Servers:
         while True:
             with self._picking:
                 now = time.monotonic()
-                back = next((server for server in self.each if not server.well and now >= server.retry_at), None)
-                well = [server for server in self.each if server.well]
+                back = next((server for server in self.each if not server.healthy and now >= server.retry_at), None)
+                healthy = [server for server in self.each if server.healthy]
                 if back is not None:
                     back.retry_at = now + _LONGEST_PAUSE
-                chosen = back or min(well, key=lambda server: server.busy, default=None)
+                chosen = back or min(healthy, key=lambda server: server.busy, default=None)
                 if chosen is not None:
                     chosen.busy += 1
                     return chosen
@@ -241,8 +257,8 @@ class Servers:
             # Not longer than the first pause: whichever request proves the server again, the others go on at once.
             self._wait(_FIRST_PAUSE, deadline, soonest, soonest.trouble)
 
-    def _wait(self, pause: float, deadline: float, server: Server, trouble: Trouble | None) -> None:
-        if self._fate is not None and (end := self._fate()) is not None:
+    def _wait(self, pause: float, deadline: float, server: Server, trouble: TransientServerError | None) -> None:
+        if self._exit_reason is not None and (end := self._exit_reason()) is not None:
             raise EngineError(f"{server.url}: {end}") from trouble
         if self._closed or time.monotonic() >= deadline:
             raise EngineError(f"{server.url}: {trouble}; tried for {self._patience:g} s ({self._setting})") from trouble

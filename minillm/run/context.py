@@ -18,7 +18,7 @@ from minillm.data.encoding import encoder_of
 from minillm.data.examples import Example, Prompt, read_examples, read_texts
 from minillm.data.rows import read_rows
 from minillm.data.templates import render_all, render_answer
-from minillm.errors import DataError
+from minillm.errors import DataError, InputError
 from minillm.models.conventions import Conventions, settle_run
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import padding_bias
@@ -54,7 +54,9 @@ class Run:
         self._check_sizes()
         pruned, gguf = recipe.student.source == "prune", find_gguf(recipe.teacher.source)
         chat = recipe.data.template == "chat"
-        self.conventions: Conventions = settle_run(recipe.teacher.source, None if pruned else recipe.student.source, template=chat)
+        self.conventions: Conventions = settle_run(
+            recipe.teacher.source, None if pruned else recipe.student.source, template=chat
+        )
         for source in [recipe.teacher.source] if pruned else [recipe.teacher.source, recipe.student.source]:
             check_source(source)
         if not pruned:
@@ -75,24 +77,29 @@ class Run:
 
     def _check_sizes(self) -> None:
         training, rollouts = self.recipe.training, self.recipe.rollout.num_rollouts
-        micro, accumulation = training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
+        micro, accumulation = (
+            training.get("per_device_train_batch_size", 8),
+            training.get("gradient_accumulation_steps", 1),
+        )
         processes = int(os.environ.get("WORLD_SIZE", 1))
         sharded = any(map(_deals_out, (training, self.recipe.warmup.training, self.recipe.sft)))
         lora = self.recipe.student.lora
         if sharded and lora is not None and lora.quantization:
-            raise ValueError(
+            raise InputError(
                 "student.lora.quantization: a quantised student is not dealt out over processes (FSDP, ZeRO-3): use "
                 "recipes/accelerate/8-gpus.yaml"
             )
         if "minillm" in self.recipe.stages and rollouts % (micro * accumulation * processes):
-            raise ValueError(
+            raise InputError(
                 f"rollout.num_rollouts ({rollouts}) must be a multiple of the responses of one update: "
                 f"per_device_train_batch_size × gradient_accumulation_steps × processes ({micro} × {accumulation} × {processes})"
             )
 
         for _, section, settings in self.recipe.trainings():
             if settings.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-                raise ValueError(f"{section}.deepspeed: DeepSpeed is not installed (pip install deepspeed): leave it out, or use FSDP2")
+                raise InputError(
+                    f"{section}.deepspeed: DeepSpeed is not installed (pip install deepspeed): leave it out, or use FSDP2"
+                )
 
     def _check_model(self, source: str, who: str) -> None:
         """Before weights load."""
@@ -105,7 +112,12 @@ class Run:
 
         recipe, config = self.recipe, text_config(source)
         check_tokenizer_fits(self.conventions.tokenizer, config, who)
-        if who == "teacher" and "student" in recipe.stages and recipe.student.source == "prune" and recipe.student.keep_layers is not None:
+        if (
+            who == "teacher"
+            and "student" in recipe.stages
+            and recipe.student.source == "prune"
+            and recipe.student.keep_layers is not None
+        ):
             check_keep_layers(config.num_hidden_layers, recipe.student.keep_layers)
         if _SAMPLE & set(recipe.stages):
             chosen = choose_engine(recipe.rollout.engine, config)
@@ -115,26 +127,30 @@ class Run:
         for section, stages in (("rollout", {"minillm"}), ("responses", _SUPERVISED), ("evaluate", {"evaluate"})):
             new = getattr(recipe, section).max_new_tokens
             if limit is not None and stages & set(recipe.stages) and recipe.data.max_prompt_tokens + new > limit:
-                raise ValueError(
+                raise InputError(
                     f"data.max_prompt_tokens + {section}.max_new_tokens ({recipe.data.max_prompt_tokens} + {new}) exceed the {who}'s "
                     f"context of {limit} tokens ({source})"
                 )
         if who == "student" and recipe.student.lora is not None:
             if recipe.student.lora.quantization and config.model_type == "gpt2":
-                raise ValueError(f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out")
+                raise InputError(
+                    f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out"
+                )
             check_student(source, recipe.student.lora)
         if who == "teacher" and recipe.teacher.quantization:
             check_quantization(recipe.teacher.quantization)
             if find_gguf(source):
-                raise ValueError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
+                raise InputError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
         if who == "teacher" and "minillm" in recipe.stages and recipe.rollout.teacher_mix and not attends_fully(config):
-            raise ValueError(
+            raise InputError(
                 f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has sliding windows: set "
                 "rollout.teacher_mix: 0"
             )
         block = recipe.objective.language_model_block
         if limit is not None and recipe.data.text is not None and "minillm" in recipe.stages and block > limit:
-            raise ValueError(f"objective.language_model_block: {block} exceeds the {who}'s context of {limit} tokens ({source})")
+            raise InputError(
+                f"objective.language_model_block: {block} exceeds the {who}'s context of {limit} tokens ({source})"
+            )
 
     def _check_rows(self) -> None:
         """Render everything that the stages will read, so that no row fails after the stages before, which take hours."""
@@ -177,14 +193,20 @@ class Run:
         for fields, place in read_rows(Source(file=file)):
             for name in ("prompt_ids", "response_ids"):
                 ids = fields.get(name) if isinstance(fields, dict) else None
-                if not (isinstance(ids, list) and ids and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)):
+                if not (
+                    isinstance(ids, list)
+                    and ids
+                    and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+                ):
                     raise DataError(
                         f"{place}: {name} is missing, or no list of token ids: responses.file is the responses.jsonl of a run with this "
                         "teacher. Answers as text are references: name them output in data.train and set warmup.targets: references"
                     )
                 if strange := [token for token in ids if not 0 <= token < self.conventions.vocab_size]:
                     known = self.conventions.vocab_size
-                    raise DataError(f"{place}: {name} has id {strange[0]}, beyond the {known} tokens of {self.recipe.teacher.source}")
+                    raise DataError(
+                        f"{place}: {name} has id {strange[0]}, beyond the {known} tokens of {self.recipe.teacher.source}"
+                    )
             rows.append(fields)
         if not rows:
             raise DataError(f"{file}: empty; the responses.jsonl of a run is needed")
@@ -208,9 +230,13 @@ class Run:
                 what, len(too_long), len(examples), data.max_prompt_tokens, too_long[0].row,
             )  # fmt: skip
         if not prompts:
-            raise ValueError(f"{what}: no prompt is within data.max_prompt_tokens ({data.max_prompt_tokens})")
+            raise InputError(f"{what}: no prompt is within data.max_prompt_tokens ({data.max_prompt_tokens})")
         encoder = encoder_of(tokenizer)
-        literal = [e for e in examples if any(map(encoder.has_special, (e.text, *e.references, *(content for _, content in e.chat))))]
+        literal = [
+            e
+            for e in examples
+            if any(map(encoder.has_special, (e.text, *e.references, *(content for _, content in e.chat))))
+        ]
         if literal:
             logger.warning(
                 "%s: %d of %d rows hold the text of a special token of the tokenizer, which is read as ordinary text (first: %s)",
@@ -225,10 +251,12 @@ class Run:
         rows = []
         for prompt in self.train_prompts:
             if prompt.example.output:
-                ids = render_answer(prompt, data.template, tokenizer, data.system)[: self.recipe.responses.max_new_tokens]
+                ids = render_answer(prompt, data.template, tokenizer, data.system)[
+                    : self.recipe.responses.max_new_tokens
+                ]
                 rows.append({"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids})
         if not rows:
-            raise ValueError(f"{data.train.name}: no row has an output to train on")
+            raise InputError(f"{data.train.name}: no row has an output to train on")
         return rows
 
     @cached_property

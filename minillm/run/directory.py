@@ -47,7 +47,8 @@ _TRAINING = {"finetune": "finetune", "sft": "sft", "warmup": "warmup.training", 
 
 # Where and when responses are drawn and scored, not from what. A run may go on with others.
 _OPERATIONAL = frozenset(
-    f"rollout.{name}" for name in ("servers", "server_patience", "server_timeout", "engine_memory", "engine_options", "overlap", "lora")
+    f"rollout.{name}"
+    for name in ("servers", "server_patience", "server_timeout", "engine_memory", "engine_options", "overlap", "lora")
 )
 # TrainingArguments that say what is logged, kept and told to whom, and where it is computed; what is trained stays the same.
 _OPERATIONAL_TRAINING = re.compile(
@@ -55,15 +56,22 @@ _OPERATIONAL_TRAINING = re.compile(
     r"|skip_memory_metrics$|use_cpu$|gradient_checkpointing|torch_empty_cache_steps$|enable_jit_checkpoint$|include_for_metrics$"
     r"|include_num_input_tokens_seen$|liger_kernel_config$)"
 )
-_VALIDATING = re.compile(r"(eval_|metric_for_best_model$|greater_is_better$|load_best_model_at_end$|per_device_eval_batch_size$)")
+_VALIDATING = re.compile(
+    r"(eval_|metric_for_best_model$|greater_is_better$|load_best_model_at_end$|per_device_eval_batch_size$)"
+)
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings with every local path in full: one setting however it is written, and wherever from."""
     tree = recipe.model_dump(mode="json")
     places = [(tree, "run_dir"), (tree["data"], "template"), (tree["teacher"], "source"), (tree["teacher"], "adapter")]
-    places += [(source, key) for source in tree["data"].values() if isinstance(source, dict) for key in ("file", "dataset")]
-    places += [(tree["responses"], "file"), *([(tree["student"], "source")] if recipe.student.source != "prune" else [])]
+    places += [
+        (source, key) for source in tree["data"].values() if isinstance(source, dict) for key in ("file", "dataset")
+    ]
+    places += [
+        (tree["responses"], "file"),
+        *([(tree["student"], "source")] if recipe.student.source != "prune" else []),
+    ]
     for section, key in places:
         value = section[key]
         if key == "run_dir" or (isinstance(value, str) and len(value) < _LONGEST_PATH and Path(value).exists()):
@@ -74,7 +82,11 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
 def _by_content(value: Any) -> Any:
     """A data file's digest instead of its name, with the names of its columns where they are given."""
     if isinstance(value, dict) and value.get("file"):
-        return {"file": _digest(value["file"]), "columns": value["columns"]} if value["columns"] else _digest(value["file"])
+        return (
+            {"file": _digest(value["file"]), "columns": value["columns"]}
+            if value["columns"]
+            else _digest(value["file"])
+        )
     if isinstance(value, str) and value.endswith(".jinja"):
         return _digest(value)
     return value
@@ -84,7 +96,7 @@ def _digest(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-def _is_ours(run_dir: Path) -> bool:
+def _is_run_directory(run_dir: Path) -> bool:
     """Empty, or begun this moment by another process."""
     names = {file.name for file in run_dir.iterdir()}
     return names <= {"recipe.json", "state.part", "launched"} or "state.json" in names
@@ -111,9 +123,13 @@ class RunState:
             try:
                 self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
             except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one") from None
-        elif recipe.run_dir.is_dir() and not _is_ours(recipe.run_dir):
-            raise RunError(f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir")
+                raise RunError(
+                    f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one"
+                ) from None
+        elif recipe.run_dir.is_dir() and not _is_run_directory(recipe.run_dir):
+            raise RunError(
+                f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir"
+            )
         elif recipe.run_dir.exists() and not recipe.run_dir.is_dir():
             raise RunError(f"{recipe.run_dir}: a file, where the run's directory would be; choose another run_dir")
 
@@ -141,7 +157,9 @@ class RunState:
             if old.get(key) != new.get(key) and not (entry.get("format") != _FORMAT and key not in old)
         ]
         longer = f"{_TRAINING.get(stage)}.max_steps"
-        if not entry["finished"] and 0 < _number(old.get(longer)) < _number(new.get(longer)):  # it has not come to its end yet
+        if not entry["finished"] and 0 < _number(old.get(longer)) < _number(
+            new.get(longer)
+        ):  # it has not come to its end yet
             changed = [text for text in changed if not text.startswith(f"{longer} (")]
         if changed:
             shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
@@ -194,7 +212,9 @@ class RunState:
         return {
             key: value
             for key, value in settings.items()
-            if any(key == part or key.startswith(f"{part}.") for part in parts) and value != {} and not self._decides_nothing(key)
+            if any(key == part or key.startswith(f"{part}.") for part in parts)
+            and value != {}
+            and not self._decides_nothing(key)
         }
 
     def _parts(self, stage: str) -> set[str]:
@@ -209,7 +229,12 @@ class RunState:
 
     def _training(self, stage: str) -> dict[str, Any]:
         recipe = self._recipe
-        return {"finetune": recipe.finetune, "sft": recipe.sft, "warmup": recipe.warmup.training, "minillm": recipe.training}[stage]
+        return {
+            "finetune": recipe.finetune,
+            "sft": recipe.sft,
+            "warmup": recipe.warmup.training,
+            "minillm": recipe.training,
+        }[stage]
 
     def _decides_nothing(self, key: str) -> bool:
         if key in _OPERATIONAL or any(key.startswith(f"{name}.") for name in _OPERATIONAL):

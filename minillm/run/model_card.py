@@ -13,7 +13,12 @@ from minillm.evaluation.results import current_results, with_interval
 from minillm.redaction import redacted
 from minillm.run.recipe import Recipe, Stage
 
-_MEASURED = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
+_MEASURED = {
+    "rouge_l": "Rouge-L",
+    "reverse_kl": "KL(q‖p), nats a token",
+    "finished": "finished, %",
+    "length": "length, tokens",
+}
 
 
 def write_card(folder: Path, recipe: Recipe, stage: Stage = "minillm") -> Path:
@@ -66,7 +71,11 @@ def _question(recipe: Recipe) -> str:
 def _tags(recipe: Recipe, stage: Stage) -> list[str]:
     if stage == "minillm":
         return ["distillation", recipe.objective.divergence.name.replace("_", "-")]
-    return ["sft"] if stage == "sft" or (recipe.warmup.cross_entropy == 1 and recipe.warmup.targets == "references") else ["distillation"]
+    return (
+        ["sft"]
+        if stage == "sft" or (recipe.warmup.cross_entropy == 1 and recipe.warmup.targets == "references")
+        else ["distillation"]
+    )
 
 
 def _how(recipe: Recipe, stage: Stage) -> str:
@@ -77,7 +86,11 @@ def _how(recipe: Recipe, stage: Stage) -> str:
         source = " (MiniLLM, [arXiv 2306.08543](https://arxiv.org/abs/2306.08543))" if name == "reverse_kl" else ""
         what = "the reverse KL divergence" if name == "reverse_kl" else name.replace("_", " ")
         return f"distilled from {teacher} by minimising {what} on its own samples{source}"
-    answers = f"answers of {teacher}" if stage == "warmup" and warmup.targets == "teacher" else "the answers in its training data"
+    answers = (
+        f"answers of {teacher}"
+        if stage == "warmup" and warmup.targets == "teacher"
+        else "the answers in its training data"
+    )
     if stage == "sft" or warmup.cross_entropy == 1:
         return f"fine-tuned on {answers}"
     share = "" if warmup.cross_entropy == 0 else f" and {warmup.cross_entropy:g} of cross-entropy"

@@ -18,7 +18,7 @@ from minillm.run.recipe_file import STANDARD_INPUT
 _MEETING = 120  # seconds in which a process has to see what process 0 wrote
 
 
-def give_up(this: Run) -> None:
+def signal_abort(this: Run) -> None:
     """Others that wait for process 0 to do a stage see it."""
     _launched(this).unlink(missing_ok=True)
 
@@ -27,13 +27,16 @@ def _launched(this: Run) -> Path:
     return this.dir / "launched"
 
 
-def meet(this: Run, rank: int) -> None:
+def rendezvous(this: Run, rank: int) -> None:
     """Process 0 says in the run directory that it has begun. A process that does not see it has another directory.
 
     Raises:
         RunError: in such a process, which would wait for every stage for ever.
     """
-    file, launch = _launched(this), ":".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
+    file, launch = (
+        _launched(this),
+        ":".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")),
+    )
     if rank == 0:
         this.dir.mkdir(parents=True, exist_ok=True)
         file.write_text(launch, encoding="utf-8")
@@ -49,7 +52,7 @@ def meet(this: Run, rank: int) -> None:
     this.state = RunState(this.recipe)
 
 
-def leave_together(this: Run, rank: int) -> None:
+def destroy_process_group(this: Run, rank: int) -> None:
     """Left to the interpreter's exit, the communication threads end in std::terminate now and then."""
     import torch.distributed as dist
 
@@ -60,7 +63,7 @@ def leave_together(this: Run, rank: int) -> None:
             _launched(this).unlink(missing_ok=True)
 
 
-def in_one(this: Run, stage: str, rank: int) -> None:
+def run_in_main_process(this: Run, stage: str, rank: int) -> None:
     """Process 0 has a process of its own do the stage, outside the process group; the others wait for its file."""
     if rank == 0:
         kept = {
@@ -71,7 +74,11 @@ def in_one(this: Run, stage: str, rank: int) -> None:
         kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
         # By a pipe: a recipe may hold secrets, which are written nowhere.
         words = [sys.executable, "-m", "minillm", "run", str(STANDARD_INPUT), "--stage", stage]
-        subprocess.run(words, env=kept, check=True, input=_as_piped(this.recipe), text=True)
+        done = subprocess.run(words, env=kept, input=_as_piped(this.recipe), text=True)
+        if done.returncode:
+            raise RunError(
+                f"stage {stage} failed in its own process (exit status {done.returncode}); what it printed above says why"
+            )
         this.state = RunState(this.recipe)
     else:
         while not this.state.finished(stage):

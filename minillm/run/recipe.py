@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from minillm.config import LocalPath, Positive, Section, Share
 from minillm.data.config import DataConfig
+from minillm.errors import InputError
 from minillm.evaluation.config import EvaluateConfig
 from minillm.loss.config import DivergenceConfig, Objective
 from minillm.models.config import StudentConfig
@@ -80,14 +81,19 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _pruning(self) -> Recipe:
         if self.data.system is not None and self.data.template in ("alpaca", "plain"):
-            raise ValueError(f"data.system: template {self.data.template} has no system message; use chat or a Jinja text, or leave it out")
-        if "max_prompt_tokens" in self.rollout.model_fields_set and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens:
-            raise ValueError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
+            raise InputError(
+                f"data.system: template {self.data.template} has no system message; use chat or a Jinja text, or leave it out"
+            )
+        if (
+            "max_prompt_tokens" in self.rollout.model_fields_set
+            and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens
+        ):
+            raise InputError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
         check_off_policy(self.rollout, self.objective)
         if self.teacher.shard:
             check_sharded_teacher(self.rollout, self.objective, self.data.text is not None)
         if self.teacher.servers:
             check_served_teacher(self.rollout, self.objective)
         if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:
-            raise ValueError("student.keep_layers is needed when student.source is prune")
+            raise InputError("student.keep_layers is needed when student.source is prune")
         return self

@@ -88,7 +88,9 @@ def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: P
         if source is not None and source.file is not None and not source.file.is_file():
             faults.append(f"{_place(where, ('data', name), path)}: data.{name}: no such file: {source.file}")
     if recipe.data.template.endswith(".jinja") and not Path(recipe.data.template).is_file():
-        faults.append(f"{_place(where, ('data', 'template'), path)}: data.template: no such file: {recipe.data.template}")
+        faults.append(
+            f"{_place(where, ('data', 'template'), path)}: data.template: no such file: {recipe.data.template}"
+        )
     return faults
 
 
@@ -209,7 +211,9 @@ def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel
         message = "needed, and not given"
     elif not isinstance(fault["input"], dict):
         message += f" (given: {fault['input']!r})"
-    if not key and (named := re.match(r"([\w.]+): (.*)", message, re.S)):  # a check of several keys says which it is about
+    if not key and (
+        named := re.match(r"([\w.]+): (.*)", message, re.S)
+    ):  # a check of several keys says which it is about
         key, message = tuple(named[1].split(".")), named[2]
     return f"{_place(where, key, path)}: {'.'.join(key) or 'recipe'}: {message}"
 
@@ -228,7 +232,10 @@ def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
         # A mapping holds a section for each name.
         model = typing.get_args(model)[1] if typing.get_origin(model) is dict else model.model_fields[part].annotation
         if typing.get_origin(model) is not dict:  # a section that may be left out
-            model = next((kind for kind in typing.get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+            model = next(
+                (kind for kind in typing.get_args(model) if isinstance(kind, type) and issubclass(kind, BaseModel)),
+                model,
+            )
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 
@@ -238,7 +245,10 @@ def _training_faults(recipe: Recipe, stage: Stage, section: Key, given: dict[str
     from minillm.train.arguments import NAMES, RENAMED, setting_faults  # here: it takes seconds to import
 
     for name in (name for name in given if name not in NAMES):
-        yield (*section, name), "unknown key; " + (f"it is now {RENAMED[name]}" if name in RENAMED else _allowed(name, NAMES))
+        yield (
+            (*section, name),
+            "unknown key; " + (f"it is now {RENAMED[name]}" if name in RENAMED else _allowed(name, NAMES)),
+        )
     known = {name: value for name, value in given.items() if name in NAMES}
     taught = stage != "finetune" and not (stage == "minillm" and recipe.teacher.servers)
     for name, fault in setting_faults(

@@ -15,7 +15,7 @@ from typing import Any
 from minillm.data.examples import read_texts
 from minillm.data.files import read_jsonl, write_jsonl
 from minillm.errors import Interrupted
-from minillm.models.device import freed_memory_kept, give_back_memory
+from minillm.models.device import keep_freed_memory, release_memory
 from minillm.rollout.engines.choose import choose_engine
 from minillm.run import processes
 from minillm.run.context import Run
@@ -46,7 +46,7 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
         if forgotten_stages[:1] == ["evaluate"]:
             shutil.rmtree(this.dir / "evaluate", ignore_errors=True)
     if world > 1:
-        processes.meet(this, rank)
+        processes.rendezvous(this, rank)
     for stage in stages:
         this.state.check(stage)
         this.state.needs(stage, stages[: stages.index(stage)])
@@ -54,10 +54,10 @@ def run(recipe: Recipe, only: str | None = None, redo: bool = False) -> Run:
         _do_all(this, stages, rank, world)
     except BaseException:
         if rank == 0:
-            processes.give_up(this)
+            processes.signal_abort(this)
         raise
     if world > 1:
-        processes.leave_together(this, rank)
+        processes.destroy_process_group(this, rank)
     return this
 
 
@@ -68,7 +68,7 @@ def _do_all(this: Run, stages: list[str], rank: int, world: int) -> None:
             _say(rank, f"[{number}/{len(stages)}] {stage}: finished before")
             continue
         if world > 1 and stage not in _IN_EVERY_PROCESS:
-            processes.in_one(this, stage, rank)
+            processes.run_in_main_process(this, stage, rank)
             continue
         _say(rank, f"[{number}/{len(stages)}] {stage}")
         if rank == 0:
@@ -78,7 +78,7 @@ def _do_all(this: Run, stages: list[str], rank: int, world: int) -> None:
             _STAGES[stage](this)
         except KeyboardInterrupt:
             raise Interrupted(f"stage {stage} was interrupted; the same command continues it") from None
-        give_back_memory()
+        release_memory()
         if rank == 0:
             this.state.finish(stage, time.perf_counter() - started, this.processes)
         _say(rank, f"[{number}/{len(stages)}] {stage}: {time.perf_counter() - started:.0f} s")
@@ -123,7 +123,7 @@ def _fine_tune(this: Run, stage: str, source: str, target: str, training: dict[s
         teacher=None if stage == "finetune" or validation is None else _reading_teacher(this, arguments),
         **(_student_of(this, source, arguments) if stage == "sft" else {"model": source, "conventions": this.conventions}),
     )  # fmt: skip
-    with freed_memory_kept():
+    with keep_freed_memory():
         _train(this, trainer, target, stage, final=stage == "sft")
 
 
@@ -175,7 +175,12 @@ def _responses(this: Run) -> None:
         seeds = [seed_of(this.recipe.seed, "responses", prompt.example.row, sample) for prompt, sample in wave]
         drawn = engine.generate([prompt.ids for prompt, _ in wave], sampling, seeds, progress=True)
         rows += [
-            {"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": rollout.response_ids, "finished": rollout.finished}
+            {
+                "row": prompt.example.row,
+                "prompt_ids": prompt.ids,
+                "response_ids": rollout.response_ids,
+                "finished": rollout.finished,
+            }
             for (prompt, _), rollout in zip(wave, drawn, strict=True)
         ]
         write_jsonl(file, rows)
@@ -191,17 +196,23 @@ def _training_arguments(this: Run, stage: str, given: dict[str, Any]) -> Any:
     from minillm.train.best_checkpoint import with_given
 
     if given.get("bf16") and not fast_bfloat16():
-        logger.warning("This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage)
+        logger.warning(
+            "This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage
+        )
         given = {**given, "bf16": False}
     defaults: dict[str, Any] = {
         "use_cpu": not torch.accelerator.is_available(),
         "report_to": "none",
         "logging_steps": 1,
-        "save_total_limit": 2 if given.get("load_best_model_at_end") else 1,  # of one, the last would go when training stops
+        "save_total_limit": 2
+        if given.get("load_best_model_at_end")
+        else 1,  # of one, the last would go when training stops
         "logging_first_step": True,
         "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not given.get("fp16"),
     }
-    return with_given(TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given)), given)
+    return with_given(
+        TrainingArguments(output_dir=str(this.dir / "work" / stage), seed=this.recipe.seed, **(defaults | given)), given
+    )
 
 
 def _student_of(this: Run, folder: str, arguments: Any) -> dict[str, Any]:
@@ -284,7 +295,10 @@ def _minillm(this: Run) -> None:
         # Without a single step and with sampled rewards only the drawn tokens count.
         rows = recipe.objective.single_step or recipe.objective.reward == "expected"
         teacher = ServedTeacher(
-            recipe.teacher.servers, this.teacher, top_k=recipe.teacher.top_k if rows else 0, patience=rollout.server_patience
+            recipe.teacher.servers,
+            this.teacher,
+            top_k=recipe.teacher.top_k if rows else 0,
+            patience=rollout.server_patience,
         )
     trainer = MiniLLMTrainer(
         **_student_of(this, this.warmed, arguments), teacher=teacher, args=arguments, objective=recipe.objective,
@@ -309,18 +323,22 @@ def _evaluate(this: Run) -> None:
     from minillm.evaluation import scores, verdict
     from minillm.models.device import device, working_dtype
     from minillm.models.load import load_model
-    from minillm.rollout.engines.choose import OneEngine
+    from minillm.rollout.engines.choose import ReusableEngine
     from minillm.teacher.local import LocalTeacher
 
     settings = this.recipe.evaluate
     start = "pruned" if this.recipe.student.source == "prune" else "student"
     names = {"warmup": "warmed"}
-    folders = {"teacher": this.teacher, start: this.start, **{names.get(stage, stage): folder for stage, folder in this.trained().items()}}
+    folders = {
+        "teacher": this.teacher,
+        start: this.start,
+        **{names.get(stage, stage): folder for stage, folder in this.trained().items()},
+    }
     prompts = this.heldout_prompts
     sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
     tokenizer = this.conventions.tokenizer
     teacher: LocalTeacher | None = None
-    engines = OneEngine(this.recipe.rollout, this.max_length(settings.max_new_tokens))
+    engines = ReusableEngine(this.recipe.rollout, this.max_length(settings.max_new_tokens))
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, folder in folders.items():
         file = this.dir / "evaluate" / f"{name}.jsonl"
@@ -333,10 +351,12 @@ def _evaluate(this: Run) -> None:
         model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
         engine = engines.of(model, folder)
         by_seed = evaluation.answer(engine, prompts, sampling, settings.seeds, tokenizer)
-        engines.rest()
+        engines.sleep()
         rows[name] = [row for some in by_seed.values() for row in some]
         if name != "teacher":
-            teacher = teacher or LocalTeacher(load_model(this.teacher, working_dtype(), this.recipe.teacher.quantization).to(device()))  # pyright: ignore[reportArgumentType]
+            teacher = teacher or LocalTeacher(
+                load_model(this.teacher, working_dtype(), this.recipe.teacher.quantization).to(device())
+            )  # pyright: ignore[reportArgumentType]
             evaluation.add_reverse_kl(rows[name], prompts, model, teacher, sampling.vocab_size, settings.temperature)
         else:
             for row in rows[name]:
@@ -365,7 +385,11 @@ def _made_from(this: Run, folder: str) -> dict[str, Any]:
 
     weights: Any = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
     settings = this.state.settings("evaluate")
-    own = {key: value for key, value in settings.items() if key.startswith(("evaluate.", "data.", "rollout.stop", "teacher."))}
+    own = {
+        key: value
+        for key, value in settings.items()
+        if key.startswith(("evaluate.", "data.", "rollout.stop", "teacher."))
+    }
     return {
         "weights": weights or folder,
         "settings": own,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from minillm.config import ModelSource, Section
+from minillm.errors import InputError
 
 
 class TeacherConfig(Section):
@@ -29,6 +30,10 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def _quantized_here(self) -> TeacherConfig:
         if self.quantization and (self.shard or self.servers):
-            what = "shard: bitsandbytes' layers are not dealt out" if self.shard else "servers: they hold the teacher as they were started"
-            raise ValueError(f"quantization with {what}; set one of the two")
+            what = (
+                "shard: bitsandbytes' layers are not dealt out"
+                if self.shard
+                else "servers: they hold the teacher as they were started"
+            )
+            raise InputError(f"quantization with {what}; set one of the two")
         return self

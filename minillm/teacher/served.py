@@ -22,9 +22,10 @@ from transformers import AutoConfig
 
 from minillm.data.rollouts import Rollout, TeacherRows
 from minillm.data.sampling import Sampling
+from minillm.errors import InputError
 from minillm.models.servers import PLAIN, Servers, checked_logprob, read_completion
 
-_LIKELIEST = 20  # as many as a server gives unless --max-logprobs says otherwise
+_TOP_LOGPROBS = 20  # as many as a server gives unless --max-logprobs says otherwise
 _NEGLIGIBLE = -9.2  # log 1e-4: less likely tokens of the student are left to the others
 
 
@@ -42,9 +43,11 @@ class ServedTeacher:
 
     def __init__(self, urls: Sequence[str], source: str, *, top_k: int = 16, patience: float = 600.0) -> None:
         if not urls:
-            raise ValueError("teacher.servers: no address")
-        if top_k >= _LIKELIEST:
-            raise ValueError(f"teacher.top_k ({top_k}): an engine tells fewer than {_LIKELIEST} of its likeliest tokens")
+            raise InputError("teacher.servers: no address")
+        if top_k >= _TOP_LOGPROBS:
+            raise InputError(
+                f"teacher.top_k ({top_k}): an engine tells fewer than {_TOP_LOGPROBS} of its likeliest tokens"
+            )
         self.source, self.top_k = source, top_k
         self._servers = Servers(urls, patience=patience, setting="rollout.server_patience")
 
@@ -61,7 +64,7 @@ class ServedTeacher:
         """
         for server in self._servers.each:
             # The token that a request for log-probabilities has to draw besides takes a place too.
-            self._servers.insist(lambda server=server: server.attach(max_length + 1), server)
+            self._servers.call_with_retries(lambda server=server: server.attach(max_length + 1), server)
 
     def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
         """Fill in `teacher_logprobs` and `teacher_rows` of the rollouts that lack them.
@@ -70,7 +73,7 @@ class ServedTeacher:
             ValueError: a temperature other than 1, of which the server's numbers are not.
         """
         if sampling.temperature != 1.0:
-            raise ValueError(f"a served teacher's log-probabilities are of temperature 1, not {sampling.temperature:g}")
+            raise InputError(f"a served teacher's log-probabilities are of temperature 1, not {sampling.temperature:g}")
         missing = [rollout for rollout in rollouts if rollout.teacher_logprobs is None]
         tables = self._servers.all([lambda r=r: self._read(r) for r in missing])
         places = [
@@ -79,7 +82,9 @@ class ServedTeacher:
             for place, table in enumerate(rows)
             if (unknown := [token for token in self._wanted(rollout, place) if token not in table])
         ]
-        found = self._servers.all([lambda prefix=prefix, ids=ids: self._named(prefix, ids) for _, prefix, ids in places])
+        found = self._servers.all(
+            [lambda prefix=prefix, ids=ids: self._named(prefix, ids) for _, prefix, ids in places]
+        )
         for (table, _, _), more in zip(places, found, strict=True):
             table |= more
         for rollout, rows in zip(missing, tables, strict=True):
@@ -91,26 +96,28 @@ class ServedTeacher:
 
     def _wanted(self, rollout: Rollout, place: int) -> list[int]:
         """The student's likeliest tokens at a place, the drawn one left out."""
-        if not self.top_k or rollout.likeliest is None:
+        if not self.top_k or rollout.top_logprobs is None:
             return []
         drawn = rollout.response_ids[place]
-        likeliest = sorted(rollout.likeliest[place].items(), key=lambda entry: -entry[1])
-        return [token for token, logq in likeliest if token != drawn and logq > _NEGLIGIBLE][: self.top_k]
+        top_logprobs = sorted(rollout.top_logprobs[place].items(), key=lambda entry: -entry[1])
+        return [token for token, logq in top_logprobs if token != drawn and logq > _NEGLIGIBLE][: self.top_k]
 
     def _read(self, rollout: Rollout) -> list[dict[int, float]]:
         """For each place, log p of the drawn token and of the teacher's likeliest."""
         tokens = len(rollout.response_ids)
         body = PLAIN | {
             "prompt": rollout.prompt_ids + rollout.response_ids, "max_tokens": 1, "temperature": 1.0,
-            "prompt_logprobs": _LIKELIEST if self.top_k else 0,
+            "prompt_logprobs": _TOP_LOGPROBS if self.top_k else 0,
         }  # fmt: skip
 
         def read(answer: Any) -> list[dict[int, float]]:
             [choice] = answer["choices"]
             rows = choice["prompt_logprobs"][-tokens:]
             tables = [{int(token): checked_logprob(entry["logprob"]) for token, entry in row.items()} for row in rows]
-            if len(tables) != tokens or any(token not in table for token, table in zip(rollout.response_ids, tables, strict=True)):
-                raise ValueError("log-probabilities of some tokens are missing")
+            if len(tables) != tokens or any(
+                token not in table for token, table in zip(rollout.response_ids, tables, strict=True)
+            ):
+                raise InputError("log-probabilities of some tokens are missing")
             return tables
 
         return self._servers.complete(body, read)

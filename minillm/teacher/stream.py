@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.errors import InputError
 from minillm.models.configs import attends_fully
 from minillm.models.head import body
 from minillm.teacher.local import LocalTeacher
@@ -26,7 +27,7 @@ class TeacherStream:
 
     def __init__(self, teacher: LocalTeacher, lengths: Sequence[int]) -> None:
         if not attends_fully(teacher.model.config.get_text_config()):
-            raise ValueError(
+            raise InputError(
                 f"teacher-mixed sampling needs a teacher whose every layer is full attention ({type(teacher.model).__name__} has sliding "
                 "windows): set rollout.teacher_mix: 0"
             )
@@ -73,7 +74,11 @@ class _Group:
         self._mask = torch.cat([self._mask, block], dim=1)
         with self._teacher.reading():
             out = body(self._model)(
-                input_ids=ids, attention_mask=self._mask, position_ids=positions, past_key_values=self._cache, use_cache=True
+                input_ids=ids,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
             )
         self._cache = out.past_key_values
         return [states[: len(feed)] for states, feed in zip(out.last_hidden_state, feeds, strict=True)]

@@ -21,6 +21,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
+from minillm.errors import InputError
 from minillm.train.best_checkpoint import METRICS, best_faults, with_given
 from minillm.train.optimisation import Fault, one_of, optimiser_faults, scheduler_faults, tracker_faults
 from minillm.train.trl_arguments import extra_faults, extra_names, warn_of_defaults
@@ -114,7 +115,10 @@ _FP16 = "float16 is computed on GPUs only: leave it out on a CPU"
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 # transformers' hint of fsdp is of the command line; a parallelism_config is no value of YAML.
-_HINTS: dict[str, Any] = typing.get_type_hints(TrainingArguments) | {"fsdp": bool | str | None, "parallelism_config": Any}
+_HINTS: dict[str, Any] = typing.get_type_hints(TrainingArguments) | {
+    "fsdp": bool | str | None,
+    "parallelism_config": Any,
+}
 # What making arguments would start, or look for on this machine.
 _APART: dict[str, Any] = {
     "tf32": None, "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None, "fsdp": None, "deepspeed": None,
@@ -140,7 +144,7 @@ def check_arguments(
         ValueError: a line for each fault, with the argument, what is wrong and what is allowed.
     """
     if not isinstance(args, TrainingArguments):
-        raise ValueError(f"args: transformers.TrainingArguments are needed (given: {type(args).__name__})")
+        raise InputError(f"args: transformers.TrainingArguments are needed (given: {type(args).__name__})")
     missing = "eval_dataset" if eval_dataset is None else None
     found = list(_eval_faults(eval_dataset))
     if args.fp16 and args.device.type == "cpu":
@@ -149,7 +153,9 @@ def check_arguments(
         found.append(("fsdp", "it deals the student out over several processes: start with accelerate launch"))
     found += _faults(args, fine_tuning, missing, reads_teacher, metrics)
     if found:
-        raise ValueError("\n".join(f"args.{name}: {fault}" if name in vars(args) else f"{name}: {fault}" for name, fault in found))
+        raise InputError(
+            "\n".join(f"args.{name}: {fault}" if name in vars(args) else f"{name}: {fault}" for name, fault in found)
+        )
     warn_of_defaults(args, fine_tuning)
 
 
@@ -175,7 +181,11 @@ def setting_faults(
             continue
         faulty.add(name)
         yield name, fault
-    files = [(name, fault) for name in ("deepspeed", "fsdp_config", "accelerator_config") if (fault := _file_fault(given.get(name)))]
+    files = [
+        (name, fault)
+        for name in ("deepspeed", "fsdp_config", "accelerator_config")
+        if (fault := _file_fault(given.get(name)))
+    ]
     yield from files
     faulty |= {name for name, _ in files}
     try:
@@ -277,7 +287,10 @@ def _faults(
     for name in (*refused, *unknown):
         value = getattr(args, name)
         if value != getattr(fresh, name):
-            yield name, f"not honoured here: {refused.get(name, 'this version of minillm does not know it')} (given: {value!r})"
+            yield (
+                name,
+                f"not honoured here: {refused.get(name, 'this version of minillm does not know it')} (given: {value!r})",
+            )
     yield from extra_faults(args, fresh, fine_tuning)
     yield from _accelerator_faults(args, fine_tuning)
     yield from _checkpointing_faults(args, fine_tuning)
@@ -322,13 +335,20 @@ def _number_faults(args: Any) -> Iterator[Fault]:
 
 
 def _accelerator_faults(args: Any, fine_tuning: bool) -> Iterator[Fault]:
-    given = {key: value for key, value in vars(args.accelerator_config).items() if value != getattr(type(args.accelerator_config), key)}
+    given = {
+        key: value
+        for key, value in vars(args.accelerator_config).items()
+        if value != getattr(type(args.accelerator_config), key)
+    }
     accumulation = given.pop("gradient_accumulation_kwargs", None) or {}
     if accumulation.get("num_steps", 1) != 1:
         yield "accelerator_config", f"num_steps: set gradient_accumulation_steps (given: {accumulation['num_steps']!r})"
     if not fine_tuning:
         given.pop("use_configured_state", None)
-        yield from (("accelerator_config", f"{key}: not honoured here: {_LOADER} (given: {value!r})") for key, value in given.items())
+        yield from (
+            ("accelerator_config", f"{key}: not honoured here: {_LOADER} (given: {value!r})")
+            for key, value in given.items()
+        )
 
 
 def _checkpointing_faults(args: Any, fine_tuning: bool) -> Iterator[Fault]:

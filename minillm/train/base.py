@@ -18,8 +18,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minillm.data.batches import Padded
 from minillm.data.rollouts import TeacherRows
+from minillm.errors import InputError
 from minillm.loss.in_forward import Scoring, bind_scoring, score
-from minillm.loss.token_scores import Divergence, Weigh
+from minillm.loss.token_scores import Divergence, LossFn
 from minillm.models.conventions import Conventions, settle
 from minillm.models.device import fast_bfloat16
 from minillm.models.head import check_head, gather_head, head_of
@@ -61,24 +62,35 @@ class DistillationTrainer(Validated, Finite, Trainer):
     ) -> None:  # fmt: skip
         check_parameters(kwargs)
         check_arguments(
-            args, eval_dataset=eval_dataset, reads_teacher=not isinstance(teacher, ServedTeacher), metrics=self.validation_metrics
+            args,
+            eval_dataset=eval_dataset,
+            reads_teacher=not isinstance(teacher, ServedTeacher),
+            metrics=self.validation_metrics,
         )
         if processing_class is None:
             if not isinstance(model, str):
-                raise ValueError("processing_class: a tokenizer is needed when the student is given as a model object")
+                raise InputError("processing_class: a tokenizer is needed when the student is given as a model object")
             processing_class = load_tokenizer(model)
         check_one_gpu(args)
         # A different tokenizer is found before any weights load, where the teacher is still a name.
         served = teacher if isinstance(teacher, ServedTeacher) else None
-        named = served.source if served else teacher if isinstance(teacher, str) else str(getattr(teacher, "name_or_path", ""))
+        named = (
+            served.source
+            if served
+            else teacher
+            if isinstance(teacher, str)
+            else str(getattr(teacher, "name_or_path", ""))
+        )
         if served or isinstance(teacher, str) or (named and Path(named, "tokenizer_config.json").is_file()):
             check_same_tokens(processing_class, load_tokenizer(named))
         student = load_model(model, torch.float32) if isinstance(model, str) else model
         if teacher is None and not hasattr(student, "get_base_model"):
-            raise ValueError("teacher: without one the student's base is it, its adapter off; this student has no adapter (PEFT)")
+            raise InputError(
+                "teacher: without one the student's base is it, its adapter off; this student has no adapter (PEFT)"
+            )
         zero3 = is_deepspeed_zero3_enabled()
         if zero3 and is_sharded(student):
-            raise ValueError(
+            raise InputError(
                 "the student's weights were dealt out by ZeRO-3 when it was loaded: give its name, or minillm.models.load.load_model"
             )
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
@@ -89,12 +101,19 @@ class DistillationTrainer(Validated, Finite, Trainer):
             logger.warning("bf16=True on a CPU that emulates bfloat16, many times slower than float32: leave it out.")
         trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
         if trained & {torch.bfloat16, torch.float16}:
-            logger.warning("The student is trained in %s: at small learning rates most updates round away; load it in float32.", trained)
+            logger.warning(
+                "The student is trained in %s: at small learning rates most updates round away; load it in float32.",
+                trained,
+            )
         widths = head_width(student), served.vocab_size if served else head_width(teacher_model)
         if widths[0] != widths[1]:
-            logger.warning("The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.", *widths, min(widths))
+            logger.warning(
+                "The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.", *widths, min(widths)
+            )
         if conventions is None:
-            conventions = settle(processing_class, served.source if served else teacher_model if teacher is not None else None, [student])
+            conventions = settle(
+                processing_class, served.source if served else teacher_model if teacher is not None else None, [student]
+            )
         conventions = replace(conventions, vocab_size=min(*widths, conventions.vocab_size))
         self.width = conventions.vocab_size
         self.temperature = temperature
@@ -105,12 +124,14 @@ class DistillationTrainer(Validated, Finite, Trainer):
         bind_scoring(student)
         if zero3:
             gather_head(student)  # pyright: ignore[reportArgumentType]
-        super().__init__(model=student, args=args, processing_class=processing_class, eval_dataset=eval_dataset, **kwargs)  # pyright: ignore[reportArgumentType]
-        self.sample_with(rollout or RolloutConfig(), conventions, compute, engine)
+        super().__init__(
+            model=student, args=args, processing_class=processing_class, eval_dataset=eval_dataset, **kwargs
+        )  # pyright: ignore[reportArgumentType]
+        self.set_up_sampling(rollout or RolloutConfig(), conventions, compute, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         if teacher is None and (zero3 or self.is_fsdp_enabled):
-            raise ValueError(
+            raise InputError(
                 "a student whose base is its teacher is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism"
             )
         if served is not None:
@@ -130,11 +151,11 @@ class DistillationTrainer(Validated, Finite, Trainer):
 
     def updates_per_epoch(self) -> int:
         """Updates in one pass over the training data."""
-        raise TypeError("a subclass says how long an epoch is")
+        raise NotImplementedError("a subclass says how long an epoch is")
 
     def micro_batches(self, update: int) -> list[Any]:
         """What this process's `training_step` gets for each micro-batch of an update."""
-        raise TypeError("a subclass says what an update trains on")
+        raise NotImplementedError("a subclass says what an update trains on")
 
     @property
     def local_teacher(self) -> LocalTeacher:
@@ -144,7 +165,9 @@ class DistillationTrainer(Validated, Finite, Trainer):
             ValueError: it is served.
         """
         if not isinstance(self.teacher, LocalTeacher):
-            raise ValueError("a served teacher tells log-probabilities of some tokens only: this needs the teacher's model in this process")
+            raise InputError(
+                "a served teacher tells log-probabilities of some tokens only: this needs the teacher's model in this process"
+            )
         return self.teacher
 
     def get_train_dataloader(self) -> DataLoader:
@@ -155,18 +178,26 @@ class DistillationTrainer(Validated, Finite, Trainer):
             self._logged_at = self.state.global_step
         return self.begin(self.micro_batches(self.state.global_step)), None
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Score the batch in the student's forward. `inputs`: what `update_on` is given."""
-        loss, scores = score(model, self.scoring(inputs["batch"], inputs["teacher"], inputs["weigh"], inputs["divergence"]))
+        loss, scores = score(
+            model, self.scoring(inputs["batch"], inputs["teacher"], inputs["loss_fn"], inputs["divergence"])
+        )
         loss = self.see(loss * inputs["scale"])
         return (loss, scores) if return_outputs else loss
 
     def scoring(
-        self, batch: Padded, teacher: Tensor | TeacherRows | None, weigh: Weigh | None = None, divergence: Divergence | None = None
+        self,
+        batch: Padded,
+        teacher: Tensor | TeacherRows | None,
+        loss_fn: LossFn | None = None,
+        divergence: Divergence | None = None,
     ) -> Scoring:
         """What the student's forward is given to score a batch. `teacher`: its final states, or its rows."""
         scoring = Scoring(
-            batch, self.width, weigh=weigh, temperature=self.temperature, text_temperature=self.text_temperature, divergence=divergence,
+            batch, self.width, loss_fn=loss_fn, temperature=self.temperature, text_temperature=self.text_temperature, divergence=divergence,
             teacher_rows=teacher if isinstance(teacher, TeacherRows) else None,
         )  # fmt: skip
         if isinstance(teacher, Tensor):
@@ -180,11 +211,11 @@ class DistillationTrainer(Validated, Finite, Trainer):
         return 0
 
     def update_on(
-        self, model: Any, batch: Padded, weigh: Weigh, teacher: Tensor | TeacherRows | None, scale: float,
+        self, model: Any, batch: Padded, loss_fn: LossFn, teacher: Tensor | TeacherRows | None, scale: float,
         divergence: Divergence | None = None,
     ) -> Tensor:  # fmt: skip
         """Forward and backward of one micro-batch; returns the loss. `teacher`: its final states, or its rows."""
-        inputs = {"batch": batch, "weigh": weigh, "teacher": teacher, "scale": scale, "divergence": divergence}
+        inputs = {"batch": batch, "loss_fn": loss_fn, "teacher": teacher, "scale": scale, "divergence": divergence}
         with self.phase("update", len(batch.targets)):
             return super().training_step(model, inputs, num_items_in_batch=1)
 

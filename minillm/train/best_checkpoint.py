@@ -22,7 +22,9 @@ def with_given(args: TrainingArguments, given: Collection[str]) -> TrainingArgum
     return args
 
 
-def best_faults(args: Any, missing: str | None, reads_teacher: bool, metrics: Mapping[str, bool | None]) -> Iterator[Fault]:
+def best_faults(
+    args: Any, missing: str | None, reads_teacher: bool, metrics: Mapping[str, bool | None]
+) -> Iterator[Fault]:
     """Settles `metric_for_best_model` and `greater_is_better` too, which transformers guesses by their names."""
     evaluates = args.eval_strategy != "no"
     for key, wanted in (("eval_strategy", evaluates), ("eval_on_start", args.eval_on_start)):
@@ -51,12 +53,21 @@ def best_faults(args: Any, missing: str | None, reads_teacher: bool, metrics: Ma
     told = _settle(args, metrics)
     name = args.metric_for_best_model.removeprefix("eval_")
     if name not in metrics:
-        yield "metric_for_best_model", f"validation does not measure it: {one_of(name, metrics)} (given: {args.metric_for_best_model!r})"
+        yield (
+            "metric_for_best_model",
+            f"validation does not measure it: {one_of(name, metrics)} (given: {args.metric_for_best_model!r})",
+        )
         return
     if name == "reverse_kl" and not reads_teacher:
-        yield "metric_for_best_model", "reverse_kl needs the teacher's model in this process, and there is none: set rouge_l"
+        yield (
+            "metric_for_best_model",
+            "reverse_kl needs the teacher's model in this process, and there is none: set rouge_l",
+        )
     if metrics[name] is None and not told:
-        yield "greater_is_better", f"whether more of {name} is better is not known: set it, or metric_for_best_model: rouge_l"
+        yield (
+            "greater_is_better",
+            f"whether more of {name} is better is not known: set it, or metric_for_best_model: rouge_l",
+        )
     direction = "max" if args.greater_is_better else "min"
     mode = args.lr_scheduler_kwargs.get("mode", "min") if isinstance(args.lr_scheduler_kwargs, dict) else "min"
     if "lr_scheduler_type" in needs and mode != direction:
@@ -82,7 +93,9 @@ def _settle(args: Any, metrics: Mapping[str, bool | None]) -> bool:
     known = metrics.get(args.metric_for_best_model.removeprefix("eval_"))
     if known is not None and known != args.greater_is_better:
         if told:
-            logger.warning("greater_is_better=%s keeps the worst %s.", args.greater_is_better, args.metric_for_best_model)
+            logger.warning(
+                "greater_is_better=%s keeps the worst %s.", args.greater_is_better, args.metric_for_best_model
+            )
         else:
             logger.log(level, "greater_is_better=%s, as it is with %s.", known, args.metric_for_best_model)
             args.greater_is_better = known

@@ -40,7 +40,11 @@ class FineTuner(Validated, Finite, SFTTrainer):
         teacher: str | PreTrainedModel | None = None, processing_class: Any = None, conventions: Conventions | None = None,
     ) -> None:  # fmt: skip
         check_arguments(
-            args, fine_tuning=True, eval_dataset=eval_dataset, reads_teacher=teacher is not None, metrics=self.validation_metrics
+            args,
+            fine_tuning=True,
+            eval_dataset=eval_dataset,
+            reads_teacher=teacher is not None,
+            metrics=self.validation_metrics,
         )
         check_one_gpu(args)
         tokenizer = processing_class or (conventions.tokenizer if conventions else load_tokenizer(str(model)))
@@ -62,12 +66,14 @@ class FineTuner(Validated, Finite, SFTTrainer):
         data = Dataset.from_list(rows)
         # TRL would prepare rows of its own kind for evaluation, where ours are sampled from.
         stand_in = None if eval_dataset is None else data.select([0])
-        super().__init__(model=student, args=config, train_dataset=data, eval_dataset=stand_in, processing_class=tokenizer)
+        super().__init__(
+            model=student, args=config, train_dataset=data, eval_dataset=stand_in, processing_class=tokenizer
+        )
         self.eval_dataset = eval_dataset
         compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         conventions = conventions or settle(tokenizer, None, [student])
         width = min(head_width(student), conventions.vocab_size)
-        self.sample_with(rollout or RolloutConfig(), replace(conventions, vocab_size=width), compute)
+        self.set_up_sampling(rollout or RolloutConfig(), replace(conventions, vocab_size=width), compute)
         if teacher is not None and eval_dataset is not None:
             other: Any = load_model(teacher, compute) if isinstance(teacher, str) else teacher
             self.teacher = LocalTeacher(other.to(args.device))
@@ -75,5 +81,8 @@ class FineTuner(Validated, Finite, SFTTrainer):
     def rows_of(self, micro_batch: dict[str, Any]) -> str:
         """Found by their tokens: the collator has lost the numbers."""
         known = [list(ids) for ids in self.train_dataset["input_ids"]]  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue, reportOptionalSubscript]
-        rows = [ids[seen.bool()].tolist() for ids, seen in zip(micro_batch["input_ids"], micro_batch["attention_mask"], strict=True)]
+        rows = [
+            ids[seen.bool()].tolist()
+            for ids, seen in zip(micro_batch["input_ids"], micro_batch["attention_mask"], strict=True)
+        ]
         return listed("train_dataset row", sorted(known.index(row) for row in rows))

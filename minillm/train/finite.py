@@ -46,7 +46,7 @@ class Finite:
 
     def rows_of(self, micro_batch: Any) -> str:
         """What a micro-batch holds, in the words of the data that the trainer was given."""
-        raise TypeError("a subclass says what is in a micro-batch")
+        raise NotImplementedError("a subclass says what is in a micro-batch")
 
     def begin(self, micro_batches: list[Any]) -> list[Any]:
         """Note what an update trains on."""
@@ -80,9 +80,17 @@ class Finite:
     def check_state(self) -> None:
         """Look at what the optimiser's step has left."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        moments = [value for kept in self.optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
-        faults = [name for name, tensors in (("weights", trained), ("the optimiser's state", moments)) if not _are_finite(tensors)]
-        self.stop_at([f"the step left {' and '.join(faults)} that are not finite, on {self._of_the_update()}"] if faults else [])
+        moments = [
+            value for kept in self.optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)
+        ]
+        faults = [
+            name
+            for name, tensors in (("weights", trained), ("the optimiser's state", moments))
+            if not _are_finite(tensors)
+        ]
+        self.stop_at(
+            [f"the step left {' and '.join(faults)} that are not finite, on {self._of_the_update()}"] if faults else []
+        )
 
     def _of_losses(self) -> list[str]:
         losses = torch.stack(self._losses).tolist() if self._losses else []
@@ -119,8 +127,14 @@ def listed(what: str, numbers: Sequence[int], most: int = 20) -> str:
 
 def _are_finite(tensors: Iterable[Any]) -> bool:
     """By their sums, which cost a tenth of looking at each number on a CPU."""
-    local = [value.to_local() if isinstance(value, DTensor) else getattr(value, "ds_tensor", value) for value in tensors]
-    wide = [(value.detach(), torch.float32 if value.dtype.itemsize < 4 else value.dtype) for value in local if value.is_floating_point()]
+    local = [
+        value.to_local() if isinstance(value, DTensor) else getattr(value, "ds_tensor", value) for value in tensors
+    ]
+    wide = [
+        (value.detach(), torch.float32 if value.dtype.itemsize < 4 else value.dtype)
+        for value in local
+        if value.is_floating_point()
+    ]
     return math.isfinite(float(sum(value.sum(dtype=dtype) for value, dtype in wide)))
 
 

@@ -22,7 +22,7 @@ from minillm.data.encoding import encoder_of
 from minillm.data.rollouts import Rollout, TeacherRows, join
 from minillm.data.seeding import permutation, seed_of
 from minillm.data.text import TextBlocks
-from minillm.errors import EngineError
+from minillm.errors import EngineError, InputError
 from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens, baselines
 from minillm.loss.in_forward import Scoring, score_responses
@@ -30,7 +30,7 @@ from minillm.loss.on_policy import OnPolicyLoss
 from minillm.loss.terms import extra_divergence
 from minillm.loss.token_scores import TokenScores
 from minillm.models.configs import context_length, text_config
-from minillm.models.device import give_back_memory
+from minillm.models.device import release_memory
 from minillm.models.head import keeps_sequences_apart
 from minillm.models.lora import check_adapter
 from minillm.rollout.config import RolloutConfig
@@ -102,11 +102,13 @@ class MiniLLMTrainer(DistillationTrainer):
         if kwargs.get("shard_teacher"):
             check_sharded_teacher(config, self.objective, text_dataset is not None)
         if teacher is None and config.overlap and config.teacher_mix:
-            raise ValueError(
+            raise InputError(
                 "rollout.overlap: the student's own base, its adapter off, cannot draw while the student trains: set rollout.teacher_mix: 0"
             )
         if config.on_policy < 1 and not responses:
-            raise ValueError(f"rollout.on_policy: {config.on_policy:g} trains on given responses too, and there are none (responses)")
+            raise InputError(
+                f"rollout.on_policy: {config.on_policy:g} trains on given responses too, and there are none (responses)"
+            )
         super().__init__(
             model, teacher, args, processing_class=processing_class, temperature=config.temperature, rollout=config, engine=engine,
             train_dataset=train_dataset, **kwargs,
@@ -115,7 +117,7 @@ class MiniLLMTrainer(DistillationTrainer):
         self._processes = self.accelerator.num_processes
         self._update_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         if config.num_rollouts % (self._update_size * self._processes):
-            raise ValueError(
+            raise InputError(
                 f"rollout.num_rollouts ({config.num_rollouts}) must be a multiple of the responses of one update "
                 f"({self._update_size * self._processes} = per_device_train_batch_size × gradient_accumulation_steps × processes)"
             )
@@ -124,19 +126,21 @@ class MiniLLMTrainer(DistillationTrainer):
         check_adapter(student)
         limit = context_length(text_config(student))
         if limit is not None and config.max_prompt_tokens + config.max_new_tokens > limit:
-            raise ValueError(
+            raise InputError(
                 f"rollout.max_prompt_tokens + max_new_tokens ({config.max_prompt_tokens} + {config.max_new_tokens}) "
                 f"exceed the student's context of {limit}"
             )
         self._text = self._pack(text_dataset)
         if isinstance(self.teacher, ServedTeacher):
-            self.sampling = replace(self.sampling, likeliest=self.teacher.top_k)
+            self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
             self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
         self._sampler: TeacherMixedSampler | None = None
         if config.overlap and config.engine != "server" and engine is None:
-            raise ValueError("rollout.overlap draws beside the updates, with the weights before them: it needs rollout.engine: server")
+            raise InputError(
+                "rollout.overlap draws beside the updates, with the weights before them: it needs rollout.engine: server"
+            )
         if config.overlap and (self.objective.old_logprobs == "trainer" or self.objective.importance == "prefix"):
-            raise ValueError(
+            raise InputError(
                 "rollout.overlap trains one batch off policy, which token weights can take: objective.old_logprobs must be engine "
                 "and objective.importance none or token"
             )
@@ -204,7 +208,9 @@ class MiniLLMTrainer(DistillationTrainer):
         if self._text and self._text.share_rows:  # beside blocks of text, a row each would be mostly padding
             lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
             rows = share_rows(lengths, max(*lengths, self.objective.language_model_block))
-        for row, pieces in enumerate((self._text.pieces(block) for block in inputs.text) if self._text else (), start=max(rows) + 1):
+        for row, pieces in enumerate(
+            (self._text.pieces(block) for block in inputs.text) if self._text else (), start=max(rows) + 1
+        ):
             rows += [row] * len(pieces)
             text += pieces
         prompts = [r.prompt_ids for r in rollouts] + [ids[:1] for ids in text]
@@ -216,8 +222,12 @@ class MiniLLMTrainer(DistillationTrainer):
             self.objective, sampled.to(device), baseline=self._baselines[inputs.rollouts][sampled.segments].to(device), count=inputs.count,
             text_count=inputs.text_count, slots=len(rollouts) * self.sampling.max_new_tokens, total=self.global_sum,
         )  # fmt: skip
-        value = self.update_on(model, batch, loss, teacher, self._processes, extra_divergence(self.objective.divergence))
-        for rollout, reverse_kl in zip(rollouts, loss.reverse_kl.cpu().split([len(r.response_ids) for r in rollouts]), strict=True):
+        value = self.update_on(
+            model, batch, loss, teacher, self._processes, extra_divergence(self.objective.divergence)
+        )
+        for rollout, reverse_kl in zip(
+            rollouts, loss.reverse_kl.cpu().split([len(r.response_ids) for r in rollouts]), strict=True
+        ):
             if rollout.reverse_kl is None:
                 rollout.reverse_kl = reverse_kl.clone()
         sums = loss.tally.sums
@@ -237,9 +247,13 @@ class MiniLLMTrainer(DistillationTrainer):
         """The rows that rollouts come from."""
         prompts, given = [r.prompt_ids for r in rollouts], self._others.given_rows(rollouts)
         drawn = [row for row, ids in enumerate(self._prompts) if ids in prompts]
-        return " and ".join(listed(what, rows) for what, rows in (("train_dataset row", drawn), ("responses row", given)) if rows)
+        return " and ".join(
+            listed(what, rows) for what, rows in (("train_dataset row", drawn), ("responses row", given)) if rows
+        )
 
-    def _read_by_teacher(self, rollouts: Sequence[Rollout], text: Sequence[array[int]], device: torch.device) -> Tensor | TeacherRows:
+    def _read_by_teacher(
+        self, rollouts: Sequence[Rollout], text: Sequence[array[int]], device: torch.device
+    ) -> Tensor | TeacherRows:
         """The teacher's states, or what it tells of some tokens, for rollouts followed by text."""
         if isinstance(self.teacher, ServedTeacher):
             rows = [r.teacher_rows for r in rollouts if r.teacher_rows is not None]
@@ -274,16 +288,16 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _draw(self, number: int) -> None:
         """The rollouts of batch `number`, for this process: sampled, read by the teacher, credited."""
-        self._apart_in_memory()
+        self._release_cpu_memory()
         ahead, self._ahead = self._ahead, None
-        with self._or_checkpoint():
+        with self._checkpoint_on_engine_error():
             if ahead is not None and ahead[0] == number:
                 with self.phase("waiting"):
                     drawn = ahead[1].result()
             else:
                 engine = self._sync()
                 drawn = self._sample(number)
-                engine.rest()
+                engine.sleep()
         rollouts = drawn.rollouts
         tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         self._seconds["rollout"] += drawn.seconds
@@ -291,7 +305,10 @@ class MiniLLMTrainer(DistillationTrainer):
         self._of_batch = {
             "response_length": (tokens, len(rollouts)),
             "finished": (sum(rollout.finished for rollout in rollouts), len(rollouts)),
-            "version_lag": (sum(self.state.global_step - rollout.weights_version for rollout in rollouts), len(rollouts)),
+            "version_lag": (
+                sum(self.state.global_step - rollout.weights_version for rollout in rollouts),
+                len(rollouts),
+            ),
         }
         if drawn.drafted:
             self._of_batch |= {"acceptance": (drawn.accepted, drawn.drafted), "draft_length": (self._draft_tokens, 1)}
@@ -303,28 +320,28 @@ class MiniLLMTrainer(DistillationTrainer):
         for rollout, scores in zip(given, self._own_scores(given), strict=True):
             rollout.student_logprobs = rollout.behaviour_logprobs = scores.logq
         rollouts = [*rollouts, *earlier, *given]
-        with self._or_checkpoint():
+        with self._checkpoint_on_engine_error():
             self._score(rollouts)
         if self.objective.old_logprobs == "trainer" or self._reads_first:
             with self.phase("rescoring", tokens):
                 self._rescore(rollouts)
         self._adopt(number, rollouts)
-        self._apart_in_memory()
+        self._release_cpu_memory()
         ahead_too = self.rollout_config.overlap and (number + 1) * self._updates_per_batch < self.state.max_steps
         if ahead_too:
-            with self._or_checkpoint():
+            with self._checkpoint_on_engine_error():
                 self._sync()
         self._others.keep(drawn.rollouts)  # not before: a checkpoint of a lost engine has this batch drawn again
         if ahead_too:
             self._ahead = number + 1, self._background.submit(self._sample, number + 1)
 
-    def _apart_in_memory(self) -> None:
+    def _release_cpu_memory(self) -> None:
         """On a CPU, what sampling and updates freed goes back between them: the holes of one are not the size of the other's blocks."""
         if self.args.device.type == "cpu":
-            give_back_memory()
+            release_memory()
 
     @contextmanager
-    def _or_checkpoint(self) -> Iterator[None]:
+    def _checkpoint_on_engine_error(self) -> Iterator[None]:
         """What was trained is not lost with the engine: a resume draws the batch again.
 
         Saving is done together, so every process learns of the error of any, and all of them end.
@@ -366,11 +383,15 @@ class MiniLLMTrainer(DistillationTrainer):
         """log q, and with the teacher KL(q‖p), by a forward of the student as it is."""
 
         def scoring(batch: Padded, group: list[int]) -> Scoring:
-            return self.scoring(batch, self._read_by_teacher([rollouts[i] for i in group], [], device) if teacher else None)
+            return self.scoring(
+                batch, self._read_by_teacher([rollouts[i] for i in group], [], device) if teacher else None
+            )
 
         prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
         device = self.args.device
-        return score_responses(self.model_wrapped, prompts, responses, self.args.per_device_train_batch_size, device, scoring)
+        return score_responses(
+            self.model_wrapped, prompts, responses, self.args.per_device_train_batch_size, device, scoring
+        )
 
     def _rescore(self, rollouts: list[Rollout]) -> None:
         """Before the student trains on them: KL(q‖p), where returns are centred on their mean, and where the objective asks for it
@@ -404,7 +425,9 @@ class MiniLLMTrainer(DistillationTrainer):
             torch.cat([r.behaviour_logprobs for r in rollouts]),
             torch.cat([r.teacher_logprobs for r in rollouts if r.teacher_logprobs is not None]),
             torch.tensor([len(r.response_ids) for r in rollouts]),
-            torch.cat(known) if len(known := [r.reverse_kl for r in rollouts if r.reverse_kl is not None]) == len(rollouts) else None,
+            torch.cat(known)
+            if len(known := [r.reverse_kl for r in rollouts if r.reverse_kl is not None]) == len(rollouts)
+            else None,
         )
 
     def _prompt_rows(self, number: int) -> list[int]:
@@ -422,7 +445,9 @@ class MiniLLMTrainer(DistillationTrainer):
     def _sync(self) -> Engine:
         engine = self.sync()
         if self.rollout_config.teacher_mix and self._sampler is None:
-            self._sampler = TeacherMixedSampler(engine, self.local_teacher, self.rollout_config.teacher_mix, self._draft_tokens)
+            self._sampler = TeacherMixedSampler(
+                engine, self.local_teacher, self.rollout_config.teacher_mix, self._draft_tokens
+            )
         return engine
 
     # Data
@@ -430,18 +455,20 @@ class MiniLLMTrainer(DistillationTrainer):
     def _tokenize(self, dataset: Sequence[dict[str, Any]]) -> list[list[int]]:
         prompts = [self._prompt_ids(dataset[i]) for i in range(len(dataset))]
         if not prompts:
-            raise ValueError("train_dataset is empty")
+            raise InputError("train_dataset is empty")
         limit = self.rollout_config.max_prompt_tokens
         longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         if len(prompts[longest]) > limit:
-            raise ValueError(f"train_dataset row {longest} has {len(prompts[longest])} prompt tokens; rollout.max_prompt_tokens is {limit}")
+            raise InputError(
+                f"train_dataset row {longest} has {len(prompts[longest])} prompt tokens; rollout.max_prompt_tokens is {limit}"
+            )
         return prompts
 
     def _prompt_ids(self, row: dict[str, Any]) -> list[int]:
         if "prompt_ids" in row:
             return list(row["prompt_ids"])
         if "prompt" not in row:
-            raise ValueError(f"train_dataset: a row needs prompt or prompt_ids; it has {', '.join(row)}")
+            raise InputError(f"train_dataset: a row needs prompt or prompt_ids; it has {', '.join(row)}")
         tokenizer: Any = self.processing_class
         if isinstance(row["prompt"], str):
             return encoder_of(tokenizer).document(row["prompt"])
@@ -456,7 +483,9 @@ class MiniLLMTrainer(DistillationTrainer):
         student: Any = self.model
         several = keeps_sequences_apart(student)
         if not several:
-            logger.warning("%s lets packed documents see each other: a block of text holds one document.", type(student).__name__)
+            logger.warning(
+                "%s lets packed documents see each other: a block of text holds one document.", type(student).__name__
+            )
         return TextBlocks(
             dataset, self.processing_class, self.objective.language_model_block, self._update_size * self._processes, self.args.seed,
             updates=self.args.max_steps, several=several,
@@ -477,9 +506,18 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)  # rollouts first: a checkpoint is one when the trainer's state is there
+        folder.mkdir(
+            parents=True, exist_ok=True
+        )  # rollouts first: a checkpoint is one when the trainer's state is there
         amid = self.state.global_step % self._updates_per_batch > 0
-        kept = [{**vars(r), "teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None} for r in self._rollouts] if amid else []
+        kept = (
+            [
+                {**vars(r), "teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None}
+                for r in self._rollouts
+            ]
+            if amid
+            else []
+        )
         live = {
             "number": self._batch_number, "rollouts": kept, "draft_tokens": self._draft_tokens,
             "earlier": [vars(rollout) for rollout in self._others.earlier],
@@ -504,7 +542,7 @@ class MiniLLMTrainer(DistillationTrainer):
         if not live["rollouts"]:
             return
         if len(files) != self._processes:
-            raise ValueError(
+            raise InputError(
                 f"{resume_from_checkpoint}: saved by {len(files)} process(es) amid a rollout batch; resume with as many, "
                 f"not {self._processes}"
             )
@@ -518,7 +556,7 @@ class MiniLLMTrainer(DistillationTrainer):
         return super().evaluate(*args, **kwargs)
 
     def answers(self, prompts: Sequence[list[int]]) -> list[Rollout]:
-        with self._or_checkpoint():
+        with self._checkpoint_on_engine_error():
             return super().answers(prompts)
 
     def close(self) -> None:

@@ -56,10 +56,16 @@ def optimiser_faults(args: Any) -> Iterator[Fault]:
     for name, key in (("adam_beta1", "betas"), ("adam_beta2", "betas"), ("adam_epsilon", "eps")):
         default = type(args).__dataclass_fields__[name].default
         if key not in settings and getattr(args, name) != default:
-            yield name, f"optim: {args.optim.value} does not read it: leave it at {default} (given: {getattr(args, name)!r})"
+            yield (
+                name,
+                f"optim: {args.optim.value} does not read it: leave it at {default} (given: {getattr(args, name)!r})",
+            )
     for key in options:
         if key in ("lr", "weight_decay"):
-            yield "optim_args", f"{key}: set {'learning_rate' if key == 'lr' else key} itself (given: {args.optim_args!r})"
+            yield (
+                "optim_args",
+                f"{key}: set {'learning_rate' if key == 'lr' else key} itself (given: {args.optim_args!r})",
+            )
         elif not _is_read(args, options, key):
             yield "optim_args", f"{key}: optim: {args.optim.value} does not read it (given: {args.optim_args!r})"
 
@@ -84,7 +90,10 @@ def scheduler_faults(args: Any) -> Iterator[Fault]:
     kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs or {}
     if args.warmup_steps and kind in ("constant", *BY_METRIC):
         instead = "constant_with_warmup" if kind == "constant" else "another scheduler"
-        yield "warmup_steps", f"lr_scheduler_type: {kind} has no warm-up: set {instead}, or 0 (given: {args.warmup_steps:g})"
+        yield (
+            "warmup_steps",
+            f"lr_scheduler_type: {kind} has no warm-up: set {instead}, or 0 (given: {args.warmup_steps:g})",
+        )
     if not isinstance(options, dict):
         yield "lr_scheduler_kwargs", f"a mapping is needed (given: {options!r})"
         return
@@ -92,7 +101,10 @@ def scheduler_faults(args: Any) -> Iterator[Fault]:
         yield "lr_scheduler_kwargs", f"lr_scheduler_type: {kind} takes none (given: {options!r})"
     for key, value in options.items():
         if isinstance(value, str) and _is_number(value):
-            yield "lr_scheduler_kwargs", f"{key}: a number is needed; YAML 1.1 takes 1e-6 for text: write 1.0e-6 (given: {value!r})"
+            yield (
+                "lr_scheduler_kwargs",
+                f"{key}: a number is needed; YAML 1.1 takes 1e-6 for text: write 1.0e-6 (given: {value!r})",
+            )
             return
     total = args.max_steps if args.max_steps > 0 else 10**6
     warmup = args.get_warmup_steps(total)
@@ -103,7 +115,11 @@ def scheduler_faults(args: Any) -> Iterator[Fault]:
             scheduler: Any = get_scheduler(kind, optimizer, warmup, total, options)
             if kind in BY_METRIC:
                 scheduler.step(1.0)
-            rates = [scheduler.lr_lambdas[0](step) for step in (0, warmup, (warmup + total) // 2, total)] if kind not in BY_METRIC else []
+            rates = (
+                [scheduler.lr_lambdas[0](step) for step in (0, warmup, (warmup + total) // 2, total)]
+                if kind not in BY_METRIC
+                else []
+            )
     except Exception as error:
         text = " ".join(str(error).split())
         if options:
@@ -112,7 +128,10 @@ def scheduler_faults(args: Any) -> Iterator[Fault]:
             yield "lr_scheduler_type", f"{text}: set lr_scheduler_kwargs (given: {kind!r})"
         return
     if not all(isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0 for rate in rates):
-        yield "lr_scheduler_kwargs", f"they make learning rates that are no numbers from 0 on: {rates} (given: {options!r})"
+        yield (
+            "lr_scheduler_kwargs",
+            f"they make learning rates that are no numbers from 0 on: {rates} (given: {options!r})",
+        )
 
 
 def _is_number(text: str) -> bool:
@@ -127,7 +146,10 @@ def tracker_faults(args: Any) -> Iterator[Fault]:
     """Make the callbacks that report to trackers, which import them."""
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
-            yield "report_to", f"no such tracker; {one_of(str(name), ['none', 'all', *INTEGRATION_TO_CALLBACK])} (given: {name!r})"
+            yield (
+                "report_to",
+                f"no such tracker; {one_of(str(name), ['none', 'all', *INTEGRATION_TO_CALLBACK])} (given: {name!r})",
+            )
             continue
         try:
             INTEGRATION_TO_CALLBACK[name]()

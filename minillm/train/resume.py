@@ -60,7 +60,9 @@ def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> 
             trainer.train(resume_from_checkpoint=last)
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
         trainer.accelerator.wait_for_everyone()  # the first that leaves takes the others with it
-        raise Interrupted(f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it")
+        raise Interrupted(
+            f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it"
+        )
     trainer.save_student(folder, dtype)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import bucket, pad
 from minillm.data.seeding import permutation
+from minillm.errors import InputError
 from minillm.loss.config import DivergenceConfig
 from minillm.loss.supervised import SupervisedLoss
 from minillm.loss.terms import extra_divergence
@@ -43,7 +44,7 @@ class SupervisedTrainer(DistillationTrainer):
         self._micro = args.per_device_train_batch_size * self._processes
         self._size = self._micro * args.gradient_accumulation_steps
         if len(train_dataset) < self._size:
-            raise ValueError(
+            raise InputError(
                 f"{len(train_dataset)} training rows are fewer than the {self._size} of one update "
                 "(per_device_train_batch_size × gradient_accumulation_steps × processes)"
             )

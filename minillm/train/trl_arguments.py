@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from minillm.errors import InputError
 from minillm.train.best_checkpoint import METRICS
 from minillm.train.optimisation import Fault
 
@@ -53,7 +54,9 @@ EQUIVALENTS = {
     ), _ROWS),
 }  # fmt: skip
 # Of SFTConfig, what FineTuner hands to TRL.
-_TO_TRL = frozenset({"shuffle_dataset", "pad_to_multiple_of", "router_aux_loss_coef", "loss_type", "activation_offloading", "pad_token"})
+_TO_TRL = frozenset(
+    {"shuffle_dataset", "pad_to_multiple_of", "router_aux_loss_coef", "loss_type", "activation_offloading", "pad_token"}
+)
 # What holds here whatever is said.
 _ALWAYS = {"disable_dropout": True, "completion_only_loss": True, "max_length": None}
 
@@ -75,8 +78,12 @@ def check_parameters(given: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming them and what to use.
     """
-    if found := [f"{name}: not used here: {_PARAMETERS[name]}" for name in given if name in _PARAMETERS and given[name] is not None]:
-        raise ValueError("\n".join(found))
+    if found := [
+        f"{name}: not used here: {_PARAMETERS[name]}"
+        for name in given
+        if name in _PARAMETERS and given[name] is not None
+    ]:
+        raise InputError("\n".join(found))
 
 
 def handed_to_trl(args: TrainingArguments) -> frozenset[str]:

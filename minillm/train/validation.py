@@ -18,17 +18,18 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minillm.data.rollouts import Rollout
 from minillm.data.seeding import seed_of
+from minillm.errors import InputError
 from minillm.evaluation import metrics
 from minillm.evaluation.answers import token_divergences
 from minillm.models.configs import context_length, text_config
 from minillm.models.conventions import Conventions
-from minillm.models.load import cached
+from minillm.models.load import resolve_cached
 from minillm.models.quantization import is_quantized
 from minillm.models.saving import cast_folder, save_plain
 from minillm.redaction import is_secret
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
-from minillm.rollout.engines.choose import hand_over, make_engine
+from minillm.rollout.engines.choose import make_engine, sync_weights
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.train.best_checkpoint import METRICS
@@ -41,7 +42,9 @@ def check_one_gpu(args: TrainingArguments) -> None:
         ValueError: saying how to start.
     """
     if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)")
+        raise InputError(
+            f"{args.n_gpu} GPUs in one process: start with accelerate launch, or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 class Validated:
@@ -70,7 +73,7 @@ class Validated:
     state: Any
     teacher: LocalTeacher | ServedTeacher | None = None
 
-    def sample_with(
+    def set_up_sampling(
         self, config: RolloutConfig, conventions: Conventions, compute_dtype: torch.dtype, engine: Engine | None = None
     ) -> None:
         """How the student is sampled; called once the trainer is built. What is saved says of itself where its answers end.
@@ -79,7 +82,12 @@ class Validated:
             ValueError: the student is dealt out over processes (FSDP, ZeRO-3) in a way that it cannot be, or be saved whole.
         """
         self._check_shards()
-        self.rollout_config, self.width, self.compute_dtype, self._engine = config, conventions.vocab_size, compute_dtype, engine
+        self.rollout_config, self.width, self.compute_dtype, self._engine = (
+            config,
+            conventions.vocab_size,
+            compute_dtype,
+            engine,
+        )
         conventions.write_to(self.model)
         self.sampling = conventions.sampling(config.max_new_tokens, config.temperature, config.stop)
         self._seconds: dict[str, float] = defaultdict(float)
@@ -87,9 +95,14 @@ class Validated:
 
     def _check_shards(self) -> None:
         zero3, state = is_deepspeed_zero3_enabled(), self.accelerator.state
-        deepspeed, fsdp = getattr(state, "deepspeed_plugin", None) if zero3 else None, getattr(state, "fsdp_plugin", None)
-        if deepspeed is not None and not deepspeed.hf_ds_config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save"):
-            raise ValueError(
+        deepspeed, fsdp = (
+            getattr(state, "deepspeed_plugin", None) if zero3 else None,
+            getattr(state, "fsdp_plugin", None),
+        )
+        if deepspeed is not None and not deepspeed.hf_ds_config.get_value(
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        ):
+            raise InputError(
                 "ZeRO-3 would save a student that nothing can read: set zero3_save_16bit_model: true in accelerate's configuration "
                 "(stage3_gather_16bit_weights_on_model_save in DeepSpeed's)"
             )
@@ -98,11 +111,13 @@ class Validated:
             # Accelerate would sum gradients over processes in bfloat16; DDP sums them in float32.
             fsdp.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
         if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
-            raise ValueError(
+            raise InputError(
                 "FSDP would save no student, but shards of one: set fsdp_state_dict_type: FULL_STATE_DICT in accelerate's configuration"
             )
         if (deepspeed is not None or fsdp is not None) and is_quantized(self.model):
-            raise ValueError("a quantised student is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism")
+            raise InputError(
+                "a quantised student is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism"
+            )
 
     def sync(self) -> Engine:
         """Hand the current weights to the engine, which is started at its first use."""
@@ -118,13 +133,15 @@ class Validated:
                     work=str(self.args.output_dir),
                 )  # fmt: skip
         with self.phase("sync"):
-            hand_over(self._engine, student, self.compute_dtype, self.state.global_step, str(self.args.output_dir))
+            sync_weights(self._engine, student, self.compute_dtype, self.state.global_step, str(self.args.output_dir))
         return self._engine
 
     def _folder_of(self, student: Any, spare: str) -> str:
         """Where an engine can read the student and its tokenizer from: its own folder, or `spare`, where they are put."""
-        own = Path(cached(str(student.name_or_path)))
-        apart = self.rollout_config.lora == "adapter"  # then the base is never sent, and may not be what its folder holds
+        own = Path(resolve_cached(str(student.name_or_path)))
+        apart = (
+            self.rollout_config.lora == "adapter"
+        )  # then the base is never sent, and may not be what its folder holds
         if not apart and (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
             return str(own)
         save_plain(student, spare, merged=not apart)
@@ -154,7 +171,9 @@ class Validated:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """As transformers saves, but for the secrets of its arguments, which it would write down too."""
-        secret = {name: value for name, value in vars(self.args).items() if isinstance(value, str) and is_secret(name, value)}
+        secret = {
+            name: value for name, value in vars(self.args).items() if isinstance(value, str) and is_secret(name, value)
+        }
         vars(self.args).update(dict.fromkeys(secret))
         try:
             super()._save(output_dir, state_dict=state_dict)  # pyright: ignore[reportAttributeAccessIssue]
@@ -169,7 +188,9 @@ class Validated:
         if isinstance(self.teacher, ServedTeacher):
             self.teacher.close()
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Draw one answer to each row from the student alone, always with the same seeds; Rouge-L in percent against the
         best reference, KL(q‖p) in nats a token on the drawn answers (where the teacher is at hand)."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -185,9 +206,13 @@ class Validated:
             found = {name: self.global_sum(total) / len(rows) for name, total in sums.items()}
             if isinstance(self.teacher, LocalTeacher):
                 # With shards every forward is done together: a process with a row less than others reads one more, which does not count.
-                idle = [(list(rows[0]["prompt_ids"]), [0])] * (-(-len(rows) // self.accelerator.num_processes) - len(drawn))
+                idle = [(list(rows[0]["prompt_ids"]), [0])] * (
+                    -(-len(rows) // self.accelerator.num_processes) - len(drawn)
+                )
                 prompts, responses = zip(*[(r.prompt_ids, r.response_ids) for r in drawn], *idle, strict=True)
-                kl = token_divergences(self.model_wrapped, self.teacher, prompts, responses, self.width, self.sampling.temperature)
+                kl = token_divergences(
+                    self.model_wrapped, self.teacher, prompts, responses, self.width, self.sampling.temperature
+                )
                 total = self.global_sum(sum(float(reverse.sum()) for reverse, _ in kl[: len(drawn)]))
                 found["reverse_kl"] = total / self.global_sum(sums["length"])
         out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -199,8 +224,8 @@ class Validated:
         """The student's own, as it is now; always with the same seeds."""
         engine = self.sync()
         seeds = [seed_of("validation", *prompt) for prompt in prompts]
-        drawn = engine.generate(prompts, replace(self.sampling, likeliest=0), seeds)
-        engine.rest()
+        drawn = engine.generate(prompts, replace(self.sampling, top_logprobs=0), seeds)
+        engine.sleep()
         return drawn
 
     def global_sum(self, value: Tensor | float) -> float:

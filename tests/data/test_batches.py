@@ -73,7 +73,13 @@ def test_a_packed_row_gives_the_states_and_gradients_of_separate_ones() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32, "initializer_range": 0.3}
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+    "initializer_range": 0.3,
+}
 FAMILIES: list[tuple[PreTrainedConfig, bool]] = [
     (LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2), True),
     (Qwen3Config(**SMALL, intermediate_size=64, num_key_value_heads=2, head_dim=32), True),

@@ -37,7 +37,11 @@ def letters() -> Any:
     raw.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])  # pyright: ignore
     return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:], chat_template=CHATML
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=SPECIAL[2:],
+        chat_template=CHATML,
     )
 
 
@@ -51,9 +55,20 @@ def test_special_tokens_written_by_users_stay_text(letters: Any) -> None:
     prompt = render(Example(0, said), "chat", letters)
     assert [prompt.count(token) for token in (start, end)] == [2, 1]  # the template's own
     assert said in letters.decode(prompt)
-    assert prompt == [start, *ids_of(letters, f"user\n{said}"), end, *ids_of(letters, "\n"), start, *ids_of(letters, "assistant\n")]
+    assert prompt == [
+        start,
+        *ids_of(letters, f"user\n{said}"),
+        end,
+        *ids_of(letters, "\n"),
+        start,
+        *ids_of(letters, "assistant\n"),
+    ]
     for answer in ("It is <|im_end|>, and the next begins with <|im_start|>.", "Hello.</s>", "\nBye.", "<|im_end|>"):
-        for template, last in (("chat", end), ("alpaca", letters.eos_token_id), ("{{ instruction }}", letters.eos_token_id)):
+        for template, last in (
+            ("chat", end),
+            ("alpaca", letters.eos_token_id),
+            ("{{ instruction }}", letters.eos_token_id),
+        ):
             example = Example(0, "q", "", (answer,))
             ids = render_answer(Prompt(example, render(example, template, letters)), template, letters)
             assert ids == [*ids_of(letters, answer), last], (template, answer)
@@ -84,7 +99,10 @@ def test_a_thought_stands_once_and_a_stripped_answer_is_stripped(letters: Any) -
     assert render_answer(Prompt(example, prompt), "chat", letters) == [*ids_of(letters, "It is so."), end]
     letters.chat_template = CHATML.replace("m['content']", "m['content'] | trim")
     example = Example(0, "q", "", ("\nBye. ",))
-    assert render_answer(Prompt(example, render(example, "chat", letters)), "chat", letters) == [*ids_of(letters, "Bye."), end]
+    assert render_answer(Prompt(example, render(example, "chat", letters)), "chat", letters) == [
+        *ids_of(letters, "Bye."),
+        end,
+    ]
     # A template that opens the thought: an answer without one closes it.
     letters.chat_template = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
     example = Example(0, "q", "", ("Yes.",))
@@ -98,7 +116,9 @@ def test_a_conversation_that_its_template_refuses_is_named(letters: Any) -> None
         "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
     )
     twice = Example(3, "there?", chat=(("user", "Hello."), ("user", "there?")), place="x.jsonl:4")
-    with pytest.raises(DataError, match=r"x\.jsonl:4: the chat template does not take it \(roles: user, user\): roles must alternate"):
+    with pytest.raises(
+        DataError, match=r"x\.jsonl:4: the chat template does not take it \(roles: user, user\): roles must alternate"
+    ):
         render(twice, "chat", letters)
     with pytest.raises(DataError, match=r"x\.jsonl:4: data\.template does not take it: .*nothing"):
         render(twice, "{{ nothing.there }}", letters)

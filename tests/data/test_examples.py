@@ -88,11 +88,17 @@ def test_columns_by_the_names_that_people_use(tmp_path: Path) -> None:
 def test_every_answer_of_a_chat_is_an_example(tmp_path: Path, tokenizer: Any) -> None:
     said = [("system", "w9"), ("user", "w1"), ("assistant", "w2"), ("user", "w3"), ("assistant", "w4"), ("user", "w5")]
     chat = [{"role": role, "content": content} for role, content in said]
-    shared = [{"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": content} for role, content in said]
+    shared = [
+        {"from": {"user": "human", "assistant": "gpt"}.get(role, role), "value": content} for role, content in said
+    ]
     file = tmp_path / "x.jsonl"
     for row in ({"messages": chat}, {"conversations": shared}, {"prompt": chat}):
         found = read_examples(lines(file, row))
-        assert [(e.row, e.instruction, e.references) for e in found] == [(0, "w1", ("w2",)), (1, "w3", ("w4",)), (2, "w5", ())]
+        assert [(e.row, e.instruction, e.references) for e in found] == [
+            (0, "w1", ("w2",)),
+            (1, "w3", ("w4",)),
+            (2, "w5", ()),
+        ]
         assert [e.chat for e in found] == [tuple(said[:2]), tuple(said[:4]), tuple(said)]
         shown = tokenizer.decode(render(found[1], "chat", tokenizer, system="w8"))
         assert shown == "<user> w9 <user> w1 <user> w2 <user> w3 <bot>"  # the chat's own system message
@@ -154,7 +160,9 @@ def test_any_source_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder.mkdir()
     (folder / "train.csv").write_text("question,answer,text\n" + "".join(f"q{i},a{i},t{i}\n" for i in range(20)))
     source = Source(dataset=str(folder), columns={"instruction": "question", "output": "answer"}, split="train[5:8]")
-    assert [(e.row, e.instruction, e.output) for e in read_examples(source)] == [(i, f"q{i + 5}", f"a{i + 5}") for i in range(3)]
+    assert [(e.row, e.instruction, e.output) for e in read_examples(source)] == [
+        (i, f"q{i + 5}", f"a{i + 5}") for i in range(3)
+    ]
     stream = read_texts(Source(dataset=str(folder)), seed=3)
     assert next(stream)["text"].startswith("t")
     texts = [row["text"] for row in read_texts(Source(dataset=str(folder)), seed=3)]
@@ -180,7 +188,9 @@ def words(row: dict[str, str]) -> list[str]:
 
 def test_the_quickstart_prompts_are_distinct() -> None:
     """No prompt is another with a word changed: three-word runs in common, and openings."""
-    train, heldout = ([json.loads(line) for line in (QUICKSTART / f"{name}.jsonl").open()] for name in ("train", "heldout"))
+    train, heldout = (
+        [json.loads(line) for line in (QUICKSTART / f"{name}.jsonl").open()] for name in ("train", "heldout")
+    )
     rows = train + heldout
     assert len(rows) >= 400
     assert len(heldout) >= 80

@@ -32,10 +32,10 @@ def test_a_response_ends_with_the_token_that_completes_a_string(tokenizer: Any, 
     sampling = Sampling(8, (1,), 32, stop=StopStrings(tokenizer, ["w9", "w7 w8"]))
     ids = ids_of(tokenizer, text)
     assert sampling.length(ids) == kept
-    rollout = Rollout.drawn([2], ids, [-0.1 * i for i in range(len(ids))], sampling, 3, likeliest=[{} for _ in ids])
+    rollout = Rollout.drawn([2], ids, [-0.1 * i for i in range(len(ids))], sampling, 3, top_logprobs=[{} for _ in ids])
     n = kept or len(ids)
     assert rollout.response_ids == ids[:n]
-    assert len(rollout.student_logprobs) == len(rollout.likeliest or []) == n
+    assert len(rollout.student_logprobs) == len(rollout.top_logprobs or []) == n
     assert rollout.finished == (kept is not None)
 
 

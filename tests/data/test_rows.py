@@ -21,13 +21,28 @@ def write(file: Path, *rows: Any) -> Path:
 
 
 def test_every_name_that_speakers_go_by(tmp_path: Path) -> None:
-    names = [("human", "gpt"), ("human", "chatgpt"), ("Human", "bing"), ("user", "model"), ("prompter", "bot"), ("user", "assistant")]
-    rows = [{"conversations": [{"from": u, "value": f"q{i}"}, {"from": a, "value": "r"}]} for i, (u, a) in enumerate(names)]
+    names = [
+        ("human", "gpt"),
+        ("human", "chatgpt"),
+        ("Human", "bing"),
+        ("user", "model"),
+        ("prompter", "bot"),
+        ("user", "assistant"),
+    ]
+    rows = [
+        {"conversations": [{"from": u, "value": f"q{i}"}, {"from": a, "value": "r"}]} for i, (u, a) in enumerate(names)
+    ]
     found = read_examples(write(tmp_path / "x.jsonl", *rows))
     assert [(e.instruction, e.output) for e in found] == [(f"q{i}", "r") for i in range(len(names))]
     assert found[2].place == f"{tmp_path / 'x.jsonl'}:3"
-    write(tmp_path / "x.jsonl", *rows, {"messages": [{"role": "user", "content": "q"}, {"role": "narrator", "content": "r"}]})
-    with pytest.raises(DataError, match=r"x\.jsonl:7: messages\[1\]: unknown role 'narrator'; known are user, assistant and system"):
+    write(
+        tmp_path / "x.jsonl",
+        *rows,
+        {"messages": [{"role": "user", "content": "q"}, {"role": "narrator", "content": "r"}]},
+    )
+    with pytest.raises(
+        DataError, match=r"x\.jsonl:7: messages\[1\]: unknown role 'narrator'; known are user, assistant and system"
+    ):
         read_examples(tmp_path / "x.jsonl")
 
 
@@ -41,8 +56,14 @@ def test_columns_that_are_passed_over_are_reported_once(tmp_path: Path, caplog: 
     assert all(message.endswith("(2 rows, the first here)") for message in caplog.messages)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        [one] = read_examples(write(tmp_path / "x.jsonl", {"instruction": "q2", "output": "r", "system": "s", "history": [["q1", "r1"]]}))
-        chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}], "system": "s", "output": "o"}
+        [one] = read_examples(
+            write(tmp_path / "x.jsonl", {"instruction": "q2", "output": "r", "system": "s", "history": [["q1", "r1"]]})
+        )
+        chat = {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}],
+            "system": "s",
+            "output": "o",
+        }
         read_examples(write(tmp_path / "x.jsonl", chat, {"instruction": "i"}))
     assert one.chat == (("system", "s"), ("user", "q1"), ("assistant", "r1"), ("user", "q2"))
     assert one.output == "r"
@@ -55,8 +76,14 @@ def test_columns_that_are_passed_over_are_reported_once(tmp_path: Path, caplog: 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b'{"instruction": "a"}\n{"instruction": "cut \\ud83d"}\n', "x.jsonl:2: instruction: character 5 is half of a surrogate pair"),
-        (b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n', "x.jsonl:1: messages[0].content: character 1 is half"),
+        (
+            b'{"instruction": "a"}\n{"instruction": "cut \\ud83d"}\n',
+            "x.jsonl:2: instruction: character 5 is half of a surrogate pair",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
+            "x.jsonl:1: messages[0].content: character 1 is half",
+        ),
         (b'{"instruction": "a", "output": ["b", "\\ud83d"]}\n', "x.jsonl:1: output[1]: character 1 is half"),
         (b'{"a": ' * 100_000 + b"\n", "x.jsonl:1: JSON nested too deeply"),
         ('{"instruction": "a"}\n'.encode("utf-16"), "x.jsonl: UTF-16; save it as UTF-8"),

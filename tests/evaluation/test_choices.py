@@ -33,13 +33,21 @@ def test_each_choice_is_an_answer_that_ends() -> None:
         for place, token in enumerate(ids):
             want *= float(rows[tuple(ids[:place])][token])
         assert float(log.exp()) == pytest.approx(want, rel=1e-4)
-    longer = sum(float(rows[()][one] * rows[one,][two] * (1 - rows[one, two][list(ends)].sum())) for one in words for two in words)
+    longer = sum(
+        float(rows[()][one] * rows[one,][two] * (1 - rows[one, two][list(ends)].sum()))
+        for one in words
+        for two in words
+    )
     assert float(logs.exp().sum()) + longer == pytest.approx(1, abs=1e-5)
 
 
 def test_a_model_that_ends_no_answer_has_no_such_event() -> None:
     with pytest.raises(DataError, match="no token that ends an answer"):
-        list(choice_logprobs(LocalTeacher(tiny_llama(1)), [Prompt(Example(0, "x"), [4])], [[5], [6]], Sampling(8, (), 32)))
+        list(
+            choice_logprobs(
+                LocalTeacher(tiny_llama(1)), [Prompt(Example(0, "x"), [4])], [[5], [6]], Sampling(8, (), 32)
+            )
+        )
 
 
 def test_choices_are_tokenised_as_text() -> None:
@@ -59,7 +67,9 @@ def no_special_words() -> Any:
 
     raw = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "w0": 4, "w1": 5}, unk_token="w0"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", additional_special_tokens=["<user>", "<bot>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", additional_special_tokens=["<user>", "<bot>"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,16 +87,29 @@ def test_which_choice_a_reference_is(choices: list[str], references: list[str], 
 def classes(folder: Path, choices: list[str], rows: list[dict[str, Any]], **changes: Any) -> Suite:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sets = {"classes": {"file": "rows.jsonl", "choices": choices}}
-    given = {"out": folder / "out", "data_dir": str(folder), "sets": sets, "template": "plain", "max_new_tokens": 2, "seeds": [1]}
+    given = {
+        "out": folder / "out",
+        "data_dir": str(folder),
+        "sets": sets,
+        "template": "plain",
+        "max_new_tokens": 2,
+        "seeds": [1],
+    }
     return Suite.model_validate({**given, "engine": "transformers", "bootstrap": 100, **changes})
 
 
-def test_what_is_no_choice_is_refused_before_anything_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_choice_is_refused_before_anything_is_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = {"one": save(tiny_llama(1), tmp_path / "model")}
     monkeypatch.setattr(suite, "load_model", lambda *_: pytest.fail("a model was loaded"))
     row = {"instruction": "w1", "output": "w3"}
     for choices, rows, message in (
-        (["w3", "w4"], [row, {**row, "output": "w5"}], r"sets.classes.choices: none is the reference 'w5' of row 1 .* \('w3', 'w4'\)"),
+        (
+            ["w3", "w4"],
+            [row, {**row, "output": "w5"}],
+            r"sets.classes.choices: none is the reference 'w5' of row 1 .* \('w3', 'w4'\)",
+        ),
         (["w3", "w4"], [{"instruction": "w1"}], r"sets.classes.choices: no row has a reference"),
         (["w3", "x", "y"], [row], r"sets.classes.choices, model one: 'x' and 'y' are the same tokens"),
     ):
@@ -109,7 +132,9 @@ def test_a_choice_that_begins_like_another_does_not_hold_it(tmp_path: Path, monk
     monkeypatch.setattr(LocalTeacher, "distribution", told)
     rows = [{"instruction": "w1", "output": "w3 w4"}, {"instruction": "w2"}]
     results = suite.run_suite(classes(tmp_path, ["w3", "w3 w4"], rows), {"one": folder})
-    [kept] = read_jsonl(tmp_path / "out" / "one" / "classes-choices.jsonl")  # the row without a reference has no part in it
+    [kept] = read_jsonl(
+        tmp_path / "out" / "one" / "classes-choices.jsonl"
+    )  # the row without a reference has no part in it
     assert (kept["row"], kept["correct"]) == (0, True)
     assert kept["confidence"] == pytest.approx(1)
     assert results["models"]["one"]["classes"]["ece"]["mean"] == pytest.approx(0, abs=1e-6)

@@ -23,7 +23,24 @@ from tests.conftest import tiny_llama
 
 def test_rouge_l_is_the_package_s_best_over_references() -> None:
     rng = random.Random(0)
-    words = ["the", "a", "cat", "cats", "dog", "running", "runs", "ran", "on", "in", "house", "houses", "tree", "it", "is", "was"]
+    words = [
+        "the",
+        "a",
+        "cat",
+        "cats",
+        "dog",
+        "running",
+        "runs",
+        "ran",
+        "on",
+        "in",
+        "house",
+        "houses",
+        "tree",
+        "it",
+        "is",
+        "was",
+    ]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     for _ in range(200):
         texts = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(3)]
@@ -44,8 +61,18 @@ def row(prompt: int, seed: int, text: str, tokens: int, kl: float, finished: boo
 
 
 def test_scores_by_hand() -> None:
-    references = [row(0, 1, "red cat", 2, 0), row(0, 2, "blue dog", 2, 0), row(1, 1, "one", 1, 0), row(1, 2, "two", 1, 0)]
-    answers = [row(0, 1, "blue dog", 4, 2.0), row(0, 2, "blue dog", 2, 4.0, False), row(1, 1, "two", 1, 1.0), row(1, 2, "two", 1, 1.0)]
+    references = [
+        row(0, 1, "red cat", 2, 0),
+        row(0, 2, "blue dog", 2, 0),
+        row(1, 1, "one", 1, 0),
+        row(1, 2, "two", 1, 0),
+    ]
+    answers = [
+        row(0, 1, "blue dog", 4, 2.0),
+        row(0, 2, "blue dog", 2, 4.0, False),
+        row(1, 1, "two", 1, 1.0),
+        row(1, 2, "two", 1, 1.0),
+    ]
     found = scores.collect(answers, references)
     # Seed 1 meets the reference of seed 2, and the other way round.
     assert found.rouge_l.tolist() == [50.0, 50.0]
@@ -64,7 +91,9 @@ def test_a_student_that_did_not_move_is_no_better() -> None:
 
 
 def test_a_kl_that_is_no_number_is_left_out_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "token_divergences", lambda *_, **__: [(torch.tensor([1.0, torch.inf]), torch.zeros(2))])
+    monkeypatch.setattr(
+        evaluation, "token_divergences", lambda *_, **__: [(torch.tensor([1.0, torch.inf]), torch.zeros(2))]
+    )
     rows = [row(0, 1, "one", 2, 0.0)]
     evaluation.add_reverse_kl(rows, [Prompt(Example(0, "x"), [2])], tiny_llama(1), LocalTeacher(tiny_llama(2)), 32, 1.0)
     assert rows[0]["reverse_kl"] is None
@@ -77,9 +106,7 @@ def test_a_kl_that_is_no_number_is_left_out_of_the_results(monkeypatch: pytest.M
 def test_a_seed_is_named_once(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n')
-    text = (
-        "run_dir: r\ndata: {train: ./rows.jsonl, heldout: ./rows.jsonl}\nteacher: {source: t}\nstudent: {source: s}\nevaluate:\n  seeds: "
-    )
+    text = "run_dir: r\ndata: {train: ./rows.jsonl, heldout: ./rows.jsonl}\nteacher: {source: t}\nstudent: {source: s}\nevaluate:\n  seeds: "
     file.write_text(f"{text}[10, 20, 10]\n")
     with pytest.raises(RecipeError, match=r"recipe.yaml:6: evaluate.seeds: 10 is there more than once; name each once"):
         load_recipe(file)

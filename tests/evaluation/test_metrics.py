@@ -16,12 +16,46 @@ from minillm.evaluation import metrics, statistics
 
 def test_latin_text_gets_the_package_s_own_numbers() -> None:
     rng = random.Random(0)
-    words = ["the", "a", "The", "cat", "cats", "Cat's", "cats.", "dog,", "dogs", "running", "runs", "RAN", "on", "in", "house", "houses"]
-    words += ["houses!", "(tree)", "trees;", "it's", "it’s", "x_y", "3", "3.5", "50 m²", "½", "—", "…", "e-mail", "“quoted”"]
+    words = [
+        "the",
+        "a",
+        "The",
+        "cat",
+        "cats",
+        "Cat's",
+        "cats.",
+        "dog,",
+        "dogs",
+        "running",
+        "runs",
+        "RAN",
+        "on",
+        "in",
+        "house",
+        "houses",
+    ]
+    words += [
+        "houses!",
+        "(tree)",
+        "trees;",
+        "it's",
+        "it’s",
+        "x_y",
+        "3",
+        "3.5",
+        "50 m²",
+        "½",
+        "—",
+        "…",
+        "e-mail",
+        "“quoted”",
+    ]
     words += ["❤\ufe0f", "1\ufe0f\u20e3", "👍🏽", "€5", "20°"]
     scorer, above = RougeScorer(["rougeL"], use_stemmer=True), 0
     for _ in range(1000):
-        prediction, *references = (rng.choice(" \n").join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(rng.randint(2, 5)))
+        prediction, *references = (
+            rng.choice(" \n").join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(rng.randint(2, 5))
+        )
         got = metrics.rouge_l(prediction, references)
         assert got == 100 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
         above += got > 0
@@ -32,7 +66,18 @@ def test_latin_text_gets_the_package_s_own_numbers() -> None:
 def test_what_counts_as_latin() -> None:
     for text in ("", "42 + ?", "The cat", "“it’s” – 20° … ½ m² ™ 😀 ❤\ufe0f 1\ufe0f\u20e3 👍🏽"):
         assert metrics.is_latin(text), text
-    for text in ("naïve café", "cafe\u0301", "Straße", "smørrebrød", "İstanbul", "ｃａｔ", "ﬁnd", "ab 猫猫", "猫在窗上", "кошка"):
+    for text in (
+        "naïve café",
+        "cafe\u0301",
+        "Straße",
+        "smørrebrød",
+        "İstanbul",
+        "ｃａｔ",
+        "ﬁnd",
+        "ab 猫猫",
+        "猫在窗上",
+        "кошка",
+    ):
         assert not metrics.is_latin(text), text
     for text in ("القط", "แมว", "ねこ", "고양이", "é", "٤٢", "４２"):
         assert not metrics.is_latin(text), text
@@ -40,7 +85,14 @@ def test_what_counts_as_latin() -> None:
 
 @pytest.mark.parametrize(
     ("text", "mangled"),
-    [("naïve", "na ve"), ("café", "caf"), ("cafe\u0301s", "cafe s"), ("Straße", "stra e"), ("ｃａｔ", ""), ("４２", "")],
+    [
+        ("naïve", "na ve"),
+        ("café", "caf"),
+        ("cafe\u0301s", "cafe s"),
+        ("Straße", "stra e"),
+        ("ｃａｔ", ""),
+        ("４２", ""),
+    ],
 )
 def test_a_word_with_accents_is_one_word(text: str, mangled: str) -> None:
     """The package reads both alike."""
@@ -63,7 +115,9 @@ def test_a_word_with_accents_is_one_word(text: str, mangled: str) -> None:
         ("बिल्ली सोती है", "बिल्ली भागती है", 2, (3, 3), "कुत्ता"),  # vowel signs stay within words
     ],
 )
-def test_text_that_the_package_would_drop(reference: str, near: str, common: int, tokens: tuple[int, int], other: str) -> None:
+def test_text_that_the_package_would_drop(
+    reference: str, near: str, common: int, tokens: tuple[int, int], other: str
+) -> None:
     assert RougeScorer(["rougeL"], use_stemmer=True).score(reference, reference)["rougeL"].fmeasure == 0
     assert metrics.rouge_l(reference, [reference]) == metrics.rouge_l(reference, [other, reference]) == 100
     assert metrics.rouge_l(other, [reference]) == 0
@@ -139,7 +193,9 @@ def test_an_answer_of_nothing_but_marks_takes_no_time() -> None:
 
 def test_distinct_n() -> None:
     assert metrics.distinct_n([[1, 2, 3, 1, 2, 3]], 2) == pytest.approx(100 * 3 / 5)  # 12 23 31 12 23
-    assert metrics.distinct_n([[1, 2, 3, 4, 5], [1, 2, 3, 4], [5]]) == pytest.approx(100 * 2 / 3)  # 1234 2345 1234, none across
+    assert metrics.distinct_n([[1, 2, 3, 4, 5], [1, 2, 3, 4], [5]]) == pytest.approx(
+        100 * 2 / 3
+    )  # 1234 2345 1234, none across
     assert metrics.distinct_n([[1, 2], [2, 1]], 1) == 50
     assert math.isnan(metrics.distinct_n([[1, 2, 3], []]))
     assert math.isnan(metrics.distinct_n([]))
@@ -226,7 +282,9 @@ def test_an_edge_belongs_to_the_bin_below() -> None:
     for bins in range(2, 30):
         for k in range(1, bins + 1):
             edge, inside = k / bins, (k - 0.5) / bins  # together right and wrong offset each other
-            assert metrics.calibration_error([edge, inside], [True, False], bins) == pytest.approx(abs(1 - edge - inside) / 2)
+            assert metrics.calibration_error([edge, inside], [True, False], bins) == pytest.approx(
+                abs(1 - edge - inside) / 2
+            )
 
 
 def test_paired_bootstrap() -> None:
@@ -240,7 +298,12 @@ def test_paired_bootstrap() -> None:
     assert level["low"] < 0 < level["high"]
     assert 0.4 < level["p_worse"] < 0.6
     assert statistics.paired_bootstrap(a + 2, a, 100)["p_worse"] == 1
-    assert statistics.paired_bootstrap(a, a, 100) == {"mean": 0, "low": 0, "high": 0, "p_worse": 1}  # no better counts as worse
+    assert statistics.paired_bootstrap(a, a, 100) == {
+        "mean": 0,
+        "low": 0,
+        "high": 0,
+        "p_worse": 1,
+    }  # no better counts as worse
     # Two prompts, differences 0 and 1: a resample has mean 0, ½, ½ or 1, a quarter each.
     two = statistics.paired_bootstrap(np.array([3.0, 5.0]), np.array([3.0, 6.0]), 10_000)
     assert two["p_worse"] == pytest.approx(0.25, abs=0.02)

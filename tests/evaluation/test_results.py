@@ -50,7 +50,10 @@ def test_reports_show_what_has_no_number(tmp_path: Path) -> None:
     assert "– <span class=small>[–, –]</span>" in write_report(tmp_path).read_text()
     models = {
         "one": {"some": {"distinct_4": {"mean": None, "spread": None}, "excess_error": {"by_position": [None, 3.0]}}},
-        "two": {"some": {"distinct_4": {"mean": 3.0, "spread": 1.0}}, "average": {"rouge_l": {"mean": 2.0, "spread": None}}},
+        "two": {
+            "some": {"distinct_4": {"mean": 3.0, "spread": 1.0}},
+            "average": {"rouge_l": {"mean": 2.0, "spread": None}},
+        },
     }
     found = {"models": models, "prompts": {"some": 2}, "seeds": [1], "compared_with": "one", "differences": {"two": {}}}
     write_json(tmp_path / "results.json", found)
@@ -58,7 +61,15 @@ def test_reports_show_what_has_no_number(tmp_path: Path) -> None:
     assert "<td class=n>–</td>" in page
     assert "<td class=n>3.00 <span class=small>± 1.00</span></td>" in page
     cli._show_suite(found)
-    tried = [{"settings": {}, "rouge_l": None, "update": None, "curve": [{"step": 1, "eval_rouge_l": None}], "while_training": {}}]
+    tried = [
+        {
+            "settings": {},
+            "rouge_l": None,
+            "update": None,
+            "curve": [{"step": 1, "eval_rouge_l": None}],
+            "while_training": {},
+        }
+    ]
     write_json(tmp_path / "compare.json", {"tuning": {"sft": {"tried": tried, "chosen": 0}}})
     assert "<td class=n>–</td>" in write_comparison_report(tmp_path).read_text()
 
@@ -70,7 +81,9 @@ def test_answers_side_by_side_are_to_the_same_prompt(tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", found)
     for name, rows in (("one", (0, 1)), ("two", (1,))):
         (tmp_path / name).mkdir()
-        lines = [json.dumps({"row": row, "text": f"{name} says {row}", "references": [f"reference {row}"]}) for row in rows]
+        lines = [
+            json.dumps({"row": row, "text": f"{name} says {row}", "references": [f"reference {row}"]}) for row in rows
+        ]
         (tmp_path / name / "some-1.jsonl").write_text("\n".join(lines))
     page = write_suite_report(tmp_path).read_text().replace(" class=answer", "")
     assert "<td>reference 0</td><td>one says 0</td><td></td></tr>" in page

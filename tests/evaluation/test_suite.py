@@ -24,7 +24,10 @@ from minillm.run.recipe_file import load_recipe, load_suite
 from tests.conftest import save, tiny_llama
 
 ROWS = [
-    {"instruction": f"w{i} w{i + 1}", "output": [" ".join(f"w{(i * k) % 28}" for k in range(i + 1)), "w5 w6"] if i % 2 else "w3"}
+    {
+        "instruction": f"w{i} w{i + 1}",
+        "output": [" ".join(f"w{(i * k) % 28}" for k in range(i + 1)), "w5 w6"] if i % 2 else "w3",
+    }
     for i in range(8)
 ]
 
@@ -39,8 +42,19 @@ def data(tmp_path: Path) -> str:
 
 
 def make(data: str, out: Path, **changes: Any) -> Suite:
-    sets = {"some": {"file": "some.jsonl"}, "long": {"file": "some.jsonl", "min_reference_words": 4}, "bare": {"file": "bare.jsonl"}}
-    settings = {"out": out, "data_dir": data, "sets": sets, "template": "plain", "max_new_tokens": 6, "max_prompt_tokens": 8}
+    sets = {
+        "some": {"file": "some.jsonl"},
+        "long": {"file": "some.jsonl", "min_reference_words": 4},
+        "bare": {"file": "bare.jsonl"},
+    }
+    settings = {
+        "out": out,
+        "data_dir": data,
+        "sets": sets,
+        "template": "plain",
+        "max_new_tokens": 6,
+        "max_prompt_tokens": 8,
+    }
     return Suite.model_validate({**settings, "engine": "transformers", "seeds": [1, 2], "bootstrap": 200, **changes})
 
 
@@ -88,7 +102,9 @@ def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
     made: list[tuple[int, list[int]]] = []
     original = suite.answer
     monkeypatch.setattr(
-        suite, "answer", lambda engine, prompts, *rest: made.append((len(prompts), rest[1])) or original(engine, prompts, *rest)
+        suite,
+        "answer",
+        lambda engine, prompts, *rest: made.append((len(prompts), rest[1])) or original(engine, prompts, *rest),
     )
     first = suite.run_suite(make(data, out), models)
     assert made == [(8, [1, 2]), (3, [1, 2])] * 2  # all seeds of a set at once; the long ones are some of the others
@@ -102,7 +118,9 @@ def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
     suite.run_suite(make(data, tmp_path / "together", seeds=[2, 3]), {"student": models["student"]})
     kept = {seed: [row["ids"] for row in read_jsonl(out / "student" / f"some-{seed}.jsonl")] for seed in (1, 2, 3)}
     for seed in (2, 3):  # drawn with another beside them, and with none
-        assert [row["ids"] for row in read_jsonl(tmp_path / "together" / "student" / f"some-{seed}.jsonl")] == kept[seed]
+        assert [row["ids"] for row in read_jsonl(tmp_path / "together" / "student" / f"some-{seed}.jsonl")] == kept[
+            seed
+        ]
     assert kept[1] != kept[2] != kept[3]
     del made[8:]
     suite.run_suite(make(data, out, temperature=0.5), {"student": models["student"]})
@@ -202,7 +220,9 @@ def test_every_model_shares_the_teacher_s_vocabulary_or_nothing_is_sampled(
     suite.check_suite(make(data, tmp_path / "out"), {**models, "third": other})  # answers alone need none in common
 
 
-def test_answers_of_another_tokenizer_are_made_again(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_another_tokenizer_are_made_again(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that reads these prompts as the one before did, and writes answers otherwise."""
     folder = Path(save(tiny_llama(1), tmp_path / "model"))
     config = make(data, tmp_path / "out", sets={"some": {"file": "some.jsonl"}}, seeds=[1])
@@ -216,7 +236,9 @@ def test_answers_of_another_tokenizer_are_made_again(data: str, tmp_path: Path, 
         assert len(calls) == 1
 
 
-def test_a_model_that_no_prompt_is_short_enough_for_is_refused(data: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_a_model_that_no_prompt_is_short_enough_for_is_refused(
+    data: str, models: dict[str, str], tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"sets.some: no prompt is within max_prompt_tokens \(1\) for model student"):
         suite.run_suite(make(data, tmp_path / "out", max_prompt_tokens=1), models)
 
@@ -233,7 +255,9 @@ def test_models_that_share_no_prompt_are_not_compared(data: str, tmp_path: Path)
 def test_results_hold_no_number_that_json_lacks(data: str, models: dict[str, str], tmp_path: Path) -> None:
     """Answers of one token have no 4-grams, and one of a seed no spread; a model does not differ from itself as a teacher."""
     sets = {"some": {"file": "some.jsonl"}}
-    config = make(data, tmp_path / "out", sets=sets, max_new_tokens=1, teacher=models["student"], exposure_bias=True, seeds=[1])
+    config = make(
+        data, tmp_path / "out", sets=sets, max_new_tokens=1, teacher=models["student"], exposure_bias=True, seeds=[1]
+    )
     results = suite.run_suite(config, {"student": models["student"]})
     found = results["models"]["student"]["some"]
     assert found["distinct_4"] == {"mean": None, "spread": None, "by_seed": [None]}
@@ -298,7 +322,11 @@ def test_what_cannot_be_read_is_named(data: str, tmp_path: Path, models: dict[st
         file.write_text("sets: {one: {file: a.jsonl}}\n")
         with pytest.raises(RecipeError, match=f"command line: {message}"):
             load_suite(file, [f"{key}={given}"])
-    for given, message in ((["a/b", "c/b"], "b is the name of two models"), ([], "no model to evaluate"), (["x:"], "model=NAME:FOLDER")):
+    for given, message in (
+        (["a/b", "c/b"], "b is the name of two models"),
+        ([], "no model to evaluate"),
+        (["x:"], "model=NAME:FOLDER"),
+    ):
         with pytest.raises(ValueError, match=message):
             cli._models(given)
     assert cli._models(["runs/a", "mine:runs/b"]) == {"a": "runs/a", "mine": "runs/b"}
@@ -316,11 +344,21 @@ def test_models_of_another_shape_get_an_engine_of_their_own(data: str, models: d
     assert len(set(lengths.values())) == 3
 
 
-def test_the_command_line_evaluates_a_suite(data: str, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_evaluates_a_suite(
+    data: str, models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("sets: {some: {file: some.jsonl}}\ntemplate: plain\nmax_new_tokens: 4\nseeds: [1, 2]\nengine: transformers\n")
+    file.write_text(
+        "sets: {some: {file: some.jsonl}}\ntemplate: plain\nmax_new_tokens: 4\nseeds: [1, 2]\nengine: transformers\n"
+    )
     out = tmp_path / "out"
-    words = [f"model=small:{models['student']}", f"data_dir={data}", f"model={models['teacher']}", f"out={out}", "bootstrap=100"]
+    words = [
+        f"model=small:{models['student']}",
+        f"data_dir={data}",
+        f"model={models['teacher']}",
+        f"out={out}",
+        "bootstrap=100",
+    ]
     cli.evaluate(file, words)
     shown = capsys.readouterr().out
     assert "small" in shown

@@ -41,20 +41,26 @@ def test_a_verdict_is_a_sentence_with_units() -> None:
         "(65.3 → 88.3 %)."
     )
     bare = {key: {end: change[end] for end in ("mean", "low", "high")} for key, change in QUICKSTART.items()}
-    assert "falls by 19.1 % [14.7, 23.5]; Rouge-L rises" in check(bare, EvaluateConfig())["sentence"]  # levels may be missing
+    assert (
+        "falls by 19.1 % [14.7, 23.5]; Rouge-L rises" in check(bare, EvaluateConfig())["sentence"]
+    )  # levels may be missing
 
 
 def test_no_clear_difference_and_worse() -> None:
     level = check(changed(reverse_kl_reduction=interval(0.012, -0.031, 0.055)), EvaluateConfig())
     assert (level["verdict"], level["passed"]) == ("no clear difference", False)
-    assert level["sentence"].startswith("There is no clear difference between minillm and the warmed-up student: KL(q‖p) does not clearly ")
+    assert level["sentence"].startswith(
+        "There is no clear difference between minillm and the warmed-up student: KL(q‖p) does not clearly "
+    )
     assert "change, −1.2 % [−5.5, +3.1]" in level["sentence"]
     hardly = check(changed(reverse_kl_reduction=interval(-0.012, -0.018, -0.006)), EvaluateConfig())
     assert hardly["verdict"] == "no clear difference"
     assert "KL(q‖p) rises by 1.2 % [0.6, 1.8], which is not clearly more than the 1 tolerated" in hardly["sentence"]
     rises = check(changed(reverse_kl_reduction=interval(-0.05, -0.08, -0.02)), EvaluateConfig())
     assert rises["verdict"] == "worse"
-    assert rises["sentence"].startswith("minillm is worse than the warmed-up student: KL(q‖p) rises by 5.0 % [2.0, 8.0]")
+    assert rises["sentence"].startswith(
+        "minillm is worse than the warmed-up student: KL(q‖p) rises by 5.0 % [2.0, 8.0]"
+    )
     for key, change, said in (
         ("rouge_l_change", interval(-2.0, -2.9, -1.1), "Rouge-L falls by 2.0 points [1.1, 2.9]"),
         ("finished_change", interval(-7.0, -9.0, -2.1), "finished answers falls by 7.0 percentage points [2.1, 9.0]"),
@@ -70,7 +76,10 @@ def test_what_is_tolerated_is_not_worse() -> None:
     assert (found["verdict"], outcomes(found)) == ("better", ["better", "no clear difference", "better"])
     assert "Rouge-L falls by 1.5 points [0.8, 2.2], which is not clearly more than the 1 tolerated" in found["sentence"]
     assert check(loss, EvaluateConfig(max_rouge_l_loss=0.7))["verdict"] == "worse"
-    assert check(changed(finished_change=interval(-7.0, -9.0, -2.1)), EvaluateConfig(max_finished_loss=3.0))["verdict"] == "better"
+    assert (
+        check(changed(finished_change=interval(-7.0, -9.0, -2.1)), EvaluateConfig(max_finished_loss=3.0))["verdict"]
+        == "better"
+    )
 
 
 def test_the_fall_that_a_recipe_expects_is_judged_by_the_whole_interval() -> None:
@@ -81,7 +90,9 @@ def test_the_fall_that_a_recipe_expects_is_judged_by_the_whole_interval() -> Non
         assert found["sentence"].endswith(f" KL(q‖p) was expected to fall by at least {100 * least:g} %: {told}.")
 
 
-@pytest.mark.parametrize("missing", [None, interval(math.nan, math.nan, math.nan), {"mean": None, "low": None, "high": None}])
+@pytest.mark.parametrize(
+    "missing", [None, interval(math.nan, math.nan, math.nan), {"mean": None, "low": None, "high": None}]
+)
 def test_a_measure_without_a_number_has_no_part_in_it(missing: dict[str, Any] | None) -> None:
     found = check(changed(reverse_kl_reduction=missing), EvaluateConfig(min_reverse_kl_reduction=0.15))
     assert (found["verdict"], len(found["criteria"]), found["expected"]) == ("no clear difference", 2, "cannot be told")
@@ -99,7 +110,11 @@ def test_noise_does_not_decide() -> None:
     rng, times = np.random.default_rng(0), 4000
 
     def drawn(reduction: float, rouge: float, finished: float) -> dict[str, Any]:
-        means = {"reverse_kl_reduction": (reduction, 0.022), "rouge_l_change": (rouge, 0.56), "finished_change": (finished, 3.3)}
+        means = {
+            "reverse_kl_reduction": (reduction, 0.022),
+            "rouge_l_change": (rouge, 0.56),
+            "finished_change": (finished, 3.3),
+        }
         found = {key: (rng.normal(mean, error), 1.96 * error) for key, (mean, error) in means.items()}
         return {key: interval(mean, mean - half, mean + half) for key, (mean, half) in found.items()}
 

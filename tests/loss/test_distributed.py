@@ -22,7 +22,7 @@ from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
 from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.on_policy import OnPolicyLoss
-from minillm.loss.token_scores import TokenScores, TokenWeights
+from minillm.loss.token_scores import ScoreGradients, TokenScores
 from minillm.models.head import head_of
 from minillm.models.weights import plain_weights
 from minillm.teacher.local import LocalTeacher
@@ -80,13 +80,17 @@ def rounded(teacher: LocalTeacher) -> list[str]:
     fully_shard(model, mp_policy=policy)
     hidden = torch.cat(teacher.hidden(PROMPTS[1:2], RESPONSES[1:2]))
 
-    def weigh(part: slice, scores: TokenScores) -> tuple[Tensor, TokenWeights]:
-        return scores.logq.sum(), TokenWeights(logq=torch.ones_like(scores.logq))
+    def loss_fn(part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
+        return scores.logq.sum(), ScoreGradients(logq=torch.ones_like(scores.logq))
 
-    loss, scores = score(model, Scoring(pad(PROMPTS[1:2], RESPONSES[1:2]), 32, hidden, head_of(teacher.model), weigh))
+    loss, scores = score(model, Scoring(pad(PROMPTS[1:2], RESPONSES[1:2]), 32, hidden, head_of(teacher.model), loss_fn))
     loss.backward()
     found = {"loss": loss.detach(), "logq": scores.logq, "reverse_kl": scores.reverse_kl}
-    return [name for name, value in found.items() if value.dtype != torch.float32 or torch.equal(value, value.bfloat16().float())]
+    return [
+        name
+        for name, value in found.items()
+        if value.dtype != torch.float32 or torch.equal(value, value.bfloat16().float())
+    ]
 
 
 def worker(rank: int, world: int, folder: str) -> None:
@@ -132,7 +136,9 @@ def worker(rank: int, world: int, folder: str) -> None:
     assert all(kind == (".layers." in name) for name, kind in kinds.items()), kinds
     for _ in range(2):
         got = dealt.hidden(prompts, responses)
-        report.setdefault("teacher", []).append(max(float((a - b).abs().max()) for a, b in zip(got, whole, strict=True)))
+        report.setdefault("teacher", []).append(
+            max(float((a - b).abs().max()) for a, b in zip(got, whole, strict=True))
+        )
     assert head_of(dealt.model).weight.shape == (32, 64)
     if rank == 0:
         Path(folder, "report.json").write_text(json.dumps(report))

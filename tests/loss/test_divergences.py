@@ -46,7 +46,9 @@ def adaptive(q: list[float], p: list[float]) -> float:
 
 
 def alpha_beta(q: list[float], p: list[float], a: float, b: float) -> float:
-    return -sum(x**a * y**b - a / (a + b) * x ** (a + b) - b / (a + b) * y ** (a + b) for x, y in zip(p, q, strict=True)) / (a * b)
+    return -sum(
+        x**a * y**b - a / (a + b) * x ** (a + b) - b / (a + b) * y ** (a + b) for x, y in zip(p, q, strict=True)
+    ) / (a * b)
 
 
 CASES: list[tuple[Callable[..., Tensor], Callable[[list[float], list[float]], float]]] = [
@@ -69,15 +71,22 @@ NAMES = ["rkl", "fkl", "jsd", "jsd-0.1", "skew-fkl", "skew-rkl", "tv", "akl", "a
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("function", "definition"), CASES, ids=NAMES)
-def test_a_divergence_is_its_definition(function: Callable[..., Tensor], definition: Callable[..., float], temperature: float) -> None:
+def test_a_divergence_is_its_definition(
+    function: Callable[..., Tensor], definition: Callable[..., float], temperature: float
+) -> None:
     student, teacher = logits(0)
-    want = [definition(softmax(s, temperature), softmax(t, temperature)) for s, t in zip(student.tolist(), teacher.tolist(), strict=True)]
+    want = [
+        definition(softmax(s, temperature), softmax(t, temperature))
+        for s, t in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
     got = function(student, teacher, temperature=temperature)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("function", "definition"), CASES, ids=NAMES)
-def test_gradients_are_finite_differences_and_equal_models_have_none(function: Callable[..., Tensor], definition: object) -> None:
+def test_gradients_are_finite_differences_and_equal_models_have_none(
+    function: Callable[..., Tensor], definition: object
+) -> None:
     student, teacher = logits(1)
     if function is not d.adaptive_kl:  # its weight is held still, which a difference is not
         assert torch.autograd.gradcheck(lambda x: function(x, teacher), student.requires_grad_())
@@ -135,7 +144,9 @@ def test_very_unlike_distributions_stay_finite() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("function", "definition"), CASES, ids=NAMES)
-def test_excluded_tokens_leave_values_and_gradients_finite(function: Callable[..., Tensor], definition: object, dtype: torch.dtype) -> None:
+def test_excluded_tokens_leave_values_and_gradients_finite(
+    function: Callable[..., Tensor], definition: object, dtype: torch.dtype
+) -> None:
     """Excluded by the student, by the teacher, by both; by −inf and by the least number of the dtype."""
     student, teacher = (x.to(dtype) for x in logits(5))
     for least in (-torch.inf, torch.finfo(dtype).min):
@@ -145,7 +156,10 @@ def test_excluded_tokens_leave_values_and_gradients_finite(function: Callable[..
         value = function(q, p, temperature=0.7)
         assert torch.isfinite(value).all()
         # The gradient of a power of e^60 is beyond float16.
-        assert torch.isfinite(torch.autograd.grad(value.sum(), q)[0]).all() or (dtype, function) == (torch.float16, CASES[-1][0])
+        assert torch.isfinite(torch.autograd.grad(value.sum(), q)[0]).all() or (dtype, function) == (
+            torch.float16,
+            CASES[-1][0],
+        )
     assert torch.isfinite(d.entropy(q.detach())).all()
 
 
@@ -155,7 +169,9 @@ def test_what_both_exclude_has_no_part() -> None:
     q, p = student.clone(), teacher.clone()
     q[..., 2] = p[..., 2] = -torch.inf
     for function, _ in CASES[:9]:
-        torch.testing.assert_close(function(q, p), function(student[..., kept], teacher[..., kept]), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            function(q, p), function(student[..., kept], teacher[..., kept]), rtol=1e-9, atol=1e-9
+        )
     p, q = teacher.clone(), student
     p[..., 2] = -torch.inf  # of the teacher alone: KL(p‖q) has nothing there, KL(q‖p) 80 nats for each unit of q's mass
     without = torch.log_softmax(teacher[..., kept], -1)

@@ -80,7 +80,13 @@ class World:
         settings = {"slots": LENGTH, **settings}
         loss_of = OnPolicyLoss(objective, SampledTokens(q, behaviour, p, torch.tensor([len(y)])), **settings)
         loss, _ = token_scores(
-            self.states[rows], Head(self.head), ids, self.teacher_states[rows], Head(self.teacher_head), weigh=loss_of, chunk=2
+            self.states[rows],
+            Head(self.head),
+            ids,
+            self.teacher_states[rows],
+            Head(self.teacher_head),
+            loss_fn=loss_of,
+            chunk=2,
         )
         return float(behaviour.sum().exp()), list(torch.autograd.grad(loss, [self.states, self.head]))
 
@@ -116,7 +122,10 @@ def median_bias(objective: Objective, alpha: float) -> float:
     for seed in range(20):
         world = World.random(seed)
         settings = {"baseline": world.mean_return(objective, alpha)} if objective.baseline == "centre" else {}
-        exact, got = (torch.cat([g.flatten() for g in gs]) for gs in (world.exact(), world.expectation(objective, alpha, **settings)))
+        exact, got = (
+            torch.cat([g.flatten() for g in gs])
+            for gs in (world.exact(), world.expectation(objective, alpha, **settings))
+        )
         biases.append(float((got - exact).norm() / exact.norm()))
     return float(torch.tensor(biases).median())
 
@@ -148,9 +157,17 @@ BIASES: dict[str, tuple[Objective, float, float]] = {
     "recommended, no weights": (Objective.recommended(importance="none", **BARE), 0.210, 0.475),
     "exact, weights at most 2": (Objective.exact(importance_truncation=2.0), 0.0, 0.003),
     "paper, bare": (Objective.paper(**UNBIASED_PAPER), 0.197, 0.465),
-    "paper, no weights": (Objective.paper(importance="none", single_step_weight="none", **UNBIASED_PAPER), 0.252, 0.495),
+    "paper, no weights": (
+        Objective.paper(importance="none", single_step_weight="none", **UNBIASED_PAPER),
+        0.252,
+        0.495,
+    ),
     "paper, discount 0.95": (Objective.paper(discount=0.95, **UNBIASED_PAPER), 0.201, 0.465),
-    "paper, weight in clip": (Objective.paper(length_norm=False, weight_in_clip=True, single_step_weight="none"), 0.220, 0.511),
+    "paper, weight in clip": (
+        Objective.paper(length_norm=False, weight_in_clip=True, single_step_weight="none"),
+        0.220,
+        0.511,
+    ),
     "paper, R_t": (Objective.paper(return_from="current", **UNBIASED_PAPER), 0.869, 0.960),
     "paper, whitened": (Objective.paper(baseline="whiten", **UNBIASED_PAPER), 0.499, 0.562),
     "paper": (Objective.paper(), 0.255, 0.439),
@@ -170,7 +187,10 @@ def test_a_baseline_of_the_recommended_kind_does_not_bias_on_policy() -> None:
     """E[∇log q(y_t)] is 0, so a constant costs nothing; off policy its weight ρ_t keeps it so."""
     world = World.random(4)
     for alpha in (0.0, 0.5):
-        plain, centred = (world.expectation(Objective.recommended(length_norm=False, clip=None), alpha, baseline=b) for b in (0.0, -1.7))
+        plain, centred = (
+            world.expectation(Objective.recommended(length_norm=False, clip=None), alpha, baseline=b)
+            for b in (0.0, -1.7)
+        )
         for ours, theirs in zip(plain, centred, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -258,14 +278,31 @@ def test_after_the_student_has_moved_each_response_counts_as_written(name: str) 
 
 def test_the_presets_are_what_their_sources_say() -> None:
     paper, reference = Objective.paper(), Objective.reference()
-    assert (paper.reward, paper.reward_scale, paper.reward_clip, paper.discount, paper.return_from) == ("sampled", 1, None, 1, "next")
-    assert (paper.length_norm, paper.baseline, paper.importance, paper.clip, paper.weight_in_clip) == (True, "none", "token", 0.2, False)
+    assert (paper.reward, paper.reward_scale, paper.reward_clip, paper.discount, paper.return_from) == (
+        "sampled",
+        1,
+        None,
+        1,
+        "next",
+    )
+    assert (paper.length_norm, paper.baseline, paper.importance, paper.clip, paper.weight_in_clip) == (
+        True,
+        "none",
+        "token",
+        0.2,
+        False,
+    )
     assert (paper.single_step, paper.single_step_weight, paper.long_term, paper.language_model) == (1, "token", 1, 1)
     assert (paper.language_model_distill, paper.old_logprobs, paper.normalise) == (0, "engine", "update_tokens")
     # REFERENCE sections 1.4 to 1.9.
     assert (reference.reward, reference.reward_scale, reference.reward_clip) == ("sampled", 0.5, 100)
     assert (reference.discount, reference.return_from, reference.length_norm) == (0.95, "current", True)
-    assert (reference.baseline, reference.importance, reference.clip, reference.weight_in_clip) == ("whiten_padded", "token", 0.2, True)
+    assert (reference.baseline, reference.importance, reference.clip, reference.weight_in_clip) == (
+        "whiten_padded",
+        "token",
+        0.2,
+        True,
+    )
     assert (reference.single_step, reference.single_step_weight, reference.long_term) == (1, "none", 1)
     assert (reference.language_model, reference.language_model_distill) == (1, 0.5)
     assert (reference.old_logprobs, reference.normalise) == ("trainer", "micro_batch_tokens")
@@ -279,7 +316,9 @@ def test_the_metrics_are_what_their_names_say() -> None:
     old, p = logq.gather(1, ids[:, None])[:, 0], logp.gather(1, ids[:, None])[:, 0]
     behaviour = ((1 - alpha) * old.exp() + alpha * p.exp()).log()
     loss_of = OnPolicyLoss(Objective.paper(length_norm=False), SampledTokens(old, behaviour, p, torch.tensor([3])))
-    loss, _ = token_scores(world.states[rows], Head(world.head), ids, world.teacher_states[rows], Head(world.teacher_head), weigh=loss_of)
+    loss, _ = token_scores(
+        world.states[rows], Head(world.head), ids, world.teacher_states[rows], Head(world.teacher_head), loss_fn=loss_of
+    )
     rho = (old - behaviour).exp()
     advantage = torch.stack([(p - old)[t + 1 :].sum() for t in range(3)])
     want = {
@@ -307,7 +346,11 @@ def test_the_clip_stops_the_gradient_of_a_token_that_moved_far_enough() -> None:
 
 
 def test_what_cannot_be_combined_cannot_be_written() -> None:
-    for bad in ({"preset": "recommended", "weight_in_clip": True, "clip": None}, {"reward_scale": 2.0}, {"baseline": "whiten"}):
+    for bad in (
+        {"preset": "recommended", "weight_in_clip": True, "clip": None},
+        {"reward_scale": 2.0},
+        {"baseline": "whiten"},
+    ):
         with pytest.raises(ValueError, match=r"weight_in_clip|reward_scale|whiten"):
             Objective.model_validate(bad)
 
@@ -341,12 +384,15 @@ def test_long_responses_and_single_tokens_have_finite_gradients(preset: str, dis
     ids = torch.randint(12, (n,), generator=g)
     with torch.no_grad():
         old, logp = (
-            torch.log_softmax(h @ w.t(), -1).gather(1, ids[:, None])[:, 0] for h, w in ((hidden, weight), (teacher_hidden, teacher_weight))
+            torch.log_softmax(h @ w.t(), -1).gather(1, ids[:, None])[:, 0]
+            for h, w in ((hidden, weight), (teacher_hidden, teacher_weight))
         )
         behaviour = (0.8 * old.exp() + 0.2 * logp.exp()).log()
     sampled = SampledTokens(old, behaviour, logp, torch.tensor([4096, 1]))
-    loss_of = OnPolicyLoss(Objective.model_validate({"preset": preset, "discount": discount}), sampled, count=n, slots=2 * 4096)
-    loss, _ = token_scores(hidden, Head(weight), ids, teacher_hidden, Head(teacher_weight), weigh=loss_of)
+    loss_of = OnPolicyLoss(
+        Objective.model_validate({"preset": preset, "discount": discount}), sampled, count=n, slots=2 * 4096
+    )
+    loss, _ = token_scores(hidden, Head(weight), ids, teacher_hidden, Head(teacher_weight), loss_fn=loss_of)
     loss.backward()
     for grad in (hidden.grad, weight.grad):
         assert grad is not None
@@ -398,7 +444,9 @@ def test_engine_and_trainer_may_differ_by_any_gap(preset: str, dtype: torch.dtyp
         objective = Objective.model_validate({"preset": preset, "length_norm": False, "clip": clip})
         loss_of = OnPolicyLoss(objective, sampled, slots=3 * n)
         zeros = torch.zeros(3 * n, dtype=dtype)
-        loss, weights = loss_of(slice(0, 3 * n), TokenScores(now.clamp(min=-80.0), teacher.clamp(min=-80.0), zeros + 2.0, zeros, zeros))
+        loss, weights = loss_of(
+            slice(0, 3 * n), TokenScores(now.clamp(min=-80.0), teacher.clamp(min=-80.0), zeros + 2.0, zeros, zeros)
+        )
         assert weights.logq is not None
         assert torch.isfinite(loss)
         assert torch.isfinite(weights.logq).all()
@@ -421,7 +469,11 @@ def weight_at(objective: Objective, gap: float, advantage: float) -> float:
 def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
     """min(ρA, clip(ρ)A) leaves ρ as it is where A < 0; there it counts up to `dual_clip`, and goes on counting."""
     recommended, paper = Objective.recommended(), Objective.paper()
-    for objective in (recommended, Objective.paper(dual_clip=3.0), Objective.reference(baseline="none", return_from="next", dual_clip=3.0)):
+    for objective in (
+        recommended,
+        Objective.paper(dual_clip=3.0),
+        Objective.reference(baseline="none", return_from="next", dual_clip=3.0),
+    ):
         scale = 1.0 / objective.reward_scale
         for gap in (2.0, 5.0, 12.0, 29.0):
             assert weight_at(objective, gap, 1.0) == 0.0  # cut off by the clip
@@ -432,7 +484,9 @@ def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
         assert weight_at(paper, gap, -1.0) == pytest.approx(-math.exp(gap))
     assert weight_at(paper, 29.0, -1.0) == pytest.approx(-math.exp(20.0))
     assert weight_at(Objective.exact(importance_truncation=2.0), 5.0, -1.0) == pytest.approx(-2.0)
-    with pytest.raises(ValueError, match=r"dual_clip \(1.1\) bounds what clip does not: it must be above 1 \+ clip \(1.2\)"):
+    with pytest.raises(
+        ValueError, match=r"dual_clip \(1.1\) bounds what clip does not: it must be above 1 \+ clip \(1.2\)"
+    ):
         Objective.recommended(dual_clip=1.1)
 
 
@@ -455,13 +509,22 @@ def test_returns_are_centred_on_those_of_the_other_responses_and_nothing_is_bias
             behaviour = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
             sampled = SampledTokens(q, behaviour, p, torch.tensor([len(one), len(other)]), kl[rows])
             rewards = -kl[rows] if reward == "expected" else p - q
-            future = [[float(part[t + 1 :].sum()) for t in range(len(part) - 1)] for part in rewards.split([len(one), len(other)])]
+            future = [
+                [float(part[t + 1 :].sum()) for t in range(len(part) - 1)]
+                for part in rewards.split([len(one), len(other)])
+            ]
             means = [sum(values) / len(values) if values else 0.0 for values in future]
             baseline = credit.baselines(sampled, objective)
             assert baseline.tolist() == pytest.approx(means[::-1], abs=1e-12)
             loss_of = OnPolicyLoss(objective, sampled, baseline=baseline[sampled.segments])
             loss, _ = token_scores(
-                world.states[rows], Head(world.head), ids, world.teacher_states[rows], Head(world.teacher_head), weigh=loss_of, chunk=2
+                world.states[rows],
+                Head(world.head),
+                ids,
+                world.teacher_states[rows],
+                Head(world.teacher_head),
+                loss_fn=loss_of,
+                chunk=2,
             )
             grads = [drawn[one] * drawn[other] * g for g in torch.autograd.grad(loss, [world.states, world.head])]
             got = grads if got is None else [a + b for a, b in zip(got, grads, strict=True)]

@@ -21,7 +21,9 @@ def mean_over(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum() / mask.sum()
 
 
-def plain(logits: Tensor, ids: Tensor, logq_old: Tensor, logp: Tensor, teacher: Tensor, behaviour: Tensor, mask: Tensor) -> Tensor:
+def plain(
+    logits: Tensor, ids: Tensor, logq_old: Tensor, logp: Tensor, teacher: Tensor, behaviour: Tensor, mask: Tensor
+) -> Tensor:
     """Sections 1.4 to 1.8 of the reference figures: everything [B, S] or [B, S, V], zero where nothing was drawn."""
     reward = ((logp - logq_old) / 0.5).clamp(-100, 100) * mask
     advantage = torch.zeros_like(reward)
@@ -64,7 +66,9 @@ def test_the_micro_batch_gradient_is_the_authors(chunk: int) -> None:
 
     sampled = SampledTokens(old[:n], behaviour[:n], logp[:n], torch.tensor(LENGTHS))
     loss_of = OnPolicyLoss(Objective.reference(), sampled, count=n, text_count=TEXT, slots=len(LENGTHS) * LIMIT)
-    loss, _ = token_scores(hidden, Head(weight), ids, teacher_hidden, Head(teacher_weight), weigh=loss_of, chunk=chunk)
+    loss, _ = token_scores(
+        hidden, Head(weight), ids, teacher_hidden, Head(teacher_weight), loss_fn=loss_of, chunk=chunk
+    )
     got = torch.autograd.grad(loss, [hidden, weight])
     assert 0 < float(loss_of.tally.sums["clipped"]) < n
 
@@ -94,7 +98,9 @@ def test_hand_worked_advantages() -> None:
     # Over eight slots: mean 14.9/8, mean square (2.9² + 4² + 8²)/8.
     mean, square = 14.9 / 8, (2.9**2 + 16 + 64) / 8
     spread = (square - mean**2 + 1e-8) ** 0.5
-    assert credit.whiten(values, slots=8).tolist() == pytest.approx([(v - mean) / spread for v in (2.9, 4.0, 8.0)], rel=1e-5)
+    assert credit.whiten(values, slots=8).tolist() == pytest.approx(
+        [(v - mean) / spread for v in (2.9, 4.0, 8.0)], rel=1e-5
+    )
 
 
 def test_whitening_is_over_all_processes() -> None:
@@ -105,7 +111,9 @@ def test_whitening_is_over_all_processes() -> None:
     for mine, slots, other, other_slots in ((parts[0], 8, parts[1], 12), (parts[1], 12, parts[0], 8)):
         sums = []
 
-        def total(value: Tensor, other: Tensor = other, other_slots: int = other_slots, sums: list[float] = sums) -> float:
+        def total(
+            value: Tensor, other: Tensor = other, other_slots: int = other_slots, sums: list[float] = sums
+        ) -> float:
             """What an all-reduce gives: the other process has reached the same call."""
             place = len(sums)
             sums.append(float(value))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillm.data.rollouts import TeacherRows
 from minillm.loss import divergences
-from minillm.loss.token_scores import Divergence, TokenScores, TokenWeights, token_scores
+from minillm.loss.token_scores import Divergence, ScoreGradients, TokenScores, token_scores
 from minillm.models.head import Head
 
 N, H, HP, V = 23, 8, 12, 40
@@ -43,11 +43,13 @@ def test_scores_and_gradients_are_those_of_full_logits(kind: str, chunk: int, te
         bias=kind == "bias", softcap=3.0 if kind == "softcap" else None, scale=0.3 if kind == "scale" else 1.0
     )
 
-    def weigh(part: slice, s: TokenScores) -> tuple[Tensor, TokenWeights]:
+    def loss_fn(part: slice, s: TokenScores) -> tuple[Tensor, ScoreGradients]:
         value = (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum()
-        return value, TokenWeights(a[part], b[part], c[part])
+        return value, ScoreGradients(a[part], b[part], c[part])
 
-    loss, scores = token_scores(hidden, head, targets, teacher_hidden, teacher_head, weigh=weigh, temperature=temperature, chunk=chunk)
+    loss, scores = token_scores(
+        hidden, head, targets, teacher_hidden, teacher_head, loss_fn=loss_fn, temperature=temperature, chunk=chunk
+    )
     (2.5 * loss).backward()  # an upstream gradient that is not 1
     got = [hidden.grad, head.weight.grad, None if head.bias is None else head.bias.grad]
     leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
@@ -85,8 +87,8 @@ def test_any_divergence_can_join(name: str, kind: str) -> None:
     hidden, head, targets, teacher_hidden, teacher_head, (a, b, _) = problem(softcap=3.0 if kind == "softcap" else None)
     loss, scores = token_scores(
         hidden, head, targets, teacher_hidden, teacher_head, divergence=DIVERGENCES[name], temperature=0.6, chunk=7,
-        weigh=lambda part, s: (
-            (a[part] * s.logq + b[part] * s.divergence).sum(), TokenWeights(a[part], divergence=b[part])  # pyright: ignore
+        loss_fn=lambda part, s: (
+            (a[part] * s.logq + b[part] * s.divergence).sum(), ScoreGradients(a[part], divergence=b[part])  # pyright: ignore
         ),
     )  # fmt: skip
     got = torch.autograd.grad(3 * loss, [hidden, head.weight])
@@ -134,8 +136,8 @@ def test_what_a_model_excludes_has_the_least_log_probability(least: float, compi
         patch.setattr(module, "_elementwise", lambda *_: (measure, differentiate))
         loss, scores = token_scores(
             hidden, head, targets, teacher_hidden, teacher_head, chunk=7,
-            weigh=lambda part, s: (
-                (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), TokenWeights(a[part], b[part], c[part])
+            loss_fn=lambda part, s: (
+                (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
             ),
         )  # fmt: skip
     got = torch.autograd.grad(loss, [hidden, head.weight])
@@ -166,9 +168,9 @@ def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, na
     loss, scores = token_scores(
         hidden, head, targets, teacher_hidden, teacher_head, divergence=None if name is None else known[name], temperature=0.7,
         text_temperature=1.0, chunk=7,
-        weigh=lambda part, s: (
+        loss_fn=lambda part, s: (
             (s.text_logq + s.reverse_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
-            TokenWeights(a[part], b[part], c[part], None if name is None else c[part], a[part], b[part]),
+            ScoreGradients(a[part], b[part], c[part], None if name is None else c[part], a[part], b[part]),
         ),
     )  # fmt: skip
     loss.backward()
@@ -191,9 +193,9 @@ def test_a_served_teachers_zero_is_a_mass_of_zero(least: float, name: str | None
         loss, scores = token_scores(
             hidden, head, targets, teacher_rows=TeacherRows(rows.ids, logprobs), chunk=5,
             divergence=None if name is None else DIVERGENCES[name],
-            weigh=lambda part, s: (
+            loss_fn=lambda part, s: (
                 (b[part] * s.reverse_kl + c[part] * s.forward_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
-                TokenWeights(None, b[part], c[part], None if name is None else torch.ones_like(b[part])),
+                ScoreGradients(None, b[part], c[part], None if name is None else torch.ones_like(b[part])),
             ),
         )  # fmt: skip
         grads = torch.autograd.grad(loss, [hidden, head.weight])
@@ -212,15 +214,17 @@ def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -
     loss, scores = token_scores(
         hidden, head, targets, teacher_hidden, teacher_head, temperature=0.6, text_temperature=text_temperature, chunk=7,
         divergence=divergences.total_variation,
-        weigh=lambda part, s: (
+        loss_fn=lambda part, s: (
             (a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)).sum(),  # pyright: ignore
-            TokenWeights(c[part], c[part], None, c[part], a[part], b[part]),
+            ScoreGradients(c[part], c[part], None, c[part], a[part], b[part]),
         ),
     )  # fmt: skip
     leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
     got = torch.autograd.grad(loss, leaves)
     student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
-    logq, text_logq = (torch.log_softmax(student / t, -1).gather(1, targets[:, None])[:, 0] for t in (0.6, text_temperature))
+    logq, text_logq = (
+        torch.log_softmax(student / t, -1).gather(1, targets[:, None])[:, 0] for t in (0.6, text_temperature)
+    )
     text_forward = divergences.forward_kl(student, teacher, text_temperature)
     rest = logq + divergences.reverse_kl(student, teacher, 0.6) + divergences.total_variation(student, teacher, 0.6)
     want = (a * text_logq + b * text_forward + c * rest).sum()
@@ -258,8 +262,8 @@ def test_of_a_teacher_that_tells_some_tokens_the_others_are_one_event(kind: str,
     rows = known_rows(teacher, targets, 6)
     loss, scores = token_scores(
         hidden, head, targets, teacher_rows=rows, chunk=chunk,
-        weigh=lambda part, s: (
-            (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), TokenWeights(a[part], b[part], c[part])
+        loss_fn=lambda part, s: (
+            (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
         ),
     )  # fmt: skip
     loss.backward()
@@ -288,11 +292,14 @@ def test_a_teacher_that_tells_every_token_is_a_teacher_at_hand() -> None:
     teacher = full_logits(teacher_hidden, teacher_head)
     everything = torch.stack([torch.tensor([y, *(v for v in range(V) if v != y)]) for y in targets.tolist()])
     rows = TeacherRows(everything, torch.log_softmax(teacher, -1).gather(1, everything))
-    weigh = lambda part, s: ((b[part] * s.reverse_kl).sum(), TokenWeights(reverse_kl=b[part]))  # noqa: E731
+    loss_fn = lambda part, s: ((b[part] * s.reverse_kl).sum(), ScoreGradients(reverse_kl=b[part]))  # noqa: E731
     grads = []
-    tellings: list[dict[str, Any]] = [{"teacher_rows": rows}, {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}]
+    tellings: list[dict[str, Any]] = [
+        {"teacher_rows": rows},
+        {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head},
+    ]
     for told in tellings:
-        loss, scores = token_scores(hidden, head, targets, weigh=weigh, **told)
+        loss, scores = token_scores(hidden, head, targets, loss_fn=loss_fn, **told)
         grads.append((*torch.autograd.grad(loss, [hidden, head.weight]), scores.reverse_kl, scores.forward_kl))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -302,11 +309,11 @@ def test_chunks_come_from_the_last_to_the_first() -> None:
     hidden, head, targets, teacher_hidden, teacher_head, _ = problem()
     seen: list[tuple[int, int]] = []
 
-    def weigh(part: slice, s: TokenScores) -> tuple[Tensor, TokenWeights]:
+    def loss_fn(part: slice, s: TokenScores) -> tuple[Tensor, ScoreGradients]:
         seen.append((part.start, part.stop))
-        return s.logq.sum() * 0, TokenWeights()
+        return s.logq.sum() * 0, ScoreGradients()
 
-    token_scores(hidden, head, targets, teacher_hidden, teacher_head, weigh=weigh, chunk=10)
+    token_scores(hidden, head, targets, teacher_hidden, teacher_head, loss_fn=loss_fn, chunk=10)
     assert seen == [(20, 23), (10, 20), (0, 10)]
 
 
@@ -321,7 +328,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_states_do() -> None:
             targets,
             teacher_hidden,
             teacher_head,
-            weigh=lambda part, s, a=a: ((a[part] * s.logq).sum(), TokenWeights(a[part])),
+            loss_fn=lambda part, s, a=a: ((a[part] * s.logq).sum(), ScoreGradients(a[part])),
         )
         loss.backward()
         assert (head.weight.grad is not None) is trained
@@ -335,7 +342,7 @@ def test_float32_is_within_1e_5_of_float64() -> None:
         hidden, head, targets, teacher_hidden, teacher_head, (a, b, _) = problem(dtype)
         loss, _ = token_scores(
             hidden, head, targets, teacher_hidden, teacher_head, chunk=5,
-            weigh=lambda part, s, a=a, b=b: ((a[part] * s.logq + b[part] * s.reverse_kl).sum(), TokenWeights(a[part], b[part])),
+            loss_fn=lambda part, s, a=a, b=b: ((a[part] * s.logq + b[part] * s.reverse_kl).sum(), ScoreGradients(a[part], b[part])),
         )  # fmt: skip
         loss.backward()
         assert head.weight.grad is not None
@@ -361,14 +368,16 @@ def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -
             states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             loss, scores = token_scores(
                 states, Head(head, bias, 1.0, softcap), targets, teacher_hidden, Head(teacher_weight, bias),
-                weigh=lambda part, s: (
-                    (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), TokenWeights(a[part], b[part], c[part])
+                loss_fn=lambda part, s: (
+                    (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
                 ),
             )  # fmt: skip
             loss.backward()
         finally:
             module._COMPILE_FROM = before
-        found.append([states.grad, head.grad, scores.logq, scores.logp, scores.reverse_kl, scores.forward_kl, scores.entropy])
+        found.append(
+            [states.grad, head.grad, scores.logq, scores.logp, scores.reverse_kl, scores.forward_kl, scores.entropy]
+        )
     for eager, compiled in zip(*found, strict=True):
         assert float((eager.float() - compiled.float()).norm()) < 5e-3 * float(eager.float().norm())
 
@@ -383,7 +392,7 @@ def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
         share = torch.full((N,), 1e-5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         loss, _ = token_scores(
             hidden, head, targets, teacher_hidden, teacher_head, chunk=5,
-            weigh=lambda part, s, share=share: ((share[part] * s.reverse_kl).sum(), TokenWeights(None, share[part])),
+            loss_fn=lambda part, s, share=share: ((share[part] * s.reverse_kl).sum(), ScoreGradients(None, share[part])),
         )  # fmt: skip
         (loss * 65536).backward()  # a loss scaler's
         assert head.weight.grad is not None
@@ -416,7 +425,7 @@ def test_matmuls_and_live_memory(frozen: bool) -> None:
     with Watch() as watch:
         loss, _ = token_scores(
             hidden, head, targets, teacher_hidden, teacher_head, chunk=16,
-            weigh=lambda part, s: (s.reverse_kl.sum(), TokenWeights(None, one[part])),
+            loss_fn=lambda part, s: (s.reverse_kl.sum(), ScoreGradients(None, one[part])),
         )  # fmt: skip
         loss.backward()
     assert watch.matmuls == (3 if frozen else 4) * n // 16
@@ -441,7 +450,7 @@ def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
     states, head = hidden.clone().requires_grad_(), Head(weight.clone().requires_grad_())
     loss, _ = token_scores(
         states, head, targets, teacher_hidden, Head(teacher_weight),
-        weigh=lambda part, s: ((share[part] * s.reverse_kl).sum(), TokenWeights(None, share[part])),
+        loss_fn=lambda part, s: ((share[part] * s.reverse_kl).sum(), ScoreGradients(None, share[part])),
     )  # fmt: skip
     ours = torch.autograd.grad(loss, [states, head.weight])
     for got, rounded, exact in zip(ours, full(torch.bfloat16), full(torch.float64), strict=True):
@@ -455,7 +464,7 @@ def test_the_heads_gradient_accumulates_in_place() -> None:
     for _ in range(3):
         loss, _ = token_scores(
             hidden, head, targets, teacher_hidden, teacher_head, width=30, chunk=7,
-            weigh=lambda part, s: ((a[part] * s.reverse_kl).sum(), TokenWeights(None, a[part])),
+            loss_fn=lambda part, s: ((a[part] * s.reverse_kl).sum(), ScoreGradients(None, a[part])),
         )  # fmt: skip
         loss.backward()
         assert head.weight.grad is not None

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def test_the_kernels_in_the_interpreter() -> None:
     """In a process of its own: Triton reads the variable when it is first imported, and torch.compile imports it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "11 passed" in done.stdout
 
@@ -41,8 +43,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "teacher_kind"), [("plain", "bias"), ("bias", "softcap"), ("softcap", "scale"), ("scale", "plain")])
-def test_kernels_are_the_plain_functions(kernels: ModuleType, kind: str, teacher_kind: str, storage: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("kind", "teacher_kind"), [("plain", "bias"), ("bias", "softcap"), ("softcap", "scale"), ("scale", "plain")]
+)
+def test_kernels_are_the_plain_functions(
+    kernels: ModuleType, kind: str, teacher_kind: str, storage: torch.dtype
+) -> None:
     g = torch.Generator().manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     draw: Any = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
@@ -64,7 +70,10 @@ def test_kernels_are_the_plain_functions(kernels: ModuleType, kind: str, teacher
     by = (draw(N), draw(N), draw(N))
     rest = (want[0], want[1], want[4], targets, *by, curve, teacher_curve, torch.float32, torch.float32)
     torch.testing.assert_close(
-        kernels.differentiate(student, teacher, *rest), plain._differentiate(student, teacher, *rest), rtol=2e-5, atol=1e-6
+        kernels.differentiate(student, teacher, *rest),
+        plain._differentiate(student, teacher, *rest),
+        rtol=2e-5,
+        atol=1e-6,
     )
 
 

@@ -148,7 +148,12 @@ def test_what_does_not_fit_is_refused_before_weights_load_and_when_it_is_merged(
 
 def test_kinds_without_weights_to_merge_are_refused(tmp_path: Path) -> None:
     base = save(tiny_llama(0), tmp_path / "base")
-    adapt(tiny_llama(0), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), tmp_path / "adapter", trained=False)
+    adapt(
+        tiny_llama(0),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        tmp_path / "adapter",
+        trained=False,
+    )
     with pytest.raises(ValueError, match="an adapter of kind PROMPT_TUNING cannot be merged"):
         check_adapter_files(base, str(tmp_path / "adapter"))
     with pytest.raises(FileNotFoundError, match=r"it is a whole model: name it as teacher\.source"):
@@ -162,7 +167,8 @@ def test_pickled_adapters_are_taken(tmp_path: Path) -> None:
     check_adapter_files(base, str(tmp_path / "adapter"))
     merged = merge_adapter(load_model(base), str(tmp_path / "adapter")).state_dict()
     assert not torch.equal(
-        merged["model.layers.0.self_attn.q_proj.weight"], load_model(base).state_dict()["model.layers.0.self_attn.q_proj.weight"]
+        merged["model.layers.0.self_attn.q_proj.weight"],
+        load_model(base).state_dict()["model.layers.0.self_attn.q_proj.weight"],
     )
 
 

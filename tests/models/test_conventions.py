@@ -14,7 +14,9 @@ from minillm.rollout.config import RolloutConfig
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
 
-TURNS = "{% for m in messages %}<user> {{ m['content'] }} {% if m['role'] == 'assistant' %}<bot> {% endif %}{% endfor %}"
+TURNS = (
+    "{% for m in messages %}<user> {{ m['content'] }} {% if m['role'] == 'assistant' %}<bot> {% endif %}{% endfor %}"
+)
 
 
 def save(folder: Path, seed: int, eos: int, template: str | None = None) -> str:
@@ -32,13 +34,27 @@ def test_a_base_student_ends_where_its_chat_teacher_does(tmp_path: Path) -> None
     chat, base = save(tmp_path / "chat", 1, 3, TURNS), save(tmp_path / "base", 2, 1)
     found = settle_run(chat, base)
     assert (found.eos_ids, found.tokenizer.eos_token_id, found.context) == ((3,), 3, 256)
-    assert settle_run(base, chat).eos_ids == (1, 3)  # the teacher's, and the end of the template's turn, which it takes from the student
+    assert settle_run(base, chat).eos_ids == (
+        1,
+        3,
+    )  # the teacher's, and the end of the template's turn, which it takes from the student
     args = TrainingArguments(
-        str(tmp_path / "work"), use_cpu=True, report_to="none", max_steps=1, per_device_train_batch_size=2, learning_rate=0.1
+        str(tmp_path / "work"),
+        use_cpu=True,
+        report_to="none",
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=0.1,
     )
     rollout = RolloutConfig(engine="transformers", num_rollouts=2, max_new_tokens=4, teacher_mix=0, max_prompt_tokens=8)
     trainer = MiniLLMTrainer(
-        base, chat, args, rollout=rollout, train_dataset=[{"prompt_ids": [4]}] * 2, processing_class=found.tokenizer, conventions=found
+        base,
+        chat,
+        args,
+        rollout=rollout,
+        train_dataset=[{"prompt_ids": [4]}] * 2,
+        processing_class=found.tokenizer,
+        conventions=found,
     )
     assert trainer.sampling.eos_ids == (3,)
     trainer.save_student(tmp_path / "saved")
@@ -63,5 +79,7 @@ def test_an_answer_that_nothing_ends_is_refused(tmp_path: Path) -> None:
     model.config.eos_token_id = model.generation_config.eos_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match=r"a: no end token: neither generation_config\.json nor the tokenizer names one"):
+    with pytest.raises(
+        ValueError, match=r"a: no end token: neither generation_config\.json nor the tokenizer names one"
+    ):
         settle(tokenizer, model)

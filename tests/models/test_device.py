@@ -40,7 +40,9 @@ def test_bfloat16_states_are_multiplied_in_what_is_quick(quick: bool, monkeypatc
     targets = torch.randint(50, (40,), generator=g)
     _, got = token_scores(hidden, Head(weight), targets, hidden, Head(weight))
     want = torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(1, targets[:, None])[:, 0]
-    assert (float((got.logq - want).abs().max()) < 1e-5) is not quick  # bfloat16 products are rounded, float32 ones are not
+    assert (
+        float((got.logq - want).abs().max()) < 1e-5
+    ) is not quick  # bfloat16 products are rounded, float32 ones are not
 
 
 def test_the_working_dtype_is_one_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,13 +57,13 @@ def test_freed_memory_is_kept_as_long_as_is_asked_for() -> None:
     code = """
 import resource, torch
 from pathlib import Path
-from minillm.models.device import freed_memory_kept
+from minillm.models.device import keep_freed_memory
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 torch.set_num_threads(1)
 torch.ones(8)
 start = resident()
-with freed_memory_kept():
+with keep_freed_memory():
     torch.ones(1 << 24)
     kept = resident() - start
 at_the_end = resident() - start

@@ -18,7 +18,10 @@ from tests.conftest import save, tiny_llama
 
 # What is given, and what is kept of it.
 GIVEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "temperature": 0.6, "top_p": 0.9}),  # as models are published
+    (
+        {"temperature": 0.6, "top_p": 0.9},
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+    ),  # as models are published
     ({"do_sample": False, "temperature": 0.6, "top_k": 20}, {"do_sample": False}),
     ({"temperature": 0.0}, {}),
     ({"length_penalty": 0.5}, {}),
@@ -46,7 +49,9 @@ def test_a_model_can_be_saved_whatever_came_with_it(
     told = [record.message for record in caplog.records if record.name.startswith("minillm")]
     assert bool(told) == (given != kept)
     assert all(folder in message and "\n" not in message for message in told)
-    for number, saved in enumerate((model.save_pretrained, prune(model, [0, 2]).save_pretrained, lambda to: save_plain(model, str(to)))):
+    for number, saved in enumerate(
+        (model.save_pretrained, prune(model, [0, 2]).save_pretrained, lambda to: save_plain(model, str(to)))
+    ):
         saved(tmp_path / str(number))
         found = json.loads((tmp_path / str(number) / "generation_config.json").read_text())
         found.pop("transformers_version")

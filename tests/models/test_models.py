@@ -32,7 +32,7 @@ from minillm.loss.supervised import SupervisedLoss
 from minillm.models.config import AdapterConfig
 from minillm.models.head import check_head, head_of
 from minillm.models.layers import decoder_layers
-from minillm.models.load import cached, load_model, without_dropout
+from minillm.models.load import load_model, resolve_cached, without_dropout
 from minillm.models.lora import load_student
 from minillm.models.pruning.apply import prune
 from minillm.models.pruning.depth import block_similarity, layers_to_keep
@@ -56,7 +56,14 @@ def gpt2() -> GPT2LMHeadModel:
 
 def opt() -> OPTForCausalLM:
     return OPTForCausalLM(
-        OPTConfig(vocab_size=32, hidden_size=32, num_hidden_layers=5, num_attention_heads=2, ffn_dim=64, word_embed_proj_dim=16)
+        OPTConfig(
+            vocab_size=32,
+            hidden_size=32,
+            num_hidden_layers=5,
+            num_attention_heads=2,
+            ffn_dim=64,
+            word_embed_proj_dim=16,
+        )
     ).eval()
 
 
@@ -133,7 +140,9 @@ def test_a_token_without_an_embedding_is_refused(who: str) -> None:
     for rows in (32, 40):
         check_tokenizer_fits(tokenizer, LlamaConfig(**dict(SMALL, vocab_size=rows)), who)
     tokenizer.add_tokens(["more"])
-    with pytest.raises(VocabularyError, match=rf"the {who}'s tokenizer has tokens up to id 32 and its model 32 embedding rows"):
+    with pytest.raises(
+        VocabularyError, match=rf"the {who}'s tokenizer has tokens up to id 32 and its model 32 embedding rows"
+    ):
         check_tokenizer_fits(tokenizer, LlamaConfig(**SMALL), who)
 
 
@@ -156,7 +165,9 @@ def test_an_adapter_is_merged_on_its_way_out_and_refused_on_the_head() -> None:
     headed = get_peft_model(tiny_llama(2, tied=False), LoraConfig(r=4, target_modules=["lm_head"]))  # pyright: ignore
     with pytest.raises(ValueError, match="an adapter on the output head is not scored"):
         head_of(headed)  # pyright: ignore
-    copied = get_peft_model(tiny_llama(2, tied=False), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))  # pyright: ignore
+    copied = get_peft_model(
+        tiny_llama(2, tied=False), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )  # pyright: ignore
     with pytest.raises(ValueError, match="an adapter on the output head is not scored"):
         head_of(copied)  # pyright: ignore
 
@@ -180,7 +191,9 @@ def test_padded_rows_of_a_head_take_no_part() -> None:
         bind_scoring(student)
         batch = pad([[3, 4], [5]], [[6, 7, 1], [31]])
         hidden = torch.cat(LocalTeacher(teacher).hidden([[3, 4], [5]], [[6, 7, 1], [31]]))
-        loss, scores = score(student, Scoring(batch, 32, hidden, head_of(teacher), SupervisedLoss(0.5, 4), temperature=0.7))
+        loss, scores = score(
+            student, Scoring(batch, 32, hidden, head_of(teacher), SupervisedLoss(0.5, 4), temperature=0.7)
+        )
         loss.backward()
         grad = student.lm_head.weight.grad
         assert grad is not None
@@ -211,7 +224,9 @@ def test_a_bound_models_gradient_is_autograds_through_its_own_logits(kind: str) 
     prompts, responses = [[3, 4], [5]], [[6, 7, 1], [31]]
     loss_of = SupervisedLoss(0.3, 4)
     hidden = torch.cat(LocalTeacher(teacher).hidden(prompts, responses))
-    loss, _ = score(bind_scoring(student), Scoring(pad(prompts, responses), 32, hidden, head_of(teacher), loss_of, temperature=0.7))
+    loss, _ = score(
+        bind_scoring(student), Scoring(pad(prompts, responses), 32, hidden, head_of(teacher), loss_of, temperature=0.7)
+    )
     got = torch.autograd.grad(loss, list(student.parameters()))
 
     want_loss: Any = 0.0
@@ -230,14 +245,20 @@ def test_a_head_that_is_not_understood_is_refused_by_name() -> None:
     model = tiny_llama(0, tied=False)
     check_head(model, "student")
     plain = model.lm_head.forward
-    model.lm_head.forward = lambda input: 2 * plain(input)  # a multiplier under a name of its own, as some families have
-    with pytest.raises(ValueError, match=r"the student \(LlamaForCausalLM\) makes its logits in a way that is not scored"):
+    model.lm_head.forward = lambda input: (
+        2 * plain(input)
+    )  # a multiplier under a name of its own, as some families have
+    with pytest.raises(
+        ValueError, match=r"the student \(LlamaForCausalLM\) makes its logits in a way that is not scored"
+    ):
         check_head(model, "student")
 
 
 def test_dropout_is_off_wherever_a_family_keeps_it() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=2, n_positions=64))
-    adapted: Any = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.5, target_modules=["c_attn"], fan_in_fan_out=True))  # pyright: ignore
+    adapted: Any = get_peft_model(
+        model, LoraConfig(r=2, lora_dropout=0.5, target_modules=["c_attn"], fan_in_fan_out=True)
+    )  # pyright: ignore
     llama = LlamaConfig(**SMALL, attention_dropout=0.5)
     ids = torch.tensor([[1, 2, 3, 4, 5]])
     for student in (adapted, AutoModelForCausalLM.from_config(llama)):
@@ -248,7 +269,9 @@ def test_dropout_is_off_wherever_a_family_keeps_it() -> None:
 
 
 def test_handing_out_merged_weights_leaves_the_base_bit_by_bit() -> None:
-    student: Any = get_peft_model(tiny_llama(0).bfloat16(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))  # pyright: ignore
+    student: Any = get_peft_model(
+        tiny_llama(0).bfloat16(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )  # pyright: ignore
     before = {name: value.clone() for name, value in student.state_dict().items()}
     dict(plain_weights(student, torch.bfloat16))
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
@@ -266,14 +289,23 @@ def test_handing_out_merged_weights_leaves_the_base_bit_by_bit() -> None:
     ],
 )
 def test_an_adapter_that_the_engine_would_not_get_is_refused(settings: dict[str, Any] | None, message: str) -> None:
-    config: Any = IA3Config(target_modules=["q_proj"], feedforward_modules=[]) if settings is None else LoraConfig(r=2, **settings)
+    config: Any = (
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+        if settings is None
+        else LoraConfig(r=2, **settings)
+    )
     adapted: Any = get_peft_model(tiny_llama(0), config)  # pyright: ignore
     with pytest.raises(ValueError, match=message):
         dict(plain_weights(adapted, torch.float32))
 
 
 def test_merged_weights_are_the_adapted_model() -> None:
-    settings: Any = {"r": 4, "target_modules": ["q_proj", "down_proj", "embed_tokens"], "init_lora_weights": False, "use_rslora": True}
+    settings: Any = {
+        "r": 4,
+        "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+        "init_lora_weights": False,
+        "use_rslora": True,
+    }
     adapted: Any = get_peft_model(tiny_llama(0, tied=False), LoraConfig(**settings))  # pyright: ignore
     plain = tiny_llama(5, tied=False)
     plain.load_state_dict(dict(plain_weights(adapted, torch.float32)))
@@ -300,14 +332,21 @@ def test_what_leaves_a_quantised_base_is_what_it_stands_for(tmp_path: Path) -> N
     ids = torch.tensor([[2, 3, 4, 5]])
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, student(ids).logits, rtol=1e-3, atol=1e-3)
-        assert float((plain(ids).logits - tiny_llama(0)(ids).logits).abs().max()) > 1e-2  # neither the adapter nor the rounding is lost
+        assert (
+            float((plain(ids).logits - tiny_llama(0)(ids).logits).abs().max()) > 1e-2
+        )  # neither the adapter nor the rounding is lost
     # What was read in evaluation mode has the gradient of its dense copy still.
-    dense: Any = get_peft_model(load_model(save(tiny_llama(0), tmp_path / "dense"), torch.float32), student.peft_config["default"])
+    dense: Any = get_peft_model(
+        load_model(save(tiny_llama(0), tmp_path / "dense"), torch.float32), student.peft_config["default"]
+    )
     bare = dict(plain_weights(student, torch.float32, merged=False))
     dense.load_state_dict(
         {
             name: bare.get(name.removeprefix("base_model.model.").replace(".base_layer", ""), value)
-            for name, value in {**dense.state_dict(), **{k: v for k, v in student.state_dict().items() if "lora_" in k}}.items()
+            for name, value in {
+                **dense.state_dict(),
+                **{k: v for k, v in student.state_dict().items() if "lora_" in k},
+            }.items()
         }
     )
     for model in (student.train(), dense.train()):
@@ -345,7 +384,7 @@ def test_a_hub_model_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.M
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("0" * 40)
     (place / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    assert Path(cached("some/model")) == place / "snapshots" / ("0" * 40)
-    assert cached("another/model") == "another/model"
-    assert cached(str(place)) == str(place)
-    assert cached("not a hub id") == "not a hub id"
+    assert Path(resolve_cached("some/model")) == place / "snapshots" / ("0" * 40)
+    assert resolve_cached("another/model") == "another/model"
+    assert resolve_cached(str(place)) == str(place)
+    assert resolve_cached("not a hub id") == "not a hub id"

@@ -19,13 +19,22 @@ from minillm.models.shape import shape_of
 from tests.conftest import save, tiny_llama
 
 LAYERS, KEPT = 6, [0, 2, 3, 5]
-BASE: dict[str, Any] = {"vocab_size": 32, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+BASE: dict[str, Any] = {
+    "vocab_size": 32,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 BLOCKS: dict[str, Any] = BASE | {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4,
     "max_position_embeddings": 64,
 }  # fmt: skip
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-WINDOWS: dict[str, Any] = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "full_attention"] * 2}
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"] * 2,
+}
 SHARED: dict[str, Any] = {
     "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2, "sliding_window": 4,
     "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
@@ -127,7 +136,9 @@ def test_what_is_saved_is_the_teacher_with_blocks_skipped(family: str, tmp_path:
     with torch.no_grad():
         torch.testing.assert_close(pruned(input_ids=ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
         cached = getattr(pruned(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None)
-        if cached is not None and pruned.config.model_type != "bamba":  # which, whole too, does not go on from its state on a CPU
+        if (
+            cached is not None and pruned.config.model_type != "bamba"
+        ):  # which, whole too, does not go on from its state on a CPU
             last = pruned(input_ids=ids[:, -1:], past_key_values=cached, use_cache=True).logits
             torch.testing.assert_close(last, want[:, -1:], rtol=1e-3, atol=1e-3)
 

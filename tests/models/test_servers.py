@@ -28,7 +28,9 @@ def test_a_drawn_token_has_a_probability(value: float) -> None:
 
 
 def test_other_tokens_may_have_none() -> None:
-    [table] = read_completion(answer(-0.5, {"token_id:6": -9999.0, "token_id:7": -INF, "token_id:8": 2e-4}), [6, 7]).tables
+    [table] = read_completion(
+        answer(-0.5, {"token_id:6": -9999.0, "token_id:7": -INF, "token_id:8": 2e-4}), [6, 7]
+    ).tables
     assert table == {5: -0.5, 6: LOG_ZERO, 7: LOG_ZERO, 8: 2e-4}
     for value in (NAN, INF, 0.5):
         with pytest.raises(ValueError, match="is no log-probability"):
@@ -53,8 +55,8 @@ def served(rows: list[dict[str, float]]) -> Rollout:
     teacher.close()
     teacher._servers = Told(rows)  # pyright: ignore[reportAttributeAccessIssue]
     drawn = torch.tensor([-0.1, -0.2])
-    rollout = Rollout([3], [5, 1], drawn, drawn, 0, True, likeliest=[{5: -0.1, 6: -2.4}, {1: -0.2, 6: -1.7}])
-    teacher.score([rollout], Sampling(2, (1,), 32, likeliest=2))
+    rollout = Rollout([3], [5, 1], drawn, drawn, 0, True, top_logprobs=[{5: -0.1, 6: -2.4}, {1: -0.2, 6: -1.7}])
+    teacher.score([rollout], Sampling(2, (1,), 32, top_logprobs=2))
     return rollout
 
 

@@ -48,7 +48,9 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "../nowhere", "nowhere/", "runs/some/teacher", "/no/such/folder", "~/no such", "a--b", ""])
+@pytest.mark.parametrize(
+    "source", ["./nowhere", "../nowhere", "nowhere/", "runs/some/teacher", "/no/such/folder", "~/no such", "a--b", ""]
+)
 def test_a_path_that_leads_nowhere_is_never_asked_of_the_hub(source: str, online: list[str]) -> None:
     for call in (check_source, load_model, load_tokenizer, text_config, check_adapter_source):
         assert refusal(call, source).startswith(f"{source}: no such folder")
@@ -56,7 +58,9 @@ def test_a_path_that_leads_nowhere_is_never_asked_of_the_hub(source: str, online
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(online: list[str]) -> None:
-    assert "no-such/model: no such folder, and https://huggingface.co cannot be reached" in refusal(check_source, "no-such/model")
+    assert "no-such/model: no such folder, and https://huggingface.co cannot be reached" in refusal(
+        check_source, "no-such/model"
+    )
     assert len(online) == 1
     assert online[0].endswith("no-such/model/resolve/main/config.json")
     refusal(check_adapter_source, "no-such/adapter")

@@ -37,7 +37,9 @@ def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
     assert build.choose_engine("auto") == "vllm"
 
 
-@pytest.mark.skipif(not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs")
+@pytest.mark.skipif(
+    not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs"
+)
 def test_the_heads_that_a_cpu_takes_are_those_vllm_lists() -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -47,8 +49,14 @@ def test_the_heads_that_a_cpu_takes_are_those_vllm_lists() -> None:
 @pytest.mark.parametrize(
     ("config", "refusal"),
     [
-        (GPTNeoXConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1), "vLLM on a CPU changes the class of gpt_neox"),
-        (GPT2Config(n_embd=64, n_head=4, n_layer=1), r"vLLM on a CPU has no attention for heads of 16 \(but for 32, 64"),
+        (
+            GPTNeoXConfig(hidden_size=64, num_attention_heads=2, num_hidden_layers=1),
+            "vLLM on a CPU changes the class of gpt_neox",
+        ),
+        (
+            GPT2Config(n_embd=64, n_head=4, n_layer=1),
+            r"vLLM on a CPU has no attention for heads of 16 \(but for 32, 64",
+        ),
     ],
 )
 def test_a_model_that_vllm_does_not_take_on_a_cpu_is_sampled_by_transformers(
@@ -165,8 +173,8 @@ def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
     engine = VLLMEngine.__new__(VLLMEngine)
     engine._llm, engine._sleeps, engine._asleep, engine.version = Recorder(), True, False, 0  # pyright: ignore
     weights = list(plain_weights(tiny_llama(0), torch.float32))
-    engine.rest()
-    engine.rest()
+    engine.sleep()
+    engine.sleep()
     engine.update_weights(weights, 3)
     engine.update_weights(weights, 4)
     n = len(weights)
@@ -180,16 +188,24 @@ def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
         "reset",
     ]
     engine._sleeps = False
-    engine.rest()
+    engine.sleep()
     assert calls[-1] == "reset"
     pytest.importorskip("vllm")
     # Under an adapter the base's weights are not sent again, so that they have to be kept.
     calls.clear()
     engine._sleeps = engine.takes_adapter = True
     for version in (5, 6):
-        engine.rest()
+        engine.sleep()
         engine.update_adapter("/nowhere", version)
-    assert calls == [("sleep", 1), ("wake", "all"), ("adapter", 1), ("sleep", 1), ("wake", "all"), ("without", 1), ("adapter", 2)]
+    assert calls == [
+        ("sleep", 1),
+        ("wake", "all"),
+        ("adapter", 1),
+        ("sleep", 1),
+        ("wake", "all"),
+        ("without", 1),
+        ("adapter", 2),
+    ]
     assert engine.version == 6
     del engine._llm
 
@@ -199,5 +215,8 @@ def test_rows_beyond_the_vocabulary_are_biased_away_as_far_as_vllm_on_a_gpu_take
     assert padding_bias(20, 22) == {20: -100.0, 21: -100.0}
     assert len(padding_bias(20, 20 + 1024) or {}) == 1024
     assert len(padding_bias(20, 2000, limited=False) or {}) == 1980
-    with pytest.raises(EngineError, match="head has 1,025 rows beyond the tokenizer's 20 tokens, of which vLLM leaves out 1,024 at most"):
+    with pytest.raises(
+        EngineError,
+        match="head has 1,025 rows beyond the tokenizer's 20 tokens, of which vLLM leaves out 1,024 at most",
+    ):
         padding_bias(20, 20 + 1025)

@@ -50,7 +50,9 @@ LENGTH = 96
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")]
 
 
-def start_server(folder: str, log: Path, *flags: str, port: int = 0, **environment: str) -> tuple[subprocess.Popen[bytes], str]:
+def start_server(
+    folder: str, log: Path, *flags: str, port: int = 0, **environment: str
+) -> tuple[subprocess.Popen[bytes], str]:
     """A stock server on a free loopback port; it is not up yet."""
     if not port:
         with socket.socket() as probe:
@@ -61,7 +63,13 @@ def start_server(folder: str, log: Path, *flags: str, port: int = 0, **environme
         "--max-model-len", str(LENGTH), "--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "64",
         "--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096", "--kv-cache-memory-bytes", str(1 << 28), *flags,
     ]  # fmt: skip
-    settings = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", **environment}
+    settings = {
+        **os.environ,
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
     with log.open("ab") as out:
         process = subprocess.Popen(command, env=settings, stdout=out, stderr=out, start_new_session=True)
     return process, f"http://127.0.0.1:{port}"
@@ -94,7 +102,9 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
     if request.param == "transformers":
         yield TransformersEngine(tiny_llama(3, layers=1, vocab=32, scale=0.4))
     elif request.param == "vllm":
-        inside = VLLMEngine(folder, max_length=LENGTH, dtype=torch.float32, tokenizer=folder, options={"max_num_seqs": 63})
+        inside = VLLMEngine(
+            folder, max_length=LENGTH, dtype=torch.float32, tokenizer=folder, options={"max_num_seqs": 63}
+        )
         assert inside._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 63
         yield inside
         inside.close()
@@ -103,10 +113,12 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
         os.environ["VLLM_API_KEY"] = "secret"
         own = LocalServer(folder, spare / "log", max_length=LENGTH, dtype=torch.float32)
         try:
-            served = VLLMServerEngine([own.url], spare / "weights", max_length=LENGTH, head_width=32, patience=240, own=own)
+            served = VLLMServerEngine(
+                [own.url], spare / "weights", max_length=LENGTH, head_width=32, patience=240, own=own
+            )
             yield served
-            assert served._servers.each[0].born is not None  # a real server's metrics tell when it was started
-            assert served._servers.each[0].born > time.time() - 3600
+            assert served._servers.each[0].started_at is not None  # a real server's metrics tell when it was started
+            assert served._servers.each[0].started_at > time.time() - 3600
             served.close()
             assert own.process.poll() is not None
         except EngineError as error:
@@ -134,13 +146,19 @@ def test_logprobs_are_of_what_drew_the_token(as_saved: Engine, student: Any) -> 
     rollouts = as_saved.generate(prompts, sampling, [1, 2, 3, 4])
     for prompt, r in zip(prompts, rollouts, strict=True):
         assert r.prompt_ids == prompt
-        torch.testing.assert_close(r.student_logprobs, own_logprobs(student, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            r.student_logprobs, own_logprobs(student, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4
+        )
         assert max(r.response_ids) < 20  # the rest of the head counts as padding
         assert r.finished == (r.response_ids[-1] in (1, 7))
         assert not any(token in (1, 7) for token in r.response_ids[:-1])
         assert r.finished or len(r.response_ids) == 12
-    assert [r.response_ids for r in as_saved.generate(prompts, sampling, [1, 2, 3, 4])] == [r.response_ids for r in rollouts]
-    assert [r.response_ids for r in as_saved.generate(prompts, sampling, [5, 6, 7, 8])] != [r.response_ids for r in rollouts]
+    assert [r.response_ids for r in as_saved.generate(prompts, sampling, [1, 2, 3, 4])] == [
+        r.response_ids for r in rollouts
+    ]
+    assert [r.response_ids for r in as_saved.generate(prompts, sampling, [5, 6, 7, 8])] != [
+        r.response_ids for r in rollouts
+    ]
 
 
 def test_an_end_token_that_was_not_asked_for_is_a_token_like_others(as_saved: Engine) -> None:
@@ -152,7 +170,11 @@ def test_an_end_token_that_was_not_asked_for_is_a_token_like_others(as_saved: En
 
 def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
     """One of a single token is like one more end token; one of two tokens spans them, and drafts."""
-    local, prompts, seeds = LocalTeacher(tiny_llama(4, layers=2, vocab=32, scale=0.4)), [[2], [3, 4]] * 8, list(range(16))
+    local, prompts, seeds = (
+        LocalTeacher(tiny_llama(4, layers=2, vocab=32, scale=0.4)),
+        [[2], [3, 4]] * 8,
+        list(range(16)),
+    )
     for draw in (as_saved.generate, TeacherMixedSampler(as_saved, local, 0.5, draft_tokens=3).generate):
         stopped, ended = (
             draw(prompts, sampling, seeds)
@@ -166,7 +188,9 @@ def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
             assert b.teacher_hidden is None or torch.allclose(a.teacher_hidden, b.teacher_hidden, atol=1e-5)  # pyright: ignore
         # Whatever pair of tokens these responses happen to hold: they end where it is complete.
         drawn = [r.response_ids for r in draw(prompts, Sampling(12, (1,), 20), seeds)]
-        pair = next(tokenizer.decode(ids[i : i + 2]) for ids in drawn for i in range(1, len(ids) - 1) if min(ids[i : i + 2]) > 3)
+        pair = next(
+            tokenizer.decode(ids[i : i + 2]) for ids in drawn for i in range(1, len(ids) - 1) if min(ids[i : i + 2]) > 3
+        )
         cut = draw(prompts, Sampling(12, (1,), 20, stop=StopStrings(tokenizer, [pair])), seeds)
         assert any(pair in tokenizer.decode(r.response_ids) for r in cut)
         for r in cut:
@@ -175,12 +199,14 @@ def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
 
 
 def test_the_likeliest_tokens_come_along(as_saved: Engine, student: Any) -> None:
-    [r] = as_saved.generate([[2, 3]], Sampling(6, (1,), 20, temperature=0.8, likeliest=4), [0])
-    assert r.likeliest is not None
-    assert len(r.likeliest) == len(r.response_ids)
-    for place, table in enumerate(r.likeliest):
+    [r] = as_saved.generate([[2, 3]], Sampling(6, (1,), 20, temperature=0.8, top_logprobs=4), [0])
+    assert r.top_logprobs is not None
+    assert len(r.top_logprobs) == len(r.response_ids)
+    for place, table in enumerate(r.top_logprobs):
         prefix = [2, 3, *r.response_ids[:place]]
-        want = torch.stack([own_logprobs(student, prefix, [token], Sampling(6, (1,), 20, 0.8))[0] for token in range(20)])
+        want = torch.stack(
+            [own_logprobs(student, prefix, [token], Sampling(6, (1,), 20, 0.8))[0] for token in range(20)]
+        )
         assert set(want.topk(4).indices.tolist()) | {r.response_ids[place]} <= table.keys()
         for token, value in table.items():
             assert value == pytest.approx(float(want[token]), abs=1e-3)
@@ -203,14 +229,18 @@ def test_new_weights_arrive_even_when_the_tied_embedding_alone_moves(as_saved: E
     as_saved.update_weights(plain_weights(moved, torch.float32), before + 7)
     [r] = as_saved.generate([prompt], sampling, [0])
     assert r.weights_version == before + 7
-    torch.testing.assert_close(r.student_logprobs, own_logprobs(moved, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        r.student_logprobs, own_logprobs(moved, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_the_head_reads_rows_that_lie_together() -> None:
     """Of rows that lie apart, PyTorch copies the head's weights once each: 0.9 GB for 16 rows of SmolLM2 in bfloat16."""
     model: Any = tiny_llama(3, layers=1, vocab=32, scale=0.4)
     together: list[bool] = []
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, states: together.append(states[0].is_contiguous()))
+    model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, states: together.append(states[0].is_contiguous())
+    )
     engine = TransformersEngine(model)
     engine.generate([PROMPT, PROMPT, PROMPT], SAMPLING, [1, 2, 3])
     engine.logprobs_of([PROMPT, PROMPT], [[1], [2]], SAMPLING)
@@ -225,11 +255,13 @@ def test_more_prompt_tokens_than_one_scheduler_step_takes(as_saved: Engine) -> N
 
 
 @pytest.mark.parametrize("engine", [pytest.param("server", marks=needs_vllm)], indirect=True)
-def test_a_served_teacher_tells_what_one_at_hand_knows(as_saved: Engine, student: Any, tmp_path: Path, folder: str) -> None:
+def test_a_served_teacher_tells_what_one_at_hand_knows(
+    as_saved: Engine, student: Any, tmp_path: Path, folder: str
+) -> None:
     """The server of this file, taken for a teacher; then training on what it says of the drawn tokens alone."""
     assert isinstance(as_saved, VLLMServerEngine)
     url = as_saved._servers.each[0].url
-    sampling = Sampling(12, (1,), 32, likeliest=5)
+    sampling = Sampling(12, (1,), 32, top_logprobs=5)
     other = TransformersEngine(tiny_llama(5, layers=1, vocab=32, scale=0.4))
     rollouts = other.generate([[2], [3, 4, 5], [9] * 40], sampling, [1, 2, 3])
     here = LocalTeacher(student)
@@ -244,10 +276,10 @@ def test_a_served_teacher_tells_what_one_at_hand_knows(as_saved: Engine, student
             want = here.distribution(here.hidden([r.prompt_ids], [r.response_ids])[0], sampling)
             torch.testing.assert_close(rows.logprobs, want.gather(1, rows.ids), atol=1e-4, rtol=1e-4)
             assert rows.ids[:, 0].tolist() == r.response_ids
-            assert r.likeliest is not None
-            for place, (ids, table) in enumerate(zip(rows.ids.tolist(), r.likeliest, strict=True)):
-                likeliest = sorted(table, key=lambda token: -table[token])[:k]
-                assert set(ids) == {r.response_ids[place], *likeliest}
+            assert r.top_logprobs is not None
+            for place, (ids, table) in enumerate(zip(rows.ids.tolist(), r.top_logprobs, strict=True)):
+                top_logprobs = sorted(table, key=lambda token: -table[token])[:k]
+                assert set(ids) == {r.response_ids[place], *top_logprobs}
         teacher.close()
     with pytest.raises(ValueError, match=r"of temperature 1, not 0\.7"):
         ServedTeacher([url], folder).score(rollouts, replace(sampling, temperature=0.7))
@@ -255,7 +287,9 @@ def test_a_served_teacher_tells_what_one_at_hand_knows(as_saved: Engine, student
         ServedTeacher([url], folder, patience=5).attach(96)
     # Training: the long-term term of sampled rewards is exact.
     pupil, weights = save(tiny_llama(6), tmp_path / "pupil"), []
-    rollout = RolloutConfig(engine="transformers", num_rollouts=8, teacher_mix=0.0, max_new_tokens=10, max_prompt_tokens=8)
+    rollout = RolloutConfig(
+        engine="transformers", num_rollouts=8, teacher_mix=0.0, max_new_tokens=10, max_prompt_tokens=8
+    )
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(8)]
     objective = Objective.paper(single_step=0.0, language_model=0.1, language_model_block=16)
     for teacher in (student, ServedTeacher([url], folder, top_k=0)):
@@ -264,7 +298,9 @@ def test_a_served_teacher_tells_what_one_at_hand_knows(as_saved: Engine, student
             use_cpu=True, save_strategy="no", disable_tqdm=True, max_grad_norm=0.0, lr_scheduler_type="constant",
         )  # fmt: skip
         prompts = [{"prompt_ids": [2, i, 3]} for i in range(4, 20)]
-        trainer = MiniLLMTrainer(pupil, teacher, arguments, objective=objective, rollout=rollout, train_dataset=prompts, text_dataset=text)
+        trainer = MiniLLMTrainer(
+            pupil, teacher, arguments, objective=objective, rollout=rollout, train_dataset=prompts, text_dataset=text
+        )
         trainer.train()
         trainer.close()
         weights.append(trainer.model.state_dict())  # pyright: ignore[reportOptionalMemberAccess]
@@ -276,7 +312,9 @@ def test_a_served_teacher_tells_what_one_at_hand_knows(as_saved: Engine, student
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_frequencies(as_saved: Engine, student: Any, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_mixed, "_LIKELIEST", 2)  # so that the engine is asked, as it is with a real vocabulary
+    monkeypatch.setattr(
+        teacher_mixed, "_TOP_LOGPROBS", 2
+    )  # so that the engine is asked, as it is with a real vocabulary
     check_frequencies(as_saved, student, alpha, 2000)
 
 
@@ -311,7 +349,9 @@ def test_a_server_that_cannot_do_the_job_is_refused(folder: str, tmp_path: Path)
     """Raw log-probabilities are not those that draw, and no dev mode means no new weights."""
     process, url = start_server(folder, tmp_path / "log", VLLM_SERVER_DEV_MODE="0")
     try:
-        with pytest.raises(EngineError, match="log-probabilities before temperature: start it with --logprobs-mode processed_logprobs"):
+        with pytest.raises(
+            EngineError, match="log-probabilities before temperature: start it with --logprobs-mode processed_logprobs"
+        ):
             VLLMServerEngine([url], tmp_path / "weights", max_length=LENGTH, head_width=32, patience=240)
         with pytest.raises(EngineError, match=f"serves {LENGTH} tokens; prompt and response need {LENGTH + 1}"):
             VLLMServerEngine([url], tmp_path / "weights", max_length=LENGTH + 1, head_width=32, patience=10)
@@ -322,7 +362,9 @@ def test_a_server_that_cannot_do_the_job_is_refused(folder: str, tmp_path: Path)
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(EngineError, match=r"http://127.0.0.1:9: ConnectError.*tried for 2 s \(rollout.server_patience\)"):
+    with pytest.raises(
+        EngineError, match=r"http://127.0.0.1:9: ConnectError.*tried for 2 s \(rollout.server_patience\)"
+    ):
         VLLMServerEngine(["http://127.0.0.1:9/v1"], tmp_path, max_length=8, head_width=32, patience=2)
     assert time.monotonic() - start < 10
 
@@ -363,7 +405,9 @@ def test_vllm_samples_a_lora_student_with_its_adapter(tmp_path: Path) -> None:
         assert torch.equal(value, start[name]) == ("lora_" not in name), name
     for r in drawn:
         assert r.weights_version == 3
-        torch.testing.assert_close(r.student_logprobs, own_logprobs(pupil, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            r.student_logprobs, own_logprobs(pupil, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4
+        )
     with pytest.raises(ValueError, match="lora: adapter is for vLLM in the training process"):
         RolloutConfig(engine="server", servers="auto", lora="adapter")
     with pytest.raises(EngineError, match="vLLM takes ranks up to 512, not 600; use merged"):

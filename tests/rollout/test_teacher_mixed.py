@@ -66,7 +66,9 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
     engine, n = TransformersEngine(student, batch_size=2000), 6000
     seeds = list(range(n))
     if alpha:
-        rollouts = TeacherMixedSampler(engine, LocalTeacher(teacher, 2000), alpha, draft_tokens=2).generate([PROMPT] * n, SAMPLING, seeds)
+        rollouts = TeacherMixedSampler(engine, LocalTeacher(teacher, 2000), alpha, draft_tokens=2).generate(
+            [PROMPT] * n, SAMPLING, seeds
+        )
     else:
         rollouts = engine.generate([PROMPT] * n, SAMPLING, seeds)
     counts = Counter(tuple(r.response_ids) for r in rollouts)
@@ -81,9 +83,11 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
     assert abs(float(weights.mean()) - 1) <= 4 * float(weights.std()) / n**0.5 + 1e-5
 
 
-def test_frequencies_where_most_of_q_has_to_be_asked_for(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frequencies_where_most_of_q_has_to_be_asked_for(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of each place one likeliest token is known, and the refused one, which says nothing about the others."""
-    monkeypatch.setattr(teacher_mixed, "_LIKELIEST", 1)
+    monkeypatch.setattr(teacher_mixed, "_TOP_LOGPROBS", 1)
     student, teacher = models
     asked = 0
 
@@ -124,7 +128,9 @@ def test_kept_states_and_logprobs_are_those_of_one_plain_forward(models: tuple[A
         assert r.teacher_hidden is not None
         assert r.teacher_logprobs is not None
         torch.testing.assert_close(r.teacher_hidden, hidden, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(r.teacher_logprobs, local.token_logprobs(hidden, r.response_ids, sampling), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            r.teacher_logprobs, local.token_logprobs(hidden, r.response_ids, sampling), rtol=1e-4, atol=1e-4
+        )
         for t, token in enumerate(r.response_ids):
             logits = student(torch.tensor([[*r.prompt_ids, *r.response_ids[:t]]])).logits[0, -1, :V]
             assert float(torch.log_softmax(logits, -1)[token]) == pytest.approx(float(r.student_logprobs[t]), abs=1e-4)

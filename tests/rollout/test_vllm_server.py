@@ -76,7 +76,9 @@ class FakeServer:
 
     def complete(self, handler: Any, body: dict[str, Any]) -> None:
         divisor, jitter = (1.0, 1e-4 * body["temperature"]) if self.raw else (body["temperature"], 0.0)
-        table = {f"token_id:{token}": -token / divisor + jitter * token for token in body.get("logprob_token_ids") or []}
+        table = {
+            f"token_id:{token}": -token / divisor + jitter * token for token in body.get("logprob_token_ids") or []
+        }
         with self.lock:
             if "seed" in body:
                 self.seeds[body["seed"]] += 1
@@ -89,9 +91,15 @@ class FakeServer:
         self._http.server_close()
 
 
-def answer(ids: list[int], logprobs: list[float], table: dict[str, float] | None = None, why: str = "stop") -> dict[str, Any]:
+def answer(
+    ids: list[int], logprobs: list[float], table: dict[str, float] | None = None, why: str = "stop"
+) -> dict[str, Any]:
     tables = [table or {}] * len(ids)
-    return {"choices": [{"token_ids": ids, "finish_reason": why, "logprobs": {"token_logprobs": logprobs, "top_logprobs": tables}}]}
+    return {
+        "choices": [
+            {"token_ids": ids, "finish_reason": why, "logprobs": {"token_logprobs": logprobs, "top_logprobs": tables}}
+        ]
+    }
 
 
 def failing(status: int) -> Callable[[Any, Any], None]:
@@ -139,7 +147,11 @@ def test_requests_are_spread_and_every_server_gets_the_weights(servers: list[Fak
     assert all(sum(server.seeds.values()) >= 5 for server in servers)
     body = servers[0].bodies[0]
     assert body["logit_bias"] == {"30": -100.0, "31": -100.0}  # the head's padding
-    assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (1.0, 0, 1.0)  # whatever the served folder says
+    assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (
+        1.0,
+        0,
+        1.0,
+    )  # whatever the served folder says
     assert (body["max_tokens"], body["stop_token_ids"], body["temperature"]) == (4, [1], 1.0)
     engine.update_weights(weights(4.0), 8)
     assert [server.weights for server in servers] == [4.0, 4.0]
@@ -189,7 +201,9 @@ def test_a_restarted_server_gets_the_weights_before_it_answers_again(servers: li
 
 
 @pytest.mark.parametrize("call", ["generate", "logprobs_of"])
-def test_a_server_that_was_swapped_between_two_requests_is_noticed(servers: list[FakeServer], tmp_path: Path, call: str) -> None:
+def test_a_server_that_was_swapped_between_two_requests_is_noticed(
+    servers: list[FakeServer], tmp_path: Path, call: str
+) -> None:
     """No request failed; only what its metrics say of its start tells."""
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(5.0), 1)
@@ -205,7 +219,9 @@ def test_a_server_that_was_swapped_between_two_requests_is_noticed(servers: list
     assert sum(servers[0].seeds.values()) == drawn + 1  # and is not sent for again
 
 
-def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_after_it(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_after_it(
+    servers: list[FakeServer], tmp_path: Path
+) -> None:
     """The process was swapped and made fresh by another request while this one was on its way to it."""
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(5.0), 1)
@@ -214,7 +230,7 @@ def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_afte
 
     def swapped(handler: Any, body: Any) -> None:
         servers[0].started = 1.8e9
-        server.fresh = False
+        server.has_current_weights = False
         engine._refresh(server)  # what another thread does on seeing its request fail
         servers[0].weights = -1.0  # which the new process began with, and answered this request
         answers.append(body["seed"])
@@ -228,7 +244,9 @@ def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_afte
     assert servers[0].seeds[1] == 2
 
 
-def test_an_address_with_one_process_after_another_behind_it_is_refused(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_an_address_with_one_process_after_another_behind_it_is_refused(
+    servers: list[FakeServer], tmp_path: Path
+) -> None:
     engine = attach(servers[:1], tmp_path, patience=0.5)
     engine.update_weights(weights(5.0), 1)
     complete = servers[0].complete
@@ -317,7 +335,9 @@ def test_a_server_of_the_runs_own_that_has_ended_is_not_waited_for(servers: list
     servers[0].close()
     start = time.monotonic()
     engine = serving.Servers(
-        [servers[0].url], patience=60, fate=lambda: "the run's own server ended (exit status 1); log ends with\nno memory"
+        [servers[0].url],
+        patience=60,
+        exit_reason=lambda: "the run's own server ended (exit status 1); log ends with\nno memory",
     )
     with pytest.raises(EngineError, match=r"exit status 1\); log ends with\nno memory"):
         engine.complete({"prompt": [1]}, lambda answer: answer)
@@ -356,7 +376,10 @@ def test_under_several_processes_the_first_says_which_servers_have_the_weights(
     else:
         told = [[[(False, 1.0), (True, 2.0)], None], [[(False, 1.0), (False, 2.0)], "http://gone: no answer"]]
         engine.update_weights(weights(3.0), 1)
-        assert [(server.fresh, server.born) for server in engine._servers.each] == [(False, 1.0), (True, 2.0)]
+        assert [(server.has_current_weights, server.started_at) for server in engine._servers.each] == [
+            (False, 1.0),
+            (True, 2.0),
+        ]
         assert [server.weights for server in servers] == [-1.0, -1.0]  # the first process sends
         with pytest.raises(EngineError, match="http://gone: no answer"):
             engine.update_weights(weights(4.0), 2)
@@ -365,7 +388,10 @@ def test_under_several_processes_the_first_says_which_servers_have_the_weights(
 def test_patience_ends_with_the_server_and_its_last_words(servers: list[FakeServer], tmp_path: Path) -> None:
     engine = attach(servers[:1], tmp_path, patience=0.3)
     servers[0].faults = [saying({"hello": 1})] * 10_000
-    with pytest.raises(EngineError, match=rf"{servers[0].url}: /v1/completions answered garbage \(KeyError: 'choices'\); tried for 0.3 s"):
+    with pytest.raises(
+        EngineError,
+        match=rf"{servers[0].url}: /v1/completions answered garbage \(KeyError: 'choices'\); tried for 0.3 s",
+    ):
         engine.generate([[1]], SAMPLING, [0])
 
 

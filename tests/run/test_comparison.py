@@ -79,7 +79,9 @@ def load(file: Path) -> Any:
     return load_comparison(file, [f"data_dir={file.parent / 'data'}"])
 
 
-def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_goes_on(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_goes_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     original = stages.run
 
@@ -114,7 +116,9 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
     assert len(results["start"]["curve"]) == 2
     # The baseline comes first, then every tested method with its seeds, and where all began.
     report = (file.parent / "run" / "report.html").read_text()
-    assert all(f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm"))  # the curves' legends: text stays text
+    assert all(
+        f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm")
+    )  # the curves' legends: text stays text
     titles = ("Validation while training", "KL(q‖p), nats a token", "training seed 1", "<h2>average", "<th>− kd")
     assert all(title in report for title in titles)
     assert list(results["tests"]["models"]) == ["kd-0", "sft-0", "minillm-0", "minillm-1", "start", "teacher"]
@@ -159,10 +163,22 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
         ("seeds: [0, 1]}", "seeds: [0, -1]}", "methods.minillm.seeds.1: Input should be greater than or equal to 0"),
         ("seeds: [1, 2]", "seeds: [2, 2]", "suite.seeds: 2 is there more than once; name each once"),
         ("bootstrap: 200", "bootstrp: 200", "suite.bootstrp: unknown key; did you mean bootstrap?"),
-        ("  run_dir: RUN".replace("RUN", str(file.parent / "run")), "  seed: 0", "recipe.run_dir: needed, and not given"),
+        (
+            "  run_dir: RUN".replace("RUN", str(file.parent / "run")),
+            "  seed: 0",
+            "recipe.run_dir: needed, and not given",
+        ),
         ("baseline: kd", "baseline: distillm", "baseline: distillm is not tested"),
-        (", validation: dev.jsonl, validation_limit: 6", "", "finetune.eval_strategy: there are no rows to validate on"),
-        (TRAINING.partition("    eval_strategy")[2], ': "no"\n', "methods.sft: the best of 2 tuning runs is chosen on validation"),
+        (
+            ", validation: dev.jsonl, validation_limit: 6",
+            "",
+            "finetune.eval_strategy: there are no rows to validate on",
+        ),
+        (
+            TRAINING.partition("    eval_strategy")[2],
+            ': "no"\n',
+            "methods.sft: the best of 2 tuning runs is chosen on validation",
+        ),
     ):
         file.write_text(text.replace(before, after))
         with pytest.raises(RecipeError) as caught:
@@ -192,7 +208,9 @@ def test_tests_that_cannot_be_made_are_found_before_anything_runs(file: Path, mo
 
 
 def test_a_run_without_validation_has_no_best_score(tmp_path: Path) -> None:
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "loss": 1.0, "reverse_kl": float("nan")}]}))
+    (tmp_path / "trainer_state.json").write_text(
+        json.dumps({"log_history": [{"step": 1, "loss": 1.0, "reverse_kl": float("nan")}]})
+    )
     found = comparison._validated(tmp_path)
     assert (found["rouge_l"], found["update"]) == (None, None)
     assert comparison._best([{"rouge_l": None}, {"rouge_l": 0.0}]) == 1

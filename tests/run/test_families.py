@@ -37,7 +37,13 @@ from tests.run.test_recipes import FAMILIES as SHIPPED
 from tests.run.test_recipes import commands
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-COMMON: dict[str, Any] = {"vocab_size": 32, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.2}
+COMMON: dict[str, Any] = {
+    "vocab_size": 32,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "initializer_range": 0.2,
+}
 BLOCKS: dict[str, Any] = COMMON | {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32,
     "max_position_embeddings": 256,
@@ -85,7 +91,14 @@ def tiny(config: Any, seed: int, folder: Path) -> str:
     return str(folder)
 
 
-def run(family: str, folder: Path, *overrides: str, engine: str = "transformers", recipe: str | None = None, exact: bool = True) -> Run:
+def run(
+    family: str,
+    folder: Path,
+    *overrides: str,
+    engine: str = "transformers",
+    recipe: str | None = None,
+    exact: bool = True,
+) -> Run:
     """A recipe, by default its family's first, on models of the family in a folder.
 
     Args:
@@ -98,12 +111,26 @@ def run(family: str, folder: Path, *overrides: str, engine: str = "transformers"
         small_teacher.vocab_size, small_student.vocab_size = 44, 36  # widths differ inside the family
     teacher, student = tiny(small_teacher, 1, folder / "teacher"), tiny(small_student, 2, folder / "student")
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w4"}) + "\n" for i in range(16)))
+    data.write_text(
+        "".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w4"}) + "\n" for i in range(16))
+    )
     text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": " ".join(f"w{(i * j) % 28}" for j in range(20))}) + "\n" for i in range(8)))
+    text.write_text(
+        "".join(json.dumps({"text": " ".join(f"w{(i * j) % 28}" for j in range(20))}) + "\n" for i in range(8))
+    )
     small = ["gradient_accumulation_steps=1", "use_cpu=true", "disable_tqdm=true", *(["bf16=false"] if exact else [])]
-    sizes = {part: ["num_train_epochs=1", "per_device_train_batch_size=8", *small] for part in ("finetune", "sft", "warmup.training")}
-    sizes["training"] = ["max_steps=2", "per_device_train_batch_size=4", "eval_steps=1", "save_steps=1", "warmup_steps=0", *small]
+    sizes = {
+        part: ["num_train_epochs=1", "per_device_train_batch_size=8", *small]
+        for part in ("finetune", "sft", "warmup.training")
+    }
+    sizes["training"] = [
+        "max_steps=2",
+        "per_device_train_batch_size=4",
+        "eval_steps=1",
+        "save_steps=1",
+        "warmup_steps=0",
+        *small,
+    ]
     reads_text = load_recipe(RECIPES / f"{name}.yaml").data.text is not None
     loaded = load_recipe(
         RECIPES / f"{name}.yaml",
@@ -144,7 +171,9 @@ def assert_all_stages_ran(run: Run) -> None:
     assert any("text_nll" in entry for entry in logged) == (run.recipe.data.text is not None)
 
 
-@pytest.mark.parametrize("family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES])
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES]
+)
 def test_a_familys_recipe_runs_all_its_stages(family: str, tmp_path: Path) -> None:
     assert_all_stages_ran(run(family, tmp_path))
 
@@ -209,7 +238,9 @@ def test_every_recipe_with_lora(name: str, family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])  # whose layers bitsandbytes does not take
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name != "gpt2"]
+)  # whose layers bitsandbytes does not take
 def test_with_qlora_and_a_quantised_teacher(family: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
     lora = ("student.lora.rank=4", "student.lora.quantization=4bit", "teacher.quantization=8bit")
@@ -235,7 +266,9 @@ def test_what_vllm_would_change_on_a_cpu_transformers_samples(family: str, tmp_p
 
 @pytest.mark.full
 @pytest.mark.vllm
-@pytest.mark.skipif(not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs")
+@pytest.mark.skipif(
+    not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs"
+)
 @pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))
 def test_vllm_leaves_no_model_of_them_to_transformers(family: str, tmp_path: Path) -> None:
     """When it does, they belong to the others. In a process of its own, which it spoils."""

@@ -30,7 +30,9 @@ def make(folder: Path, names: list[str], others: int = 1) -> list[Job]:
     return [Job(name, note, (folder, name, others), folder / f"{name}.log") for name in names]
 
 
-def test_jobs_run_side_by_side_and_one_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_run_side_by_side_and_one_that_fails_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jobs, "_gpu", lambda place: f"gpu-{place}")
     ended: list[int] = []
     with pytest.raises(JobError, match=r"1 of 3 failed.*bad \(.*bad\.log\)"):

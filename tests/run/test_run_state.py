@@ -46,7 +46,10 @@ def stale(recipe: Path, *overrides: str) -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "first"),
     [
-        (["training.logging_steps=5", "training.save_steps=5", "training.report_to=none", "training.hub_token=x"], None),
+        (
+            ["training.logging_steps=5", "training.save_steps=5", "training.report_to=none", "training.hub_token=x"],
+            None,
+        ),
         (["teacher.shard=true", "rollout.teacher_mix=0.2"], "refused"),
         (["teacher.top_k=3"], None),
         (["rollout.engine_memory=3", "training.eval_strategy=epoch", "data.validation_limit=1"], None),
@@ -125,11 +128,20 @@ def test_a_state_of_an_earlier_version_is_read(recipe: Path) -> None:
 
 
 def test_a_checkpoint_without_all_of_its_state_is_refused(tmp_path: Path) -> None:
-    names = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"]
+    names = [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "training_args.bin",
+    ]
     for name in names:
         (tmp_path / name).write_text("x")
     check_checkpoint(tmp_path, "minillm")
-    for name, what in zip(names, ("its weights", "its optimiser", "its learning-rate schedule", "its random states"), strict=False):
+    for name, what in zip(
+        names, ("its weights", "its optimiser", "its learning-rate schedule", "its random states"), strict=False
+    ):
         (tmp_path / name).rename(tmp_path / "away")
         with pytest.raises(RunError, match=f"without {what}, which the checkpoint lacks"):
             check_checkpoint(tmp_path, "minillm")

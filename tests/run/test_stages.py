@@ -91,11 +91,14 @@ def test_a_lora_student_is_merged_after_every_stage_and_described(
     (teacher / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
     file = tmp_path / "recipe.yaml"
     text = RECIPE.format(run=tmp_path / "run", data=data, teacher=teacher)
-    file.write_text(text.replace("probe_prompts: 4}", "probe_prompts: 4, lora: {rank: 4, targets: [q_proj, down_proj]}}"))
+    file.write_text(
+        text.replace("probe_prompts: 4}", "probe_prompts: 4, lora: {rank: 4, targets: [q_proj, down_proj]}}")
+    )
     uploaded: list[tuple[str, str]] = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, exist_ok: f"https://hub/{name}")
     monkeypatch.setattr(
-        "huggingface_hub.HfApi.upload_folder", lambda self, **given: uploaded.append((given["repo_id"], given["folder_path"]))
+        "huggingface_hub.HfApi.upload_folder",
+        lambda self, **given: uploaded.append((given["repo_id"], given["folder_path"])),
     )
     names = "[teacher, student, responses, warmup, sft, minillm, evaluate, report]"
     training = "{max_steps: 2, per_device_train_batch_size: 4, use_cpu: true, learning_rate: 1e-2}"
@@ -108,7 +111,9 @@ def test_a_lora_student_is_merged_after_every_stage_and_described(
         adapted = PeftModel.from_pretrained(base, str(run / folder / "adapter"))
         moved = adapted.merge_and_unload().state_dict()
         for name, value in plain.state_dict().items():
-            torch.testing.assert_close(value, moved[name], rtol=1e-2, atol=1e-3)  # where the base is bfloat16, so is this
+            torch.testing.assert_close(
+                value, moved[name], rtol=1e-2, atol=1e-3
+            )  # where the base is bfloat16, so is this
             changed = not torch.equal(value, start[name])
             assert changed == any(part in name for part in ("q_proj", "down_proj")), (folder, name)
         card = (run / folder / "README.md").read_text()
@@ -124,7 +129,9 @@ def test_a_lora_student_is_merged_after_every_stage_and_described(
     assert "chat_template" in "".join(path.name for path in (run / "student").iterdir())
 
 
-def test_a_quantised_teacher_and_a_qlora_student(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_teacher_and_a_qlora_student(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
@@ -135,7 +142,9 @@ def test_a_quantised_teacher_and_a_qlora_student(pair: tuple[str, str], tmp_path
     monkeypatch.setattr(load, "_bits", lambda bits, dtype: asked.append(bits) or original(bits, dtype))
     given = ["teacher.quantization=8bit", "student.lora.rank=4", "student.lora.quantization=4bit"]
     stages.run(load_recipe(file, given))
-    assert sorted(asked) == ["4bit"] * 2 + ["8bit"] * 3  # the student is trained twice; the teacher also reads in evaluation
+    assert (
+        sorted(asked) == ["4bit"] * 2 + ["8bit"] * 3
+    )  # the student is trained twice; the teacher also reads in evaluation
     student = load.load_model(tmp_path / "run" / "student")
     assert not is_quantized(student)
     assert (tmp_path / "run" / "report.html").is_file()
@@ -148,7 +157,9 @@ def test_a_quantised_teacher_and_a_qlora_student(pair: tuple[str, str], tmp_path
             load_recipe(file, [*given, *wrong])
 
 
-def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_again(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_again(
+    recipe: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     weights = recipe.parent / "run" / "student" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     stages.run(load_recipe(recipe))
@@ -157,7 +168,9 @@ def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_aga
 
 
 def test_other_settings_are_refused_and_redo_accepts_them(recipe: Path) -> None:
-    with pytest.raises(RunError, match=r"stage minillm there was made with other settings: training.max_steps \(there 3, now 2\)"):
+    with pytest.raises(
+        RunError, match=r"stage minillm there was made with other settings: training.max_steps \(there 3, now 2\)"
+    ):
         stages.run(load_recipe(recipe, ["training.max_steps=2"]))
     other = recipe.parent / "other.jsonl"
     other.write_text('{"prompt": "w1"}\n' * 10)
@@ -190,7 +203,13 @@ def test_another_tokenizer_is_refused_before_any_stage(recipe: Path, tmp_path: P
 
 
 def command(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "minillm", *words], capture_output=True, text=True, env={**os.environ, **env}, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "minillm", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=300,
+    )
 
 
 def save_sliding(folder: Path) -> str:
@@ -201,24 +220,42 @@ def save_sliding(folder: Path) -> str:
     return save(AutoModelForCausalLM.from_config(config), folder)
 
 
-def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(load, "load_model", lambda *_: pytest.fail("weights were loaded"))
     for setting in ("rollout.max_new_tokens", "responses.max_new_tokens", "evaluate.max_new_tokens"):
-        with pytest.raises(ValueError, match=rf"data\.max_prompt_tokens \+ {setting} \(16 \+ 5000\) exceed the teacher's context of \d+"):
+        with pytest.raises(
+            ValueError,
+            match=rf"data\.max_prompt_tokens \+ {setting} \(16 \+ 5000\) exceed the teacher's context of \d+",
+        ):
             stages.run(load_recipe(recipe, [f"{setting}=5000"]))
     with pytest.raises(ValueError, match=r"objective\.language_model_block: 5000 exceeds the teacher's context of \d+"):
-        stages.run(load_recipe(recipe, [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model_block=5000"]))
+        stages.run(
+            load_recipe(recipe, [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model_block=5000"])
+        )
     sliding = save_sliding(recipe.parent / "sliding")
     with pytest.raises(
-        ValueError, match=r"rollout\.teacher_mix: mixing needs a teacher whose every layer is full attention, and .*sliding"
+        ValueError,
+        match=r"rollout\.teacher_mix: mixing needs a teacher whose every layer is full attention, and .*sliding",
     ):
         stages.run(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.teacher_mix=0.2"]))
     config = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=2, eos_token_id=1, pad_token_id=0)
     gpt2 = save(AutoModelForCausalLM.from_config(config), recipe.parent / "gpt2")
-    with pytest.raises(ValueError, match=r"student\.lora\.quantization: bitsandbytes does not take the layers of GPT-2"):
-        stages.run(load_recipe(recipe, [f"student.source={gpt2}", "student.lora.rank=2", "student.lora.quantization=4bit"]))
-    text = [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model=1", "objective.language_model_distill=1"]
-    with pytest.raises(RecipeError, match=r"processes read text in different numbers of pieces .*language_model_distill: 0"):
+    with pytest.raises(
+        ValueError, match=r"student\.lora\.quantization: bitsandbytes does not take the layers of GPT-2"
+    ):
+        stages.run(
+            load_recipe(recipe, [f"student.source={gpt2}", "student.lora.rank=2", "student.lora.quantization=4bit"])
+        )
+    text = [
+        f"data.text={recipe.parent / 'prompts.jsonl'}",
+        "objective.language_model=1",
+        "objective.language_model_distill=1",
+    ]
+    with pytest.raises(
+        RecipeError, match=r"processes read text in different numbers of pieces .*language_model_distill: 0"
+    ):
         load_recipe(recipe, ["teacher.shard=true", "rollout.teacher_mix=0", *text])
     quantised = ["student.lora.rank=2", "student.lora.quantization=4bit"]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -231,14 +268,21 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
         with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
             stages.run(load_recipe(recipe, [*quantised, f"{section}.deepspeed={sharded}"]))
     if importlib.util.find_spec("deepspeed") is None:
-        with pytest.raises(ValueError, match=r"training\.deepspeed: DeepSpeed is not installed \(pip install deepspeed\)"):
+        with pytest.raises(
+            ValueError, match=r"training\.deepspeed: DeepSpeed is not installed \(pip install deepspeed\)"
+        ):
             stages.run(load_recipe(recipe, [f"training.deepspeed={sharded}"]))
     with monkeypatch.context() as on_a_cpu:
         on_a_cpu.setattr(torch.cuda, "is_available", lambda: False)
         on_a_cpu.setattr(build, "vllm_is_installed", lambda: True)
-        with pytest.raises(EngineError, match=r"rollout\.engine: vLLM on a CPU has no attention for heads of 4 .*set rollout\.engine=auto"):
+        with pytest.raises(
+            EngineError,
+            match=r"rollout\.engine: vLLM on a CPU has no attention for heads of 4 .*set rollout\.engine=auto",
+        ):
             stages.run(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.engine=vllm"]))
-    with pytest.raises(RecipeError, match=r"an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N"):
+    with pytest.raises(
+        RecipeError, match=r"an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N"
+    ):
         load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"])
     with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):
         load_recipe(recipe, ["student.lora.targets=[q_proj, lm_head]"])
@@ -248,15 +292,23 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(recipe: Path,
             stages.run(load_recipe(recipe, [*start, "student.lora.targets=[c_attn]"]))
     with monkeypatch.context() as bare:
         found = importlib.util.find_spec
-        bare.setattr(importlib.util, "find_spec", lambda name, *given: None if name == "bitsandbytes" else found(name, *given))
+        bare.setattr(
+            importlib.util, "find_spec", lambda name, *given: None if name == "bitsandbytes" else found(name, *given)
+        )
         for setting in ("teacher.quantization=4bit", "student.lora={rank: 2, quantization: 4bit}"):
             with pytest.raises(ValueError, match="4bit needs bitsandbytes, which is not installed"):
                 stages.run(load_recipe(recipe, [*whole, setting]))
     with pytest.raises(DataError, match="nowhere"):  # the corpus too, though only the last stages read it
-        stages.run(load_recipe(recipe, [f"data.text={{dataset: {recipe.parent / 'nowhere'}}}", "objective.language_model_block=32"]))
+        stages.run(
+            load_recipe(
+                recipe, [f"data.text={{dataset: {recipe.parent / 'nowhere'}}}", "objective.language_model_block=32"]
+            )
+        )
 
 
-def test_a_node_without_the_run_directory_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_node_without_the_run_directory_says_so(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(processes, "_MEETING", 0.2)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
@@ -273,7 +325,9 @@ def test_a_node_without_the_run_directory_says_so(recipe: Path, monkeypatch: pyt
         stages.run(loaded)
 
 
-def test_a_path_is_one_setting_however_it_is_written(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_one_setting_however_it_is_written(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_dir = f"run_dir={recipe.parent / 'run'}"
     teacher = load_recipe(recipe).teacher.source
     monkeypatch.chdir(tmp_path)
@@ -392,7 +446,9 @@ def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
 
 
 ZEROS = [("zero3-8-gpus", False), ("zero3-8-gpus", True), ("zero2-8-gpus", False)]
-zero = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)")
+zero = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (make test-full installs it)"
+)
 
 
 ROOT = Path(__file__).parents[2]
@@ -414,10 +470,15 @@ def sharded_run(file: str, precision: str, words: list[str], **dies: str) -> sub
 def sharded_words(recipe: Path, pair: tuple[str, str], run_dir: Path, micro: int, *overrides: str) -> list[str]:
     """A run of every training stage, validated, and evaluated; to be begun in `ROOT`."""
     data = run_dir.parent / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12)))
+    data.write_text(
+        "".join(json.dumps({"instruction": f"w{i} w{i + 3}", "output": f"w{i} w{i + 1}"}) + "\n" for i in range(12))
+    )
     training = "use_cpu: true, learning_rate: 0.01, adam_epsilon: 1.0e-3, lr_scheduler_type: constant, max_grad_norm: 1.0, save_steps: 2"
     training += ", eval_strategy: steps, eval_steps: 2, load_best_model_at_end: true, metric_for_best_model: "
-    read, taught = training + "rouge_l", training + "reverse_kl, greater_is_better: true"  # the best must not be the last
+    read, taught = (
+        training + "rouge_l",
+        training + "reverse_kl, greater_is_better: true",
+    )  # the best must not be the last
     sections = {"finetune": (4, read), "warmup.training": (2, taught), "sft": (2, read), "training": (4, taught)}
     return [
         "run", str(recipe), f"run_dir={run_dir}", "stages=[finetune,responses,warmup,sft,minillm,evaluate,report]",
@@ -442,7 +503,12 @@ def test_every_training_stage_in_shards_leaves_what_one_process_does(
     """Fine-tuning, warm-up and minillm, of each the best of two checkpoints. One stage dies, in one a single process hears Ctrl-C, one
     dies between training and saving; each time the same command goes on."""
     lora = ["student.lora={rank: 4, targets: [q_proj, down_proj]}"] if adapter else []
-    for dies, kept in (({"DIES_IN": "finetune"}, [2]), ({"CTRL_C_IN": "minillm"}, [2, 3]), ({"DIES_AFTER": "minillm"}, [2, 4]), ({}, [])):
+    for dies, kept in (
+        ({"DIES_IN": "finetune"}, [2]),
+        ({"CTRL_C_IN": "minillm"}, [2, 3]),
+        ({"DIES_AFTER": "minillm"}, [2, 4]),
+        ({}, []),
+    ):
         done = sharded_run(file, "no", sharded_words(recipe, pair, tmp_path / "two", 2, *lora), **dies)
         assert (done.returncode == 0) == (not dies), done.stdout[-2000:] + done.stderr[-6000:]
         left = sorted(path.name for path in (tmp_path / "two" / "work").glob("*/checkpoint-*"))
@@ -450,7 +516,12 @@ def test_every_training_stage_in_shards_leaves_what_one_process_does(
         assert ("the same command continues it" in done.stderr) == ("CTRL_C_IN" in dies)
     monkeypatch.chdir(ROOT)
     stages.run(load_recipe(recipe, sharded_words(recipe, pair, tmp_path / "one", 4, *lora)[2:]))
-    for folder, start in (("tuned", pair[1]), ("warmed", pair[0]), ("sft", pair[0]), ("student", str(tmp_path / "one" / "warmed"))):
+    for folder, start in (
+        ("tuned", pair[1]),
+        ("warmed", pair[0]),
+        ("sft", pair[0]),
+        ("student", str(tmp_path / "one" / "warmed")),
+    ):
         one, two, before = (
             torch.cat([value.flatten() for value in load.load_model(source, torch.float32).state_dict().values()])
             for source in (tmp_path / "one" / folder, tmp_path / "two" / folder, start)
@@ -459,7 +530,13 @@ def test_every_training_stage_in_shards_leaves_what_one_process_does(
         assert moved > 0, folder
         assert float((two - one).norm()) <= 5e-3 * moved, folder
     # Of seven rows one process validates on one more than the other.
-    assert set(json.loads((tmp_path / "two" / "results.json").read_text())["models"]) == {"teacher", "student", "warmed", "sft", "minillm"}
+    assert set(json.loads((tmp_path / "two" / "results.json").read_text())["models"]) == {
+        "teacher",
+        "student",
+        "warmed",
+        "sft",
+        "minillm",
+    }
     for folder in ("warmed", "student"):
         one, two = (validated(tmp_path / name / folder) for name in ("one", "two"))
         assert one.keys() == two.keys() != set()
@@ -478,7 +555,12 @@ def validated(folder: Path) -> dict[int, float]:
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
 @pytest.mark.parametrize(
     ("file", "adapter"),
-    [("8-gpus", False), ("fsdp2-8-gpus", False), ("fsdp2-8-gpus", True), pytest.param("zero3-8-gpus", False, marks=zero)],
+    [
+        ("8-gpus", False),
+        ("fsdp2-8-gpus", False),
+        ("fsdp2-8-gpus", True),
+        pytest.param("zero3-8-gpus", False, marks=zero),
+    ],
 )
 def test_several_processes_with_a_vllm_each_in_bfloat16(
     recipe: Path, pair: tuple[str, str], tmp_path: Path, file: str, adapter: bool
@@ -497,4 +579,10 @@ def test_several_processes_with_a_vllm_each_in_bfloat16(
     assert len(mismatch) == 2  # of each first update on what was drawn: what was trained is what vLLM samples next
     assert max(mismatch) < 0.05, mismatch
     assert set(validated(tmp_path / "run" / "student")) == {2, 4}
-    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["models"]) == {"teacher", "student", "warmed", "sft", "minillm"}
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["models"]) == {
+        "teacher",
+        "student",
+        "warmed",
+        "sft",
+        "minillm",
+    }

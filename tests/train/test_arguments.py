@@ -40,12 +40,16 @@ def weights_of(trainer: Any) -> Weights:
 def supervised(folder: Path, **changes: Any) -> SupervisedTrainer:
     student, teacher = tiny_llama(1, layers=1, width=32), tiny_llama(2, layers=1, width=32)
     args = arguments(folder, **({"max_steps": 3, "learning_rate": 1e-2} | changes))
-    return SupervisedTrainer(student, teacher, args, train_dataset=ROWS, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION)
+    return SupervisedTrainer(
+        student, teacher, args, train_dataset=ROWS, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION
+    )
 
 
 def fine_tuned(folder: Path, **changes: Any) -> Weights:
     args = arguments(folder, **({"max_steps": 3, "learning_rate": 1e-2} | changes))
-    return weights_of(FineTuner(tiny_llama(1, layers=1, width=32), args, train_dataset=ROWS, processing_class=tiny_tokenizer()))
+    return weights_of(
+        FineTuner(tiny_llama(1, layers=1, width=32), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
+    )
 
 
 def furthest(one: Weights, other: Weights) -> float:
@@ -122,7 +126,9 @@ def test_what_is_not_honoured_is_refused_before_weights_load(tmp_path: Path, nam
         SupervisedTrainer(NOWHERE, NOWHERE, args, train_dataset=ROWS, processing_class=tiny_tokenizer())
     assert reason in str(caught.value)
     with pytest.raises(ValueError, match=rf"args\.{name}: not honoured here"):
-        MiniLLMTrainer(NOWHERE, NOWHERE, args, train_dataset=PROMPTS, rollout=ROLLOUT, processing_class=tiny_tokenizer())
+        MiniLLMTrainer(
+            NOWHERE, NOWHERE, args, train_dataset=PROMPTS, rollout=ROLLOUT, processing_class=tiny_tokenizer()
+        )
     if name in REFUSED:
         with pytest.raises(ValueError, match=rf"args\.{name}: not honoured here"):
             FineTuner(NOWHERE, args, train_dataset=ROWS)
@@ -135,7 +141,8 @@ def test_an_unknown_field_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("minillm.train.arguments.HONOURED", HONOURED - {"weight_decay"})
     check_arguments(arguments(tmp_path), reads_teacher=True)
     with pytest.raises(
-        ValueError, match=r"args\.weight_decay: not honoured here: this version of minillm does not know it \(given: 0\.1\)"
+        ValueError,
+        match=r"args\.weight_decay: not honoured here: this version of minillm does not know it \(given: 0\.1\)",
     ):
         check_arguments(arguments(tmp_path, weight_decay=0.1), reads_teacher=True)
 
@@ -246,15 +253,21 @@ def test_fine_tuning_honours_what_is_trls(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_values_that_would_fail_or_do_nothing_are_refused(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=rf"^args\..*{fault}"):
-        SupervisedTrainer(NOWHERE, NOWHERE, arguments(tmp_path, **changes), train_dataset=ROWS, processing_class=tiny_tokenizer())
+        SupervisedTrainer(
+            NOWHERE, NOWHERE, arguments(tmp_path, **changes), train_dataset=ROWS, processing_class=tiny_tokenizer()
+        )
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
         raise RuntimeError("SwanLabCallback requires swanlab.")
 
-    monkeypatch.setitem(__import__("minillm.train.optimisation").train.optimisation.INTEGRATION_TO_CALLBACK, "swanlab", absent)
-    with pytest.raises(ValueError, match=r"args\.report_to: .* pip install swanlab\. Trackers installed: .*\(given: 'swanlab'\)"):
+    monkeypatch.setitem(
+        __import__("minillm.train.optimisation").train.optimisation.INTEGRATION_TO_CALLBACK, "swanlab", absent
+    )
+    with pytest.raises(
+        ValueError, match=r"args\.report_to: .* pip install swanlab\. Trackers installed: .*\(given: 'swanlab'\)"
+    ):
         check_arguments(arguments(tmp_path, report_to=["swanlab"]), reads_teacher=True)
 
 
@@ -263,7 +276,13 @@ def test_settings_are_checked_without_starting_anything() -> None:
     before = dict(PartialState._shared_state)
     PartialState._shared_state.clear()
     try:
-        given: dict[str, Any] = {"learning_rate": "1e-6", "bf16": True, "tf32": True, "torch_compile": True, "fsdp": True}
+        given: dict[str, Any] = {
+            "learning_rate": "1e-6",
+            "bf16": True,
+            "tf32": True,
+            "torch_compile": True,
+            "fsdp": True,
+        }
         assert list(setting_faults(given, fine_tuning=False, validated=False, reads_teacher=True)) == []
         assert given["learning_rate"] == 1e-6
         assert not PartialState._shared_state
@@ -289,7 +308,9 @@ TOLD = ["metric_for_best_model", "greater_is_better"]
 
 
 def test_what_validation_measures_is_what_it_is_said_to(pair: tuple[str, str], tmp_path: Path) -> None:
-    trainer = MiniLLMTrainer(*pair, arguments(tmp_path), train_dataset=PROMPTS, rollout=ROLLOUT, eval_dataset=VALIDATION)
+    trainer = MiniLLMTrainer(
+        *pair, arguments(tmp_path), train_dataset=PROMPTS, rollout=ROLLOUT, eval_dataset=VALIDATION
+    )
     assert {name.removeprefix("eval_") for name in trainer.evaluate()} - {"epoch"} == METRICS.keys()
     trainer.close()
 
@@ -358,11 +379,15 @@ def test_a_best_that_cannot_be_known_is_refused(tmp_path: Path, changes: dict[st
 
 def test_reverse_kl_needs_the_teachers_model(tmp_path: Path) -> None:
     args = arguments(tmp_path, **BEST, metric_for_best_model="reverse_kl")
-    with pytest.raises(ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"):
+    with pytest.raises(
+        ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
+    ):
         FineTuner(NOWHERE, args, train_dataset=ROWS, eval_dataset=VALIDATION)
     served = object.__new__(ServedTeacher)
     rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0})
-    with pytest.raises(ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"):
+    with pytest.raises(
+        ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
+    ):
         MiniLLMTrainer(
             NOWHERE, served, args, train_dataset=PROMPTS, rollout=rollout, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION
         )  # fmt: skip
@@ -386,9 +411,13 @@ def test_a_subclass_may_measure_more(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_fields_of_trl_are_refused_with_their_names_here(tmp_path: Path) -> None:
-    args = DistillationConfig(str(tmp_path), use_cpu=True, temperature=0.7, beta=0.5, max_completion_length=32, top_k=5, vllm_mode="server")
+    args = DistillationConfig(
+        str(tmp_path), use_cpu=True, temperature=0.7, beta=0.5, max_completion_length=32, top_k=5, vllm_mode="server"
+    )
     with pytest.raises(ValueError, match="temperature") as caught:
-        MiniLLMTrainer(NOWHERE, NOWHERE, args, train_dataset=PROMPTS, rollout=ROLLOUT, processing_class=tiny_tokenizer())
+        MiniLLMTrainer(
+            NOWHERE, NOWHERE, args, train_dataset=PROMPTS, rollout=ROLLOUT, processing_class=tiny_tokenizer()
+        )
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     for name, value, here in (
@@ -396,7 +425,11 @@ def test_fields_of_trl_are_refused_with_their_names_here(tmp_path: Path) -> None
         ("max_completion_length", 32, "RolloutConfig(max_new_tokens=...)"), ("top_k", 5, "RolloutConfig(temperature=...)"),
         ("vllm_mode", "'server'", 'RolloutConfig(engine="server"'),
     ):  # fmt: skip
-        line = next(line for line in lines if line.startswith(f"args.{name}: a field of DistillationConfig that is not read; here: "))
+        line = next(
+            line
+            for line in lines
+            if line.startswith(f"args.{name}: a field of DistillationConfig that is not read; here: ")
+        )
         assert here in line
         assert line.endswith(f"(given: {value})")
 
@@ -410,7 +443,11 @@ def test_fields_of_trl_are_refused_with_their_names_here(tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_a_configurations_own_defaults_are_no_choice(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: Any, changes: dict[str, Any]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    changes: dict[str, Any],
 ) -> None:
     monkeypatch.setattr("minillm.train.trl_arguments._warned", set())
     for _ in range(2):
@@ -427,8 +464,12 @@ def test_a_classs_own_fields_are_looked_at_whoever_made_it(tmp_path: Path) -> No
     check_arguments(Mine(str(tmp_path), use_cpu=True), reads_teacher=True)
     with pytest.raises(ValueError, match=r"args\.alpha: a field of Mine that is not read \(given: 2\.0\)"):
         check_arguments(Mine(str(tmp_path), use_cpu=True, alpha=2.0), reads_teacher=True)
-    with pytest.raises(ValueError, match=r"args\.predict_with_generate: a field of Seq2SeqTrainingArguments that is not read"):
-        check_arguments(Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True), reads_teacher=True)
+    with pytest.raises(
+        ValueError, match=r"args\.predict_with_generate: a field of Seq2SeqTrainingArguments that is not read"
+    ):
+        check_arguments(
+            Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True), reads_teacher=True
+        )
     with pytest.raises(ValueError, match=r"args: transformers.TrainingArguments are needed \(given: dict\)"):
         check_arguments({}, reads_teacher=True)  # pyright: ignore[reportArgumentType]
 
@@ -441,18 +482,31 @@ def test_an_sft_config_reaches_trl_as_far_as_it_is_honoured(tmp_path: Path) -> N
 
     def trained(**changes: Any) -> Weights:
         student = tiny_llama(1, layers=1, width=32)
-        trainer = FineTuner(student, config(learning_rate=1e-2, **changes), train_dataset=ROWS, processing_class=tiny_tokenizer())
+        trainer = FineTuner(
+            student, config(learning_rate=1e-2, **changes), train_dataset=ROWS, processing_class=tiny_tokenizer()
+        )
         if changes:
             assert trainer.args.hub_token == "secret"
         return weights_of(trainer)
 
     assert furthest(trained(loss_type="dft", hub_token="secret"), trained()) > 1e-4
-    for changes in ({"packing": True}, {"max_length": 64}, {"completion_only_loss": False}, {"assistant_only_loss": True}):
+    for changes in (
+        {"packing": True},
+        {"max_length": 64},
+        {"completion_only_loss": False},
+        {"assistant_only_loss": True},
+    ):
         name = next(iter(changes))
         with pytest.raises(ValueError, match=rf"args\.{name}: a field of SFTConfig that is not read; here: "):
             FineTuner(NOWHERE, config(**changes), train_dataset=ROWS)
     args = GRPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=8, report_to="none", save_strategy="no", max_steps=1
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=8,
+        report_to="none",
+        save_strategy="no",
+        max_steps=1,
     )
     FineTuner(tiny_llama(1, layers=1, width=32), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
 

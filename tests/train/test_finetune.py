@@ -27,7 +27,9 @@ def test_trls_update_is_that_of_our_cross_entropy(pair: tuple[str, str], tmp_pat
     """One update on all rows, in micro-batches of unequal token counts."""
     settings = SGD | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
     theirs = weights_after(FineTuner(pair[0], arguments(tmp_path / "trl", **settings), train_dataset=ROWS))
-    ours = weights_after(SupervisedTrainer(*pair, arguments(tmp_path / "ours", **settings), train_dataset=ROWS, cross_entropy=1.0))
+    ours = weights_after(
+        SupervisedTrainer(*pair, arguments(tmp_path / "ours", **settings), train_dataset=ROWS, cross_entropy=1.0)
+    )
     before = load_model(pair[0], torch.float32).state_dict()
     for name, value in theirs.items():
         moved = float((value - before[name]).norm())
@@ -37,9 +39,22 @@ def test_trls_update_is_that_of_our_cross_entropy(pair: tuple[str, str], tmp_pat
 
 def test_fine_tuning_is_validated_on_samples_and_the_best_is_kept(pair: tuple[str, str], tmp_path: Path) -> None:
     rows = [{"prompt_ids": row["prompt_ids"], "references": ["w5"]} for row in ROWS[:4]]
-    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    settings: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+    }
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl"}
-    trainer = FineTuner(pair[0], arguments(tmp_path, **settings), train_dataset=ROWS, eval_dataset=rows, teacher=pair[1], rollout=ROLLOUT)
+    trainer = FineTuner(
+        pair[0],
+        arguments(tmp_path, **settings),
+        train_dataset=ROWS,
+        eval_dataset=rows,
+        teacher=pair[1],
+        rollout=ROLLOUT,
+    )
     trainer.train()
     found = [e["eval_reverse_kl"] for e in trainer.state.log_history if "eval_reverse_kl" in e]
     assert len(found) == 2
@@ -54,7 +69,9 @@ def test_given_answers_can_be_distilled_by_any_divergence(pair: tuple[str, str],
 
     config = DivergenceConfig(name=name)  # pyright: ignore[reportArgumentType]
     settings = SGD | {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
-    trainer = SupervisedTrainer(*pair, arguments(tmp_path, **settings), train_dataset=ROWS, cross_entropy=0.3, divergence=config)
+    trainer = SupervisedTrainer(
+        *pair, arguments(tmp_path, **settings), train_dataset=ROWS, cross_entropy=0.3, divergence=config
+    )
     after = weights_after(trainer)
     student: Any = load_model(pair[0], torch.float32).double()
     teacher: Any = load_model(pair[1], torch.float32).double()
@@ -70,18 +87,24 @@ def test_given_answers_can_be_distilled_by_any_divergence(pair: tuple[str, str],
     for name_of, parameter in student.named_parameters():
         assert parameter.grad is not None
         step = 0.1 * parameter.grad
-        assert float((after[name_of].double() - (parameter.detach() - step)).norm()) <= 1e-3 * float(step.norm()) + 1e-7, name_of
+        assert (
+            float((after[name_of].double() - (parameter.detach() - step)).norm()) <= 1e-3 * float(step.norm()) + 1e-7
+        ), name_of
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 @pytest.mark.parametrize("own", [1.0, 1.4])
-def test_answers_are_fitted_at_a_temperature_of_their_own(pair: tuple[str, str], tmp_path: Path, share: float, own: float) -> None:
+def test_answers_are_fitted_at_a_temperature_of_their_own(
+    pair: tuple[str, str], tmp_path: Path, share: float, own: float
+) -> None:
     """D at 0.7, the cross-entropy at 1 unless told otherwise; against float64."""
     from minillm.loss import divergences
 
     settings = SGD | {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
     changes: dict[str, Any] = {} if own == 1.0 else {"cross_entropy_temperature": own}
-    trainer = SupervisedTrainer(*pair, arguments(tmp_path, **settings), train_dataset=ROWS, cross_entropy=share, temperature=0.7, **changes)
+    trainer = SupervisedTrainer(
+        *pair, arguments(tmp_path, **settings), train_dataset=ROWS, cross_entropy=share, temperature=0.7, **changes
+    )
     after = weights_after(trainer)
     student, teacher = (load_model(folder, torch.float32).double() for folder in pair)  # pyright: ignore
     ce, total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
@@ -96,4 +119,6 @@ def test_answers_are_fitted_at_a_temperature_of_their_own(pair: tuple[str, str],
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None
         step = 0.1 * parameter.grad
-        assert float((after[name].double() - (parameter.detach() - step)).norm()) <= 1e-3 * float(step.norm()) + 1e-7, name
+        assert float((after[name].double() - (parameter.detach() - step)).norm()) <= 1e-3 * float(step.norm()) + 1e-7, (
+            name
+        )

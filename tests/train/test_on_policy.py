@@ -36,7 +36,13 @@ from tests.train.two_processes import run
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 ROLLOUT = RolloutConfig(
-    engine="transformers", num_rollouts=8, inner_epochs=2, teacher_mix=0.3, max_new_tokens=10, max_prompt_tokens=8, draft_tokens=4
+    engine="transformers",
+    num_rollouts=8,
+    inner_epochs=2,
+    teacher_mix=0.3,
+    max_new_tokens=10,
+    max_prompt_tokens=8,
+    draft_tokens=4,
 )
 
 
@@ -48,7 +54,9 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **(settings | changes))
 
 
-def train(pair: tuple[str, str], folder: Path, *, resume: str | None = None, stop: int | None = None, **changes: Any) -> MiniLLMTrainer:
+def train(
+    pair: tuple[str, str], folder: Path, *, resume: str | None = None, stop: int | None = None, **changes: Any
+) -> MiniLLMTrainer:
     keys = ("objective", "rollout", "train_dataset", "text_dataset", "responses", "processing_class", "eval_dataset")
     options = {key: changes.pop(key) for key in keys if key in changes}
     options = {"rollout": ROLLOUT, "train_dataset": PROMPTS} | options
@@ -78,7 +86,16 @@ def test_every_layer_moves_and_the_teacher_does_not(pair: tuple[str, str], tmp_p
         assert torch.equal(value, teacher[name])
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 4
-    for key in ("reverse_kl", "sampled_reverse_kl", "forward_kl", "entropy", "importance_weight", "clipped", "advantage_std", "grad_norm"):
+    for key in (
+        "reverse_kl",
+        "sampled_reverse_kl",
+        "forward_kl",
+        "entropy",
+        "importance_weight",
+        "clipped",
+        "advantage_std",
+        "grad_norm",
+    ):
         assert all(key in entry for entry in logged), key
     for key in ("response_length", "finished", "acceptance"):  # of the batch that each update trains on
         assert len({entry[key] for entry in logged}) == 1, key
@@ -104,7 +121,13 @@ def test_training_lowers_the_reverse_kl(pair: tuple[str, str], tmp_path: Path) -
 
 def test_batch_split_and_padding_do_not_change_the_update(pair: tuple[str, str], tmp_path: Path) -> None:
     runs = [
-        train(pair, tmp_path / f"{micro}", max_steps=2, per_device_train_batch_size=micro, gradient_accumulation_steps=8 // micro)
+        train(
+            pair,
+            tmp_path / f"{micro}",
+            max_steps=2,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=8 // micro,
+        )
         for micro in (1, 8)
     ]
     one, eight = (run.state.log_history for run in runs)
@@ -128,7 +151,11 @@ def test_drafts_follow_the_acceptance(pair: tuple[str, str], tmp_path: Path) -> 
     for stop in (3, 4):  # amid a batch and between two
         train(pair, tmp_path / f"cut-{stop}", max_steps=6, rollout=rollout, stop=stop)
         resumed = train(
-            pair, tmp_path / f"cut-{stop}", max_steps=6, rollout=rollout, resume=str(tmp_path / f"cut-{stop}" / f"checkpoint-{stop}")
+            pair,
+            tmp_path / f"cut-{stop}",
+            max_steps=6,
+            rollout=rollout,
+            resume=str(tmp_path / f"cut-{stop}" / f"checkpoint-{stop}"),
         )
         assert [r.response_ids for r in resumed._rollouts] == [r.response_ids for r in whole._rollouts]
 
@@ -145,7 +172,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(pair: tuple[str, str
 
 
 def test_an_epoch_is_a_pass_over_the_prompts(pair: tuple[str, str], tmp_path: Path) -> None:
-    trainer = MiniLLMTrainer(*pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"num_rollouts": 4}), train_dataset=PROMPTS)
+    trainer = MiniLLMTrainer(
+        *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"num_rollouts": 4}), train_dataset=PROMPTS
+    )
     rows = [row for number in range(3) for row in trainer._prompt_rows(number)]
     assert sorted(rows) == list(range(12))
     assert [row for number in range(3, 6) for row in trainer._prompt_rows(number)] != rows
@@ -157,14 +186,24 @@ def test_advantages_are_centred(pair: tuple[str, str], tmp_path: Path) -> None:
     rollout = ROLLOUT.model_copy(update={"num_rollouts": 64, "inner_epochs": 1})
     settings: dict[str, Any] = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "max_steps": 1}
     for centre in ("centre", "none"):
-        trainer = train(pair, tmp_path / centre, rollout=rollout, objective=Objective.paper(baseline=centre, length_norm=False), **settings)
+        trainer = train(
+            pair,
+            tmp_path / centre,
+            rollout=rollout,
+            objective=Objective.paper(baseline=centre, length_norm=False),
+            **settings,
+        )
         logged = trainer.state.log_history[0]
         size = abs(logged["advantage"]) / logged["advantage_std"]
-        assert (size < 0.2) is (centre == "centre")  # tokens without a future have a return of 0 and no part in the mean
+        assert (size < 0.2) is (
+            centre == "centre"
+        )  # tokens without a future have a return of 0 and no part in the mean
 
 
 @pytest.mark.parametrize("changes", [{}, {"old_logprobs": "trainer"}, {"reward": "sampled"}])
-def test_the_baseline_is_the_mean_return_of_the_other_rollouts(pair: tuple[str, str], tmp_path: Path, changes: dict[str, str]) -> None:
+def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
+    pair: tuple[str, str], tmp_path: Path, changes: dict[str, str]
+) -> None:
     """Of all of the batch, whatever an update and a micro-batch hold of it, from its first update on; and after a resume."""
     objective, logged = Objective.recommended(single_step=0.0, **changes), []  # pyright: ignore
     for micro in (1, 4):
@@ -175,7 +214,10 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(pair: tuple[str, 
             assert r.teacher_logprobs is not None
             ids, n = torch.tensor([r.prompt_ids + r.response_ids]), len(r.response_ids)
             with torch.no_grad():
-                logq, logp = (torch.log_softmax(m(ids).logits[0, -n - 1 : -1].double(), -1) for m in (trainer.model, trainer.teacher.model))  # pyright: ignore
+                logq, logp = (
+                    torch.log_softmax(m(ids).logits[0, -n - 1 : -1].double(), -1)
+                    for m in (trainer.model, trainer.teacher.model)
+                )  # pyright: ignore
             rewards = -(logq.exp() * (logq - logp)).sum(-1)
             if objective.reward == "sampled":
                 rewards = (r.teacher_logprobs - r.student_logprobs).double()
@@ -186,8 +228,13 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(pair: tuple[str, 
             assert float(trainer._baselines[i]) == pytest.approx(sum(others) / len(others), rel=1e-4)
             advantages += [value - sum(others) / len(others) for value in own] + [0.0]
         logged.append([entry["advantage"] for entry in trainer.state.log_history if "advantage" in entry])
-        tokens = [sum(len(trainer._rollouts[i].response_ids) for b in trainer.micro_batches(u) for i in b.rollouts) for u in (0, 1)]
-        mean = sum(a * n for a, n in zip(logged[-1], tokens, strict=True)) / sum(tokens)  # over both updates: the whole batch
+        tokens = [
+            sum(len(trainer._rollouts[i].response_ids) for b in trainer.micro_batches(u) for i in b.rollouts)
+            for u in (0, 1)
+        ]
+        mean = sum(a * n for a, n in zip(logged[-1], tokens, strict=True)) / sum(
+            tokens
+        )  # over both updates: the whole batch
         assert mean == pytest.approx(sum(advantages) / len(advantages), abs=1e-5)
         spread = (sum(a * a for a in advantages) / len(advantages)) ** 0.5
         assert abs(mean) < 0.02 * spread
@@ -197,7 +244,13 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(pair: tuple[str, 
 def test_text_is_fitted_at_its_own_temperature(pair: tuple[str, str], tmp_path: Path) -> None:
     """One update at a rollout temperature of 0.7, against float64: KL(q‖p) is that of 0.7, text is fitted at 1 unless told otherwise."""
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(30))} for i in range(6)]
-    settings: dict[str, Any] = {"max_steps": 1, "learning_rate": 0.5, "optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0}
+    settings: dict[str, Any] = {
+        "max_steps": 1,
+        "learning_rate": 0.5,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+    }
     rollout = ROLLOUT.model_copy(update={"inner_epochs": 1, "temperature": 0.7, "num_rollouts": 4, "teacher_mix": 0.0})
     for own in (1.0, 1.3):
         changes: dict[str, Any] = {} if own == 1.0 else {"language_model_temperature": own}
@@ -222,14 +275,18 @@ def test_text_is_fitted_at_its_own_temperature(pair: tuple[str, str], tmp_path: 
         for name, parameter in student.named_parameters():
             assert parameter.grad is not None
             step = 0.5 * parameter.grad
-            assert float((after[name].double() - (parameter.detach() - step)).norm()) < 1e-4 * float(step.norm()) + 1e-6, name
+            assert (
+                float((after[name].double() - (parameter.detach() - step)).norm()) < 1e-4 * float(step.norm()) + 1e-6
+            ), name
 
 
 def test_text_is_distilled_from_the_teachers_own_states(pair: tuple[str, str], tmp_path: Path) -> None:
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(4)]
     objective = Objective.recommended(language_model=1.0, language_model_distill=1.0, language_model_block=64)
     trainer = train((pair[1], pair[1]), tmp_path, objective=objective, text_dataset=text, max_steps=1)
-    assert trainer.state.log_history[0]["language_model_loss"] == pytest.approx(0.0, abs=1e-5)  # the student is the teacher
+    assert trainer.state.log_history[0]["language_model_loss"] == pytest.approx(
+        0.0, abs=1e-5
+    )  # the student is the teacher
 
 
 def test_several_samples_of_a_prompt_differ(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -249,7 +306,9 @@ def test_text_joins_the_update(pair: tuple[str, str], tmp_path: Path) -> None:
     objective = Objective.recommended(language_model=0.5, language_model_distill=0.5, language_model_block=16)
     logged = [e for e in train(pair, tmp_path, objective=objective, text_dataset=text).state.log_history if "loss" in e]
     assert all(e["language_model_loss"] > 0 and e["text_nll"] > 0 for e in logged)
-    assert logged[0]["language_model_loss"] == pytest.approx(0.5 * (0.5 * logged[0]["text_nll"] + 0.5 * text_kl(pair, text)), rel=1e-3)
+    assert logged[0]["language_model_loss"] == pytest.approx(
+        0.5 * (0.5 * logged[0]["text_nll"] + 0.5 * text_kl(pair, text)), rel=1e-3
+    )
     total = logged[0]["policy_loss"] + logged[0]["single_step_loss"] + logged[0]["language_model_loss"]
     assert logged[0]["loss"] == pytest.approx(total, rel=1e-3)
 
@@ -329,7 +388,9 @@ def test_a_quantised_base_and_a_quantised_teacher(pair: tuple[str, str], tmp_pat
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_students_own_base_teaches_as_a_copy_of_it_does(pair: tuple[str, str], tmp_path: Path, checkpointing: bool) -> None:
+def test_the_students_own_base_teaches_as_a_copy_of_it_does(
+    pair: tuple[str, str], tmp_path: Path, checkpointing: bool
+) -> None:
     weights = []
     for teacher in (None, pair[0]):
         student = load_student(pair[0], AdapterConfig(rank=4))
@@ -337,12 +398,16 @@ def test_the_students_own_base_teaches_as_a_copy_of_it_does(pair: tuple[str, str
         for name, value in student.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(value, std=0.3)
-        trainer = train((student, teacher), tmp_path, processing_class=tiny_tokenizer(), gradient_checkpointing=checkpointing)  # pyright: ignore
+        trainer = train(
+            (student, teacher), tmp_path, processing_class=tiny_tokenizer(), gradient_checkpointing=checkpointing
+        )  # pyright: ignore
         assert next(entry for entry in trainer.state.log_history if "loss" in entry)["reverse_kl"] > 1e-3
         assert student.training
         weights.append({name: value for name, value in student.state_dict().items() if "lora_" in name})
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    with pytest.raises(ValueError, match="without one the student's base is it, its adapter off; this student has no adapter"):
+    with pytest.raises(
+        ValueError, match="without one the student's base is it, its adapter off; this student has no adapter"
+    ):
         MiniLLMTrainer(pair[0], None, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS)
 
 
@@ -350,7 +415,9 @@ def test_the_students_own_base_teaches_as_a_copy_of_it_does(pair: tuple[str, str
 def test_every_preset_trains(pair: tuple[str, str], tmp_path: Path, preset: str) -> None:
     logged = [
         e
-        for e in train(pair, tmp_path, objective=Objective.model_validate({"preset": preset}), max_steps=2).state.log_history
+        for e in train(
+            pair, tmp_path, objective=Objective.model_validate({"preset": preset}), max_steps=2
+        ).state.log_history
         if "loss" in e
     ]
     assert all(torch.isfinite(torch.tensor(e["grad_norm"])) and e["grad_norm"] > 0 for e in logged)
@@ -359,13 +426,21 @@ def test_every_preset_trains(pair: tuple[str, str], tmp_path: Path, preset: str)
 def test_reference_in_the_trainer_is_a_plain_loop_over_its_micro_batches(pair: tuple[str, str], tmp_path: Path) -> None:
     """One update of two micro-batches: each whitened over its own padding and divided by its own tokens, then their mean."""
     rollout = ROLLOUT.model_copy(update={"inner_epochs": 1, "num_rollouts": 8})
-    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1, "learning_rate": 0.5, "optim": "sgd"}
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 1,
+        "learning_rate": 0.5,
+        "optim": "sgd",
+    }
     settings |= {"max_grad_norm": 0.0, "weight_decay": 0.0}
     trainer = train(pair, tmp_path, rollout=rollout, objective=Objective.reference(), **settings)
     groups = [batch.rollouts for batch in trainer.micro_batches(0)]
     assert sorted(i for group in groups for i in group) == list(range(8))
     lengths = [[len(trainer._rollouts[i].response_ids) for i in group] for group in groups]
-    assert any(a != sorted(a) for a in lengths)  # as they come, not by length: that would change what is whitened together
+    assert any(
+        a != sorted(a) for a in lengths
+    )  # as they come, not by length: that would change what is whitened together
     model: Any = load_model(pair[0], torch.float32).double()
     teacher: Any = load_model(pair[1], torch.float32).double()
     total = torch.zeros((), dtype=torch.float64)
@@ -414,7 +489,9 @@ def test_padded_rows_of_the_heads_have_no_part_in_it(tmp_path: Path) -> None:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
-def test_text_without_its_coefficient_is_said_to_be_unused(pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_without_its_coefficient_is_said_to_be_unused(
+    pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     text = [{"text": "w1 w2 w3"}]
     MiniLLMTrainer(
         *pair, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS, text_dataset=text,
@@ -498,16 +575,27 @@ def test_an_engine_that_samples_another_student_is_reported_once(
         with torch.no_grad():
             off.model.norm.weight.mul_(factor)
         trainer = MiniLLMTrainer(
-            *pair, arguments(tmp_path, max_steps=5, learning_rate=0.0), rollout=ROLLOUT, train_dataset=PROMPTS, engine=engine
+            *pair,
+            arguments(tmp_path, max_steps=5, learning_rate=0.0),
+            rollout=ROLLOUT,
+            train_dataset=PROMPTS,
+            engine=engine,
         )
         trainer.train()
-        assert sum("between the sampling engine and the trainer" in record.message for record in caplog.records) == alarms
+        assert (
+            sum("between the sampling engine and the trainer" in record.message for record in caplog.records) == alarms
+        )
 
 
 def test_rewards_are_those_of_the_first_reading(pair: tuple[str, str], tmp_path: Path) -> None:
     """On later inner epochs KL(q‖p) has fallen on these very prefixes; the advantages stay centred all the same."""
     rollout = ROLLOUT.model_copy(update={"inner_epochs": 6, "num_rollouts": 12})
-    settings = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "max_steps": 6, "learning_rate": 3e-3}
+    settings = {
+        "per_device_train_batch_size": 12,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 6,
+        "learning_rate": 3e-3,
+    }
     trainer = train(pair, tmp_path, rollout=rollout, objective=Objective.recommended(long_term=0.1), **settings)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logged[-1]["reverse_kl"] < 0.9 * logged[0]["reverse_kl"]
@@ -515,10 +603,23 @@ def test_rewards_are_those_of_the_first_reading(pair: tuple[str, str], tmp_path:
         assert entry["advantage"] == pytest.approx(logged[0]["advantage"], rel=1e-4, abs=1e-6)
 
 
-def test_validation_samples_the_pure_student_and_the_best_checkpoint_is_kept(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_validation_samples_the_pure_student_and_the_best_checkpoint_is_kept(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
     rows = [{"prompt_ids": [2, 4 + i, 3], "references": ["w3 w4 w5", "w8 w9"]} for i in range(9)]
-    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "reverse_kl", "greater_is_better": False, "learning_rate": 3e-3}
+    settings: dict[str, Any] = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 6,
+    }
+    settings |= {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "reverse_kl",
+        "greater_is_better": False,
+        "learning_rate": 3e-3,
+    }
     trainer = train(pair, tmp_path, eval_dataset=rows, **settings)
     found = [e for e in trainer.state.log_history if "eval_reverse_kl" in e]
     assert [e["step"] for e in found] == [2, 4, 6]
@@ -531,7 +632,9 @@ def test_validation_samples_the_pure_student_and_the_best_checkpoint_is_kept(pai
     student: Any = trainer.model
     total, tokens, rouge = 0.0, 0, 0.0
     for row in rows:
-        [r] = TransformersEngine(student).generate([row["prompt_ids"]], trainer.sampling, [seed_of("validation", *row["prompt_ids"])])
+        [r] = TransformersEngine(student).generate(
+            [row["prompt_ids"]], trainer.sampling, [seed_of("validation", *row["prompt_ids"])]
+        )
         ids, first = torch.tensor([r.prompt_ids + r.response_ids]), len(r.prompt_ids) - 1
         with torch.no_grad():
             logq, logp = (torch.log_softmax(m(ids).logits[0, first:-1], -1) for m in (student, model))
@@ -565,7 +668,11 @@ def test_the_next_batch_is_drawn_while_this_one_trains(pair: tuple[str, str], tm
     trace: list[tuple[str, float, float]] = []
     rollout = ROLLOUT.model_copy(update={"overlap": True})
     trainer = MiniLLMTrainer(
-        *pair, arguments(tmp_path, max_steps=12), rollout=rollout, train_dataset=PROMPTS, engine=OwnEngine(pair[0], trace)
+        *pair,
+        arguments(tmp_path, max_steps=12),
+        rollout=rollout,
+        train_dataset=PROMPTS,
+        engine=OwnEngine(pair[0], trace),
     )
     original = trainer.update_on
 
@@ -636,13 +743,21 @@ def test_given_and_earlier_responses_fill_up_a_batch(pair: tuple[str, str], tmp_
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_responses_of_others_are_refused_where_credit_needs_the_students_own(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_responses_of_others_are_refused_where_credit_needs_the_students_own(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
     for changes in ({"on_policy": 0.5}, {"replay": 0.5}):
         with pytest.raises(ValueError, match=r"trains on responses that the student did not draw as it is"):
-            MiniLLMTrainer(*pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update=changes), train_dataset=PROMPTS)
+            MiniLLMTrainer(
+                *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update=changes), train_dataset=PROMPTS
+            )
     with pytest.raises(ValueError, match=r"rollout.on_policy: 0.5 trains on given responses too, and there are none"):
         MiniLLMTrainer(
-            *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"on_policy": 0.5}), train_dataset=PROMPTS, objective=OFF_POLICY
+            *pair,
+            arguments(tmp_path),
+            rollout=ROLLOUT.model_copy(update={"on_policy": 0.5}),
+            train_dataset=PROMPTS,
+            objective=OFF_POLICY,
         )
 
 
@@ -653,14 +768,20 @@ def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path:
             objective=Objective.reference(), engine=OwnEngine(pair[0], []),
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"rollout.overlap draws beside the updates"):
-        MiniLLMTrainer(*pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS)
+        MiniLLMTrainer(
+            *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS
+        )
 
 
 def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp_path: Path) -> None:
     rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0})
     whole = train(pair, tmp_path / "whole", max_steps=8, rollout=rollout)
     trainer = MiniLLMTrainer(
-        *pair, arguments(tmp_path / "cut", max_steps=8), rollout=rollout, train_dataset=PROMPTS, engine=OwnEngine(pair[0], [], fail_at=2)
+        *pair,
+        arguments(tmp_path / "cut", max_steps=8),
+        rollout=rollout,
+        train_dataset=PROMPTS,
+        engine=OwnEngine(pair[0], [], fail_at=2),
     )
     with pytest.raises(EngineError, match="http://gone"):
         trainer.train()
@@ -689,14 +810,22 @@ def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
     ]  # fmt: skip
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     if kind.startswith("fsdp2"):
         environment |= {
             "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
             "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         }  # fmt: skip
     root = Path(__file__).parents[2]
-    done = subprocess.run([*command, str(folder), kind], capture_output=True, text=True, timeout=200, env=environment, cwd=root)
+    done = subprocess.run(
+        [*command, str(folder), kind], capture_output=True, text=True, timeout=200, env=environment, cwd=root
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -735,7 +864,9 @@ def test_shards_that_would_leave_no_student_are_refused(pair: tuple[str, str], t
         code = f"import sys; from tests.train.two_processes import shard_on_cpus; shard_on_cpus(); {what}"
         command = [sys.executable, "-c", code, *pair, str(tmp_path)]
         root = Path(__file__).parents[2]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=root)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=root
+        )
         assert refusal in done.stderr, done.stderr[-2000:]
 
 
@@ -746,8 +877,12 @@ def test_gradient_checkpointing_changes_nothing(pair: tuple[str, str], tmp_path:
         student: Any = pair[0]
         if adapter:
             student = load_student(pair[0], AdapterConfig(rank=4))
-        trainer = train((student, pair[1]), tmp_path, gradient_checkpointing=checkpointing, processing_class=tiny_tokenizer())
-        assert any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()) == checkpointing  # pyright: ignore
+        trainer = train(
+            (student, pair[1]), tmp_path, gradient_checkpointing=checkpointing, processing_class=tiny_tokenizer()
+        )
+        assert (
+            any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()) == checkpointing
+        )  # pyright: ignore
         weights.append(trainer.model.state_dict())  # pyright: ignore[reportOptionalMemberAccess]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)

@@ -20,7 +20,11 @@ from tests.rollout.test_engines import own_logprobs, start_server, stop_server
 from tests.train.test_on_policy import PROMPTS, arguments, launch
 from tests.train.two_processes import run
 
-pytestmark = [pytest.mark.full, pytest.mark.vllm, pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")]
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.vllm,
+    pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed"),
+]
 FLAGS = ["--logprobs-mode", "processed_logprobs"]
 
 
@@ -76,7 +80,9 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
         engine="server", servers=[url], server_patience=240, num_rollouts=8, inner_epochs=1, teacher_mix=0.3, max_new_tokens=10,
         max_prompt_tokens=8, draft_tokens=4, overlap=overlap,
     )  # fmt: skip
-    trainer = MiniLLMTrainer(student, teacher, arguments(tmp_path / "run", max_steps=100), rollout=rollout, train_dataset=PROMPTS)
+    trainer = MiniLLMTrainer(
+        student, teacher, arguments(tmp_path / "run", max_steps=100), rollout=rollout, train_dataset=PROMPTS
+    )
     trainer.add_callback(Snapshots())
     sample = trainer._sample
 
@@ -114,7 +120,10 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     lags = [entry["version_lag"] for entry in trainer.state.log_history if "version_lag" in entry]
     assert lags == ([0, 0, *[2] * 98] if overlap else [0] * 100)  # two updates are a batch
     # While one batch trains the next is drawn, and never without `overlap`.
-    beside = [any(start < end_of_update and start_of_update < end for start_of_update, end_of_update in updating) for start, end in drawing]
+    beside = [
+        any(start < end_of_update and start_of_update < end for start_of_update, end_of_update in updating)
+        for start, end in drawing
+    ]
     assert len(beside) == 50
     assert sum(beside) >= 45 if overlap else not any(beside), beside
     # Every token came from the weights it is said to come from, the restarts' too.

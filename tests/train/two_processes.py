@@ -53,7 +53,9 @@ def end_in_error(trainer: MiniLLMTrainer, folder: str) -> None:
 
     def spoil(update: int) -> Any:
         if update == 1 and rank == trainer.accelerator.num_processes - 1:
-            trainer.model.base_model.register_forward_hook(lambda *given: states(*given) if torch.is_grad_enabled() else None)  # pyright: ignore
+            trainer.model.base_model.register_forward_hook(
+                lambda *given: states(*given) if torch.is_grad_enabled() else None
+            )  # pyright: ignore
         return original(update)
 
     original, trainer.micro_batches = trainer.micro_batches, spoil
@@ -109,7 +111,9 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     if kind == "broken":
         end_in_error(trainer, folder)
         return world
-    before = {name: value.clone() for name, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()}
+    before = {
+        name: value.clone() for name, value in trainer.accelerator.unwrap_model(trainer.model).state_dict().items()
+    }
     trainer.train()
     if sharded:
         assert is_sharded(trainer.model) == (world == 2 and kind != "zero2")
@@ -124,7 +128,9 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         assert any("engine_mismatch" in entry for entry in logged)
     if trainer.accelerator.is_main_process:
         weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-        torch.save({"world": trainer.accelerator.num_processes, "weights": weights, "before": before}, f"{folder}/weights.pt")
+        torch.save(
+            {"world": trainer.accelerator.num_processes, "weights": weights, "before": before}, f"{folder}/weights.pt"
+        )
     return trainer.accelerator.num_processes
 
 

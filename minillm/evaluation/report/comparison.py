@@ -17,7 +17,11 @@ def write_comparison_report(root: Path) -> Path:
     results = read_json(root / "compare.json")
     parts = [f"<h1>{html.escape(root.name)}</h1>", *_validation_curves(results), _tuning(results["tuning"])]
     if tests := results.get("tests"):
-        parts += [*(set_table(tests, name) for name in [*tests["prompts"], "average"]), _pairs(results["differences"]), by_words(tests)]
+        parts += [
+            *(set_table(tests, name) for name in [*tests["prompts"], "average"]),
+            _pairs(results["differences"]),
+            by_words(tests),
+        ]
     page = root / "report.html"
     page.write_text(html_page(root.name, parts), encoding="utf-8")
     return page
@@ -28,7 +32,13 @@ def _validation_curves(results: dict[str, Any]) -> list[str]:
     titles = {"eval_rouge_l": "Rouge-L", "eval_reverse_kl": "KL(q‖p), nats a token"}
     start = [{**entry, "step": 0} for entry in results.get("start", {}).get("curve", [])[-1:]]
     panels = [
-        (title, {name: curve_points(start + found["tried"][found["chosen"]]["curve"], key) for name, found in results["tuning"].items()})
+        (
+            title,
+            {
+                name: curve_points(start + found["tried"][found["chosen"]]["curve"], key)
+                for name, found in results["tuning"].items()
+            },
+        )
         for key, title in titles.items()
     ]
     return [draw_curves("Validation while training", panels, columns=2, height=4.4)]
@@ -40,9 +50,7 @@ def _tuning(tuning: dict[str, Any]) -> str:
         for i, run in enumerate(found["tried"]):
             mark = " <b>chosen</b>" if i == found["chosen"] else ""
             settings = html.escape(json.dumps(run["settings"]))
-            rows += (
-                f"<tr><td>{html.escape(name)}{mark}</td><td>{settings}</td>{number_cell(run['rouge_l'])}{number_cell(run['update'])}</tr>"
-            )
+            rows += f"<tr><td>{html.escape(name)}{mark}</td><td>{settings}</td>{number_cell(run['rouge_l'])}{number_cell(run['update'])}</tr>"
         for run in found.get("other_seeds", []):
             numbers = number_cell(run["rouge_l"]) + number_cell(run["update"])
             rows += f"<tr><td>{html.escape(name)}</td><td>training seed {run['seed']}</td>{numbers}</tr>"

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.files import read_json, read_jsonl, write_json
+from minillm.errors import MissingError
 from minillm.evaluation.report.html import SHOWN_PROMPTS, curve_points, draw_curves, html_page, interval_cell
 from minillm.evaluation.results import current_results
 from minillm.evaluation.verdict import COLOURS, check_of
 
-_COLUMNS = {"rouge_l": "Rouge-L", "reverse_kl": "KL(q‖p), nats a token", "finished": "finished, %", "length": "length, tokens"}
+_COLUMNS = {
+    "rouge_l": "Rouge-L",
+    "reverse_kl": "KL(q‖p), nats a token",
+    "finished": "finished, %",
+    "length": "length, tokens",
+}
 # A panel's title, and the log entries it draws with their labels.
 _PANELS: list[tuple[str, dict[str, str]]] = [
     ("Loss", {"loss": "total", "policy_loss": "long term", "single_step_loss": "single step"}),
@@ -38,7 +44,7 @@ def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Pat
         FileNotFoundError: `run_dir` is not a run's directory.
     """
     if not (run_dir / "state.json").is_file():
-        raise FileNotFoundError(f"{run_dir}: not the directory of a run (it has no state.json)")
+        raise MissingError(f"{run_dir}: not the directory of a run (it has no state.json)")
     kept = run_dir / "evaluate" / "prompts.json"
     if kept.is_file():
         prompts = {int(row): text for row, text in read_json(kept).items()}
@@ -87,7 +93,9 @@ def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]
     if not state.is_file():
         return ""
     history = [entry for entry in read_json(state)["log_history"] if "loss" in entry]
-    return draw_curves(title, [(name, {label: curve_points(history, key) for key, label in series.items()}) for name, series in panels])
+    return draw_curves(
+        title, [(name, {label: curve_points(history, key) for key, label in series.items()}) for name, series in panels]
+    )
 
 
 def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) -> str:
@@ -95,7 +103,10 @@ def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) 
     if not names:
         return ""
     seed = results["seeds"][0]
-    answers = {name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed} for name in names}
+    answers = {
+        name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed}
+        for name in names
+    }
     rows = "".join(
         f"<tr><td class=answer>{html.escape(prompts.get(row, f'row {row}'))}</td>"
         + "".join(f"<td class=answer>{html.escape(answers[name].get(row, ''))}</td>" for name in names)

@@ -19,18 +19,29 @@ _SUITE_COLUMNS = {
 def write_suite_report(out: Path) -> Path:
     """Write `out/report.html` from the results and answers of a suite that lie there."""
     results = read_json(out / "results.json")
-    parts = [f"<h1>{html.escape(out.name)}</h1>", *(set_table(results, name) for name in [*results["prompts"], "average"])]
+    parts = [
+        f"<h1>{html.escape(out.name)}</h1>",
+        *(set_table(results, name) for name in [*results["prompts"], "average"]),
+    ]
     parts += [by_words(results), _exposure(results)]
     for name in results["prompts"]:
         answers = {model: out / model / f"{name}-{results['seeds'][0]}.jsonl" for model in results["models"]}
-        parts.append(side_by_side(f"Answers: {name}", {model: read_jsonl(file) for model, file in answers.items() if file.is_file()}))
+        parts.append(
+            side_by_side(
+                f"Answers: {name}", {model: read_jsonl(file) for model, file in answers.items() if file.is_file()}
+            )
+        )
     page = out / "report.html"
     page.write_text(html_page(out.name, parts), encoding="utf-8")
     return page
 
 
 def set_table(results: dict[str, Any], name: str) -> str:
-    columns = {key: title for key, title in _SUITE_COLUMNS.items() if any(key in sets.get(name, {}) for sets in results["models"].values())}
+    columns = {
+        key: title
+        for key, title in _SUITE_COLUMNS.items()
+        if any(key in sets.get(name, {}) for sets in results["models"].values())
+    }
     if not columns:
         return ""
     rows = ""
@@ -39,7 +50,11 @@ def set_table(results: dict[str, Any], name: str) -> str:
         rows += f"<tr><td>{html.escape(model)}</td>"
         for key in columns:
             score = sets.get(name, {}).get(key)
-            spread = f" <span class=small>± {number(score['spread'])}</span>" if score and score.get("spread") is not None else ""
+            spread = (
+                f" <span class=small>± {number(score['spread'])}</span>"
+                if score and score.get("spread") is not None
+                else ""
+            )
             rows += "<td class=n></td>" if score is None else f"<td class=n>{number(score['mean'])}{spread}</td>"
         rows += f"{interval_cell(change)}</tr>"
     heads = "".join(f"<th>{title}</th>" for title in columns.values())
@@ -56,7 +71,9 @@ def by_words(results: dict[str, Any]) -> str:
     """Rouge-L by the length of the reference."""
     out = ""
     for name in results["prompts"]:
-        found = {model: sets.get(name, {}).get("rouge_l_by_reference_words", {}) for model, sets in results["models"].items()}
+        found = {
+            model: sets.get(name, {}).get("rouge_l_by_reference_words", {}) for model, sets in results["models"].items()
+        }
         bins = list(dict.fromkeys(key for values in found.values() for key in values))
         if bins:
             heads = "".join(f"<th>{key} words</th>" for key in bins)

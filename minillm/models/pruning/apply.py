@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minillm.errors import InputError
 from minillm.models.generation import mend_generation_config
 from minillm.models.layers import decoder_layers
 from minillm.models.pruning.layer_settings import cut_config
@@ -59,8 +60,10 @@ def prune(model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     return pruned
 
 
-def _cannot(model: PreTrainedModel, reason: str) -> ValueError:
-    return ValueError(f"{type(model).__name__} cannot be pruned by depth: {reason}; set student.source to a smaller model of the family")
+def _cannot(model: PreTrainedModel, reason: str) -> InputError:
+    return InputError(
+        f"{type(model).__name__} cannot be pruned by depth: {reason}; set student.source to a smaller model of the family"
+    )
 
 
 @contextmanager
@@ -88,7 +91,9 @@ def _check(model: PreTrainedModel, dropped: Sequence[nn.Module], pruned: PreTrai
     model.train(was_training)
     off = pruned(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) - want.log_softmax(-1)
     spread = want - want.mean(-1, keepdim=True)
-    if not off.norm() <= 0.25 * torch.finfo(model.dtype).eps ** 0.5 * spread.norm():  # far above rounding, far below a layer's setting
+    if (
+        not off.norm() <= 0.25 * torch.finfo(model.dtype).eps ** 0.5 * spread.norm()
+    ):  # far above rounding, far below a layer's setting
         differ = f"log-probabilities off by up to {float(off.abs().max()):.2g}"
         raise _cannot(model, f"what is left would not be the model with those blocks skipped ({differ})")
 

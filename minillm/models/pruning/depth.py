@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minillm.errors import InputError
 from minillm.models.layers import decoder_layers
 
 
@@ -21,13 +22,15 @@ def block_similarity(model: PreTrainedModel, prompts: Iterable[Sequence[int]]) -
     _, layers = decoder_layers(model)
     total, count = torch.zeros(len(layers), dtype=torch.float64), 0
     for ids in prompts:
-        hidden = model(torch.tensor([list(ids)], device=model.device), output_hidden_states=True, use_cache=False).hidden_states
+        hidden = model(
+            torch.tensor([list(ids)], device=model.device), output_hidden_states=True, use_cache=False
+        ).hidden_states
         # The last entry is normalised after the last block; the block's own output is not kept, so it counts as kept.
         cosine = [torch.cosine_similarity(a.float(), b.float(), dim=-1).sum() for a, b in pairwise(hidden)]
         total += torch.stack(cosine).double().cpu()
         count += len(ids)
     if not count:
-        raise ValueError("no prompts to measure block similarity on")
+        raise InputError("no prompts to measure block similarity on")
     return total / count
 
 
@@ -47,4 +50,4 @@ def check_keep_layers(depth: int, keep: int) -> None:
         ValueError: saying what is allowed.
     """
     if not 2 <= keep <= depth:
-        raise ValueError(f"student.keep_layers: must be between 2 and the teacher's {depth} layers (given: {keep})")
+        raise InputError(f"student.keep_layers: must be between 2 and the teacher's {depth} layers (given: {keep})")

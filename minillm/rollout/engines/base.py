@@ -19,15 +19,18 @@ _MOST_BIASED = 1024  # tokens of a request, on a GPU: one more ends vLLM
 
 
 @dataclass(frozen=True)
-class Offers:
+class EngineCapabilities:
     """What an engine returns exactly: log-probabilities of drawn tokens always, of others so many at a place.
 
-    likeliest: most of the likeliest tokens. named: most that can be asked for by id. Rows of a padded head are never drawn.
+    Attributes:
+        max_top_logprobs: most of the likeliest tokens per position.
+        max_logprobs_by_id: most tokens per position that can be asked for by id.
+        supports_no_repeat_ngram: whether repeated n-grams can be blocked.
     """
 
-    likeliest: int
-    named: int
-    blocks_ngrams: bool = False
+    max_top_logprobs: int
+    max_logprobs_by_id: int
+    supports_no_repeat_ngram: bool = False
 
     def check(self, sampling: Sampling) -> None:
         """Refuse what an engine would not heed.
@@ -35,10 +38,12 @@ class Offers:
         Raises:
             EngineError: naming what to use instead.
         """
-        if sampling.no_repeat_ngram and not self.blocks_ngrams:
+        if sampling.no_repeat_ngram and not self.supports_no_repeat_ngram:
             raise EngineError("no_repeat_ngram: vLLM blocks no n-grams; use engine: transformers")
-        if sampling.likeliest > self.likeliest:
-            raise EngineError(f"{sampling.likeliest} likeliest tokens a place are asked for; this engine tells {self.likeliest}")
+        if sampling.top_logprobs > self.max_top_logprobs:
+            raise EngineError(
+                f"{sampling.top_logprobs} likeliest tokens a place are asked for; this engine tells {self.max_top_logprobs}"
+            )
 
 
 def padding_bias(vocab_size: int, width: int, *, limited: bool = True) -> dict[int, float] | None:
@@ -63,10 +68,12 @@ def padding_bias(vocab_size: int, width: int, *, limited: bool = True) -> dict[i
 class Engine(Protocol):
     """Samples from one model whose weights can be replaced."""
 
-    offers: Offers
+    capabilities: EngineCapabilities
     version: int
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
+    ) -> list[Rollout]:
         """One response a prompt, in order. The same seed, prompt and weights draw the same response."""
         ...
 
@@ -78,7 +85,7 @@ class Engine(Protocol):
         """Replace every weight; names are those of the model's state dict."""
         ...
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Give memory back, where there is some to give, until new weights come."""
         ...
 

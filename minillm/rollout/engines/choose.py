@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minillm.errors import EngineError
-from minillm.models.device import device, give_back_memory, working_dtype
+from minillm.models.device import device, release_memory, working_dtype
 from minillm.models.lora import adapter_rank, save_adapter
 from minillm.models.shards import is_sharded
 from minillm.models.weights import plain_weights
@@ -88,7 +88,7 @@ def make_engine(
     return TransformersEngine(loaded.to(device()))
 
 
-def hand_over(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, version: int, work: str | Path) -> None:
+def sync_weights(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, version: int, work: str | Path) -> None:
     """Give an engine the model's current weights; where it samples with an adapter, that alone, by way of a folder in `work`.
 
     Every process must take part: shards are gathered.
@@ -102,7 +102,7 @@ def hand_over(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, versio
         engine.update_weights(plain_weights(model, dtype), version)
 
 
-class OneEngine:
+class ReusableEngine:
     """An engine for models that come one after another: it takes the next one's weights where that has the same shape.
 
     Args:
@@ -125,32 +125,43 @@ class OneEngine:
             self._engine.update_weights(plain_weights(model, working_dtype()), self._engine.version + 1)
         else:
             self.close()
-            self._engine = make_engine(self._config, folder, max_length=self._max_length, sequences=self._sequences, tokenizer=folder)
+            self._engine = make_engine(
+                self._config, folder, max_length=self._max_length, sequences=self._sequences, tokenizer=folder
+            )
             self._shape = shape
         return self._engine
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Give memory back, where there is some to give, until the next model comes."""
         if self._engine is not None:
-            self._engine.rest()
+            self._engine.sleep()
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-            give_back_memory()
+            release_memory()
 
 
-def _served(config: RolloutConfig, folder: str | Path, max_length: int, dtype: torch.dtype, model: Any, work: Path) -> Engine:
+def _served(
+    config: RolloutConfig, folder: str | Path, max_length: int, dtype: torch.dtype, model: Any, work: Path
+) -> Engine:
     from minillm.rollout.engines.local_server import start_for_all
     from minillm.rollout.engines.server import VLLMServerEngine
 
     urls, own = config.servers, None
     if urls == "auto":
         if not vllm_is_installed():
-            raise EngineError("rollout.servers: auto starts a vLLM server, and vLLM is not installed: pip install 'minillm[vllm]'")
+            raise EngineError(
+                "rollout.servers: auto starts a vLLM server, and vLLM is not installed: pip install 'minillm[vllm]'"
+            )
         url, own = start_for_all(
-            folder, work / "server.log", max_length=max_length, sequences=config.num_rollouts, memory=config.engine_memory, dtype=dtype
+            folder,
+            work / "server.log",
+            max_length=max_length,
+            sequences=config.num_rollouts,
+            memory=config.engine_memory,
+            dtype=dtype,
         )
         urls = [url]
     width = model.get_output_embeddings().weight.shape[0]

@@ -49,9 +49,14 @@ class LocalServer:
             # As in `VLLMEngine`: short blocks, and prompts in one piece.
             command += ["--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill"]
         environment = {
-            k: v for k, v in os.environ.items() if k not in _OF_THE_LAUNCHER and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))
+            k: v
+            for k, v in os.environ.items()
+            if k not in _OF_THE_LAUNCHER and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))
         }
-        environment |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+        environment |= {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        }
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as out:
@@ -66,17 +71,30 @@ class LocalServer:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
 
-    def fate(self) -> str | None:
+    def exit_reason(self) -> str | None:
         """How it ended, once it has."""
         code = self.process.poll()
-        return None if code is None else f"the run's own server ended (exit status {code}); {self.log} ends with\n{self.last_words()}"
+        return (
+            None
+            if code is None
+            else f"the run's own server ended (exit status {code}); {self.log} ends with\n{self.last_words()}"
+        )
 
     def last_words(self) -> str:
         """The end of its log, for an error."""
         return self.log.read_text(errors="replace")[-1000:].strip()
 
 
-_OF_THE_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK")
+_OF_THE_LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+    "ROLE_RANK",
+)
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 

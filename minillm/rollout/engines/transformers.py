@@ -14,7 +14,7 @@ from minillm.data.batches import bucket
 from minillm.data.logprobs import next_token_logprobs
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
-from minillm.rollout.engines.base import NamedTensors, Offers
+from minillm.rollout.engines.base import EngineCapabilities, NamedTensors
 
 
 class TransformersEngine:
@@ -25,7 +25,9 @@ class TransformersEngine:
             alone: what it is handed may be rounded to bfloat16, and the masters must not be.
     """
 
-    offers = Offers(likeliest=1 << 30, named=1 << 30, blocks_ngrams=True)
+    capabilities = EngineCapabilities(
+        max_top_logprobs=1 << 30, max_logprobs_by_id=1 << 30, supports_no_repeat_ngram=True
+    )
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 64, *, shared: bool = False) -> None:
         self._model = model
@@ -33,7 +35,9 @@ class TransformersEngine:
         self._batch_size = batch_size
         self.version = 0
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
+    ) -> list[Rollout]:
         done: dict[int, Rollout] = {}
         groups = bucket([len(prompt) for prompt in prompts], self._batch_size)
         for group in tqdm(groups, desc="generating", disable=not progress):
@@ -48,7 +52,7 @@ class TransformersEngine:
         rows = list(range(len(prompts)))
         ids: list[list[int]] = [[] for _ in prompts]
         logprobs: list[list[float]] = [[] for _ in prompts]
-        likeliest: list[list[dict[int, float]]] = [[] for _ in prompts]
+        top_logprobs: list[list[dict[int, float]]] = [[] for _ in prompts]
         feed, mask = _left_pad(prompts, device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache: Any = None
@@ -56,21 +60,34 @@ class TransformersEngine:
         model.eval()
         last = _last(device)
         for _ in range(sampling.max_new_tokens):
-            out = model(feed, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=last)
+            out = model(
+                feed,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
             cache = out.past_key_values
             logq = next_token_logprobs(out.logits[:, -1], sampling)
             if sampling.no_repeat_ngram:
                 logq = _without_repeats(logq, [[*prompts[i], *ids[i]] for i in rows], sampling.no_repeat_ngram)
             # Exponential races: argmax of q/e with e ~ Exp(1) is a draw from q, one generator a row.
-            noise = torch.stack([torch.empty_like(row).exponential_(generator=generators[i]) for i, row in zip(rows, logq, strict=True)])
+            noise = torch.stack(
+                [torch.empty_like(row).exponential_(generator=generators[i]) for i, row in zip(rows, logq, strict=True)]
+            )
             tokens = (logq - noise.log()).argmax(-1)
-            for i, token, value in zip(rows, tokens.tolist(), logq.gather(1, tokens[:, None])[:, 0].tolist(), strict=True):
+            for i, token, value in zip(
+                rows, tokens.tolist(), logq.gather(1, tokens[:, None])[:, 0].tolist(), strict=True
+            ):
                 ids[i].append(token)
                 logprobs[i].append(value)
-            if sampling.likeliest:
-                values, tops = (x.tolist() for x in logq.topk(min(sampling.likeliest, logq.shape[-1])))
+            if sampling.top_logprobs:
+                values, tops = (x.tolist() for x in logq.topk(min(sampling.top_logprobs, logq.shape[-1])))
                 for i, value, top in zip(rows, values, tops, strict=True):
-                    likeliest[i].append(dict(zip(top, value, strict=True)) | {ids[i][-1]: logprobs[i][-1]})  # as vLLM: the drawn one too
+                    top_logprobs[i].append(
+                        dict(zip(top, value, strict=True)) | {ids[i][-1]: logprobs[i][-1]}
+                    )  # as vLLM: the drawn one too
             going = torch.tensor([not sampling.ended(ids[i]) for i in rows], device=device)
             if not going.all():
                 rows = [i for i, keep in zip(rows, going.tolist(), strict=True) if keep]
@@ -82,7 +99,7 @@ class TransformersEngine:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         model.train(was_training)
         return [
-            Rollout.drawn(prompt, ids[i], logprobs[i], sampling, self.version, likeliest=likeliest[i] or None)
+            Rollout.drawn(prompt, ids[i], logprobs[i], sampling, self.version, top_logprobs=top_logprobs[i] or None)
             for i, prompt in enumerate(prompts)
         ]
 
@@ -95,7 +112,9 @@ class TransformersEngine:
         for group in bucket([len(prefix) for prefix in prefixes], self._batch_size):
             feed, mask = _left_pad([prefixes[i] for i in group], self._model.device)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._model(feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=last).logits[:, -1]
+            logits = self._model(
+                feed, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=last
+            ).logits[:, -1]
             for i, row in zip(group, next_token_logprobs(logits, sampling), strict=True):
                 out[i] = row[torch.tensor(ids[i], device=row.device)].cpu()
         self._model.train(was_training)
@@ -109,7 +128,7 @@ class TransformersEngine:
                     own[name].copy_(value)
         self.version = version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """It holds no memory of its own."""
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
-from minillm.rollout.engines.base import NamedTensors, Offers, padding_bias
+from minillm.rollout.engines.base import EngineCapabilities, NamedTensors, padding_bias
 from minillm.rollout.engines.vllm_memory import (
     CPU_BLOCK,
     engine_limits,
@@ -92,7 +92,7 @@ class VLLMEngine:
     On a GPU `rest` gives back weights and cache until new weights come (vLLM's sleep).
     """
 
-    offers = Offers(likeliest=20, named=128)  # vLLM's own bounds
+    capabilities = EngineCapabilities(max_top_logprobs=20, max_logprobs_by_id=128)  # vLLM's own bounds
     takes_adapter = False
     _adapter: Any = None
     _guest = False  # in a process that trains with others
@@ -103,7 +103,9 @@ class VLLMEngine:
         options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         if lora_rank > _LORA_RANKS[-1]:
-            raise EngineError(f"rollout.lora: adapter: vLLM takes ranks up to {_LORA_RANKS[-1]}, not {lora_rank}; use merged")
+            raise EngineError(
+                f"rollout.lora: adapter: vLLM takes ranks up to {_LORA_RANKS[-1]}, not {lora_rank}; use merged"
+            )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         set_threads = torch.set_num_threads  # vLLM's CPU worker replaces it by a no-op in the whole process
@@ -119,7 +121,11 @@ class VLLMEngine:
         else:
             settings |= {"enable_sleep_mode": True}
         if lora_rank:
-            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in _LORA_RANKS if r >= lora_rank)}
+            settings |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": next(r for r in _LORA_RANKS if r >= lora_rank),
+            }
         self._guest = torch.distributed.is_initialized()
         if self._guest:
             # Every training process has its own engine; without this vLLM would build one over all of them.
@@ -138,17 +144,23 @@ class VLLMEngine:
         self.takes_adapter = lora_rank > 0
         self.version = version
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
+    ) -> list[Rollout]:
         from vllm import SamplingParams
 
-        self.offers.check(sampling)
+        self.capabilities.check(sampling)
         bias = self._padding(sampling)
         text: dict[str, Any] = {"detokenize": False}
         if sampling.stop is not None and self._decodes:
-            text = {"stop": list(sampling.stop.strings), "include_stop_str_in_output": True, "skip_special_tokens": True}
+            text = {
+                "stop": list(sampling.stop.strings),
+                "include_stop_str_in_output": True,
+                "skip_special_tokens": True,
+            }
         params = [
             SamplingParams(
-                temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.likeliest,
+                temperature=sampling.temperature, max_tokens=sampling.max_new_tokens, seed=seed, logprobs=sampling.top_logprobs,
                 stop_token_ids=list(sampling.eos_ids), ignore_eos=True, logit_bias=bias, flat_logprobs=True, **text,
             )
             for seed in seeds
@@ -157,10 +169,14 @@ class VLLMEngine:
         for prompt, completion in zip(prompts, self._run(prompts, params, progress), strict=True):
             ids = list(completion.token_ids)
             flat = completion.logprobs
-            logprobs = [flat.logprobs[start] for start in flat.start_indices]  # of each place the drawn token comes first
-            tables = _Tables(flat) if sampling.likeliest else None
+            logprobs = [
+                flat.logprobs[start] for start in flat.start_indices
+            ]  # of each place the drawn token comes first
+            tables = _Tables(flat) if sampling.top_logprobs else None
             stopped = completion.finish_reason == "stop"
-            rollouts.append(Rollout.drawn(prompt, ids, logprobs, sampling, self.version, stopped=stopped, likeliest=tables))
+            rollouts.append(
+                Rollout.drawn(prompt, ids, logprobs, sampling, self.version, stopped=stopped, top_logprobs=tables)
+            )
         return rollouts
 
     def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
@@ -176,7 +192,8 @@ class VLLMEngine:
         ]  # fmt: skip
         outputs = self._run(prefixes, params, False)
         return [
-            torch.tensor([completion.logprobs[0][token].logprob for token in some]) for completion, some in zip(outputs, ids, strict=True)
+            torch.tensor([completion.logprobs[0][token].logprob for token in some])
+            for completion, some in zip(outputs, ids, strict=True)
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
@@ -188,7 +205,9 @@ class VLLMEngine:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM's prefix cache could not be dropped: keys and values of the weights before would be used")
+            raise EngineError(
+                "vLLM's prefix cache could not be dropped: keys and values of the weights before would be used"
+            )
         self.version = version
 
     def update_adapter(self, folder: str | Path, version: int) -> None:
@@ -206,7 +225,7 @@ class VLLMEngine:
         self._llm.llm_engine.add_lora(self._adapter)
         self.version = version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         if self._sleeps and not self._asleep:
             # Weights that are replaced before the next draw need not be kept; under an adapter they stay.
             self._llm.sleep(level=1 if self.takes_adapter else 2)
@@ -223,4 +242,7 @@ class VLLMEngine:
 
     def _run(self, prompts: Sequence[list[int]], params: list[Any], progress: bool) -> list[Any]:
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return [request.outputs[0] for request in self._llm.generate(requests, params, use_tqdm=progress, lora_request=self._adapter)]
+        return [
+            request.outputs[0]
+            for request in self._llm.generate(requests, params, use_tqdm=progress, lora_request=self._adapter)
+        ]

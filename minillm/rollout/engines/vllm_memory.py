@@ -78,10 +78,15 @@ def cache_bytes(folder: str | Path, *, max_length: int, sequences: int, dtype: t
 def engine_limits(max_length: int, sequences: int) -> dict[str, int]:
     """Sequences drawn from at once, and tokens read in one step: vLLM's defaults are sized for a GPU of its own."""
     gpu = torch.cuda.is_available()
-    return {"max_num_seqs": sequences_at_once(sequences, gpu), "max_num_batched_tokens": max(8192 if gpu else 4096, max_length)}
+    return {
+        "max_num_seqs": sequences_at_once(sequences, gpu),
+        "max_num_batched_tokens": max(8192 if gpu else 4096, max_length),
+    }
 
 
-def memory_settings(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype, memory: float | None) -> dict[str, Any]:
+def memory_settings(
+    folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype, memory: float | None
+) -> dict[str, Any]:
     """vLLM's settings of its memory, from what it will hold.
 
     The cache of `sequences` at full length; on a CPU 4 GiB of it at most, on a GPU what nine tenths of the free memory

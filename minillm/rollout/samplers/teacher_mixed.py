@@ -27,7 +27,7 @@ from minillm.teacher.stream import TeacherStream
 # _TRIES times the residual is so thin (mass below 1e-3) that the last draw is taken: it was needed with probability
 # α times that mass.
 _CANDIDATES, _MOST_CANDIDATES, _TRIES = 16, 96, 64
-_LIKELIEST = 20  # tokens of each draft place whose q comes along; vLLM servers give no more unless told to
+_TOP_LOGPROBS = 20  # tokens of each draft place whose q comes along; vLLM servers give no more unless told to
 
 # What a round costs beside its drafts, in steps of drafting: a call of the engine, which reads the last tokens again where
 # they filled no block of its cache, the teacher's forward, some redrawing. Measured on a CPU, and on an H200 (0.13 s to a step's 0.01).
@@ -71,20 +71,24 @@ class _Rejected:
     row: _Row
     state: Tensor  # [1, H], the teacher's, that predicts the token
     known: dict[int, float]  # log q of some tokens; of all others it is at most `ceiling`
-    likeliest: int  # how many of them are the likeliest of all
-    candidates: list[tuple[int, float, float]] = field(default_factory=list)  # drawn from p: token, log p, a uniform number
+    top_logprobs: int  # how many of them are the likeliest of all
+    candidates: list[tuple[int, float, float]] = field(
+        default_factory=list
+    )  # drawn from p: token, log p, a uniform number
     ceiling: float = 0.0
     draws: int = 0
 
     def __post_init__(self) -> None:
         # Of the likeliest tokens, that is: the refused one, which is among the known whatever its rank, bounds nothing.
-        likeliest = sorted(self.known.values(), reverse=True)[: self.likeliest]
-        self.ceiling = min(likeliest, default=0.0)
+        top_logprobs = sorted(self.known.values(), reverse=True)[: self.top_logprobs]
+        self.ceiling = min(top_logprobs, default=0.0)
 
 
 def _draw(rejected: Sequence[_Rejected], logp: Tensor, below: Tensor, count: int) -> None:
     """`count` more candidates for each, drawn from the teacher's rows [R, V] by their running sums, each with its own generator."""
-    numbers = torch.stack([torch.rand(2, count, generator=r.row.generator, dtype=torch.float64) for r in rejected])  # [R, 2, count]
+    numbers = torch.stack(
+        [torch.rand(2, count, generator=r.row.generator, dtype=torch.float64) for r in rejected]
+    )  # [R, 2, count]
     places = numbers[:, 0].to(below.device) * below[:, -1:]
     tokens = torch.searchsorted(below, places, right=True).clamp(max=below.shape[1] - 1)
     found = zip(rejected, tokens.tolist(), logp.gather(1, tokens).tolist(), numbers[:, 1].tolist(), strict=True)
@@ -128,7 +132,7 @@ class TeacherMixedSampler:
         room = [sampling.max_new_tokens - len(row.ids) for row in rows]
         drafts = self._engine.generate(
             [row.prompt + row.ids for row in rows],
-            replace(sampling, max_new_tokens=min(self.draft_tokens, max(room)), likeliest=_LIKELIEST),
+            replace(sampling, max_new_tokens=min(self.draft_tokens, max(room)), top_logprobs=_TOP_LOGPROBS),
             [seed_of(row.seed, "draft", number) for row in rows],
         )
         drawn = [draft.response_ids[:n] for draft, n in zip(drafts, room, strict=True)]
@@ -141,7 +145,9 @@ class TeacherMixedSampler:
         predicting = [s[: len(ids)] for s, ids in zip(states, drawn, strict=True)]
         logp = self._teacher.token_logprobs(torch.cat(predicting), [t for ids in drawn for t in ids], sampling)
         rejected: list[_Rejected] = []
-        for i, (row, ids, draft, row_logp) in enumerate(zip(rows, drawn, drafts, logp.split([len(ids) for ids in drawn]), strict=True)):
+        for i, (row, ids, draft, row_logp) in enumerate(
+            zip(rows, drawn, drafts, logp.split([len(ids) for ids in drawn]), strict=True)
+        ):
             logq = draft.student_logprobs[: len(ids)]
             keep = (self._mixture(logq, row_logp) - logq).exp()
             refused = (torch.rand(len(ids), generator=row.generator) >= keep).nonzero()
@@ -154,7 +160,12 @@ class TeacherMixedSampler:
                 stream.retract(i, len(ids) - kept)
                 row.states.append(states[i][: kept + 1])
                 rejected.append(
-                    _Rejected(row, states[i][kept : kept + 1], dict(draft.likeliest[kept]) if draft.likeliest else {}, _LIKELIEST)
+                    _Rejected(
+                        row,
+                        states[i][kept : kept + 1],
+                        dict(draft.top_logprobs[kept]) if draft.top_logprobs else {},
+                        _TOP_LOGPROBS,
+                    )
                 )
             else:
                 row.states.append(states[i][:kept])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from minillm.data.files import finite, write_json
-from minillm.errors import DataError, RecipeError
+from minillm.errors import DataError, InputError, RecipeError
 from minillm.evaluation.report.comparison import write_comparison_report
 from minillm.evaluation.sets import check_suite
 from minillm.evaluation.suite import answer_suite, pooled_differences, run_suite
@@ -48,7 +48,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         ValueError: under several processes.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
+        raise InputError(
             "a comparison runs in one process, whose tests each of several would make again: start it without accelerate launch"
         )
     root, suite = Path(comparison.recipe["run_dir"]), comparison.suite
@@ -72,7 +72,9 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         write_json(root / "compare.json", results)
         write_comparison_report(root)
 
-    tuning = {name: [(f"{name}/tuning-{i}", plan, methods[name]) for i, plan in enumerate(plans[name])] for name in methods}
+    tuning = {
+        name: [(f"{name}/tuning-{i}", plan, methods[name]) for i, plan in enumerate(plans[name])] for name in methods
+    }
     _train([run for name in methods if name in tested for run in tuning[name]], comparison.jobs, keep)
     chosen = {name: _best(_tried(methods[name], plans[name])) for name in tested}
     seeded |= {
@@ -82,7 +84,9 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         }
         for name in tested
     }  # fmt: skip
-    others = [(f"{name}/seed-{seed}", plan, methods[name]) for name, some in seeded.items() for seed, plan in some.items()]
+    others = [
+        (f"{name}/seed-{seed}", plan, methods[name]) for name, some in seeded.items() for seed, plan in some.items()
+    ]
     _train(others, comparison.jobs, keep)
     folders = {
         name: {
@@ -95,7 +99,10 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     models |= {"start": start.warmed, "teacher": start.teacher}
     if comparison.jobs > 1:
         run_jobs(
-            [Job(name, answer_suite, (suite, {name: folder}), suite.out / f"{name}.log") for name, folder in models.items()],
+            [
+                Job(name, answer_suite, (suite, {name: folder}), suite.out / f"{name}.log")
+                for name, folder in models.items()
+            ],
             comparison.jobs,
         )
     found = run_suite(suite, models)
@@ -119,7 +126,9 @@ def _check(comparison: Comparison, start: Run, plans: dict[str, list[Recipe]]) -
     """
     for name, tried in plans.items():
         for plan in tried if len(tried) > 1 else []:
-            training = {"warmup": plan.warmup.training, "sft": plan.sft, "minillm": plan.training}[comparison.methods[name].stage]
+            training = {"warmup": plan.warmup.training, "sft": plan.sft, "minillm": plan.training}[
+                comparison.methods[name].stage
+            ]
             if plan.data.validation is None or training.get("eval_strategy", "no") == "no":
                 raise RecipeError(
                     f"methods.{name}: the best of {len(tried)} tuning runs is chosen on validation: set recipe.data.validation, and "
@@ -152,9 +161,15 @@ def _recipe(comparison: Comparison, start: Run, name: str, tuning: dict[str, Any
 
 def _train(runs: Sequence[tuple[str, Recipe, Method]], at_once: int, after: Callable[[], object]) -> None:
     """Do what is left of some runs."""
-    left = [Job(name, stages.run, (plan,), plan.run_dir.with_suffix(".log")) for name, plan, method in runs if not _finished(plan, method)]
+    left = [
+        Job(name, stages.run, (plan,), plan.run_dir.with_suffix(".log"))
+        for name, plan, method in runs
+        if not _finished(plan, method)
+    ]
     if at_once > 1:
-        left.sort(key=lambda job: job.arguments[0].stages != ["minillm"])  # the longest first, that none is waited for at the end
+        left.sort(
+            key=lambda job: job.arguments[0].stages != ["minillm"]
+        )  # the longest first, that none is waited for at the end
     run_jobs(left, at_once, after)
 
 
@@ -164,7 +179,9 @@ def _finished(plan: Recipe, method: Method) -> bool:
     return state.finished(method.stage)
 
 
-def _tuned(comparison: Comparison, plans: dict[str, list[Recipe]], seeded: dict[str, dict[int, Recipe]]) -> dict[str, Any]:
+def _tuned(
+    comparison: Comparison, plans: dict[str, list[Recipe]], seeded: dict[str, dict[int, Recipe]]
+) -> dict[str, Any]:
     """Of every method whose tuning is finished: what was tried, which was best, and what that came to with other seeds."""
     out = {}
     for name, method in comparison.methods.items():

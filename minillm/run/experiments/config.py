@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from minillm.config import Section, different
+from minillm.errors import InputError
 from minillm.evaluation.config import Suite
 from minillm.run.recipe import Stage
 
@@ -61,12 +62,18 @@ class Comparison(Section):
 
         def placed(recipe: dict[str, Any]) -> dict[str, Any]:
             data = recipe.get("data", {})
-            files = {key: name for key in ("train", "heldout", "validation", "text") if isinstance(name := data.get(key), str)}
+            files = {
+                key: name
+                for key in ("train", "heldout", "validation", "text")
+                if isinstance(name := data.get(key), str)
+            }
             below = {key: str(folder / name) for key, name in files.items() if Path(name).name == name}
             return {**recipe, "data": {**data, **below}} if below else recipe
 
         methods = {
-            name: {**method, "recipe": placed(method["recipe"])} if isinstance(method, dict) and "recipe" in method else method
+            name: {**method, "recipe": placed(method["recipe"])}
+            if isinstance(method, dict) and "recipe" in method
+            else method
             for name, method in given.get("methods", {}).items()
         }
         suite = {"data_dir": str(folder), **(given.get("suite") or {})}
@@ -75,11 +82,11 @@ class Comparison(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:
         if "run_dir" not in self.recipe:
-            raise ValueError("recipe.run_dir: needed, and not given: everything the comparison makes is kept there")
+            raise InputError("recipe.run_dir: needed, and not given: everything the comparison makes is kept there")
         if self.baseline not in self.methods:
-            raise ValueError(f"baseline: {self.baseline} is none of the methods ({', '.join(self.methods)})")
+            raise InputError(f"baseline: {self.baseline} is none of the methods ({', '.join(self.methods)})")
         if not self.methods[self.baseline].tested:
-            raise ValueError(f"baseline: {self.baseline} is not tested; the others are compared with it on the tests")
+            raise InputError(f"baseline: {self.baseline} is not tested; the others are compared with it on the tests")
         if len({len(method.tuning) for method in self.methods.values() if method.tested}) > 1:
-            raise ValueError("tuning: every tested method gets as many tuning runs as the others")
+            raise InputError("tuning: every tested method gets as many tuning runs as the others")
         return self

@@ -53,7 +53,9 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
             while waiting or running:
                 while waiting and places:
                     job, place = waiting.popleft(), places.popleft()
-                    process = context.Process(target=_work, args=(job, _gpu(place), _cores(place, at_once)), name=job.name)
+                    process = context.Process(
+                        target=_work, args=(job, _gpu(place), _cores(place, at_once)), name=job.name
+                    )
                     process.start()
                     running[process.sentinel] = (process, job, place)
                 for sentinel in wait(list(running)):

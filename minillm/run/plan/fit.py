@@ -47,7 +47,9 @@ def advice(recipe: Recipe, machine: Machine, overridden: Overridden) -> list[str
     """What would make the largest phase smaller; see `fitted`."""
     current, out = plan(recipe, machine), []
     if machine.processes > 1 and not machine.shard and plan(recipe, replace(machine, shard=True)).peak < current.peak:
-        out.append("what is trained in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)")
+        out.append(
+            "what is trained in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)"
+        )
     for settings in _exact(recipe, current, machine) + _costly(recipe, machine):
         with suppress(ValueError):  # what cannot be combined with the rest is no advice
             if plan(overridden(settings), machine).peak < current.peak:
@@ -59,7 +61,9 @@ def fewest(recipe: Recipe, machine: Machine) -> int | None:
     """The fewest of 1, 2, 4 … and all of the machine's GPUs that the recipe fits on as it is, the student whole or in shards."""
     counts = sorted({1 << power for power in range(machine.processes.bit_length())} | {machine.processes})
     plans = ((count, shard) for count in counts for shard in (False, True))
-    return next((n for n, shard in plans if plan(recipe, replace(machine, processes=n, shard=shard and n > 1)).fits), None)
+    return next(
+        (n for n, shard in plans if plan(recipe, replace(machine, processes=n, shard=shard and n > 1)).fits), None
+    )
 
 
 def _exact(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
@@ -70,10 +74,16 @@ def _exact(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
         if not argument(training, "gradient_checkpointing")
     ]
     for _, section, training in recipe.trainings():
-        micro, accumulation = argument(training, "per_device_train_batch_size"), argument(training, "gradient_accumulation_steps")
+        micro, accumulation = (
+            argument(training, "per_device_train_batch_size"),
+            argument(training, "gradient_accumulation_steps"),
+        )
         if (part := _divisor(micro)) is not None:  # an update keeps its responses
             out.append(
-                [f"{section}.per_device_train_batch_size={micro // part}", f"{section}.gradient_accumulation_steps={accumulation * part}"]
+                [
+                    f"{section}.per_device_train_batch_size={micro // part}",
+                    f"{section}.gradient_accumulation_steps={accumulation * part}",
+                ]
             )
     if recipe.rollout.engine_memory is not None:
         out.append(["rollout.engine_memory=null"])

@@ -76,11 +76,17 @@ class Machine:
         """Of a batch of answers, beside its arithmetic: weights and cache are read once a token, by half of the memory's bandwidth."""
         at_once = min(sequences, sequences_at_once(sequences, self.gpu))
         read = model.parameters * size + at_once * length / 2 * model.cached(size)
-        return new_tokens * -(-sequences // max(at_once, 1)) * max(2 * read / self.bandwidth, _STEP if self.gpu else 0.0)
+        return (
+            new_tokens * -(-sequences // max(at_once, 1)) * max(2 * read / self.bandwidth, _STEP if self.gpu else 0.0)
+        )
 
 
 def machine_for(
-    gpus: int | None = None, memory: int | None = None, flops: float | None = None, utilisation: float | None = None, shard: bool = False
+    gpus: int | None = None,
+    memory: int | None = None,
+    flops: float | None = None,
+    utilisation: float | None = None,
+    shard: bool = False,
 ) -> tuple[Machine, str]:
     """A machine by what a person said of it, the rest by what is here; and in words what its speed rests on.
 

@@ -37,7 +37,11 @@ def trained(recipe: Recipe, machine: Machine, model: Shape, training: dict[str, 
     """Weights, their gradients and moments. `name`: of what is trained; the student's adapter, where it has one."""
     shards, size, lora = machine.processes if machine.shard else 1, item_size(training, machine), recipe.student.lora
     # What belongs to no block stays gathered through an update; of the blocks the one at work, the next, and a gradient on its way.
-    gathered = {"gathered weights": size * (model.parameters - model.body + 3 * model.body / model.layers)} if shards > 1 else {}
+    gathered = (
+        {"gathered weights": size * (model.parameters - model.body + 3 * model.body / model.layers)}
+        if shards > 1
+        else {}
+    )
     if name == "student" and lora is not None:
         adapter = lora.rank * model.layers * (11 * model.hidden + 3 * model.inner)
         whole = held(model, size, lora.quantization)
@@ -92,7 +96,10 @@ def engine(
         rows = min(sequences, AT_ONCE)
         reading = rows * recipe.data.max_prompt_tokens * (4 * model.hidden + 3 * model.inner) * size
         copy: Parts = {"a whole copy to sample": model.parameters * size} if copied else {}
-        return copy | {"the sampled model's cache": rows * length * model.cached(size), "its reading of prompts": reading}
+        return copy | {
+            "the sampled model's cache": rows * length * model.cached(size),
+            "its reading of prompts": reading,
+        }
     needed = cache_needed(model.config, max_length=length, sequences=sequences, itemsize=size)
     cache = cache_wanted(needed, recipe.rollout.engine_memory, machine.gpu)
     parts: Parts = {"vLLM's weights": model.parameters * size, "vLLM's cache": cache}

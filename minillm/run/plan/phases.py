@@ -82,7 +82,9 @@ class _Stages:
         self.recipe, self.machine = recipe, machine
         self.teacher = shape_of(recipe.teacher.source)
         pruned = recipe.student.source == "prune"
-        self.student = shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
+        self.student = (
+            shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
+        )
 
     def phases(self) -> list[Phase]:
         recipe = self.recipe
@@ -138,7 +140,11 @@ class _Stages:
         scored = tokens if name != "warmup" and not machine.gpu else rows.answer  # TRL's head there: prompts too
         of_body, of_head = self._backward(training, adapted=name != "finetune")
         flops = of_body * model.body * tokens + of_head * model.head * scored
-        flops = updates * update_responses(training, machine) * (flops + (0 if reads is None else _read(reads, tokens, rows.answer)))
+        flops = (
+            updates
+            * update_responses(training, machine)
+            * (flops + (0 if reads is None else _read(reads, tokens, rows.answer)))
+        )
         phase = Phase(name, parts, flops)
         phase.seconds = machine.training_seconds(flops, size, updates * self._layers(training, model, reads))
         return [phase, *self._validation(name, training, updates, idle, phase)]
@@ -146,10 +152,14 @@ class _Stages:
     @staticmethod
     def _layers(training: dict[str, Any], model: Shape, reads: Shape | None = None) -> float:
         """Forwards and backwards of a layer in an update; of another model that is read, which is a third of that."""
-        once = model.layers * (4 / 3 if argument(training, "gradient_checkpointing") else 1) + (0 if reads is None else reads.layers / 3)
+        once = model.layers * (4 / 3 if argument(training, "gradient_checkpointing") else 1) + (
+            0 if reads is None else reads.layers / 3
+        )
         return argument(training, "gradient_accumulation_steps") * once
 
-    def _validation(self, name: str, training: dict[str, Any], updates: int, idle: dict[str, float], trained: Phase) -> list[Phase]:
+    def _validation(
+        self, name: str, training: dict[str, Any], updates: int, idle: dict[str, float], trained: Phase
+    ) -> list[Phase]:
         """What sampling adds where a supervised stage is validated; an engine that does not sleep stays while the stage trains."""
         flops, seconds = self._validating(name, training, updates)
         if not seconds:
@@ -186,7 +196,10 @@ class _Stages:
         if memory.sampled_by_transformers(recipe, machine, model):
             parts["the sampled model"] = model.parameters * size
         prompt = work.rows(recipe, "train" if name == "responses" else "heldout").prompt
-        phase, alone = Phase(name, parts, flops=drawn * _read(model, prompt + longest / 2, longest / 2)), replace(machine, processes=1)
+        phase, alone = (
+            Phase(name, parts, flops=drawn * _read(model, prompt + longest / 2, longest / 2)),
+            replace(machine, processes=1),
+        )
         decoding = alone.decoding_seconds(model, size, memory.AT_ONCE, longest, prompt + longest)
         phase.seconds = alone.seconds(phase.flops, size) + drawn / memory.AT_ONCE * decoding
         return phase
@@ -200,7 +213,9 @@ class _Stages:
         phase.parts[name] = model.parameters * size
         if name == "student":  # one process reads it, so there are no shards
             phase.parts["teacher"] = memory.held(self.teacher, size, recipe.teacher.quantization)
-            scored = drawn * sum(_read(each, heldout.prompt + longest / 2, longest / 2) for each in (model, self.teacher))
+            scored = drawn * sum(
+                _read(each, heldout.prompt + longest / 2, longest / 2) for each in (model, self.teacher)
+            )
             phase.flops += scored
             phase.seconds += replace(self.machine, processes=1).seconds(scored, size)
         return phase
@@ -239,7 +254,10 @@ class _Stages:
         updates = work.updates(recipe, "minillm", training, machine)
         prompt, answer = work.rows(recipe, "train").prompt, rollout.max_new_tokens / 2
         of_body, of_head = self._backward(training, adapted=True)
-        each = of_body * student.body * (prompt + answer) + (of_head * student.head + (0 if served else 2 * teacher.head)) * answer
+        each = (
+            of_body * student.body * (prompt + answer)
+            + (of_head * student.head + (0 if served else 2 * teacher.head)) * answer
+        )
         if text:
             each += block * (of_body * student.body + of_head * student.head)
             each += _read(teacher, block, block) * (objective.language_model_distill > 0)
@@ -257,20 +275,28 @@ class _Stages:
         given = round((1 - rollout.on_policy) * rollout.num_rollouts)
         drawn = rollout.num_rollouts - given - round(rollout.replay * (rollout.num_rollouts - given))
         sampling = batches * drawn * _read(student, prompt + answer, answer)
-        reading = 0.0 if recipe.teacher.servers else batches * rollout.num_rollouts * _read(teacher, prompt + answer, answer)
-        again = rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given  # log q by the trainer's own forward
+        reading = (
+            0.0 if recipe.teacher.servers else batches * rollout.num_rollouts * _read(teacher, prompt + answer, answer)
+        )
+        again = (
+            rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
+        )  # log q by the trainer's own forward
         rescoring = batches * again * _read(student, prompt + answer, answer)
         # Servers are taken to be as fast as a GPU here, each.
         engines = machine.processes
         if rollout.engine == "server":
             engines = 1 if rollout.servers == "auto" else max(len(rollout.servers), 1)
-        decoding = machine.decoding_seconds(student, size, -(-drawn // engines), rollout.max_new_tokens, prompt + 2 * answer)
+        decoding = machine.decoding_seconds(
+            student, size, -(-drawn // engines), rollout.max_new_tokens, prompt + 2 * answer
+        )
         seconds = replace(machine, processes=engines).seconds(sampling, size) + batches * decoding
         read_seconds = machine.seconds(reading, size)
         if rollout.teacher_mix and not machine.gpu:
             seconds, read_seconds = seconds * _MIXING_ON_A_CPU, read_seconds * _MIXING_ON_A_CPU
         if rollout.overlap:
-            seconds = max(seconds - training_seconds, seconds / batches)  # but for the first batch it is hidden by the updates
+            seconds = max(
+                seconds - training_seconds, seconds / batches
+            )  # but for the first batch it is hidden by the updates
         flops, validating = self._validating("minillm", recipe.training, updates)
         phase.flops = sampling + reading + rescoring + flops
         phase.seconds = seconds + read_seconds + machine.seconds(rescoring, size) + validating

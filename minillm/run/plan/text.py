@@ -14,8 +14,12 @@ def summary(recipe: Recipe, found: Plan, rests_on: str) -> str:
     """A line a phase, then what they come to. `rests_on`: where the machine's speed is from."""
     machine, lines = found.machine, []
     for phase in found.phases:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sorted(phase.parts.items(), key=lambda part: -part[1]))
-        lines.append(f"{phase.name}: {phase.peak / GIB:.1f} GiB a process ({parts}); {phase.flops:.1e} operations, {_time(phase.seconds)}")
+        parts = ", ".join(
+            f"{name} {size / GIB:.1f}" for name, size in sorted(phase.parts.items(), key=lambda part: -part[1])
+        )
+        lines.append(
+            f"{phase.name}: {phase.peak / GIB:.1f} GiB a process ({parts}); {phase.flops:.1e} operations, {_time(phase.seconds)}"
+        )
     small = " (small models: 4 ms a layer)" if machine.gpu else ""
     lines += [
         f"{'fits' if found.fits else 'does not fit'} in {machine.memory / GIB:.0f} GiB; about {_time(found.hours * 3600)}, estimated for "
@@ -44,6 +48,10 @@ def table(plans: Sequence[tuple[str, Plan, Plan, int | None]]) -> str:
         return f"{plan.peak / GIB:.0f} GiB ({max(plan.phases, key=lambda phase: phase.peak).name}){fits}"
 
     rows = "".join(
-        f"| {name} | {cell(whole)} | {cell(sharded)} | {least or 'more'} | {whole.hours:.1f} |\n" for name, whole, sharded, least in plans
+        f"| {name} | {cell(whole)} | {cell(sharded)} | {least or 'more'} | {whole.hours:.1f} |\n"
+        for name, whole, sharded, least in plans
     )
-    return "| recipe | peak per GPU, student whole | in shards | GPUs, at least | hours, estimated |\n|---|---|---|---|---|\n" + rows
+    return (
+        "| recipe | peak per GPU, student whole | in shards | GPUs, at least | hours, estimated |\n|---|---|---|---|---|\n"
+        + rows
+    )

@@ -51,7 +51,10 @@ def item_size(training: dict[str, Any], machine: Machine) -> int:
 
 def update_responses(training: dict[str, Any], machine: Machine) -> int:
     """Responses that an update trains on, in all processes."""
-    micro, accumulation = argument(training, "per_device_train_batch_size"), argument(training, "gradient_accumulation_steps")
+    micro, accumulation = (
+        argument(training, "per_device_train_batch_size"),
+        argument(training, "gradient_accumulation_steps"),
+    )
     return micro * accumulation * machine.processes
 
 
@@ -70,7 +73,9 @@ def why_refused(recipe: Recipe, machine: Machine) -> str | None:
 
 def updates_of_batch(recipe: Recipe, machine: Machine) -> int:
     """Updates between two draws of rollouts."""
-    return max(recipe.rollout.num_rollouts // update_responses(recipe.training, machine), 1) * recipe.rollout.inner_epochs
+    return (
+        max(recipe.rollout.num_rollouts // update_responses(recipe.training, machine), 1) * recipe.rollout.inner_epochs
+    )
 
 
 def updates_per_epoch(recipe: Recipe, stage: str, training: dict[str, Any], machine: Machine) -> int:
@@ -90,7 +95,9 @@ def updates(recipe: Recipe, stage: str, training: dict[str, Any], machine: Machi
     steps = argument(training, "max_steps")
     if steps >= 0:
         return max(steps, 1)
-    return max(math.ceil(argument(training, "num_train_epochs") * updates_per_epoch(recipe, stage, training, machine)), 1)
+    return max(
+        math.ceil(argument(training, "num_train_epochs") * updates_per_epoch(recipe, stage, training, machine)), 1
+    )
 
 
 def validations(training: dict[str, Any], updates: int, per_epoch: int) -> int:
@@ -113,7 +120,11 @@ def trained_rows(recipe: Recipe, stage: str) -> Rows:
     train = rows(recipe, "train")
     if stage != "warmup" or recipe.warmup.targets == "references":
         return train
-    file, drawn, answer = recipe.responses.file, train.prompts * recipe.responses.samples_per_prompt, recipe.responses.max_new_tokens / 2
+    file, drawn, answer = (
+        recipe.responses.file,
+        train.prompts * recipe.responses.samples_per_prompt,
+        recipe.responses.max_new_tokens / 2,
+    )
     if file is not None and file.is_file():
         given = read_jsonl(file)
         drawn = len(given)
@@ -138,7 +149,13 @@ def rows(recipe: Recipe, name: Literal["train", "heldout", "validation"]) -> Row
 
 @cache
 def _measured(
-    source: str, stamp: tuple[int, int], limit: int | None, template: str, system: str | None, longest: int, longest_answer: int
+    source: str,
+    stamp: tuple[int, int],
+    limit: int | None,
+    template: str,
+    system: str | None,
+    longest: int,
+    longest_answer: int,
 ) -> Rows:
     """`stamp`: by which a file that has changed is read again."""
     examples = read_examples(Source.model_validate_json(source), limit)
@@ -175,7 +192,9 @@ def _declared(split: str) -> int:
         None if number is None else int(number) * _UNREAD // 100 if percent else int(number)
         for number, percent in ((found[1], found[2]), (found[3], found[4]))
     )
-    if end is None and not found[2]:  # from a row on, of nobody knows how many: as many; the last rows, counted from the end
+    if (
+        end is None and not found[2]
+    ):  # from a row on, of nobody knows how many: as many; the last rows, counted from the end
         return -start if start is not None and start < 0 else _UNREAD
     first, last = (place + _UNREAD if place < 0 else place for place in (start or 0, _UNREAD if end is None else end))
     return max(last - first, 0)
