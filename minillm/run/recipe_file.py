@@ -6,7 +6,6 @@ A value that starts with `./` or `../` is a path relative to the file that says 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -19,11 +18,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from minillm.data.config import Source
 from minillm.errors import RecipeError
 from minillm.evaluation.config import Suite
 from minillm.run.experiments.config import Comparison
-from minillm.run.recipe import Recipe, Stage
-from minillm.run.tree import Key, merge
+from minillm.run.recipe import Recipe
+from minillm.run.training_arguments import training_faults
+from minillm.run.tree import Key, merge, suggest_names
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,19 +79,20 @@ def is_comparison(path: str | Path) -> bool:
 
 
 def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: Path) -> list[str]:
+    """Faults that a section cannot find in itself: training arguments, and files that are not there."""
     faults = [
         f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
-        for stage, section, given in recipe.trainings(idle=True)
-        for key, fault in _training_faults(recipe, stage, tuple(section.split(".")), given)
+        for stage, given in recipe.trainings(idle=True)
+        for key, fault in training_faults(recipe, stage, given)
     ]
-    for name in ("train", "heldout", "validation", "text"):
-        source = getattr(recipe.data, name)
-        if source is not None and source.file is not None and not source.file.is_file():
-            faults.append(f"{_place(where, ('data', name), path)}: data.{name}: no such file: {source.file}")
-    if recipe.data.template.endswith(".jinja") and not Path(recipe.data.template).is_file():
-        faults.append(
-            f"{_place(where, ('data', 'template'), path)}: data.template: no such file: {recipe.data.template}"
-        )
+    files = {name: value.file for name, value in recipe.data if isinstance(value, Source)}
+    if recipe.data.template.endswith(".jinja"):
+        files["template"] = Path(recipe.data.template)
+    faults += [
+        f"{_place(where, ('data', name), path)}: data.{name}: no such file: {file}"
+        for name, file in files.items()
+        if file is not None and not file.is_file()
+    ]
     return faults
 
 
@@ -99,7 +101,7 @@ def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
     return _load(Path(path), overrides, Suite)[0]
 
 
-def written(parent: Path, target: Path, overrides: Iterable[str]) -> str:
+def extending_recipe(parent: Path, target: Path, overrides: Iterable[str]) -> str:
     """The text of a recipe at `target` that extends `parent` and says what the overrides say."""
     tree: dict[str, Any] = {}
     for text in overrides:
@@ -206,7 +208,7 @@ def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel
     key = tuple(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        message = "unknown key; " + _allowed(key[-1], _fields(key[:-1], kind))
+        message = "unknown key; " + suggest_names(key[-1], _fields(key[:-1], kind))
     elif fault["type"] == "missing":
         message = "needed, and not given"
     elif not isinstance(fault["input"], dict):
@@ -216,14 +218,6 @@ def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel
     ):  # a check of several keys says which it is about
         key, message = tuple(named[1].split(".")), named[2]
     return f"{_place(where, key, path)}: {'.'.join(key) or 'recipe'}: {message}"
-
-
-def _allowed(name: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return "allowed: " + (", ".join(names) if len(names) < 40 else "the fields of transformers.TrainingArguments")
 
 
 def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
@@ -237,23 +231,3 @@ def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
                 model,
             )
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _training_faults(recipe: Recipe, stage: Stage, section: Key, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
-    if not given:
-        return
-    from minillm.train.arguments import NAMES, RENAMED, setting_faults  # here: it takes seconds to import
-
-    for name in (name for name in given if name not in NAMES):
-        yield (
-            (*section, name),
-            "unknown key; " + (f"it is now {RENAMED[name]}" if name in RENAMED else _allowed(name, NAMES)),
-        )
-    known = {name: value for name, value in given.items() if name in NAMES}
-    taught = stage != "finetune" and not (stage == "minillm" and recipe.teacher.servers)
-    for name, fault in setting_faults(
-        known, fine_tuning=stage in ("finetune", "sft"), validated=recipe.data.validation is not None, reads_teacher=taught,
-        runs=stage in recipe.stages,
-    ):  # fmt: skip
-        yield (*section, name) if name else section, fault
-    given.update(known)
