@@ -72,11 +72,11 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[model=FOLDER]... [key=value]...",
-            help="A suite's models (model=NAME:FOLDER names one; the first is what others are compared with), and settings.",
+            help="A suite's models (model=NAME:FOLDER names one; the others are compared with the first), and settings.",
         ),
     ] = None,
 ) -> None:
-    """Answer prompts with several models, and score the answers: a suite's sets, or the held-out prompts of a recipe's run."""
+    """Answer prompts with several models and score the answers: a suite's sets, or a recipe's held-out prompts."""
     from minillm.run.recipe_file import is_suite, load_suite
 
     if not is_suite(file):
@@ -103,14 +103,12 @@ def _compare(file: Path, overrides: list[str]) -> None:
     _show_suite(results["tests"])
     _show_pairs(results["differences"])
     out = comparison.recipe["run_dir"]
-    _console().print(
-        f"Results: {Path(out) / 'compare.json'}, {Path(out) / 'report.html'}, {write_suite_report(Path(out) / 'tests')}",
-        soft_wrap=True,
-    )
+    files = [Path(out) / "compare.json", Path(out) / "report.html", write_suite_report(Path(out) / "tests")]
+    _console().print(f"Results: {', '.join(map(str, files))}", soft_wrap=True)
 
 
 def _models(given: list[str]) -> dict[str, str]:
-    """NAME:FOLDER, or a folder that is called by its own name."""
+    """Folders of models by name, from texts NAME:FOLDER or FOLDER, which is named after its last part."""
     models: dict[str, str] = {}
     for text in given:
         name, colon, folder = text.partition(":")

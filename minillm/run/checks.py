@@ -135,8 +135,8 @@ def _check_teacher(recipe: Recipe, source: str) -> None:
             raise InputError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
     if "minillm" in recipe.stages and recipe.rollout.teacher_mix and not attends_fully(config):
         raise InputError(
-            f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has sliding "
-            "windows: set rollout.teacher_mix: 0"
+            f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has "
+            "sliding windows: set rollout.teacher_mix: 0"
         )
 
 

@@ -36,8 +36,8 @@ class Run:
         processes: how many processes the last training stage ran in.
         conventions: tokenizer, end tokens, vocabulary size and context, the same for every model.
         untuned, teacher: folder or hub id of the teacher before and after the finetune stage.
-        start, warmed, fine_tuned, student: those of the student: untrained, after the warmup stage, after sft, and after
-            the minillm stage.
+        start, warmed, fine_tuned, student: those of the student: untrained, after the warmup stage, after sft, and
+            after the minillm stage.
         answers: the file of the teacher's responses.
 
     Raises:
@@ -77,9 +77,9 @@ class Run:
                 ids = fields.get(name) if isinstance(fields, dict) else None
                 if not _is_token_ids(ids):
                     raise DataError(
-                        f"{place}: {name} is missing, or no list of token ids: responses.file is the responses.jsonl of a "
-                        "run with this teacher. Answers as text are references: name them output in data.train and set "
-                        "warmup.targets: references"
+                        f"{place}: {name} is missing, or no list of token ids: responses.file is the responses.jsonl "
+                        "of a run with this teacher. Answers as text are references: name them output in data.train "
+                        "and set warmup.targets: references"
                     )
                 if strange := [token for token in ids or () if not 0 <= token < self.conventions.vocab_size]:
                     raise DataError(

@@ -1,4 +1,4 @@
-"""The README of a student's folder: what it is, what it was made from and how, and what was measured."""
+"""The model card of a trained student: what it is, how it was made, and what was measured."""
 
 from __future__ import annotations
 
@@ -23,28 +23,35 @@ _MEASURED = {
 
 
 def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
-    """Write `folder/README.md` from the recipe and, where the evaluate stage has made them, its results.
+    """Write `folder/README.md` from the recipe and, where the evaluate stage has made them, the results.
+
+    The licence is copied from the teacher's model card, where that lies in a local folder.
 
     Args:
-        stage: the one that trained what is in the folder.
+        folder: the student's folder.
+        stage: the stage that trained it.
 
-    The licence is the teacher's own to tell: it is copied from its model card where that lies in a local folder.
+    Returns:
+        The path of the card.
     """
     teacher, base = recipe.teacher.source, recipe.student.source
     pruned = base == "prune"
     licence = _licence(Path(teacher))
     head: dict[str, Any] = {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minillm", *stage_named(stage).tags(recipe)],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["minillm", *stage_named(stage).tags(recipe)],
         "base_model": teacher if pruned else base,
-    }  # fmt: skip
+    }
     if licence and pruned:
         head["license"] = licence
+    terms = licence or f"see that of `{teacher}`"
     made = f"{recipe.student.keep_layers} layers of its teacher" if pruned else f"`{base}`"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {folder.resolve().parent.name}",
         f"{made[0].upper()}{made[1:]}, {stage_named(stage).describe(recipe)}, with minillm {version('minillm')}.",
-        f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {licence or f'see that of `{teacher}`'}."
+        f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {terms}."
         + ("" if pruned else f" That of `{base}` holds too."),
         *_results(current_results(recipe.run_dir)),
         "## Recipe\n\n```yaml\n"
@@ -60,7 +67,7 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
 
 
 def _question(recipe: Recipe) -> str:
-    """What a pipeline is asked, in Python: as the model was trained to be asked."""
+    """A prompt for the usage example, as Python source, in the form that the model was trained on."""
     from minillm.data.examples import Example
     from minillm.data.templates import prompt_text
 
@@ -72,7 +79,15 @@ def _question(recipe: Recipe) -> str:
 
 
 def push(folder: Path, hub_id: str, token: str | None = None) -> str:
-    """Upload a student's folder to the hub, which needs a token (by default that of `hf auth login`); returns its address."""
+    """Upload a student's folder to the hub.
+
+    Args:
+        hub_id: name of the repository, which is created where it does not exist.
+        token: an access token; by default that of `hf auth login`.
+
+    Returns:
+        The address of the repository.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -93,12 +108,13 @@ def _results(results: dict[str, Any]) -> list[str]:
     for name, scores in results["models"].items():
         rows += f"| {name} | {' | '.join(with_interval(scores.get(key)) for key in _MEASURED)} |\n"
     heads = " | ".join(_MEASURED.values())
-    note = f"{results['prompts']} held-out prompts, sampling seeds {', '.join(map(str, results['seeds']))}; mean [95 % interval]."
+    seeds = ", ".join(map(str, results["seeds"]))
+    note = f"{results['prompts']} held-out prompts, sampling seeds {seeds}; mean [95 % interval]."
     return [f"## Results\n\n| model | {heads} |\n|---{'|---' * len(_MEASURED)}|\n{rows}\n{note}"]
 
 
 def _licence(teacher: Path) -> str | None:
-    """What the front matter of a local model card says."""
+    """The licence that the front matter of a local model card names."""
     card = teacher / "README.md"
     if not card.is_file():
         return None

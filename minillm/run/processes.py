@@ -62,7 +62,7 @@ def rendezvous(run: Run, rank: int) -> None:
 
 
 def destroy_process_group(run: Run, rank: int) -> None:
-    """End the process group together: left to the interpreter's exit, its threads end in std::terminate now and then."""
+    """End the process group together: at the interpreter's exit its threads end in std::terminate now and then."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -90,7 +90,7 @@ def run_in_main_process(run: Run, stage: str, rank: int) -> None:
         done = subprocess.run(command, env=kept, input=_as_piped(run.recipe), text=True)
         if done.returncode:
             raise RunError(
-                f"stage {stage} failed in its own process (exit status {done.returncode}); what it printed above says why"
+                f"stage {stage} failed in its own process (exit status {done.returncode}); see what it printed above"
             )
         run.state = RunState(run.recipe)
         return

@@ -35,8 +35,8 @@ class SharedRecipe(Section):
     seed: int = 0
     """Seed of everything random: data order, sampling, adapters."""
     stages: list[StageName] = [stage.name for stage in STAGES if stage.default]
-    """What `minillm run` does, in this order. Not among the defaults: `finetune` trains the teacher on the references of
-    the data, and `sft` the student."""
+    """What `minillm run` does, in this order. Besides the defaults there are `finetune`, which trains the teacher on
+    the references of the data, and `sft`, which trains the student on them."""
     data: DataConfig
     """Prompts, references and text."""
     teacher: TeacherConfig

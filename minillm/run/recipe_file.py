@@ -1,7 +1,7 @@
-"""Reads a recipe: YAML with `extends`, overrides from the command line, errors that name file, line and key.
+"""Reads recipes, suites and comparisons: YAML with `extends` and overrides, and errors that name file, line and key.
 
-A value that starts with `./` or `../` is a path relative to the file that says it. The names of
-`transformers.TrainingArguments` and the existence of files are checked here too, before any model loads.
+A value that starts with `./` or `../` is a path relative to the file that it stands in. The names and values of
+`transformers.TrainingArguments`, and the existence of files, are checked here too, before any model loads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minillm.run.tree import Key, merge, suggest_names
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, with numbers as everybody writes them: YAML 1.1 takes 1e-6 for text, since it has no point."""
+    """YAML 1.1, which takes 1e-6 for text since it has no point, with such numbers read as numbers."""
 
 
 _Loader.add_implicit_resolver(
@@ -37,11 +37,16 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 Kind = TypeVar("Kind", bound=BaseModel)
-STANDARD_INPUT = Path("-")  # a recipe that is piped in
+STANDARD_INPUT = Path("-")
+"""The path of a recipe that is piped in."""
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read `path`, follow `extends`, apply `section.key=value` overrides and validate.
+    """Read a recipe, follow its `extends`, apply overrides and validate the result.
+
+    Args:
+        path: a YAML file, or `-` for standard input.
+        overrides: texts `section.key=value`, which replace what the file says.
 
     Raises:
         RecipeError: naming the file and line (or the override), the key, the value and what is allowed.
@@ -54,7 +59,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def recipe_of(tree: dict[str, Any], source: str) -> Recipe:
-    """A recipe from settings that another file holds.
+    """Make a recipe of settings that another file holds.
+
+    Args:
+        tree: nested settings, as YAML would give them.
+        source: what error messages call the place they come from.
 
     Raises:
         RecipeError: as `load_recipe`, naming `source` instead of a line.
@@ -69,12 +78,12 @@ def recipe_of(tree: dict[str, Any], source: str) -> Recipe:
 
 
 def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
-    """A comparison of methods; see `load_recipe`."""
+    """Read a comparison of methods; see `load_recipe`."""
     return _load(Path(path), overrides, Comparison)[0]
 
 
 def is_comparison(path: str | Path) -> bool:
-    """Whether a file, or one that it extends, has methods."""
+    """Whether a file, or one that it extends, describes a comparison (it has `methods`)."""
     return "methods" in _read(Path(path), {}, ())
 
 
@@ -97,12 +106,12 @@ def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: P
 
 
 def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
-    """A suite of test sets; see `load_recipe`. Files are looked for when the suite is run."""
+    """Read a suite of test sets; see `load_recipe`. Its data files are looked for when the suite is run."""
     return _load(Path(path), overrides, Suite)[0]
 
 
 def extending_recipe(parent: Path, target: Path, overrides: Iterable[str]) -> str:
-    """The text of a recipe at `target` that extends `parent` and says what the overrides say."""
+    """The text of a recipe at `target` that extends the one at `parent` with some overrides."""
     tree: dict[str, Any] = {}
     for text in overrides:
         _override(tree, text, {})
@@ -111,11 +120,12 @@ def extending_recipe(parent: Path, target: Path, overrides: Iterable[str]) -> st
 
 
 def is_suite(path: str | Path) -> bool:
-    """Whether a file, or one that it extends, has test sets."""
+    """Whether a file, or one that it extends, describes a suite (it has `sets`)."""
     return "sets" in _read(Path(path), {}, ())
 
 
 def _load(path: Path, overrides: Iterable[str], kind: type[Kind]) -> tuple[Kind, dict[str, Any], dict[Key, str]]:
+    """The validated settings, the settings as given, and the place (`file:line`) of each key."""
     where: dict[Key, str] = {}
     tree = _read(path, where, ())
     for text in overrides:
@@ -127,10 +137,11 @@ def _load(path: Path, overrides: Iterable[str], kind: type[Kind]) -> tuple[Kind,
 
 
 def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings of a file and of those that it extends. `where` is filled with the place of each key."""
     if path != STANDARD_INPUT and not path.is_file():
         raise RecipeError(f"{path}: no such recipe")
     if path.resolve() in seen:
-        raise RecipeError(f"{path}: extends itself, by way of {seen[-1].name}")
+        raise RecipeError(f"{path}: extends itself, through {seen[-1].name}")
     try:
         text = _standard_input() if path == STANDARD_INPUT else path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, _Loader)
@@ -138,6 +149,8 @@ def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str
         raise RecipeError(f"{path}: not UTF-8: byte {error.start + 1}") from None
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -161,17 +174,18 @@ def _standard_input() -> str:
 
 
 def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> Any:
+    """The value of a YAML node, with relative paths made relative to the file's folder."""
     where[key] = f"{path}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, child in node.value:
             name = str(key_node.value)
-            if name == "<<":  # YAML's merge key: an anchored section, of which this one says what differs
+            if name == "<<":  # YAML's merge key: an anchored section, which this one changes
                 merged = merge(merged, _construct(child, path, where, key))
                 continue
             if name in out:
-                raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: said twice")
+                raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: duplicate key")
             out[name] = _construct(child, path, where, (*key, name))
             where[(*key, name)] = f"{path}:{key_node.start_mark.line + 1}"
         return {**merged, **out}
@@ -182,6 +196,7 @@ def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> 
 
 
 def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
+    """Set the value of a text `section.key=value` in the tree."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise RecipeError(f"{text!r}: an override is section.key=value")
@@ -199,12 +214,14 @@ def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
 
 
 def _place(where: dict[Key, str], key: Key, path: Path) -> str:
+    """The place of a key, or of the nearest section around it."""
     while key and key not in where:
         key = key[:-1]
     return where.get(key, str(path))
 
 
 def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel]) -> str:
+    """One line about a fault that pydantic found."""
     key = tuple(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
@@ -213,14 +230,14 @@ def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel
         message = "needed, and not given"
     elif not isinstance(fault["input"], dict):
         message += f" (given: {fault['input']!r})"
-    if not key and (
-        named := re.match(r"([\w.]+): (.*)", message, re.S)
-    ):  # a check of several keys says which it is about
+    # A check of several keys begins its message with the key that it is about.
+    if not key and (named := re.match(r"([\w.]+): (.*)", message, re.S)):
         key, message = tuple(named[1].split(".")), named[2]
     return f"{_place(where, key, path)}: {'.'.join(key) or 'recipe'}: {message}"
 
 
 def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
+    """The keys that are allowed in a section."""
     model: Any = kind
     for part in key:
         # A mapping holds a section for each name.

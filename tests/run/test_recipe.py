@@ -66,7 +66,7 @@ def test_a_child_says_only_what_differs(recipe: Path) -> None:
         ("warmup:\n  training:\n    learning_rate: -1\n", "must be at least 0.0 (given: -1)"),
         ("warmup:\n  training:\n    output_dir: here\n", "not set here: it follows from run_dir"),
         ("objective:\n  weight_in_clip: true\n  clip: null\n", "recipe.yaml:11: objective: weight_in_clip needs clip"),
-        ("data:\n  train: x\n", "recipe.yaml:11: data: said twice"),
+        ("data:\n  train: x\n", "recipe.yaml:11: data: duplicate key"),
         ("rollout: {teacher_mix: 0.2\n", "not YAML"),
     ],
 )  # fmt: skip

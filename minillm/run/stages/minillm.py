@@ -1,4 +1,4 @@
-"""Stage `minillm`: the student is trained on its own samples, by minimising the reverse KL divergence to the teacher."""
+"""Stage `minillm`: the student is trained on its own samples by minimising the reverse KL to the teacher."""
 
 from __future__ import annotations
 

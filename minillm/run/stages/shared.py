@@ -1,4 +1,4 @@
-"""What the stages that train have in common: their arguments, the models that trainers are given, and how they are run."""
+"""What the stages that train have in common: arguments, the models that trainers get, and how they are run."""
 
 from __future__ import annotations
 
