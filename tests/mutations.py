@@ -144,7 +144,7 @@ MUTATIONS = [
     Mutation(
         "padded vocabulary rows drawn by vLLM",
         "rollout/engines/base.py",
-        "dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None",
+        "dict.fromkeys(range(vocab_size, width), _EXCLUDING_BIAS) or None",
         "None",
     ),
     Mutation(
@@ -376,7 +376,7 @@ MUTATIONS = [
     Mutation(
         "the trainers' process group gone with an engine",
         "rollout/engines/vllm.py",
-        "with _process_group_kept() if self._guest else nullcontext():",
+        "with _process_group_kept() if self._in_process_group else nullcontext():",
         "with nullcontext():",
     ),
     Mutation(
