@@ -328,7 +328,7 @@ MUTATIONS = [
     Mutation(
         "a restart that fails no request unnoticed",
         "models/servers.py",
-        "server.started_at is None or server.started() == server.started_at",
+        "server.started_at is None or server.process_start_time() == server.started_at",
         "True",
     ),
     Mutation(

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from minillm.errors import RunError
+from minillm.models.launcher import environment_without_launcher
 from minillm.run.context import Run
 from minillm.run.directory import RunState, absolute_paths
 from minillm.run.recipe import Recipe
@@ -66,15 +67,9 @@ def destroy_process_group(this: Run, rank: int) -> None:
 def run_in_main_process(this: Run, stage: str, rank: int) -> None:
     """Process 0 has a process of its own do the stage, outside the process group; the others wait for its file."""
     if rank == 0:
-        kept = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        }
-        kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
         # By a pipe: a recipe may hold secrets, which are written nowhere.
         words = [sys.executable, "-m", "minillm", "run", str(STANDARD_INPUT), "--stage", stage]
-        done = subprocess.run(words, env=kept, input=_as_piped(this.recipe), text=True)
+        done = subprocess.run(words, env=environment_without_launcher(), input=_as_piped(this.recipe), text=True)
         if done.returncode:
             raise RunError(
                 f"stage {stage} failed in its own process (exit status {done.returncode}); what it printed above says why"

@@ -150,9 +150,11 @@ def _student(this: Run) -> None:
 
 
 def _engine(this: Run, folder: str, new_tokens: int) -> Any:
+    from minillm.rollout.engines.base import EngineSizing
     from minillm.rollout.engines.choose import make_engine
 
-    return make_engine(this.recipe.rollout, folder, max_length=this.max_length(new_tokens), tokenizer=folder)
+    sizing = EngineSizing.from_config(this.recipe.rollout, this.max_length(new_tokens))
+    return make_engine(this.recipe.rollout, folder, sizing, tokenizer=folder)
 
 
 def _sampling(this: Run, new_tokens: int, temperature: float) -> Any:
