@@ -30,7 +30,7 @@ from minillm.loss.config import Objective
 from minillm.models.load import load_model
 from minillm.models.weights import plain_weights
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.base import Engine
+from minillm.rollout.engines.base import Engine, EngineSizing
 from minillm.rollout.engines.local_server import LocalServer
 from minillm.rollout.engines.server import VLLMServerEngine
 from minillm.rollout.engines.transformers import TransformersEngine
@@ -102,27 +102,27 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
     if request.param == "transformers":
         yield TransformersEngine(tiny_llama(3, layers=1, vocab=32, scale=0.4))
     elif request.param == "vllm":
-        inside = VLLMEngine(
-            folder, max_length=LENGTH, dtype=torch.float32, tokenizer=folder, options={"max_num_seqs": 63}
+        in_process = VLLMEngine(
+            folder, EngineSizing(LENGTH, torch.float32), tokenizer=folder, options={"max_num_seqs": 63}
         )
-        assert inside._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 63
-        yield inside
-        inside.close()
+        assert in_process._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 63
+        yield in_process
+        in_process.close()
     else:
-        spare = tmp_path_factory.mktemp("server")
+        work = tmp_path_factory.mktemp("server")
         os.environ["VLLM_API_KEY"] = "secret"
-        own = LocalServer(folder, spare / "log", max_length=LENGTH, dtype=torch.float32)
+        own = LocalServer(folder, work / "log", EngineSizing(LENGTH, torch.float32))
         try:
             served = VLLMServerEngine(
-                [own.url], spare / "weights", max_length=LENGTH, head_width=32, patience=240, own=own
+                [own.url], work / "weights", max_length=LENGTH, head_width=32, patience=240, own=own
             )
             yield served
-            assert served._servers.each[0].started_at is not None  # a real server's metrics tell when it was started
+            assert served._servers.each[0].started_at is not None  # a real server's metrics report its start
             assert served._servers.each[0].started_at > time.time() - 3600
             served.close()
             assert own.process.poll() is not None
         except EngineError as error:
-            raise AssertionError(f"{error}\n{own.last_words()}") from error
+            raise AssertionError(f"{error}\n{own.log_tail()}") from error
         finally:
             del os.environ["VLLM_API_KEY"]
             own.stop()
@@ -411,4 +411,4 @@ def test_vllm_samples_a_lora_student_with_its_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora: adapter is for vLLM in the training process"):
         RolloutConfig(engine="server", servers="auto", lora="adapter")
     with pytest.raises(EngineError, match="vLLM takes ranks up to 512, not 600; use merged"):
-        VLLMEngine(str(tmp_path), max_length=8, lora_rank=600)
+        VLLMEngine(str(tmp_path), EngineSizing(8, torch.float32), lora_rank=600)
