@@ -120,7 +120,7 @@ def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
 @pytest.mark.skipif(
     not vllm_is_installed() or torch.cuda.is_available(), reason="vLLM is not installed, or not for CPUs"
 )
-def test_the_heads_that_a_cpu_takes_are_those_vllm_lists() -> None:
+def test_the_supported_head_sizes_are_those_that_vllm_lists() -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     assert list(HEADS_ON_CPUS) == CPUAttentionBackend.get_supported_head_sizes()
@@ -163,7 +163,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_keys_and_values_get_the_room_that_transformers_takes(kind: str, tmp_path: Path) -> None:
+def test_the_key_value_cache_has_the_size_that_transformers_uses(kind: str, tmp_path: Path) -> None:
     CONFIGS[kind].save_pretrained(tmp_path)
     model: Any = AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
     length, rows = 50, 3
@@ -181,7 +181,7 @@ def test_memory_follows_the_recipe_and_has_bounds_on_a_cpu(tmp_path: Path) -> No
         assert memory_settings(tmp_path, sizing) == {"kv_cache_memory_bytes": expected}
 
 
-def test_what_others_take_of_a_card_does_not_keep_an_engine_awake() -> None:
+def test_an_engine_sleeps_on_a_gpu_that_other_processes_share() -> None:
     class Worker:
         message = "Memory usage increased after sleeping."
 
@@ -196,7 +196,7 @@ def test_what_others_take_of_a_card_does_not_keep_an_engine_awake() -> None:
         worker.sleep(2)
 
 
-def test_a_closed_engine_leaves_the_trainers_their_process_group(tmp_path: Path) -> None:
+def test_closing_an_engine_keeps_the_trainers_process_group(tmp_path: Path) -> None:
     """vLLM destroys its groups and then the default group, which training still needs."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
@@ -222,7 +222,7 @@ def test_a_closed_engine_leaves_the_trainers_their_process_group(tmp_path: Path)
             dist.destroy_process_group()
 
 
-def test_a_resting_engine_wakes_in_the_order_vllm_asks_for() -> None:
+def test_a_sleeping_engine_wakes_in_the_order_that_vllm_needs() -> None:
     """First the memory of the weights, then the new weights, then the cache. vLLM sleeps on GPUs only, so a recorder
     stands in for it."""
     calls: list[Any] = []
