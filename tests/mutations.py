@@ -27,6 +27,7 @@ SUITE = [
     "tests/rollout/test_choose.py",
     "tests/rollout/test_vllm_server.py",
     "tests/rollout/test_engines.py",
+    "tests/rollout/test_vllm_lora.py",
     "tests/train",
     "tests/evaluation/test_suite.py",
     "tests/run/test_jobs.py",

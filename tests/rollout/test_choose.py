@@ -86,11 +86,9 @@ def test_a_server_is_started_as_no_process_of_the_launcher(tmp_path: Path, monke
     assert "RANK" not in environment
     command = local_server._command(tmp_path, 8000, EngineSizing(64, torch.float32, sequences=4))
     words = " ".join(command[1:])
-    assert (
-        f"-m vllm.entrypoints.openai.api_server --enforce-eager --no-enable-chunked-prefill --model {tmp_path}" in words
-    )
-    assert "--max-model-len 64 --dtype float32 --logprobs-mode processed_logprobs" in words
-    assert f"--max-num-batched-tokens 4096 --kv-cache-memory-bytes {GIB // 8} --block-size 32" in words
+    assert f"-m vllm.entrypoints.openai.api_server --model {tmp_path} --host 127.0.0.1 --port 8000" in words
+    assert "--max-model-len 64 --dtype float32 --logprobs-mode processed_logprobs --max-num-seqs 64" in words
+    assert f"--max-num-batched-tokens 4096 --kv-cache-memory-bytes {GIB // 8} --enforce-eager --block-size 32" in words
 
 
 def test_options_that_the_recipe_decides_are_refused() -> None:

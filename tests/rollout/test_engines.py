@@ -21,7 +21,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from minillm.data.sampling import Sampling, StopStrings
@@ -41,7 +40,7 @@ from minillm.rollout.samplers.teacher_mixed import TeacherMixedSampler
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.train.on_policy import MiniLLMTrainer
-from tests.conftest import save, tiny_llama, tiny_tokenizer
+from tests.conftest import save, tiny_llama
 from tests.rollout.test_teacher_mixed import chi_square, enumerate_mixture
 
 SAMPLING = Sampling(3, (1,), 5, temperature=1.3)
@@ -383,66 +382,3 @@ def test_an_unreachable_server_is_named(tmp_path: Path) -> None:
     ):
         VLLMServerEngine(["http://127.0.0.1:9/v1"], tmp_path, max_length=8, head_width=32, patience=2)
     assert time.monotonic() - start < 10
-
-
-@pytest.mark.vllm
-@pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
-def test_vllm_samples_a_lora_student_with_its_adapter(tmp_path: Path) -> None:
-    """The base model stays in the engine; the adapter, which has several ranks and scalings, is sent for each batch."""
-    config = LoraConfig(
-        r=4,
-        lora_alpha=12,
-        target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"down_proj": 8},
-        alpha_pattern={"q_proj": 5},
-        init_lora_weights=False,
-    )
-    torch.manual_seed(0)
-    student: Any = get_peft_model(tiny_llama(6), config)  # pyright: ignore[reportArgumentType]
-    start = {name: value.clone() for name, value in student.state_dict().items()}
-    rollout = RolloutConfig(
-        engine="vllm",
-        lora="adapter",
-        num_rollouts=8,
-        inner_epochs=1,
-        teacher_mix=0.3,
-        max_new_tokens=10,
-        max_prompt_tokens=8,
-        engine_memory=0.1,
-    )
-    arguments = TrainingArguments(
-        str(tmp_path / "run"),
-        max_steps=3,
-        learning_rate=0.05,
-        per_device_train_batch_size=8,
-        report_to="none",
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-    )
-    prompts = [{"prompt_ids": [2, i, 3]} for i in range(4, 20)]
-    tokenizer = tiny_tokenizer()
-    trainer = MiniLLMTrainer(
-        student, tiny_llama(2, layers=3), arguments, rollout=rollout, train_dataset=prompts, processing_class=tokenizer
-    )
-    trainer.train()
-    in_process = trainer.sync()
-    sampling = Sampling(10, (1,), 32)
-    rollouts = in_process.generate([[2, 3]] * 8, sampling, list(range(8)))
-    trainer.close()
-    mismatch = [entry["engine_mismatch"] for entry in trainer.state.log_history if "engine_mismatch" in entry]
-    assert len(mismatch) == 3
-    assert max(mismatch) < 1e-4, mismatch
-    for name, value in student.state_dict().items():
-        assert torch.equal(value, start[name]) == ("lora_" not in name), name
-    for r in rollouts:
-        assert r.weights_version == 3
-        torch.testing.assert_close(
-            r.student_logprobs, own_logprobs(student, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4
-        )
-    with pytest.raises(ValueError, match="lora: adapter is for vLLM in the training process"):
-        RolloutConfig(engine="server", servers="auto", lora="adapter")
-    with pytest.raises(EngineError, match="vLLM takes ranks up to 512, not 600; use merged"):
-        VLLMEngine(str(tmp_path), EngineSizing(8, torch.float32), lora_rank=600)

@@ -31,8 +31,7 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.weights, self.seeds, self.faults = -1.0, Counter(), []
-        self.bodies: list[dict[str, Any]] = []
-        self.resets: list[bool] = []
+        self.bodies, self.resets = list[dict[str, Any]](), list[bool]()
         self.lock, self.down_until, self.raw = threading.Lock(), 0.0, False
         self.started: float | None = 1.7e9
         outer = self
@@ -212,9 +211,9 @@ def test_a_restart_between_two_requests_is_noticed(servers: list[FakeServer], tm
     else:
         assert engine.logprobs_of([[1]], [[4, 2]], SAMPLING)[0].tolist() == [-4, -2]
     assert servers[0].weights == 5.0
-    drawn = sum(servers[0].seeds.values())
+    before = sum(servers[0].seeds.values())
     engine.generate([[1]], SAMPLING, [1])
-    assert sum(servers[0].seeds.values()) == drawn + 1  # the request is not repeated
+    assert sum(servers[0].seeds.values()) == before + 1  # the request is not repeated
 
 
 def test_an_answer_to_a_request_from_before_a_restart_is_discarded(servers: list[FakeServer], tmp_path: Path) -> None:

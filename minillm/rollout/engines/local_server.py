@@ -90,7 +90,7 @@ def _free_port() -> int:
 
 def _command(folder: str | Path, port: int, sizing: EngineSizing) -> list[str]:
     """Return the command line of a server."""
-    settings = {
+    settings: dict[str, object] = {
         "model": folder,
         "host": "127.0.0.1",
         "port": port,
@@ -100,15 +100,13 @@ def _command(folder: str | Path, port: int, sizing: EngineSizing) -> list[str]:
         **engine_limits(sizing),
         **memory_settings(folder, sizing),
     }
-    flags = ["--enforce-eager", "--no-enable-chunked-prefill"]
-    if torch.cuda.is_available():
-        flags = []
-    else:  # as in `VLLMEngine`: short blocks, and prompts that are prefilled in one piece
-        settings["block_size"] = CPU_BLOCK
     # The module is started rather than the `vllm` command, because the CPU build comes without that command.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in settings.items():
         command += ["--" + name.replace("_", "-"), str(value)]
+    if not torch.cuda.is_available():
+        # As in `VLLMEngine`: short blocks, and prompts that are prefilled in one piece.
+        command += ["--enforce-eager", "--block-size", str(CPU_BLOCK), "--no-enable-chunked-prefill"]
     return command
 
 
