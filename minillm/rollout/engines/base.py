@@ -31,7 +31,7 @@ _MAX_BIASED_TOKENS = 1024  # per request, on a GPU: one more crashes vLLM
 
 @dataclass(frozen=True)
 class EngineCapabilities:
-    """Limits of an engine, besides the exact log-probability of every sampled token, which all engines return.
+    """Limits of an engine, in addition to the exact log-probability of every sampled token, which all engines return.
 
     Attributes:
         max_top_logprobs: How many of the most likely tokens an engine returns at each position, at most.
@@ -128,7 +128,7 @@ class Unavailable:
 
     Attributes:
         reason: What is missing or not supported.
-        remedy: What would help, besides another engine; empty where nothing does.
+        remedy: What would help, in addition to choosing another engine; empty where nothing does.
     """
 
     reason: str

@@ -161,7 +161,7 @@ class TransformersEngine:
         self.version = version
 
     def sleep(self) -> None:
-        """Do nothing: between calls the engine holds no memory besides the model."""
+        """Do nothing: between calls the engine holds no memory except for the model."""
 
     def close(self) -> None:
         """Do nothing."""

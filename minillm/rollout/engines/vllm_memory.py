@@ -15,7 +15,7 @@ GIB = 1 << 30
 # On a CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
 CPU_BLOCK = 32
 _MAX_CACHE_ON_CPU, LEAST_CACHE = 4 * GIB, GIB // 8
-_BUFFERS = 2 * GIB  # vLLM's own, besides weights and cache
+_BUFFERS = 2 * GIB  # vLLM's own, in addition to weights and cache
 _SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it samples
 
 
@@ -55,7 +55,7 @@ def cache_wanted(needed: int, memory: float | None, gpu: bool) -> int:
 
 
 def buffer_bytes(vocabulary: int, sequences: int) -> int:
-    """Return how many bytes vLLM takes on a GPU besides weights and cache.
+    """Return how many bytes vLLM takes on a GPU in addition to weights and cache.
 
     Args:
         vocabulary: Number of entries in the vocabulary.
@@ -116,7 +116,7 @@ def memory_settings(folder: str | Path, sizing: EngineSizing) -> dict[str, Any]:
     """Return vLLM's memory settings for the model in `folder`.
 
     The key-value cache holds `sizing.sequences` at full length. On a CPU it is at most 4 GiB. On a GPU it is at most
-    what nine tenths of the free memory leave besides the weights and vLLM's buffers.
+    what nine tenths of the free memory leave after the weights and vLLM's buffers.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
