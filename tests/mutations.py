@@ -27,6 +27,7 @@ SUITE = [
     "tests/rollout/test_choose.py",
     "tests/rollout/test_vllm_server.py",
     "tests/rollout/test_engines.py",
+    "tests/rollout/test_vllm_lora.py",
     "tests/train",
     "tests/evaluation/test_suite.py",
     "tests/run/test_jobs.py",
@@ -144,7 +145,7 @@ MUTATIONS = [
     Mutation(
         "padded vocabulary rows drawn by vLLM",
         "rollout/engines/base.py",
-        "dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None",
+        "dict.fromkeys(range(vocab_size, width), _EXCLUDING_BIAS) or None",
         "None",
     ),
     Mutation(
@@ -328,7 +329,7 @@ MUTATIONS = [
     Mutation(
         "a restart that fails no request unnoticed",
         "models/servers.py",
-        "server.started_at is None or server.started() == server.started_at",
+        "server.started_at is None or server.process_start_time() == server.started_at",
         "True",
     ),
     Mutation(
@@ -376,7 +377,7 @@ MUTATIONS = [
     Mutation(
         "the trainers' process group gone with an engine",
         "rollout/engines/vllm.py",
-        "with _process_group_kept() if self._guest else nullcontext():",
+        "with _process_group_kept() if self._in_process_group else nullcontext():",
         "with nullcontext():",
     ),
     Mutation(

@@ -26,6 +26,7 @@ from minillm.data.sampling import Sampling
 from minillm.data.templates import render
 from minillm.models.device import device, machine, working_dtype
 from minillm.models.load import load_model, load_tokenizer
+from minillm.rollout.engines.base import EngineSizing
 from minillm.rollout.engines.vllm import VLLMEngine
 from minillm.rollout.samplers.teacher_mixed import TeacherMixedSampler
 from minillm.teacher.local import LocalTeacher
@@ -110,7 +111,7 @@ def main() -> None:
     )  # pyright: ignore[reportArgumentType]
     sampling = Sampling(options.max_new_tokens, (tokenizer.eos_token_id,), len(tokenizer), options.temperature)
     limit = max(map(len, prompts)) + options.max_new_tokens
-    engine, teacher = VLLMEngine(options.student, max_length=limit, dtype=dtype), LocalTeacher(teacher_model)
+    engine, teacher = VLLMEngine(options.student, EngineSizing(limit, dtype)), LocalTeacher(teacher_model)
     counter = iter(range(1 << 30))
     acceptance: dict[int, float] = {}
 

@@ -156,6 +156,7 @@ def trl(options: argparse.Namespace) -> None:
 
 def floor(options: argparse.Namespace) -> None:
     from minillm.data.sampling import Sampling
+    from minillm.rollout.engines.base import EngineSizing
     from minillm.rollout.engines.vllm import VLLMEngine
     from minillm.teacher.local import LocalTeacher
 
@@ -170,7 +171,7 @@ def floor(options: argparse.Namespace) -> None:
     student, teacher_model = student.to(device), teacher_model.to(device)
     teacher, engine = (
         LocalTeacher(teacher_model),
-        VLLMEngine(options.student, max_length=192 + options.tokens, dtype=dtype),
+        VLLMEngine(options.student, EngineSizing(192 + options.tokens, dtype)),
     )
     sampling = Sampling(options.tokens, (), len(tokenizer))
     micro = min(options.sequences, options.micro_batch)

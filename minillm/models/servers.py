@@ -1,8 +1,8 @@
-"""Requests to stock `vllm serve` processes: spread over them, tried again, and refused where the answer is none.
+"""Requests to stock `vllm serve` processes: load balancing, retries, and validation of the answers.
 
-A request goes to whichever server has the fewest. A server that is gone, slow or talks nonsense is left alone for a
-while and tried again. Nothing is drawn twice: a request that failed is asked again as it was, its seed included.
-`VLLM_API_KEY`, where it is set, is sent along.
+A request goes to the server with the fewest requests in flight. A server that is unreachable, overloaded or returns an
+invalid answer is left alone for a while and then tried again. A failed request is repeated unchanged, seed included, so
+that no response is sampled twice. `VLLM_API_KEY`, where it is set, is sent with every request.
 """
 
 from __future__ import annotations
@@ -22,31 +22,63 @@ from tqdm.auto import tqdm
 from minillm.data.logprobs import LOG_ZERO
 from minillm.errors import EngineError
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+# Settings of every completion: token ids as numbers, and none of the sampling settings of the served folder.
+PLAIN: dict[str, Any] = {
+    "return_token_ids": True,
+    "return_tokens_as_token_ids": True,
+    "skip_special_tokens": False,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 10.0  # seconds
+_CONNECT_TIMEOUT = 5.0  # seconds
+_ROUNDING = 1e-3  # how far above 0 a log-probability may be rounded
 T = TypeVar("T")
 
 
 class TransientServerError(Exception):
-    """A server failed in a way that may pass."""
+    """A server failed in a way that may pass. Raised and caught within minillm; a retry follows."""
 
 
 class Server:
-    """One address, what it serves, and how it is doing."""
+    """One server: its address, the model that it serves, and its current state.
+
+    Attributes:
+        url: `http://host:port`, without `/v1`.
+        model: Name of the served model, once `attach` was called.
+        in_flight: Number of requests that are waiting for this server's answer.
+        has_current_weights: Whether the server needs no new weights before the next request.
+        started_at: Start time of the process that received the current weights, in seconds since 1970, where known.
+        healthy: Whether its last request succeeded.
+        last_error: Why its last failed request failed.
+        backoff: Seconds to leave the server alone after its next failure.
+        retry_at: Time (`time.monotonic`) at which an unhealthy server is tried again.
+        lock: Held while the server receives weights.
+    """
 
     def __init__(self, url: str, client: httpx.Client) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = ""
-        self.busy = 0
-        self.has_current_weights = True  # nothing has to be sent before it is asked
-        self.started_at: float | None = None  # when the process that was made fresh had started, where that can be told
-        self.healthy = True  # its last answer was one
-        self.trouble: TransientServerError | None = None
-        self.pause, self.retry_at = _FIRST_PAUSE, 0.0
+        self.in_flight = 0
+        self.has_current_weights = True
+        self.started_at: float | None = None
+        self.healthy = True
+        self.last_error: TransientServerError | None = None
+        self.backoff, self.retry_at = _FIRST_BACKOFF, 0.0
         self.lock = threading.Lock()
         self._client = client
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer's JSON. Raises TransientServerError where another try may help, else EngineError."""
+        """Send one request and return the JSON of the answer, or None where the answer is empty.
+
+        Raises:
+            TransientServerError: The request failed in a way that another try may mend.
+            EngineError: The server refuses the request.
+        """
         answer = self._request(method, path, body)
         if answer.status_code >= 500 or answer.status_code in (408, 429):
             raise TransientServerError(f"{path} answered {answer.status_code}: {answer.text[:200]}")
@@ -59,11 +91,11 @@ class Server:
         except ValueError as error:
             raise TransientServerError(f"{path} answered no JSON: {answer.text[:80]!r}") from error
 
-    def started(self) -> float | None:
-        """When its process started, in seconds since 1970; None where its metrics do not say (several front ends).
+    def process_start_time(self) -> float | None:
+        """Return when the server's process started, in seconds since 1970.
 
-        Raises:
-            TransientServerError: it does not answer.
+        The result is None where the server's metrics do not report it (with several API processes).
+        Raises a TransientServerError where the server does not answer.
         """
         answer = self._request("GET", "/metrics")
         if answer.status_code >= 500:
@@ -71,16 +103,16 @@ class Server:
         found = re.search(r"^process_start_time_seconds (\S+)", answer.text, re.MULTILINE)
         return float(found[1]) if found else None
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-        try:
-            return self._client.request(method, self.url + path, json=body)
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise EngineError(f"{self.url} is no address of a server: http://host:port ({error})") from error
-        except httpx.RequestError as error:
-            raise TransientServerError(f"{type(error).__name__}: {error}") from error
-
     def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """A completion; TransientServerError where `read` can make nothing of the answer."""
+        """Request one completion.
+
+        Args:
+            body: The request, without the model.
+            read: Converts the answer's JSON to the result, and raises where the answer is not valid.
+
+        Raises:
+            TransientServerError, EngineError: As in `ask`; also where `read` cannot read the answer.
+        """
         answer = self.ask("POST", "/v1/completions", body | {"model": self.model})
         try:
             return read(answer)
@@ -88,17 +120,26 @@ class Server:
             raise TransientServerError(f"/v1/completions answered garbage ({type(error).__name__}: {error})") from error
 
     def attach(self, max_length: int) -> None:
-        """Learn what is served.
+        """Find out which model is served.
 
         Raises:
-            EngineError: it does not take sequences of `max_length` tokens.
+            EngineError: The server does not accept sequences of `max_length` tokens.
         """
         [model, *_] = self.ask("GET", "/v1/models")["data"]
         self.model = model["id"]
         if model.get("max_model_len", max_length) < max_length:
             raise EngineError(
-                f"{self.url} serves {model['max_model_len']} tokens; prompt and response need {max_length}: --max-model-len"
+                f"{self.url} serves {model['max_model_len']} tokens; prompt and response need {max_length}: start it "
+                f"with --max-model-len {max_length}"
             )
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            return self._client.request(method, self.url + path, json=body)
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise EngineError(f"{self.url} is no address of a server: use http://host:port ({error})") from error
+        except httpx.RequestError as error:
+            raise TransientServerError(f"{type(error).__name__}: {error}") from error
 
 
 def _hint(path: str, status: int) -> str:
@@ -110,119 +151,109 @@ def _hint(path: str, status: int) -> str:
 
 
 class Servers:
-    """Several servers as one.
+    """Several servers that are used as one.
 
     Args:
-        urls: `http://host:port` of each.
-        refresh: called with a server that is not `fresh` before it is asked.
-        patience: seconds for which what has gone is tried again.
-        setting: the setting behind `patience`, for the error at its end.
-        exit_reason: tells why there is nothing to wait for any more, once that is so.
+        urls: `http://host:port` of each server.
+        refresh: Sends the current weights to a server. It is called before a request to a server that lacks them.
+        patience: Seconds for which failing requests are retried.
+        timeout: Seconds that one request may take.
+        concurrency: Requests in flight per server, at most.
+        setting: Name of the recipe setting behind `patience`, for error messages.
+        exit_reason: Returns why retrying is pointless, or None while it is not.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, refresh: Callable[[Server], None] | None = None, patience: float = 600.0,
-        timeout: float = 300.0, concurrency: int = 64, setting: str = "rollout.server_patience",
+        self,
+        urls: Sequence[str],
+        *,
+        refresh: Callable[[Server], None] | None = None,
+        patience: float = 600.0,
+        timeout: float = 300.0,
+        concurrency: int = 64,
+        setting: str = "rollout.server_patience",
         exit_reason: Callable[[], str | None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         key = os.environ.get("VLLM_API_KEY")
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency * len(urls))
         self._client = httpx.Client(
-            timeout=httpx.Timeout(timeout, connect=5.0),
-            limits=limits,
+            timeout=httpx.Timeout(timeout, connect=_CONNECT_TIMEOUT),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=concurrency * len(urls)),
             trust_env=False,
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
         self.each = [Server(url, self._client) for url in urls]
         self._refresh, self._patience, self._setting, self._exit_reason = refresh, patience, setting, exit_reason
         self._pool = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="vllm")
-        self._picking = threading.Lock()
+        self._selection_lock = threading.Lock()
         self._closed = False
 
     def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """One completion from some server."""
+        """Request one completion from any server; see `Server.complete`, and for errors `complete_all`."""
         return self._complete(body, read)[0]
 
     def complete_all(
         self, requests: Sequence[tuple[dict[str, Any], Callable[[Any], T]]], progress: bool = False
     ) -> list[T]:
-        """Completions in order, all from processes that were fresh: a server may have been started anew, with other weights,
-        between two requests without failing one. What it answered is asked again.
+        """Request several completions, all from processes that have the current weights.
+
+        A server may have been restarted between two requests, with other weights, without failing a request. The
+        requests that it answered are then repeated.
+
+        Args:
+            requests: For each completion, the arguments of `complete`.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The completions, in the order of the requests.
 
         Raises:
-            EngineError: patience is over; also where the process at an address is another one every time.
+            EngineError: No server answered within `patience` seconds, a server refuses a request, or another process
+                answers at an address every time.
         """
-        found: dict[int, T] = {}
+        completed: dict[int, T] = {}
         deadline = time.monotonic() + self._patience
-        while missing := [i for i in range(len(requests)) if i not in found]:
+        while missing := [i for i in range(len(requests)) if i not in completed]:
             answers = self.all([lambda request=requests[i]: self._complete(*request) for i in missing], progress)
-            replaced = {
-                server.url
-                for server in {server.url: server for _, server, _ in answers}.values()
-                if self._is_another(server)
-            }
-            found |= {
+            used = {server.url: server for _, server, _ in answers}
+            replaced = {url for url, server in used.items() if self._was_restarted(server)}
+            completed |= {
                 i: answer
                 for i, (answer, server, started_at) in zip(missing, answers, strict=True)
                 if server.url not in replaced and started_at == server.started_at
             }
             if replaced and time.monotonic() > deadline:
                 raise EngineError(
-                    f"{', '.join(sorted(replaced))}: answers come from one process after another (by their start in /metrics), for "
-                    f"{self._patience:g} s ({self._setting}); an address must be one server, not several behind a balancer"
+                    f"{', '.join(sorted(replaced))}: the answers came from changing processes (by their start time in "
+                    f"/metrics) for {self._patience:g} s ({self._setting}); an address must be one server, not several "
+                    "behind a balancer"
                 )
-        return [found[i] for i in range(len(requests))]
-
-    def _is_another(self, server: Server) -> bool:
-        """Whether the process that answers is not the one that was made fresh; then it has to be made so."""
-        try:
-            same = server.started_at is None or server.started() == server.started_at
-        except TransientServerError:
-            same = False  # gone since; whose its last answers were cannot be told
-        if not same:
-            server.has_current_weights = False
-        return not same
-
-    def _complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> tuple[T, Server, float | None]:
-        """The answer, who gave it, and when the process was started that was to give it."""
-        deadline = time.monotonic() + self._patience
-        while True:
-            server = self._pick(deadline)
-            try:
-                started_at = server.started_at  # before `fresh`: a process that is being made so is not fresh yet
-                if not server.has_current_weights and self._refresh is not None:
-                    self._refresh(server)
-                    started_at = server.started_at
-                answer = server.complete(body, read)
-                server.healthy, server.pause = True, _FIRST_PAUSE
-                return answer, server, started_at
-            except TransientServerError as trouble:
-                server.trouble, server.healthy = trouble, False
-                # Sending again what it has would disturb what it is answering meanwhile.
-                if self._refresh is not None and (server.started_at is None or self._is_another(server)):
-                    server.has_current_weights = False
-                server.retry_at = time.monotonic() + server.pause
-                server.pause = min(2 * server.pause, _LONGEST_PAUSE)
-            finally:
-                with self._picking:
-                    server.busy -= 1
+        return [completed[i] for i in range(len(requests))]
 
     def call_with_retries(self, action: Callable[[], None], server: Server) -> None:
-        """Do something with this very server, trying again while patience lasts."""
-        deadline, pause = time.monotonic() + self._patience, _FIRST_PAUSE
+        """Call `action`, which uses `server`, and retry it while it raises a `TransientServerError`.
+
+        Raises:
+            EngineError: It did not succeed within `patience` seconds, or the server is not a vLLM server.
+        """
+        deadline, backoff = time.monotonic() + self._patience, _FIRST_BACKOFF
         while True:
             try:
                 return action()
-            except TransientServerError as trouble:
-                self._wait(pause, deadline, server, trouble)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+            except TransientServerError as error:
+                self._wait(backoff, deadline, server, error)
+                backoff = min(2 * backoff, _LONGEST_BACKOFF)
             except (KeyError, TypeError, ValueError) as error:
                 raise EngineError(
                     f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})"
                 ) from error
 
     def all(self, actions: Sequence[Callable[[], T]], progress: bool | str = False) -> list[T]:
-        """Results of actions done at the same time, in order; the first error ends them all."""
+        """Call functions concurrently and return their results in order; the first exception cancels the others.
+
+        Args:
+            actions: The functions.
+            progress: Whether to show a progress bar, or its title.
+        """
         futures = [self._pool.submit(action) for action in actions]
         title = progress if isinstance(progress, str) else "generating"
         try:
@@ -235,61 +266,118 @@ class Servers:
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Let go of the servers; they go on running."""
+        """Close the connections; the servers keep running."""
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
 
-    def _pick(self, deadline: float) -> Server:
-        """A server whose pause is over gets one request to prove itself by; otherwise the one with the least to do."""
-        while True:
-            with self._picking:
-                now = time.monotonic()
-                back = next((server for server in self.each if not server.healthy and now >= server.retry_at), None)
-                healthy = [server for server in self.each if server.healthy]
-                if back is not None:
-                    back.retry_at = now + _LONGEST_PAUSE
-                chosen = back or min(healthy, key=lambda server: server.busy, default=None)
-                if chosen is not None:
-                    chosen.busy += 1
-                    return chosen
-                soonest = min(self.each, key=lambda server: server.retry_at)
-            # Not longer than the first pause: whichever request proves the server again, the others go on at once.
-            self._wait(_FIRST_PAUSE, deadline, soonest, soonest.trouble)
+    def _was_restarted(self, server: Server) -> bool:
+        """Whether the process that answers is not the one that received the weights; then mark that it needs them."""
+        try:
+            same = server.started_at is None or server.process_start_time() == server.started_at
+        except TransientServerError:
+            same = False  # unreachable by now; which process gave its last answers cannot be determined
+        if not same:
+            server.has_current_weights = False
+        return not same
 
-    def _wait(self, pause: float, deadline: float, server: Server, trouble: TransientServerError | None) -> None:
-        if self._exit_reason is not None and (end := self._exit_reason()) is not None:
-            raise EngineError(f"{server.url}: {end}") from trouble
+    def _complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> tuple[T, Server, float | None]:
+        """Return a completion, the server that gave it, and the start time of the process that should have given it."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            server = self._select(deadline)
+            try:
+                # Read before `has_current_weights`: while another thread sends weights to a new process, `started_at`
+                # is already that process's start time, but it does not have the weights yet.
+                started_at = server.started_at
+                if not server.has_current_weights and self._refresh is not None:
+                    self._refresh(server)
+                    started_at = server.started_at
+                answer = server.complete(body, read)
+                server.healthy, server.backoff = True, _FIRST_BACKOFF
+                return answer, server, started_at
+            except TransientServerError as error:
+                server.last_error, server.healthy = error, False
+                # A process that is still the same has the weights; sending them again would disturb its other requests.
+                if self._refresh is not None and (server.started_at is None or self._was_restarted(server)):
+                    server.has_current_weights = False
+                server.retry_at = time.monotonic() + server.backoff
+                server.backoff = min(2 * server.backoff, _LONGEST_BACKOFF)
+            finally:
+                with self._selection_lock:
+                    server.in_flight -= 1
+
+    def _select(self, deadline: float) -> Server:
+        """Return the server for the next request, and count the request as in flight.
+
+        An unhealthy server whose backoff is over gets a single request, which shows whether it has recovered. Otherwise
+        the healthy server with the fewest requests in flight is selected.
+        """
+        while True:
+            with self._selection_lock:
+                now = time.monotonic()
+                recovering = next((s for s in self.each if not s.healthy and now >= s.retry_at), None)
+                if recovering is not None:
+                    recovering.retry_at = now + _LONGEST_BACKOFF
+                healthy = [server for server in self.each if server.healthy]
+                selected = recovering or min(healthy, key=lambda server: server.in_flight, default=None)
+                if selected is not None:
+                    selected.in_flight += 1
+                    return selected
+                soonest = min(self.each, key=lambda server: server.retry_at)
+            # Wait no longer than the first backoff: as soon as any request finds the server healthy, the others go on.
+            self._wait(_FIRST_BACKOFF, deadline, soonest, soonest.last_error)
+
+    def _wait(self, seconds: float, deadline: float, server: Server, error: TransientServerError | None) -> None:
+        """Sleep for `seconds`, but at most until the deadline; raise where waiting any longer is pointless."""
+        if self._exit_reason is not None and (reason := self._exit_reason()) is not None:
+            raise EngineError(f"{server.url}: {reason}") from error
         if self._closed or time.monotonic() >= deadline:
-            raise EngineError(f"{server.url}: {trouble}; tried for {self._patience:g} s ({self._setting})") from trouble
-        time.sleep(max(min(pause, deadline - time.monotonic()), 0.0))
+            raise EngineError(f"{server.url}: {error}; tried for {self._patience:g} s ({self._setting})") from error
+        time.sleep(max(min(seconds, deadline - time.monotonic()), 0.0))
 
 
 @dataclass
 class Completion:
-    """Token ids, their log-probabilities, and for each place those of other tokens by id."""
+    """A validated completion of T tokens.
+
+    Attributes:
+        ids: The T sampled token ids.
+        logprobs: The T log-probabilities of the sampled tokens.
+        tables: For each of the T positions, log-probabilities by token id; empty where they were not requested.
+        stopped: Whether the completion ended before its token limit.
+    """
 
     ids: list[int]
     logprobs: list[float]
     tables: list[dict[int, float]]
-    stopped: bool  # before the limit
+    stopped: bool
 
 
 def checked_logprob(value: float) -> float:
-    """A log-probability as a server tells it, at least `LOG_ZERO`.
+    """Return a server's log-probability, but at least `LOG_ZERO`.
 
     Raises:
-        ValueError: it is above 0 (beyond rounding) or not a number.
+        ValueError: The value is above 0 (beyond rounding) or not a number.
     """
-    if not value <= 1e-3:
-        raise ValueError(f"{value} is no log-probability")
+    if not value <= _ROUNDING:
+        raise ValueError(f"invalid log-probability {value} (above 0, or not a number)")
     return max(float(value), LOG_ZERO)
 
 
-def read_completion(answer: Any, named: Sequence[int] = (), tables: bool = True) -> Completion:
-    """What a server's answer holds, checked; `named`: tokens that the first place's table must have.
+def read_completion(answer: Any, required_ids: Sequence[int] = (), tables: bool = True) -> Completion:
+    """Read and validate the JSON of a completion.
 
-    What was drawn has a probability. Others may have none: −inf, or −9999 where JSON has to stand for it, counts as `LOG_ZERO`.
+    A sampled token has a probability above 0. Other tokens may have none: −inf, or the −9999 that stands for it in
+    JSON, counts as `LOG_ZERO`.
+
+    Args:
+        answer: The parsed JSON.
+        required_ids: Token ids whose log-probabilities the first position must have.
+        tables: Whether the log-probabilities of other tokens are needed.
+
+    Raises:
+        KeyError, TypeError, ValueError: The answer is not a valid completion. `Server.complete` catches these.
     """
     [choice] = answer["choices"]
     if choice["finish_reason"] not in ("stop", "length"):
@@ -298,21 +386,14 @@ def read_completion(answer: Any, named: Sequence[int] = (), tables: bool = True)
     if not ids or len(ids) != len(logprobs) or not all(isinstance(token, int) for token in ids):
         raise ValueError(f"{len(ids)} tokens with {len(logprobs)} log-probabilities")
     if any(checked_logprob(value) == LOG_ZERO for value in logprobs):
-        raise ValueError("a token that was drawn with a probability of 0")
+        raise ValueError("a sampled token has a probability of 0")
     stopped = choice["finish_reason"] == "stop"
     if not tables:
         return Completion(ids, logprobs, [], stopped)
-    found = [
+    by_position = [
         {int(name.removeprefix("token_id:")): checked_logprob(value) for name, value in table.items()}
         for table in choice["logprobs"]["top_logprobs"]
     ]
-    if len(found) != len(ids) or not set(named) <= found[0].keys():
-        raise ValueError("log-probabilities that were asked for are missing")
-    return Completion(ids, logprobs, found, stopped)
-
-
-# What every completion asks for: token ids as numbers, and none of the served folder's own sampling settings.
-PLAIN: dict[str, Any] = {
-    "return_token_ids": True, "return_tokens_as_token_ids": True, "skip_special_tokens": False, "top_p": 1.0, "top_k": 0,
-    "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-}  # fmt: skip
+    if len(by_position) != len(ids) or not set(required_ids) <= by_position[0].keys():
+        raise ValueError("requested log-probabilities are missing")
+    return Completion(ids, logprobs, by_position, stopped)

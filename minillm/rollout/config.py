@@ -1,4 +1,4 @@
-"""Settings of the rollouts."""
+"""Settings of the rollouts: the `rollout` section of a recipe."""
 
 from __future__ import annotations
 
@@ -9,93 +9,152 @@ from pydantic import Field, model_validator
 from minillm.config import Positive, Section, Share
 from minillm.errors import InputError
 
-# Arguments of vllm.LLM that are not the user's.
-RESERVED_ENGINE_OPTIONS = {
-    "model", "tokenizer", "skip_tokenizer_init", "dtype", "seed", "max_model_len", "logprobs_mode", "enable_prefix_caching", "enable_lora",
-    "max_loras", "max_lora_rank", "kv_cache_memory_bytes", "gpu_memory_utilization", "distributed_executor_backend", "enable_sleep_mode",
-    "block_size", "enable_chunked_prefill",
-}  # fmt: skip
+# Arguments of `vllm.LLM` that follow from the recipe, so that `engine_options` must not set them.
+RESERVED_ENGINE_OPTIONS = frozenset(
+    {
+        "model",
+        "tokenizer",
+        "skip_tokenizer_init",
+        "dtype",
+        "seed",
+        "max_model_len",
+        "logprobs_mode",
+        "enable_prefix_caching",
+        "enable_lora",
+        "max_loras",
+        "max_lora_rank",
+        "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+        "distributed_executor_backend",
+        "enable_sleep_mode",
+        "block_size",
+        "enable_chunked_prefill",
+    }
+)
+_FILTERS = ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
 
 
 class RolloutConfig(Section):
-    """How the student's responses are drawn."""
+    """How the student's responses are sampled."""
 
     engine: Literal["auto", "vllm", "transformers", "server"] = "auto"
-    """`auto`: vLLM where it is installed, else transformers, saying so; `vllm` and `transformers` insist; `server`: the
-    `servers`, for the student's rollouts."""
+    """Which engine samples the responses. `auto` uses vLLM in the training process where it is installed and can run
+    the model, and otherwise falls back to transformers with a warning. `vllm` and `transformers` use that engine or
+    fail. `server` uses the vLLM servers in `servers`. They sample the student in training; the stages that sample
+    another model, such as `responses` and `evaluate`, choose an engine as with `auto`."""
     servers: list[str] | Literal["auto"] = []
-    """`http://host:port` of running `vllm serve` processes; see `minillm.rollout.engines.server` for how to start them. `auto`:
-    process 0 starts one on this machine, which all training processes share (with `engine: vllm` each has its own)."""
+    """Addresses (`http://host:port`) of running `vllm serve` processes, for `engine: server`. The module
+    `minillm.rollout.engines.server` says how to start them. With `auto`, process 0 starts one server on this machine,
+    which all training processes share and which stops at the end of training. (With `engine: vllm` every training
+    process has an engine of its own.)"""
     server_patience: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds for which a server that is gone is tried again, before the run stops with a checkpoint."""
+    """Seconds for which requests to an unreachable or failing server are retried. After that the run saves a checkpoint
+    and stops."""
     server_timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds that one answer of a server may take: longer where responses are long and the server slow."""
+    """Seconds that a server may take for one request: to sample one response, or to load new weights. Increase it for
+    long responses or slow servers."""
     overlap: bool = False
-    """Draw the next batch of rollouts while this one trains, with the weights before it: one batch off policy."""
+    """Sample the next batch of rollouts while the student trains on the current one. The next batch is then sampled
+    with the weights from before the current batch, so training is one batch off-policy. Requires `engine: server`,
+    `objective.old_logprobs: engine`, and `objective.importance: none` or `token`."""
     num_rollouts: Positive = 32
-    """Responses drawn, over all processes, between two weight updates of the engine."""
+    """Responses per batch of rollouts, over all processes. The engine receives new weights before each batch. Must be a
+    multiple of `samples_per_prompt` and of the responses of one weight update (`per_device_train_batch_size` ×
+    `gradient_accumulation_steps` × number of processes)."""
     samples_per_prompt: Positive = 1
-    """Responses of each prompt in a batch; `num_rollouts` counts responses."""
+    """Responses to each prompt of a batch. A batch holds `num_rollouts` / `samples_per_prompt` different prompts."""
     inner_epochs: Positive = 2
-    """Passes over each batch of rollouts (`ppo_epochs` in the authors' code)."""
+    """Passes over each batch of rollouts (`ppo_epochs` in LMOps)."""
     on_policy: Share = 1.0
-    """Share of each batch that is drawn from the student; the rest are the given responses (GKD's λ). Below 1 only without a
-    long-term term, which counts on the student's own samples."""
+    """Share of each batch that the student samples; the rest are given responses from the data (λ in GKD). Values below
+    1 are only possible without the long-term term of the objective, because that term is an expectation over the
+    student's own samples."""
     replay: Share = 0.0
-    """Of what is drawn from the student, the share that comes from earlier batches again (DistiLLM)."""
+    """Share of the student's responses in each batch that are taken again from earlier batches instead of being sampled
+    (the replay buffer of DistiLLM)."""
     replay_size: Positive = 1000
-    """Responses that are kept for that, over all processes; the oldest go first."""
+    """Responses that the replay buffer holds, over all processes. The oldest are dropped first."""
     teacher_mix: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
-    """α: tokens are drawn from (1−α)·q + α·p (paper section 2.2)."""
+    """Mixing coefficient α of teacher-mixed sampling: tokens are sampled from (1−α)·q + α·p, where q is the student and
+    p is the teacher (section 2.2 of the paper). With 0, tokens are sampled from the student alone."""
     max_new_tokens: Positive = 128
+    """Maximum number of tokens in a response. A longer response is cut there and counts as unfinished."""
     max_prompt_tokens: Positive = 256
+    """Maximum number of tokens in a prompt; the trainer refuses a longer one. In a recipe, set `data.max_prompt_tokens`
+    instead, which applies to every stage."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits of student and teacher, in sampling and in the loss alike."""
+    """Temperature of the student and of the teacher. The logits of both are divided by it, in sampling and in the
+    loss."""
     draft_tokens: Positive | Literal["auto"] = "auto"
-    """Student tokens drafted before the teacher checks them (teacher-mixed sampling); `auto`: for each batch of rollouts what
-    the acceptance of the batch before makes best."""
+    """Tokens that the student drafts before the teacher checks them, in teacher-mixed sampling. `auto` sets the number
+    for each batch of rollouts from the acceptance rate of the batch before."""
     stop: list[str] = []
-    """Strings of which the first to appear in a response's text ends it; the token that completes it belongs to it."""
+    """Strings that end a response. A response ends with the token that completes the first of them to appear in its
+    text, and that token belongs to the response."""
     lora: Literal["merged", "adapter"] = "merged"
-    """How a LoRA student reaches the engine: merged into its base, whole; or `adapter`: alone, to vLLM in this process, which keeps
-    the base. That sends little, and rounds as the trainer does."""
+    """How the weights of a LoRA student reach the engine. `merged` sends all weights, with the adapter merged into the
+    base model. `adapter` sends the adapter alone to vLLM in the training process, which keeps the base model: less is
+    sent, and the engine rounds as the trainer does."""
     engine_memory: Annotated[float, Field(gt=0)] | None = None
-    """vLLM's key-value cache in GiB; by default what the rollouts of a batch need at full length, as far as there is room."""
+    """Size of vLLM's key-value cache in GiB. By default the cache holds all rollouts of a batch at full length, as far
+    as the memory allows."""
     engine_options: dict[str, Any] = {}
-    """Further arguments of `vllm.LLM` in this process, as {enforce_eager: true} to start sooner and draw more slowly."""
+    """Further arguments of `vllm.LLM`, for vLLM in the training process. For example, `{enforce_eager: true}` makes it
+    start sooner and sample more slowly."""
 
     @model_validator(mode="before")
     @classmethod
-    def _filters(cls, given: Any) -> Any:
-        for key in ("top_p", "top_k", "min_p", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"):
+    def _refuse_filters(cls, given: Any) -> Any:
+        for key in _FILTERS:
             if isinstance(given, dict) and key in given:
                 raise InputError(
-                    f"{key}: importance weights need every token that the student can draw, and the loss the very distribution "
-                    "that draws; a filter takes tokens away from one and not from the other. Use temperature"
+                    f"{key}: importance weights need every token that the student can sample, and the loss needs the "
+                    "very distribution that tokens are sampled from; a filter removes tokens from sampling but not "
+                    "from the loss. Use temperature instead"
                 )
         return given
 
     @model_validator(mode="after")
-    def _servers(self) -> RolloutConfig:
+    def _check_batch_size(self) -> RolloutConfig:
         if self.num_rollouts % self.samples_per_prompt:
             raise InputError(
-                f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt ({self.samples_per_prompt})"
+                f"num_rollouts ({self.num_rollouts}) must be a multiple of samples_per_prompt "
+                f"({self.samples_per_prompt})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_servers(self) -> RolloutConfig:
         if (self.engine == "server") != bool(self.servers):
             raise InputError(
                 "engine: server needs servers (http://host:port, one or several), and servers need engine: server"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_one_gpu(self) -> RolloutConfig:
         if "tensor_parallel_size" in self.engine_options or "pipeline_parallel_size" in self.engine_options:
             raise InputError(
-                "engine_options: an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N and set "
-                "engine: server"
+                "engine_options: an engine in the training process has one GPU; start vllm serve "
+                "--tensor-parallel-size N and set engine: server"
             )
-        if taken := sorted(set(self.engine_options) & RESERVED_ENGINE_OPTIONS):
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine_options(self) -> RolloutConfig:
+        if reserved := sorted(set(self.engine_options) & RESERVED_ENGINE_OPTIONS):
             raise InputError(
-                f"engine_options: {', '.join(taken)} follows from the recipe; exactness and memory depend on it"
+                f"engine_options: {', '.join(reserved)} follows from the recipe, because exact log-probabilities and "
+                "memory depend on it; leave it out"
             )
         if self.engine_options and self.engine in ("server", "transformers"):
-            raise InputError(f"engine_options are of vLLM in the training process, not of engine: {self.engine}")
+            raise InputError(
+                f"engine_options are of vLLM in the training process, not of engine: {self.engine}; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> RolloutConfig:
         if self.lora == "adapter" and self.engine == "server":
             raise InputError(
                 "lora: adapter is for vLLM in the training process; servers take merged weights: set lora: merged"

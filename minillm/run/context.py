@@ -18,7 +18,7 @@ from minillm.errors import DataError, InputError
 from minillm.models.conventions import Conventions, settle_run
 from minillm.models.sources import find_gguf
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.base import Engine
+from minillm.rollout.engines.base import Engine, EngineSizing
 from minillm.rollout.engines.choose import make_engine
 from minillm.run.checks import check_models, check_rows, check_sizes
 from minillm.run.directory import RunState
@@ -177,7 +177,8 @@ class Run:
 
     def engine(self, folder: str, new_tokens: int) -> Engine:
         """An engine that samples the model in a folder."""
-        return make_engine(self.recipe.rollout, folder, max_length=self.max_length(new_tokens), tokenizer=folder)
+        sizing = EngineSizing.from_config(self.recipe.rollout, self.max_length(new_tokens))
+        return make_engine(self.recipe.rollout, folder, sizing, tokenizer=folder)
 
 
 def _is_token_ids(ids: Any) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillm.errors import RunError
+from minillm.models.launcher import environment_without_launcher
 from minillm.run.directory import RunState, absolute_paths
 from minillm.run.recipe_file import STANDARD_INPUT
 
@@ -79,15 +80,9 @@ def run_in_main_process(run: Run, stage: str, rank: int) -> None:
         RunError: the subprocess failed, or process 0 has stopped.
     """
     if rank == 0:
-        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        kept = {
-            name: value
-            for name, value in environ.items()
-            if name not in launcher and not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
-        }
         # The recipe goes through a pipe: it may hold secrets, which are written nowhere.
         command = [sys.executable, "-m", "minillm", "run", str(STANDARD_INPUT), "--stage", stage]
-        done = subprocess.run(command, env=kept, input=_as_piped(run.recipe), text=True)
+        done = subprocess.run(command, env=environment_without_launcher(), input=_as_piped(run.recipe), text=True)
         if done.returncode:
             raise RunError(
                 f"stage {stage} failed in its own process (exit status {done.returncode}); see what it printed above"

@@ -35,6 +35,7 @@ from minillm.models.head import keeps_sequences_apart
 from minillm.models.lora import check_adapter
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
+from minillm.rollout.engines.choose import supports_overlap
 from minillm.rollout.replay import OtherResponses
 from minillm.rollout.samplers.teacher_mixed import FIRST_DRAFT, TeacherMixedSampler, draft_length
 from minillm.teacher.served import ServedTeacher
@@ -135,7 +136,7 @@ class MiniLLMTrainer(DistillationTrainer):
             self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
             self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
         self._sampler: TeacherMixedSampler | None = None
-        if config.overlap and config.engine != "server" and engine is None:
+        if config.overlap and engine is None and not supports_overlap(config.engine):
             raise InputError(
                 "rollout.overlap draws beside the updates, with the weights before them: it needs rollout.engine: server"
             )

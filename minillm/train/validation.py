@@ -28,7 +28,7 @@ from minillm.models.quantization import is_quantized
 from minillm.models.saving import cast_folder, save_plain
 from minillm.redaction import is_secret
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.base import Engine
+from minillm.rollout.engines.base import Engine, EngineSizing
 from minillm.rollout.engines.choose import make_engine, sync_weights
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
@@ -127,11 +127,15 @@ class Validated:
             with self.phase("engine_start"), tempfile.TemporaryDirectory() as spare:
                 folder = self._folder_of(student, spare)
                 length = config.max_prompt_tokens + config.max_new_tokens
+                sizing = EngineSizing.from_config(
+                    config,
+                    max_length=min(length, context_length(text_config(student)) or length),
+                    sequences=config.num_rollouts // self.accelerator.num_processes,
+                    dtype=self.compute_dtype,
+                )
                 self._engine = make_engine(
-                    config, folder, max_length=min(length, context_length(text_config(student)) or length), dtype=self.compute_dtype,
-                    sequences=config.num_rollouts // self.accelerator.num_processes, tokenizer=folder, model=student,
-                    work=str(self.args.output_dir),
-                )  # fmt: skip
+                    config, folder, sizing, tokenizer=folder, model=student, work=str(self.args.output_dir)
+                )
         with self.phase("sync"):
             sync_weights(self._engine, student, self.compute_dtype, self.state.global_step, str(self.args.output_dir))
         return self._engine

@@ -1,4 +1,4 @@
-"""What a server tells is checked before it is believed."""
+"""A server's answers are validated before they are used."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def answer(drawn: float, others: dict[str, float]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("value", [NAN, INF, 0.5, -INF, -9999.0])
-def test_a_drawn_token_has_a_probability(value: float) -> None:
-    with pytest.raises(ValueError, match=r"is no log-probability|drawn with a probability of 0"):
+def test_a_sampled_token_has_a_probability(value: float) -> None:
+    with pytest.raises(ValueError, match=r"invalid log-probability|a sampled token has a probability of 0"):
         read_completion(answer(value, {}))
 
 
@@ -33,12 +33,12 @@ def test_other_tokens_may_have_none() -> None:
     ).tables
     assert table == {5: -0.5, 6: LOG_ZERO, 7: LOG_ZERO, 8: 2e-4}
     for value in (NAN, INF, 0.5):
-        with pytest.raises(ValueError, match="is no log-probability"):
+        with pytest.raises(ValueError, match="invalid log-probability"):
             read_completion(answer(-0.5, {"token_id:6": value}), [6])
 
 
-class Told:
-    """A served teacher's servers, with one answer to every request."""
+class FixedAnswer:
+    """Stands in for the servers of a served teacher, with one answer to every request."""
 
     def __init__(self, rows: list[dict[str, float]]) -> None:
         self.rows = [{token: {"logprob": value} for token, value in row.items()} for row in rows]
@@ -53,19 +53,19 @@ class Told:
 def served(rows: list[dict[str, float]]) -> Rollout:
     teacher = ServedTeacher(["http://nowhere"], "none", top_k=2)
     teacher.close()
-    teacher._servers = Told(rows)  # pyright: ignore[reportAttributeAccessIssue]
+    teacher._servers = FixedAnswer(rows)  # pyright: ignore[reportAttributeAccessIssue]
     drawn = torch.tensor([-0.1, -0.2])
     rollout = Rollout([3], [5, 1], drawn, drawn, 0, True, top_logprobs=[{5: -0.1, 6: -2.4}, {1: -0.2, 6: -1.7}])
     teacher.score([rollout], Sampling(2, (1,), 32, top_logprobs=2))
     return rollout
 
 
-def test_a_served_teachers_zeros_are_the_floor_and_what_is_no_log_probability_is_refused() -> None:
+def test_a_served_teachers_zeros_are_floored_and_invalid_logprobs_are_refused() -> None:
     rollout = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}])
     assert rollout.teacher_rows is not None
     assert rollout.teacher_logprobs is not None
     assert rollout.teacher_rows.logprobs.tolist() == [pytest.approx([-0.3, LOG_ZERO]), pytest.approx([LOG_ZERO, -0.4])]
     assert rollout.teacher_logprobs.tolist() == pytest.approx([-0.3, LOG_ZERO])
     for value in (NAN, INF, 0.5):
-        with pytest.raises(ValueError, match="is no log-probability"):
+        with pytest.raises(ValueError, match="invalid log-probability"):
             served([{"5": -0.3, "6": value}, {"1": -0.2, "6": -0.4}])

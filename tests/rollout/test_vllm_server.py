@@ -1,4 +1,4 @@
-"""What a server may do wrong, forced by servers of our own: the requests, the retries, and the weights they hold."""
+"""Failures of servers, produced by fake servers: which requests they get, the retries, and the weights they hold."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ SAMPLING = Sampling(4, (1,), 30)
 
 
 class FakeServer:
-    """Answers with tokens that tell the weights and the seed; `faults` come first, one a completion."""
+    """Answers with tokens that encode its weights and the seed.
+
+    Each of `faults` answers one completion instead, in order; `resets` are the results of /reset_prefix_cache.
+    """
 
     def __init__(self) -> None:
         self.weights, self.seeds, self.faults = -1.0, Counter(), []
-        self.bodies: list[dict[str, Any]] = []
-        self.resets: list[bool] = []
+        self.bodies, self.resets = list[dict[str, Any]](), list[bool]()
         self.lock, self.down_until, self.raw = threading.Lock(), 0.0, False
         self.started: float | None = 1.7e9
         outer = self
@@ -37,8 +39,8 @@ class FakeServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if self.path == "/metrics":
-                    told = b"" if outer.started is None else b"process_start_time_seconds %.2f\n" % outer.started
-                    self.say(200, b"# HELP process_start_time_seconds Start time.\n" + told)
+                    metric = b"" if outer.started is None else b"process_start_time_seconds %.2f\n" % outer.started
+                    self.say(200, b"# HELP process_start_time_seconds Start time.\n" + metric)
                 else:
                     self.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
 
@@ -115,16 +117,16 @@ def hanging_up(handler: Any, body: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(serving, "_LONGEST_PAUSE", 0.05)
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_FIRST_BACKOFF", 0.02)
+    monkeypatch.setattr(serving, "_LONGEST_BACKOFF", 0.05)
 
 
 @pytest.fixture
 def servers() -> Iterator[list[FakeServer]]:
-    two = [FakeServer(), FakeServer()]
-    yield two
-    for server in two:
+    started = [FakeServer(), FakeServer()]
+    yield started
+    for server in started:
         server.close()
 
 
@@ -146,16 +148,13 @@ def test_requests_are_spread_and_every_server_gets_the_weights(servers: list[Fak
     assert all(r.finished for r in rollouts)
     assert all(sum(server.seeds.values()) >= 5 for server in servers)
     body = servers[0].bodies[0]
-    assert body["logit_bias"] == {"30": -100.0, "31": -100.0}  # the head's padding
-    assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (
-        1.0,
-        0,
-        1.0,
-    )  # whatever the served folder says
+    assert body["logit_bias"] == {"30": -100.0, "31": -100.0}  # the padding of the head
+    # Whatever sampling settings the served folder has.
+    assert (body["top_p"], body["top_k"], body["repetition_penalty"]) == (1.0, 0, 1.0)
     assert (body["max_tokens"], body["stop_token_ids"], body["temperature"]) == (4, [1], 1.0)
     engine.update_weights(weights(4.0), 8)
     assert [server.weights for server in servers] == [4.0, 4.0]
-    assert [path.name for path in tmp_path.iterdir()] == ["weights-8"]  # the ones before are gone
+    assert [path.name for path in tmp_path.iterdir()] == ["weights-8"]  # previous weights are deleted
     engine.close()
     assert not list(tmp_path.iterdir())
 
@@ -167,14 +166,14 @@ BAD = {
     "no JSON": saying(b"<html>"),
     "other JSON": saying({"hello": 1}),
     "fewer log-probabilities than tokens": saying(answer([2, 3], [-0.5])),
-    "a log-probability that is none": saying(answer([2], [float("nan")])),
+    "an invalid log-probability": saying(answer([2], [float("nan")])),
     "an aborted answer": saying(answer([2, 3], [-0.5, -0.5], why="abort")),
     "no tokens": saying(answer([], [])),
 }
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_a_fault_is_retried_and_nothing_is_drawn_twice(servers: list[FakeServer], tmp_path: Path, fault: str) -> None:
+def test_a_fault_is_retried_and_nothing_is_sampled_twice(servers: list[FakeServer], tmp_path: Path, fault: str) -> None:
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(1.0), 1)
     servers[0].faults = [BAD[fault]] * 3
@@ -185,12 +184,12 @@ def test_a_fault_is_retried_and_nothing_is_drawn_twice(servers: list[FakeServer]
 
 
 def test_a_restarted_server_gets_the_weights_before_it_answers_again(servers: list[FakeServer], tmp_path: Path) -> None:
-    """It comes back with the weights it was started with; what it draws with those must not be taken for the student's."""
+    """It restarts with other weights, and what it samples with those must not count as the student's responses."""
     engine = attach(servers, tmp_path)
     engine.update_weights(weights(5.0), 1)
 
     def restart(handler: Any, body: Any) -> None:
-        # Requests that are on their way reach the new process before anyone has noticed.
+        # Requests in flight reach the new process before the restart is noticed.
         servers[0].weights, servers[0].started, servers[0].down_until = -1.0, 1.8e9, time.monotonic() + 0.3
         hanging_up(handler, body)
 
@@ -201,10 +200,8 @@ def test_a_restarted_server_gets_the_weights_before_it_answers_again(servers: li
 
 
 @pytest.mark.parametrize("call", ["generate", "logprobs_of"])
-def test_a_server_that_was_swapped_between_two_requests_is_noticed(
-    servers: list[FakeServer], tmp_path: Path, call: str
-) -> None:
-    """No request failed; only what its metrics say of its start tells."""
+def test_a_restart_between_two_requests_is_noticed(servers: list[FakeServer], tmp_path: Path, call: str) -> None:
+    """No request fails; only the start time in the metrics shows it."""
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(5.0), 1)
     assert engine.generate([[1]], SAMPLING, [1])[0].response_ids[1] == 15
@@ -214,15 +211,13 @@ def test_a_server_that_was_swapped_between_two_requests_is_noticed(
     else:
         assert engine.logprobs_of([[1]], [[4, 2]], SAMPLING)[0].tolist() == [-4, -2]
     assert servers[0].weights == 5.0
-    drawn = sum(servers[0].seeds.values())
+    before = sum(servers[0].seeds.values())
     engine.generate([[1]], SAMPLING, [1])
-    assert sum(servers[0].seeds.values()) == drawn + 1  # and is not sent for again
+    assert sum(servers[0].seeds.values()) == before + 1  # the request is not repeated
 
 
-def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_after_it(
-    servers: list[FakeServer], tmp_path: Path
-) -> None:
-    """The process was swapped and made fresh by another request while this one was on its way to it."""
+def test_an_answer_to_a_request_from_before_a_restart_is_discarded(servers: list[FakeServer], tmp_path: Path) -> None:
+    """The process was replaced, and got the weights through another request, while this request was in flight."""
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(5.0), 1)
     [server] = engine._servers.each
@@ -231,8 +226,8 @@ def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_afte
     def swapped(handler: Any, body: Any) -> None:
         servers[0].started = 1.8e9
         server.has_current_weights = False
-        engine._refresh(server)  # what another thread does on seeing its request fail
-        servers[0].weights = -1.0  # which the new process began with, and answered this request
+        engine._refresh(server)  # as another thread does when its request fails
+        servers[0].weights = -1.0  # the weights that the new process started with and answered this request with
         answers.append(body["seed"])
         servers[0].complete(handler, body)
         servers[0].weights = 5.0
@@ -244,9 +239,7 @@ def test_an_answer_that_was_asked_for_before_a_restart_is_not_taken_for_one_afte
     assert servers[0].seeds[1] == 2
 
 
-def test_an_address_with_one_process_after_another_behind_it_is_refused(
-    servers: list[FakeServer], tmp_path: Path
-) -> None:
+def test_an_address_with_changing_processes_is_refused(servers: list[FakeServer], tmp_path: Path) -> None:
     engine = attach(servers[:1], tmp_path, patience=0.5)
     engine.update_weights(weights(5.0), 1)
     complete = servers[0].complete
@@ -260,10 +253,10 @@ def test_an_address_with_one_process_after_another_behind_it_is_refused(
         engine.generate([[1]], SAMPLING, [1])
 
 
-def test_a_fault_of_a_process_that_goes_on_sends_no_weights_again(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_a_fault_without_a_restart_sends_no_weights_again(servers: list[FakeServer], tmp_path: Path) -> None:
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(5.0), 1)
-    servers[0].weights = 6.0  # what would be overwritten
+    servers[0].weights = 6.0  # sending the weights again would overwrite this
     servers[0].faults = [failing(500), failing(429), hanging_up]
     assert {r.response_ids[1] for r in engine.generate([[i] for i in range(8)], SAMPLING, range(8))} == {16}
 
@@ -278,7 +271,7 @@ def test_weights_go_to_whichever_server_comes_back(servers: list[FakeServer], tm
     assert servers[1].resets == []
 
 
-def test_weights_that_cannot_be_laid_down_end_every_process_alike(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_a_failure_to_write_weights_still_gathers_every_shard(servers: list[FakeServer], tmp_path: Path) -> None:
     engine = attach(servers[:1], tmp_path / "weights")
     gathered = []
 
@@ -287,20 +280,20 @@ def test_weights_that_cannot_be_laid_down_end_every_process_alike(servers: list[
             gathered.append(i)
             yield f"w{i}", torch.zeros(1)
 
-    (tmp_path / "weights").write_text("a file where a folder is wanted")
-    with pytest.raises(EngineError, match="the weights cannot be laid down for the servers"):
+    (tmp_path / "weights").write_text("a file in the place of a folder")
+    with pytest.raises(EngineError, match="the weights cannot be written for the servers"):
         engine.update_weights(shards(), 1)
-    assert gathered == [0, 1, 2]  # each is a collective operation that the others take part in
+    assert gathered == [0, 1, 2]  # gathering each is a collective operation, in which all processes take part
 
 
-def test_a_server_whose_metrics_tell_no_start_is_believed(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_a_server_whose_metrics_report_no_start_time_is_trusted(servers: list[FakeServer], tmp_path: Path) -> None:
     servers[0].started = None
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(5.0), 1)
     assert engine.generate([[1]], SAMPLING, [1])[0].response_ids[1] == 15
 
 
-def test_a_server_that_stays_away_leaves_its_work_to_the_other(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_the_requests_of_an_unreachable_server_go_to_the_other(servers: list[FakeServer], tmp_path: Path) -> None:
     engine = attach(servers, tmp_path)
     engine.update_weights(weights(1.0), 1)
     servers[0].faults = [hanging_up] * 10_000
@@ -308,7 +301,7 @@ def test_a_server_that_stays_away_leaves_its_work_to_the_other(servers: list[Fak
     assert len(rollouts) == 30
     assert sum(servers[1].seeds.values()) == 30
     servers[0].close()
-    engine.update_weights(weights(2.0), 2)  # nor does it hold up new weights
+    engine.update_weights(weights(2.0), 2)  # an unreachable server does not delay new weights either
     assert {r.response_ids[1] for r in engine.generate([[i] for i in range(8)], SAMPLING, range(8))} == {12}
 
 
@@ -319,19 +312,19 @@ def test_a_prefix_cache_that_was_not_dropped_is_not_used(servers: list[FakeServe
     assert servers[0].resets == []
 
 
-def test_an_address_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_invalid_address_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="localhost:8000 is no address of a server"):
         VLLMServerEngine(["localhost:8000"], tmp_path, max_length=8, head_width=32, patience=60)
 
 
-def test_a_server_that_reports_raw_numbers_is_refused(servers: list[FakeServer], tmp_path: Path) -> None:
-    """Rounding that depends on the batch must not let it pass."""
+def test_a_server_that_reports_raw_logprobs_is_refused(servers: list[FakeServer], tmp_path: Path) -> None:
+    """Rounding that depends on the batch must not hide it."""
     servers[0].raw = True
     with pytest.raises(EngineError, match="log-probabilities before temperature: start it with --logprobs-mode"):
         attach(servers[:1], tmp_path)
 
 
-def test_a_server_of_the_runs_own_that_has_ended_is_not_waited_for(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_retries_end_when_the_runs_own_server_has_ended(servers: list[FakeServer], tmp_path: Path) -> None:
     servers[0].close()
     start = time.monotonic()
     engine = serving.Servers(
@@ -345,10 +338,10 @@ def test_a_server_of_the_runs_own_that_has_ended_is_not_waited_for(servers: list
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_under_several_processes_the_first_says_which_servers_have_the_weights(
+def test_process_0_decides_which_servers_have_the_weights(
     servers: list[FakeServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
-    """A server that was away is fresh for no process, and an error of the first is one of all."""
+    """An unreachable server has the weights in the view of no process, and an error of process 0 is raised in all."""
     engine = attach(servers, tmp_path)
     told: list[list[Any]] = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -380,12 +373,14 @@ def test_under_several_processes_the_first_says_which_servers_have_the_weights(
             (False, 1.0),
             (True, 2.0),
         ]
-        assert [server.weights for server in servers] == [-1.0, -1.0]  # the first process sends
+        assert [server.weights for server in servers] == [-1.0, -1.0]  # only process 0 sends weights
         with pytest.raises(EngineError, match="http://gone: no answer"):
             engine.update_weights(weights(4.0), 2)
 
 
-def test_patience_ends_with_the_server_and_its_last_words(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_the_error_at_the_end_of_patience_names_the_server_and_its_last_error(
+    servers: list[FakeServer], tmp_path: Path
+) -> None:
     engine = attach(servers[:1], tmp_path, patience=0.3)
     servers[0].faults = [saying({"hello": 1})] * 10_000
     with pytest.raises(
@@ -395,7 +390,7 @@ def test_patience_ends_with_the_server_and_its_last_words(servers: list[FakeServ
         engine.generate([[1]], SAMPLING, [0])
 
 
-def test_what_will_not_pass_is_not_retried(servers: list[FakeServer], tmp_path: Path) -> None:
+def test_permanent_errors_are_not_retried(servers: list[FakeServer], tmp_path: Path) -> None:
     engine = attach(servers[:1], tmp_path, patience=60)
     servers[0].faults = [failing(401)]
     with pytest.raises(EngineError, match=r"answered 401.*\(set VLLM_API_KEY to the server's key\)"):

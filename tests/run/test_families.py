@@ -25,6 +25,7 @@ from minillm.data.sampling import Sampling
 from minillm.models.families import KNOWN
 from minillm.models.load import load_model, load_tokenizer
 from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.base import EngineSizing
 from minillm.rollout.engines.choose import make_engine
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
@@ -260,7 +261,9 @@ def test_on_vllm(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", sorted(NOT_ON_CPUS))
 def test_what_vllm_would_change_on_a_cpu_transformers_samples(family: str, tmp_path: Path) -> None:
     folder = tiny(FAMILIES[family][1](2), 1, tmp_path / "model")
-    engine = make_engine(RolloutConfig(engine="auto"), folder, max_length=32, model=load_model(folder))
+    engine = make_engine(
+        RolloutConfig(engine="auto"), folder, EngineSizing(32, torch.float32), model=load_model(folder)
+    )
     assert isinstance(engine, TransformersEngine)
 
 
@@ -280,7 +283,7 @@ def test_vllm_leaves_no_model_of_them_to_transformers(family: str, tmp_path: Pat
 
 
 def spoil(folder: str) -> None:
-    engine = VLLMEngine(folder, max_length=32, dtype=torch.float32)
+    engine = VLLMEngine(folder, EngineSizing(32, torch.float32))
     assert engine.generate([[2, 3]], Sampling(4, (1,), 32), [0])
     with pytest.raises(AssertionError, match="vLLM config is not set"):
         load_model(folder)

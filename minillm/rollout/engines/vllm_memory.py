@@ -1,4 +1,7 @@
-"""What vLLM takes of memory to sample a model, by the model's config: one reckoning, for the engine and for the plan."""
+"""How much memory vLLM takes to sample a model, computed from the model's config, for the engines and for the plan.
+
+This module loads neither torch nor transformers; its functions import them when they are called.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +9,58 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
-from minillm.models.configs import head_size
-from minillm.models.shape import cached_bytes
+from minillm.rollout.engines.base import EngineSizing
 
 GIB = 1 << 30
-# On the CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
+# On a CPU vLLM's blocks are 128 tokens by default; a resumed draft would prefill up to 127 of them again.
 CPU_BLOCK = 32
-_MOST_ON_CPU, LEAST_CACHE = 4 * GIB, GIB // 8
-_BUFFERS = 2 * GIB  # vLLM's own, beside weights and cache
-_SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it draws from
+_MAX_CACHE_ON_CPU, LEAST_CACHE = 4 * GIB, GIB // 8
+_BUFFERS = 2 * GIB  # vLLM's own, in addition to weights and cache
+_SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it samples
 
 
 def sequences_at_once(sequences: int, gpu: bool) -> int:
-    """Of so many sequences, those that are drawn from at the same time."""
+    """Return how many of `sequences` vLLM samples at the same time."""
     return min(max(sequences, 16 if gpu else 64), 256)
 
 
 def cache_needed(config: Any, *, max_length: int, sequences: int, itemsize: int) -> int:
-    """Bytes of the keys and values of so many sequences of full length (at most: windows of attention are not seen).
+    """Return the size in bytes of the key-value cache of `sequences` of full length.
+
+    This is an upper bound: sliding windows of attention, which need less, are not considered.
 
     Args:
-        config: of the text model.
-        itemsize: bytes of one number.
+        config: Config of the text model.
+        max_length: Tokens of a sequence.
+        sequences: Number of sequences.
+        itemsize: Bytes of one number in the cache.
     """
-    blocks = sequences * (-(-max_length // CPU_BLOCK) + 1)  # whole ones, and one to grow into
+    from minillm.models.shape import cached_bytes
+
+    blocks = sequences * (-(-max_length // CPU_BLOCK) + 1)  # the blocks of a full sequence, and one to grow into
     return cached_bytes(config, itemsize) * CPU_BLOCK * blocks
 
 
 def cache_wanted(needed: int, memory: float | None, gpu: bool) -> int:
-    """Bytes of cache that are asked for: what is needed, on a CPU 4 GiB of it at most; or the `memory` in GiB that a recipe says."""
+    """Return the size in bytes of the key-value cache that vLLM is asked for.
+
+    Args:
+        needed: Bytes that all sequences of full length need. On a CPU at most 4 GiB of them are asked for.
+        memory: Size in GiB that the recipe sets instead, or None.
+        gpu: Whether vLLM runs on a GPU.
+    """
     if memory is not None:
         return int(memory * GIB)
-    return needed if gpu else max(min(needed, _MOST_ON_CPU), LEAST_CACHE)
+    return needed if gpu else max(min(needed, _MAX_CACHE_ON_CPU), LEAST_CACHE)
 
 
 def buffer_bytes(vocabulary: int, sequences: int) -> int:
-    """What vLLM takes of a GPU beside weights and cache."""
+    """Return how many bytes vLLM takes on a GPU in addition to weights and cache.
+
+    Args:
+        vocabulary: Number of entries in the vocabulary.
+        sequences: How many responses are sampled together.
+    """
     return _BUFFERS + _SAMPLER_COPIES * sequences_at_once(sequences, gpu=True) * vocabulary * 4
 
 
@@ -57,11 +73,14 @@ HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def vllm_is_installed() -> bool:
+    """Return whether vLLM can be imported."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def why_not_on_cpus(config: Any) -> str | None:
-    """What keeps vLLM's CPU build from sampling a model of this text config, if anything does."""
+    """Return why vLLM's CPU build cannot sample a model with this text config, or None where it can."""
+    from minillm.models.configs import head_size
+
     if config.model_type in NOT_ON_CPUS:
         return f"vLLM on a CPU changes the class of {config.model_type} in transformers"
     if (size := head_size(config)) not in HEADS_ON_CPUS:
@@ -69,41 +88,51 @@ def why_not_on_cpus(config: Any) -> str | None:
     return None
 
 
-def cache_bytes(folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of so many sequences of full length (at most: windows of attention are not seen)."""
+def cache_bytes(folder: str | Path, sizing: EngineSizing) -> int:
+    """Return `cache_needed` for the model in `folder`."""
+    from transformers import AutoConfig
+
     config: Any = AutoConfig.from_pretrained(folder).get_text_config()
-    return cache_needed(config, max_length=max_length, sequences=sequences, itemsize=dtype.itemsize)
+    return cache_needed(
+        config, max_length=sizing.max_length, sequences=sizing.sequences, itemsize=sizing.dtype.itemsize
+    )
 
 
-def engine_limits(max_length: int, sequences: int) -> dict[str, int]:
-    """Sequences drawn from at once, and tokens read in one step: vLLM's defaults are sized for a GPU of its own."""
+def engine_limits(sizing: EngineSizing) -> dict[str, int]:
+    """Return vLLM's settings of how many sequences it samples at once, and how many tokens it reads in one step.
+
+    vLLM's defaults are made for a GPU that it has to itself.
+    """
+    import torch
+
     gpu = torch.cuda.is_available()
     return {
-        "max_num_seqs": sequences_at_once(sequences, gpu),
-        "max_num_batched_tokens": max(8192 if gpu else 4096, max_length),
+        "max_num_seqs": sequences_at_once(sizing.sequences, gpu),
+        "max_num_batched_tokens": max(8192 if gpu else 4096, sizing.max_length),
     }
 
 
-def memory_settings(
-    folder: str | Path, *, max_length: int, sequences: int, dtype: torch.dtype, memory: float | None
-) -> dict[str, Any]:
-    """vLLM's settings of its memory, from what it will hold.
+def memory_settings(folder: str | Path, sizing: EngineSizing) -> dict[str, Any]:
+    """Return vLLM's memory settings for the model in `folder`.
 
-    The cache of `sequences` at full length; on a CPU 4 GiB of it at most, on a GPU what nine tenths of the free memory
-    leave beside the weights and vLLM's buffers.
+    The key-value cache holds `sizing.sequences` at full length. On a CPU it is at most 4 GiB. On a GPU it is at most
+    what nine tenths of the free memory leave after the weights and vLLM's buffers.
     """
-    needed = cache_bytes(folder, max_length=max_length, sequences=sequences, dtype=dtype)
-    wanted = cache_wanted(needed, memory, gpu=torch.cuda.is_available())
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    wanted = cache_wanted(cache_bytes(folder, sizing), sizing.memory, gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
         return {"kv_cache_memory_bytes": wanted}
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).num_parameters() * dtype.itemsize
-    buffers = buffer_bytes(config.get_text_config().vocab_size, sequences)
+        weights = AutoModelForCausalLM.from_config(config).num_parameters() * sizing.dtype.itemsize
+    buffers = buffer_bytes(config.get_text_config().vocab_size, sizing.sequences)
     share = min(wanted + weights + buffers, 0.9 * free)
-    # The cache's size is said outright: measuring it, vLLM takes memory that another process gives back meanwhile for an error.
+    # The cache's size is given explicitly: when vLLM measures it, memory that another process frees meanwhile is an
+    # error.
     return {
         "gpu_memory_utilization": round(share / total, 3),
         "kv_cache_memory_bytes": int(max(min(wanted, share - weights - buffers), LEAST_CACHE)),

@@ -1,0 +1,27 @@
+"""Environment variables that a launcher of several processes (accelerate launch, torchrun) sets."""
+
+from __future__ import annotations
+
+import os
+
+_NAMES = frozenset(
+    {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "ROLE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+)
+_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_")
+
+
+def environment_without_launcher() -> dict[str, str]:
+    """Return a copy of this process's environment without the variables of the launcher.
+
+    A child process that inherits them takes itself for one of the launched processes, and waits for the others.
+    """
+    return {name: value for name, value in os.environ.items() if name not in _NAMES and not name.startswith(_PREFIXES)}
