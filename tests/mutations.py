@@ -132,8 +132,8 @@ MUTATIONS = [
     Mutation(
         "end token left out",
         "data/sampling.py",
-        "ends = next((place + 1 for place, token",
-        "ends = next((max(place, 1) for place, token",
+        "ends = next((position + 1 for position, token",
+        "ends = next((max(position, 1) for position, token",
     ),
     Mutation(
         "padded vocabulary rows scored",

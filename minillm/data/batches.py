@@ -1,7 +1,8 @@
 """Turns sequences of unequal length into the tensors of one micro-batch.
 
-Values that belong to response tokens are stored flat: one tensor of N tokens holds all responses of the batch, one after
-another, and `lengths` says where each ends. Padding is known from the lengths and never from the id of a pad token.
+Values that belong to response tokens are stored flat: one tensor of N tokens holds all responses of the batch, one
+after another, and `lengths` says where each ends. Padding is known from the lengths and never from the id of a pad
+token.
 """
 
 from __future__ import annotations

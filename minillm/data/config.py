@@ -30,13 +30,14 @@ class Source(Section):
     config: str | None = None
     """Configuration of the data set."""
     revision: str | None = None
-    """Branch, tag or commit of the data set on the hub. For a data set that is still a program, `refs/convert/parquet` is
-    the hub's own copy of its rows."""
+    """Branch, tag or commit of the data set on the hub. For a data set that is still a program, `refs/convert/parquet`
+    is the hub's own copy of its rows."""
     split: str = "train"
     """Split of the data set. Slices such as `train[:1000]` are allowed."""
     columns: dict[str, str] = {}
-    """Names of the columns to read as `instruction`, `input`, `output`, `messages` or `text`. Needed only where the names
-    are not recognised; those of Dolly (`context`, `response`) and Alpaca, `prompt`/`completion` and chats (`messages`) are."""
+    """Names of the columns to read as `instruction`, `input`, `output`, `messages` or `text`. Needed only where the
+    names are not recognised; those of Dolly (`context`, `response`) and Alpaca, `prompt`/`completion` and chats
+    (`messages`) are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -59,8 +60,8 @@ class DataConfig(Section):
     """Data of a run, and how its rows become prompts."""
 
     train: Source
-    """Training prompts: rows of `instruction` with an optional `input`, of `prompt`, or of `messages`. A row of `messages`
-    is a chat; every answer of the assistant in it counts as one example."""
+    """Training prompts: rows of `instruction` with an optional `input`, of `prompt`, or of `messages`. A row of
+    `messages` is a chat; every answer of the assistant in it counts as one example."""
     heldout: Source
     """Prompts that no stage trains on."""
     validation: Source | None = None
@@ -70,12 +71,12 @@ class DataConfig(Section):
     text: Source | None = None
     """Rows of `text`, for the language-model term of the minillm stage. Only as many are read as its updates need."""
     template: Template = "chat"
-    """`chat`: the tokenizer's chat template. `alpaca`: the template of the MiniLLM paper. `plain`: the text unchanged. Any
-    other value is a Jinja template of your own, as a `.jinja` file or as text, with the variables `instruction`, `input`,
-    `system`, `messages`, `bos_token` and `eos_token`."""
+    """`chat`: the tokenizer's chat template. `alpaca`: the template of the MiniLLM paper. `plain`: the text unchanged.
+    Any other value is a Jinja template of your own, as a `.jinja` file or as text, with the variables `instruction`,
+    `input`, `system`, `messages`, `bos_token` and `eos_token`."""
     system: str | None = None
-    """System message for the chat template. Without it the template's own is used. A chat that has a system message keeps
-    it."""
+    """System message for the chat template. Without it the template's own is used. A chat that has a system message
+    keeps it."""
     max_prompt_tokens: Positive = 256
     """Limit for rendered prompts. A longer prompt is left out, counted and reported; it is never cut."""
     limit: Positive | None = None

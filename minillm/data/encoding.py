@@ -1,8 +1,8 @@
 """Encodes text as token ids, so that only special tokens written by a template become control tokens.
 
-Users and data may write the text of a special token ("a turn ends with <|im_end|>"). A tokenizer would encode that text as
-the token itself, which would end an answer, or begin another speaker's turn. Such text is marked before a template renders
-it, and is then encoded as the ordinary text that it is.
+Users and data may write the text of a special token ("a turn ends with <|im_end|>"). A tokenizer would encode that text
+as the token itself, which would end an answer, or begin another speaker's turn. Such text is marked before a template
+renders it, and is then encoded as the ordinary text that it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 from minillm.errors import DataError
 
-# Private-use characters, which no template looks at. They enclose the number of a special token whose text was meant as text.
+# Private-use characters, which no template looks at. They enclose the number of a special token whose text was meant as
+# text.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _ANSWER = f"{_OPEN}answer{_CLOSE}"  # stands for an answer while a conversation is rendered
@@ -115,8 +116,8 @@ class TextEncoder:
     def answer(self, messages: Messages, answer: str, place: str = "") -> list[int] | None:
         """Return the ids of an answer to a conversation, as a model would sample them after `chat`, with the end token.
 
-        If the template marks what the assistant says (`generation`), the answer is exactly that. Otherwise it ends with the
-        first special token after it.
+        If the template marks what the assistant says (`generation`), the answer is exactly that. Otherwise it ends with
+        the first special token after it.
 
         Args:
             messages: The conversation before the answer.
@@ -169,12 +170,12 @@ class TextEncoder:
         return answer.rstrip() if after == after_spaced else answer
 
     def _prompt(self, messages: Messages, place: str) -> str:
-        # Templates of models that can think first (Qwen3) are told to turn it off: a thought can be longer than the response
-        # limit.
+        # Templates of models that can think first (Qwen3) are told to turn it off: a thought can be longer than the
+        # response limit.
         return self._apply(messages, place, add_generation_prompt=True, enable_thinking=False)[0]
 
     def _conversation(self, messages: Messages, place: str) -> tuple[str, list[tuple[int, int]]]:
-        """Render a conversation that ends with an answer; also return the spans that the template marks as generated."""
+        """Render a conversation that ends with an answer, and return the spans that the template marks as generated."""
         marks_answers = "generation %}" in str(self._tokenizer.chat_template).replace("add_generation", "")
         return self._apply(messages, place, return_assistant_tokens_mask=marks_answers, enable_thinking=False)
 
@@ -193,8 +194,8 @@ class TextEncoder:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {error}; correct the "
-                "conversation, or set data.template to a template that takes it"
+                f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {error}; correct "
+                "the conversation, or set data.template to a template that takes it"
             ) from None
         [rendered], spans = found
         return rendered, [(start, end) for start, end in spans[0]] if spans else []

@@ -1,9 +1,9 @@
 """Log-probabilities from logits, with a lower limit where a divergence needs one.
 
-A model excludes a token by a logit of −∞, or by a number used instead: the lowest of its dtype, −10,000, or vLLM's −9999.
-A divergence to it would be infinite, and its gradient not a number. `floored_log_softmax` therefore returns no
-log-probability below `LOG_ZERO`. That is a probability of e^−80, too small to change a sum over a vocabulary, and costs 80
-nats for each unit of probability that one model gives to a token that the other excludes. Gradients are those of the
+A model excludes a token by a logit of −∞, or by a number used instead: the lowest of its dtype, −10,000, or vLLM's
+−9999. A divergence to it would be infinite, and its gradient not a number. `floored_log_softmax` therefore returns no
+log-probability below `LOG_ZERO`. That is a probability of e^−80, too small to change a sum over a vocabulary, and costs
+80 nats for each unit of probability that one model gives to a token that the other excludes. Gradients are those of the
 log-probabilities without the limit, which are finite wherever the logits are.
 """
 
@@ -73,7 +73,8 @@ def mixture_logprobs(
         alpha: Share α of the teacher, from 0 to 1. At 0 `student` itself is returned, and at 1 `teacher`.
 
     Returns:
-        Log-probabilities of the mixture, in the wider dtype of the two. Between 0 and 1 they are −∞ only where both are.
+        Log-probabilities of the mixture, in the wider dtype of the two. Between 0 and 1 they are −∞ only where both
+        are.
     """
     if alpha == 0:
         return student

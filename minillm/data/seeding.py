@@ -10,8 +10,8 @@ import torch
 def seed_of(*parts: int | str) -> int:
     """Derive a seed from its parts, the same on every machine and in every process.
 
-    The parts of a call are part of a run's randomness: with other parts, or in another order, the same recipe samples other
-    tokens.
+    The parts of a call are part of a run's randomness: with other parts, or in another order, the same recipe samples
+    other tokens.
 
     Args:
         parts: Whatever tells this use of randomness from others, for example the run's seed, a purpose and a row.
