@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.models.configs import head_size
+from minillm.models.families import NOT_ON_CPUS
 from minillm.models.shape import cached_bytes
 
 GIB = 1 << 30
@@ -48,11 +49,7 @@ def buffer_bytes(vocabulary: int, sequences: int) -> int:
     return _BUFFERS + _SAMPLER_COPIES * sequences_at_once(sequences, gpu=True) * vocabulary * 4
 
 
-# Model types that its CPU build runs by changing transformers' class, of which then no model works in this process but its own; and
-# the sizes of attention heads that the build has kernels for.
-NOT_ON_CPUS = frozenset({"gpt_neox"})
-
-
+# The sizes of attention heads that the CPU build has kernels for.
 HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
