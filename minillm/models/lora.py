@@ -178,8 +178,12 @@ def _with_lora(base: Any, lora: AdapterConfig) -> Any:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM"
-    )  # pyright: ignore[reportArgumentType]
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT divides it, so a float works)
+        use_rslora=lora.rslora,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
     try:
         student = get_peft_model(base, config)
     except ValueError as error:  # PEFT names the modules that are not there
