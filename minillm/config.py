@@ -17,8 +17,9 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 def expand_home(given: Any) -> Any:
-    """Expand `~` and `~name` at the start of a path. This is done once, here: other libraries do it in some places
-    only.
+    """Expand `~` and `~name` at the start of a path.
+
+    This is done once, here, because other libraries do it in some places and not in others.
 
     Args:
         given: A string, a path, or any other value, which is returned unchanged.
@@ -42,6 +43,9 @@ class Section(BaseModel):
 
 def different(values: list[Any]) -> list[Any]:
     """Refuse a list in which a value occurs twice: what it names, such as a seed, would be sampled and counted twice.
+
+    Args:
+        values: The list.
 
     Returns:
         The list, unchanged.

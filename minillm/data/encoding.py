@@ -17,7 +17,7 @@ from minillm.errors import DataError
 # text.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_ANSWER = f"{_OPEN}answer{_CLOSE}"  # stands for an answer while a conversation is rendered
+_ANSWER = f"{_OPEN}answer{_CLOSE}"  # placeholder for an answer while a conversation is rendered
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -170,8 +170,7 @@ class TextEncoder:
         return answer.rstrip() if after == after_spaced else answer
 
     def _prompt(self, messages: Messages, place: str) -> str:
-        # Templates of models that can think first (Qwen3) are told to turn it off: a thought can be longer than the
-        # response limit.
+        # Thinking is turned off in templates that offer it (Qwen3): a thought can be longer than the response limit.
         return self._apply(messages, place, add_generation_prompt=True, enable_thinking=False)[0]
 
     def _conversation(self, messages: Messages, place: str) -> tuple[str, list[tuple[int, int]]]:

@@ -147,6 +147,10 @@ def _jinja(template: str) -> Any:
 def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
     """Return the token ids of a conversation, up to where the assistant's answer begins.
 
+    Args:
+        messages: The conversation, with `role` and `content` of each message.
+        tokenizer: Tokenizer whose chat template renders it.
+
     Raises:
         DataError: The tokenizer has no chat template, or its template refuses the conversation.
     """

@@ -1,5 +1,4 @@
-"""What all models of a run agree on about text: one tokenizer, one set of end tokens, one vocabulary, one context
-length.
+"""Settles what the models of a run share: tokenizer, end tokens, vocabulary and context length.
 
 A base student and a chat teacher disagree about where an answer ends. The teacher decides, because its answers are
 imitated. It is decided once, every stage uses the result, and the student is saved with it.

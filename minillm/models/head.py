@@ -54,6 +54,10 @@ def hidden_states(model: PreTrainedModel, batch: Padded) -> Float[Tensor, "token
 
     No attention mask is needed, because padding is on the right and attention is causal; the fast attention kernels do
     not accept one.
+
+    Args:
+        model: The model.
+        batch: The batch, on the device of the model. Sequences may share a row if `keeps_sequences_apart`.
     """
     positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     states = body(model)(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
@@ -135,6 +139,10 @@ class Head:
         """Return the logits of the whole vocabulary, in float32, or in float64 if the hidden states are.
 
         They take much memory, so this is for a few tokens at a time.
+
+        Args:
+            hidden: Final hidden states of the body.
+            temperature: Temperature that the logits are divided by.
         """
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return LogitTransform.of(self, temperature, wide).logits(project(hidden, self.weight.to(hidden.dtype)), wide)
@@ -188,7 +196,12 @@ class LogitTransform(NamedTuple):
 def project(
     states: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "vocab hidden"]
 ) -> Float[Tensor, "tokens vocab"]:
-    """Return h Wᵀ, in float32 if the backend can compute it: rounding logits to 16 bits costs gradient accuracy."""
+    """Return h Wᵀ, in float32 if the backend can compute it: rounding logits to 16 bits costs gradient accuracy.
+
+    Args:
+        states: h, the final hidden states of the body.
+        weight: W, the weights of the head.
+    """
     if states.is_cuda and states.dtype.itemsize == 2:
         return torch.mm(states, weight.t(), out_dtype=torch.float32)
     return states @ weight.t()

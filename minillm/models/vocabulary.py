@@ -23,6 +23,10 @@ def token_count(tokenizer: Any) -> int:
 def first_difference(one: Any, other: Any) -> tuple[int, str | None, str | None] | None:
     """Compare two tokenizers.
 
+    Args:
+        one: A tokenizer.
+        other: The tokenizer to compare it with.
+
     Returns:
         The lowest id for which they have different tokens, and the token of each for it (None if it has none). None if
         all tokens agree.
@@ -55,6 +59,10 @@ def check_tokenizer_fits(tokenizer: Any, config: Any, who: str) -> None:
 
 def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     """Refuse student and teacher if their tokenizers have different tokens for an id.
+
+    Args:
+        student_tokenizer: Tokenizer of the student.
+        teacher_tokenizer: Tokenizer of the teacher.
 
     Raises:
         VocabularyError: Naming the first id that differs.

@@ -40,8 +40,8 @@ def block_similarity(model: PreTrainedModel, prompts: Iterable[Sequence[int]]) -
         hidden = model(
             torch.tensor([list(ids)], device=model.device), output_hidden_states=True, use_cache=False
         ).hidden_states
-        # The last entry has passed the final norm; the last block's own output is not returned. That block is always
-        # kept.
+        # The last entry has passed the final norm, because the last block's own output is not returned. That does not
+        # matter, because the last block is always kept.
         cosine = [torch.cosine_similarity(a.float(), b.float(), dim=-1).sum() for a, b in pairwise(hidden)]
         total += torch.stack(cosine).double().cpu()
         count += len(ids)
@@ -71,7 +71,11 @@ def layers_to_keep(similarity: Float[Tensor, " layers"], keep: int) -> list[int]
 
 
 def check_keep_layers(depth: int, keep: int) -> None:
-    """Refuse to prune a teacher of `depth` layers to `keep` layers if that is impossible.
+    """Refuse to prune a teacher to a number of layers that is impossible.
+
+    Args:
+        depth: Layers of the teacher.
+        keep: Layers to keep.
 
     Raises:
         InputError: Saying what is allowed.
