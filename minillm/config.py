@@ -1,4 +1,4 @@
-"""What every section of a recipe is made of."""
+"""Base class and value types that the sections of a recipe share."""
 
 from __future__ import annotations
 
@@ -11,34 +11,48 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from minillm.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
-
-
+"""An integer of at least 1."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+"""A number from 0 to 1."""
 
 
 def expand_home(given: Any) -> Any:
-    """`~` and `~name` are read here, once: other libraries read it in some places and not in others."""
-    return (
-        os.path.expanduser(given)
-        if isinstance(given, str)
-        else given.expanduser()
-        if isinstance(given, Path)
-        else given
-    )
+    """Expand `~` and `~name` at the start of a path.
+
+    This is done once, here, because other libraries do it in some places and not in others.
+
+    Args:
+        given: A string, a path, or any other value, which is returned unchanged.
+    """
+    if isinstance(given, str):
+        return os.path.expanduser(given)
+    return given.expanduser() if isinstance(given, Path) else given
 
 
 LocalPath = Annotated[Path, BeforeValidator(expand_home)]
-
-
+"""A path on this machine."""
 ModelSource = Annotated[str, BeforeValidator(expand_home)]
+"""A folder, a hub id, or another name that the reader of the setting accepts."""
 
 
 class Section(BaseModel):
+    """A section of a recipe. Unknown keys are refused, and the docstring of a field is its description."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
 
 def different(values: list[Any]) -> list[Any]:
-    """Refuse a value that is there twice: what it stands for, as a seed's answers, would be made twice and counted as two."""
+    """Refuse a list in which a value occurs twice: what it names, such as a seed, would be sampled and counted twice.
+
+    Args:
+        values: The list.
+
+    Returns:
+        The list, unchanged.
+
+    Raises:
+        InputError: Naming the values that occur more than once.
+    """
     if again := sorted({value for value in values if values.count(value) > 1}):
         raise InputError(f"{', '.join(map(str, again))} is there more than once; name each once")
     return values

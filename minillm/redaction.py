@@ -1,4 +1,4 @@
-"""Keeps secrets out of everything that is written: model cards, run states, results, checkpoints."""
+"""Keeps secrets out of everything that is written: model cards, run states, results and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import re
 from typing import Any
 
 HIDDEN = "(hidden)"
-# A setting's own name says that it is secret; `max_prompt_tokens` and `update_tokens` count tokens, and are not.
+# Names of settings that hold secrets. `max_prompt_tokens` and `update_tokens` count tokens and are not among them.
 _SECRET_NAME = re.compile(
-    r"(^|[_.-])(token|hub_token|api[_-]?key|key|secret|password|passwd|passphrase|credentials?|auth|authorization|bearer|cookie)$",
+    r"(^|[_.-])(token|hub_token|api[_-]?key|key|secret|password|passwd|passphrase"
+    r"|credentials?|auth|authorization|bearer|cookie)$",
     re.I,
 )
-# What secrets look like, whatever the key: tokens of well-known services, and long ones that announce themselves.
+# Forms that secrets have, whatever the name of the setting: tokens of well-known services, and long ones with a known
+# start.
 _SECRET_TEXT = re.compile(
-    r"\b(hf_[A-Za-z0-9_]{8,}|api_org_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"
-    r"|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}|AKIA[A-Z0-9]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
+    r"\b(hf_[A-Za-z0-9_]{8,}|api_org_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}"
+    r"|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{10,}"
+    r"|AKIA[A-Z0-9]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*)"
 )
 _BEARER = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@]+@")
 _IN_QUERY = re.compile(
-    r"([?&;](?:[a-z0-9_.-]*(?:token|api[_-]?key|secret|password|passwd|signature|credential|auth)|key|sig|pwd)=)[^&#\s\"']+",
+    r"([?&;](?:[a-z0-9_.-]*(?:token|api[_-]?key|secret|password|passwd|signature|credential|auth)|key|sig|pwd)=)"
+    r"[^&#\s\"']+",
     re.I,
 )
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """The same settings without what is secret: values of keys that are called so, tokens, credentials in URLs.
+    """Return a copy of settings without secrets: values under secret names, tokens, and credentials in URLs.
 
     Args:
-        value: what JSON can hold.
-        name: the key that holds it.
+        value: Anything that JSON can hold.
+        name: Name of the setting that holds the value.
+
+    Returns:
+        The copy. Tuples become lists.
     """
     if isinstance(value, dict):
         return {key: redacted(inner, str(key)) for key, inner in value.items()}
@@ -41,11 +48,16 @@ def redacted(value: Any, name: str = "") -> Any:
 
 
 def redacted_text(text: str) -> str:
-    """A text without tokens, and with URLs without credentials."""
+    """Return a text with its tokens, and the credentials in its URLs, hidden."""
     text = _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(f"{HIDDEN}@", text))
     return _BEARER.sub(rf"\1 {HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Whether a setting is left out of what is written, whole or in part."""
+    """Return whether a setting, or part of it, is left out of what is written.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+    """
     return redacted(value, name) != (list(value) if isinstance(value, tuple) else value)

@@ -133,8 +133,8 @@ MUTATIONS = [
     Mutation(
         "end token left out",
         "data/sampling.py",
-        "ends = next((place + 1 for place, token",
-        "ends = next((max(place, 1) for place, token",
+        "ends = next((position + 1 for position, token",
+        "ends = next((max(position, 1) for position, token",
     ),
     Mutation(
         "padded vocabulary rows scored",
@@ -159,7 +159,7 @@ MUTATIONS = [
     Mutation(
         "packed documents see each other",
         "data/batches.py",
-        "places[row, start:] = torch.arange(width - start)",
+        "position_ids[row, start:] = torch.arange(width - start)",
         "pass",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Instruction data: rows to examples, and examples to prompts and answers in token ids."""
+"""Reads instruction data: rows become examples, which `minillm.data.templates` renders as token ids."""
 
 from __future__ import annotations
 
@@ -11,30 +11,16 @@ from minillm.data.config import Source
 from minillm.data.rows import Remarks, read_rows
 from minillm.errors import DataError
 
-# Who speaks, under the names of ShareGPT and its kin.
-_ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "instruction", "question"), "user"),
-    **dict.fromkeys(
-        (
-            "assistant",
-            "gpt",
-            "chatgpt",
-            "gpt-3.5",
-            "gpt-4",
-            "gpt4",
-            "bing",
-            "bard",
-            "claude",
-            "model",
-            "bot",
-            "ai",
-            "llm",
-            "chatbot",
-        ),
-        "assistant",
+# Names for the speakers of a chat, those of ShareGPT and similar data included.
+_ROLE_NAMES = {
+    "user": ("user", "human", "prompter", "instruction", "question"),
+    "assistant": (
+        *("assistant", "model", "bot", "ai", "llm", "chatbot"),
+        *("gpt", "chatgpt", "gpt-3.5", "gpt-4", "gpt4", "bing", "bard", "claude"),
     ),
-    **dict.fromkeys(("system", "developer"), "system"),
+    "system": ("system", "developer"),
 }
+_ROLES = {name: role for role, names in _ROLE_NAMES.items() for name in names}
 _MESSAGE_KEYS = frozenset(
     ("role", "from", "content", "value", "name", "id", "weight", "timestamp", "metadata", "markdown", "text")
 )
@@ -42,43 +28,61 @@ _MESSAGE_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction. `row` counts from 0 in the file's order and identifies the prompt in seeds and results."""
+    """One instruction, with the answers that are known for it.
+
+    Attributes:
+        row: Number of the example, counted from 0 in the order of the file. It identifies the prompt in seeds and
+            results.
+        instruction: The instruction; for a chat, its last message.
+        input: Text that the instruction is about; empty if there is none.
+        references: Known answers.
+        chat: Role and content of every message, the last one included, if there is more than the instruction.
+        place: File and line, or data set and number, for error messages.
+    """
 
     row: int
     instruction: str
     input: str = ""
     references: tuple[str, ...] = ()
     chat: tuple[tuple[str, str], ...] = ()
-    """(role, content) of what was said before, where that is more than `instruction`, which is its last message."""
     place: str = ""
-    """Where it was read (`file:line`), for messages."""
 
     @property
     def output(self) -> str:
-        """The first reference; empty where there is none."""
+        """The first reference; empty if there is none."""
         return self.references[0] if self.references else ""
 
     @property
     def text(self) -> str:
+        """The instruction, followed by the input if there is one."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example rendered for one tokenizer."""
+    """An example with its prompt as token ids of one tokenizer."""
 
     example: Example
     ids: list[int]
 
 
 def read_examples(source: Source | str | Path, limit: int | None = None) -> list[Example]:
-    """Read rows of `instruction`, `input` and `output` (which may be a list of references) or of `messages`.
+    """Read instruction data.
 
-    A chat gives an example for each answer of the assistant, or one without a reference where it ends with the user. `system`
-    and `history` ([question, answer] pairs) of a row become a chat. Columns that are passed over are reported.
+    A row has either `instruction`, `input` and `output` (one answer or a list of them), or `messages`. A chat gives one
+    example for each answer of the assistant, and one without a reference if it ends with a message of the user.
+    `system` and `history` (pairs of a question and an answer) turn a row into a chat. Columns that are ignored are
+    reported.
+
+    Args:
+        source: A JSONL file or data set.
+        limit: Largest number of examples.
+
+    Returns:
+        The examples, numbered in order.
 
     Raises:
-        DataError: the source is missing or empty, or a row is not such a row.
+        DataError: The source is missing or empty, or a row has another form.
     """
     source = source if isinstance(source, Source) else Source(file=Path(source))
     examples: list[Example] = []
@@ -95,13 +99,18 @@ def read_examples(source: Source | str | Path, limit: int | None = None) -> list
 
 
 def read_texts(source: Source, seed: int | None = 0) -> Iterator[dict[str, str]]:
-    """Rows of `text`, one after another: a data set is streamed, in an order that a buffer of some thousand rows mixes.
+    """Read rows of `text` one after another. A data set is streamed, and shuffled within a buffer of 10,000 rows.
 
     Args:
-        seed: of that order; None leaves rows as they come, the first at once.
+        source: A JSONL file, whose rows keep their order, or a data set.
+        seed: Seed of the shuffling. With None the rows keep their order, and the first arrives without filling a
+            buffer.
+
+    Yields:
+        Dictionaries with the key `text` alone.
 
     Raises:
-        DataError: a row without, or a data set that cannot be opened.
+        DataError: A row has no `text`, or the source cannot be read.
     """
     for fields, place in read_rows(source, stream=True, seed=seed):
         if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
@@ -110,25 +119,26 @@ def read_texts(source: Source, seed: int | None = 0) -> Iterator[dict[str, str]]
 
 
 def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]:
+    """Make the examples of one row; `row` and `place` are filled in by the caller."""
     if not isinstance(fields, dict):
         raise DataError(f"{place}: a JSON object is needed, not {type(fields).__name__}")
     messages = fields.get("messages")
-    if isinstance(fields.get("instruction"), list):  # TRL's conversational prompts, with a completion or without
+    if isinstance(fields.get("instruction"), list):  # TRL's conversational prompts, with or without a completion
         completion = fields.get("output", [])
         messages = fields["instruction"] + (completion if isinstance(completion, list) else [])
         if isinstance(completion, str):
             messages.append({"role": "assistant", "content": completion})
     elif messages is not None and (
-        meant := [name for name in ("instruction", "input", "output", "history") if fields.get(name)]
+        ignored := [name for name in ("instruction", "input", "output", "history") if fields.get(name)]
     ):
-        remarks.add(f"a row of messages has {', '.join(meant)} too, which is not read", place)
+        remarks.add(f"a row of messages has {', '.join(ignored)} too, which is not read", place)
     if messages is None:
-        yield _example_of(fields, place)
+        yield _instruction_example(fields, place)
         return
     if not isinstance(messages, list):
         raise DataError(f"{place}: messages is {type(messages).__name__}; a list is needed")
     said = [_message(message, f"{place}: messages[{number}]", remarks) for number, message in enumerate(messages)]
-    if (system := _system(fields, place)) and not any(role == "system" for role, _ in said):
+    if (system := _system_of(fields, place)) and not any(role == "system" for role, _ in said):
         said.insert(0, ("system", system))
     if all(role != "user" for role, _ in said):
         raise DataError(f"{place}: messages holds no message of the user")
@@ -136,27 +146,25 @@ def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]
         if role == "assistant":
             if not number or said[number - 1][0] != "user":
                 raise DataError(
-                    f"{place}: messages[{number}]: an answer of the assistant follows a message of the user"
+                    f"{place}: messages[{number}]: an answer of the assistant must follow a message of the user"
                 )
             if content.strip():
-                yield _answered(said[:number], content)
+                yield _chat_example(said[:number], content)
             else:
                 remarks.add("an answer of the assistant is blank, and not trained on", place)
     if said[-1][0] == "user":
-        yield _answered(said, "")
+        yield _chat_example(said, "")
 
 
 def _message(message: Any, where: str, remarks: Remarks) -> tuple[str, str]:
-    """(role, content) of a message under whatever names it has.
+    """Return the role and content of a message, whatever names they have.
 
     Raises:
-        DataError: it has none, or nobody knows who speaks.
+        DataError: The message lacks one of them, or its role is unknown.
     """
     if isinstance(message, dict):
-        role, content = (
-            message.get("role", message.get("from")),
-            message.get("content", message.get("value", message.get("text"))),
-        )
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value", message.get("text")))
         if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             content = "".join(str(part.get("text", "")) for part in content)
         if isinstance(role, str) and isinstance(content, str):
@@ -172,19 +180,21 @@ def _message(message: Any, where: str, remarks: Remarks) -> tuple[str, str]:
     raise DataError(f"{where} needs a role and a content, both strings")
 
 
-def _answered(said: Sequence[tuple[str, str]], answer: str) -> Example:
+def _chat_example(said: Sequence[tuple[str, str]], answer: str) -> Example:
+    """Make the example of a chat that ends with a message of the user, and of the answer to it, if there is one."""
     references = (answer,) if answer.strip() else ()
     return Example(0, said[-1][1], "", references, tuple(said) if len(said) > 1 else ())
 
 
-def _system(fields: dict[str, Any], place: str) -> str:
+def _system_of(fields: dict[str, Any], place: str) -> str:
     system = fields.get("system", "")
     if not isinstance(system, str):
         raise DataError(f"{place}: system is {type(system).__name__}; a string is needed")
     return system
 
 
-def _example_of(fields: dict[str, Any], place: str) -> Example:
+def _instruction_example(fields: dict[str, Any], place: str) -> Example:
+    """Make the example of a row with an instruction."""
     instruction, output = fields.get("instruction"), fields.get("output", "")
     parts = {"instruction": instruction, "input": fields.get("input", "")}
     parts |= (
@@ -198,7 +208,7 @@ def _example_of(fields: dict[str, Any], place: str) -> Example:
         raise DataError(f"{place}: instruction is blank")
     references = output if isinstance(output, list) else [output]
     example = Example(0, str(instruction), parts["input"], tuple(text for text in references if text.strip()))
-    before = [("system", system)] if (system := _system(fields, place)) else []
+    before = [("system", system)] if (system := _system_of(fields, place)) else []
     for number, pair in enumerate(fields.get("history", [])):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise DataError(f"{place}: history[{number}] needs a question and an answer, both strings")

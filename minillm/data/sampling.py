@@ -1,4 +1,4 @@
-"""How tokens are drawn, and where a response ends."""
+"""Settings for sampling tokens, and the rules for where a response ends."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from minillm.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: softmax(logits / temperature) over the first `vocab_size` ids.
+    """How tokens are sampled: from softmax(logits / temperature) over the first `vocab_size` ids.
 
-    A response ends with the first of `eos_ids`, which belongs to it; with the token that completes one of the `stop`
-    strings in its text; or after `max_new_tokens`. With `top_logprobs`, the log-probabilities of at least as many likeliest
-    tokens come back for each place. With `no_repeat_ngram`, for evaluation, tokens that would repeat an n-gram of that
-    length, prompt included, are not drawn (transformers engine only).
+    A response ends with the first of three: an end token, which belongs to the response; the token that completes a
+    stop string in its text; or the token that reaches `max_new_tokens`.
+
+    Attributes:
+        max_new_tokens: Largest number of tokens of a response.
+        eos_ids: End tokens.
+        vocab_size: Number of ids that can be sampled. Rows of the output head beyond it are padding.
+        temperature: Temperature of the softmax.
+        top_logprobs: If above 0, an engine also returns the log-probabilities of at least so many of the most likely
+            tokens at each position.
+        stop: Stop strings, if any.
+        no_repeat_ngram: If above 0, tokens that would repeat an n-gram of this length, the prompt included, are not
+            sampled. For evaluation, with the transformers engine only.
     """
 
     max_new_tokens: int
@@ -28,26 +37,37 @@ class Sampling:
     no_repeat_ngram: int = 0
 
     def length(self, ids: list[int]) -> int | None:
-        """Tokens of a response that begins with `ids`, up to the one that ends it; None while none does.
+        """Return the number of tokens up to the end token or stop string that ends a response.
 
-        The limit is not looked at: who draws counts the tokens.
+        The limit `max_new_tokens` is not applied here: whoever samples counts the tokens.
+
+        Args:
+            ids: The first tokens of the response.
+
+        Returns:
+            The number of tokens, or None if nothing in `ids` ends the response.
         """
-        ends = next((place + 1 for place, token in enumerate(ids) if token in self.eos_ids), None)
+        ends = next((position + 1 for position, token in enumerate(ids) if token in self.eos_ids), None)
         if self.stop is not None:
             stopped = self.stop.length(ids if ends is None else ids[:ends])
             ends = ends if stopped is None else stopped
         return ends
 
     def ended(self, ids: list[int]) -> bool:
-        """Whether the last of `ids` ends the response, given that none before it did."""
+        """Return whether the last token of `ids` ends the response, if no token before it does."""
         return ids[-1] in self.eos_ids or (self.stop is not None and self.stop.length(ids) is not None)
 
 
 class StopStrings:
-    """Strings of which the first to appear in a response's text ends it.
+    """Strings that end a response as soon as one of them appears in its text.
 
     Args:
-        tokenizer: decodes the response by itself; special tokens are no text (their ids end a response, where they do).
+        tokenizer: Decodes the response, without its prompt. Special tokens are not part of the text; they end a
+            response by their ids if they do at all.
+        strings: The strings, none of them empty.
+
+    Raises:
+        InputError: A string is empty.
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
@@ -57,10 +77,10 @@ class StopStrings:
         self._tokenizer = tokenizer
 
     def length(self, ids: Sequence[int]) -> int | None:
-        """Tokens up to the one that completes a string; None where there is none."""
+        """Return the number of tokens up to the one that completes a string, or None if no string appears."""
         if not self._found(ids):
             return None
-        low, high = 1, len(ids)  # found in the first `high` tokens, and text only grows
+        low, high = 1, len(ids)  # a string appears in the first `high` tokens, and more tokens only add text
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if self._found(ids[:middle]) else (middle + 1, high)

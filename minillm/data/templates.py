@@ -1,4 +1,4 @@
-"""Examples to prompts and answers in token ids."""
+"""Renders examples as token ids of prompts and answers."""
 
 from __future__ import annotations
 
@@ -14,65 +14,85 @@ from minillm.errors import DataError
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
-
-
 _ALPACA_INPUT = ", paired with an input that provides further context"
 
 
 def render(example: Example, template: str, tokenizer: Any, system: str | None = None) -> list[int]:
-    """Token ids of the prompt, up to where the response begins. `system`: the system message, where the example has none.
+    """Render the prompt of an example, up to where the response begins.
 
-    Only the template's own special tokens are control tokens; in the text of the example they are text. What the tokenizer
-    puts before a text by itself (BOS) begins a prompt that is not of a chat template, which brings its own.
+    Only the template's own special tokens become control tokens; in the text of the example they are text. The
+    tokenizer's prefix (BOS) begins every prompt except those of a chat template, which brings its own.
+
+    Args:
+        example: The example.
+        template: Value of `data.template`.
+        tokenizer: Tokenizer of the models.
+        system: System message, used if the example has none.
+
+    Returns:
+        Token ids of the prompt.
 
     Raises:
-        DataError: naming the row; a chat of several turns for a template that takes one, or one that its template refuses.
+        DataError: Naming the row. The template takes one message and the example is a chat of several, or the template
+            refuses the example.
     """
     encoder = encoder_of(tokenizer)
     if template == "chat":
         return encoder.chat(_messages(example, system), example.place)
     if template in ("alpaca", "plain"):
         return encoder.document(prompt_text(example, template, system, tokenizer))
-    ids = encoder.rendered(_of_own_template(example, template, system, tokenizer))
-    begun = ids[: len(encoder.prefix)] == encoder.prefix  # a template may write the BOS itself
-    return ids if begun else [*encoder.prefix, *ids]
+    ids = encoder.rendered(_render_jinja(example, template, system, tokenizer))
+    has_prefix = ids[: len(encoder.prefix)] == encoder.prefix  # a template may write the BOS itself
+    return ids if has_prefix else [*encoder.prefix, *ids]
 
 
 def prompt_text(example: Example, template: str, system: str | None = None, tokenizer: Any = None) -> str:
-    """The prompt as text, for every template but `chat`; see `render`. `tokenizer`: whose marks a Jinja text may name."""
+    """Render the prompt of an example as text, for every template except `chat`.
+
+    Args:
+        example: The example.
+        template: Value of `data.template`.
+        system: System message, used if the example has none.
+        tokenizer: Tokenizer whose `bos_token` and `eos_token` a Jinja template may name.
+
+    Raises:
+        DataError: As for `render`.
+    """
     if template not in ("alpaca", "plain"):
-        return _of_own_template(example, template, system, tokenizer, marked=False)
+        return _render_jinja(example, template, system, tokenizer, marked=False)
     where = example.place or f"row {example.row}"
     if any(role != "user" for role, _ in example.chat):
         raise DataError(
-            f"{where}: row {example.row} is a chat of several messages, not one for template {template}; use chat or a Jinja text"
+            f"{where}: row {example.row} is a chat of several messages, not one for template {template}; use chat or a "
+            "Jinja text"
         )
     text = example.text
     if template == "plain":
         return text
     if "### Response:" in text:
         raise DataError(
-            f"{where}: row {example.row} is rendered by the alpaca template already (it has '### Response:'): give its columns "
-            "instruction, input and output as they were before, or set template: plain"
+            f"{where}: row {example.row} is rendered by the alpaca template already (it has '### Response:'): give its "
+            "columns instruction, input and output as they were before, or set template: plain"
         )
     head = _ALPACA.format(_ALPACA_INPUT if example.input else "")
     middle = f"### Input:\n{example.input}\n\n" if example.input else ""
     return f"{head}### Instruction:\n{example.instruction}\n\n{middle}### Response:\n"
 
 
-def _of_own_template(
-    example: Example, template: str, system: str | None, tokenizer: Any, *, marked: bool = True
-) -> str:
-    """What the user's own template makes of an example, in which text that reads like special tokens is marked as text."""
+def _render_jinja(example: Example, template: str, system: str | None, tokenizer: Any, *, marked: bool = True) -> str:
+    """Render an example with the user's own template; with `marked`, special tokens in its text stay text."""
     from jinja2 import TemplateError
 
     mark = encoder_of(tokenizer).mark if marked else str
     try:
         return _jinja(template).render(
-            instruction=mark(example.instruction), input=mark(example.input), system=None if system is None else mark(system),
+            instruction=mark(example.instruction),
+            input=mark(example.input),
+            system=None if system is None else mark(system),
             messages=[{**message, "content": mark(message["content"])} for message in _messages(example, system)],
-            bos_token=getattr(tokenizer, "bos_token", None) or "", eos_token=getattr(tokenizer, "eos_token", None) or "",
-        )  # fmt: skip
+            bos_token=getattr(tokenizer, "bos_token", None) or "",
+            eos_token=getattr(tokenizer, "eos_token", None) or "",
+        )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise DataError(f"{example.place or f'row {example.row}'}: data.template does not take it: {error}") from None
 
@@ -85,10 +105,23 @@ def _messages(example: Example, system: str | None) -> list[dict[str, str]]:
 
 
 def render_answer(prompt: Prompt, template: str, tokenizer: Any, system: str | None = None) -> list[int]:
-    """Token ids of the example's first reference, with the token that ends an answer.
+    """Render the first reference of an example as a response, with the token that ends it.
 
-    Of a chat template that is what it makes of the assistant's turn: where it marks what the assistant says (`generation`), exactly
-    that, else everything up to the first special token. The tokenizer's EOS where no template says.
+    A chat template says where the assistant's turn ends: if it marks what the assistant says (`generation`), the
+    response is exactly that, and otherwise it ends with the first special token after the answer. If no template says
+    where an answer ends, the tokenizer's EOS ends it.
+
+    Args:
+        prompt: The rendered prompt and its example.
+        template: Value of `data.template`.
+        tokenizer: Tokenizer of the models.
+        system: System message, used if the example has none.
+
+    Returns:
+        Token ids that follow those of the prompt.
+
+    Raises:
+        DataError: As for `render`.
     """
     encoder, example = encoder_of(tokenizer), prompt.example
     if template == "chat":
@@ -100,6 +133,7 @@ def render_answer(prompt: Prompt, template: str, tokenizer: Any, system: str | N
 
 @cache
 def _jinja(template: str) -> Any:
+    """Compile a Jinja template, given as text or as the path of a `.jinja` file."""
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -111,14 +145,36 @@ def _jinja(template: str) -> Any:
 
 
 def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
-    """Token ids of a conversation, ending where the assistant's answer begins."""
+    """Return the token ids of a conversation, up to where the assistant's answer begins.
+
+    Args:
+        messages: The conversation, with `role` and `content` of each message.
+        tokenizer: Tokenizer whose chat template renders it.
+
+    Raises:
+        DataError: The tokenizer has no chat template, or its template refuses the conversation.
+    """
     return encoder_of(tokenizer).chat(messages)
 
 
 def render_all(
     examples: Iterable[Example], template: str, tokenizer: Any, max_prompt_tokens: int, system: str | None = None
 ) -> tuple[list[Prompt], list[Example]]:
-    """Prompts that fit, and the examples left out because they do not."""
+    """Render the prompts of all examples.
+
+    Args:
+        examples: The examples.
+        template: Value of `data.template`.
+        tokenizer: Tokenizer of the models.
+        max_prompt_tokens: Largest number of tokens of a prompt.
+        system: System message, used if an example has none.
+
+    Returns:
+        The prompts within the limit, and the examples whose prompts are longer.
+
+    Raises:
+        DataError: As for `render`.
+    """
     prompts, too_long = [], []
     for example in examples:
         ids = render(example, template, tokenizer, system)

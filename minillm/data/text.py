@@ -1,4 +1,4 @@
-"""Blocks of text for the language-model term, and which of them an update takes."""
+"""Packs text into blocks for the language-model term, and chooses the blocks of each update."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from minillm.data.seeding import permutation
 def pack_text(
     documents: Iterable[Iterable[int]], block: int, eos: int, *, several: bool = True
 ) -> list[list[array[int]]]:
-    """Blocks of at most `block` tokens, each a list of pieces of documents, which `eos` ends.
+    """Pack documents into blocks. A document is cut into pieces where a block is full.
 
-    A piece sees nothing of its neighbours. A piece of one token predicts nothing and is left out.
+    Attention does not cross from one piece of a block to the next. A piece of one token predicts nothing and is left
+    out.
 
     Args:
-        several: whether a block may hold pieces of more than one document.
+        documents: Token ids of each document, without an end token.
+        block: Largest number of tokens in a block.
+        eos: End token, appended to each document.
+        several: Whether a block may hold pieces of more than one document.
+
+    Returns:
+        The blocks, each a list of pieces.
     """
     blocks: list[list[array[int]]] = [[]]
     room = block
     for document in documents:
-        ids = array("i", document)  # a corpus of Python integers would take ten times the room
+        ids = array("i", document)  # lists of Python integers would take ten times the memory for a corpus
         ids.append(eos)
         while len(ids) > 1:
             if room < 2 or (blocks[-1] and not several):
@@ -37,14 +44,23 @@ def pack_text(
 
 
 class TextBlocks:
-    """Packed text; every update takes `each` blocks, of passes over all of them, each pass in a seeded order of its own.
+    """Packed text, of which every update takes the next `each` blocks.
 
-    A document begins with what the tokenizer puts before a text (BOS) and ends with EOS; in it, the text of a special token is text.
+    When all blocks have been taken, the next pass over them begins, each pass in an order of its own that depends on
+    the seed. A document begins with the tokenizer's prefix (BOS) and ends with EOS; the text of a special token in it
+    is text.
 
     Args:
-        dataset: rows with `text`. Of a stream, which has no length, no more is read than `updates` need (all, if that is not positive).
-        block: tokens.
-        several: whether a block may hold pieces of more than one document.
+        dataset: Rows with `text`. From a stream, which has no length, only as many rows are read as `updates` need.
+        tokenizer: Tokenizer of the models.
+        block: Largest number of tokens in a block.
+        each: Blocks of one update, over all processes.
+        seed: Seed of the orders.
+        updates: Number of updates to come. If it is not positive, a stream is read to its end.
+        several: Whether a block may hold pieces of more than one document.
+
+    Attributes:
+        share_rows: The argument `several`.
     """
 
     def __init__(
@@ -72,18 +88,19 @@ class TextBlocks:
         self._each, self._seed = each, seed
 
     def __bool__(self) -> bool:
+        """Whether there is a block at all."""
         return bool(self._blocks)
 
     def pieces(self, block: int) -> list[array[int]]:
-        """What a block holds; no piece sees another."""
+        """Return the pieces of documents in a block, given by its number. Attention does not cross them."""
         return self._blocks[block]
 
     def tokens(self, blocks: Sequence[int]) -> int:
-        """Tokens that are predicted in some blocks."""
+        """Return the number of tokens that are predicted in some blocks: all but the first of each piece."""
         return sum(len(piece) - 1 for block in blocks for piece in self._blocks[block])
 
     def of_update(self, update: int) -> list[int]:
-        """The blocks that all processes together take for an update."""
+        """Return the numbers of the blocks that all processes together take for an update, counted from 0."""
         n = len(self._blocks)
-        places = range(update * self._each, (update + 1) * self._each)
-        return [permutation(n, self._seed, "text", place // n)[place % n] for place in places]
+        turns = range(update * self._each, (update + 1) * self._each)
+        return [permutation(n, self._seed, "text", turn // n)[turn % n] for turn in turns]

@@ -1,4 +1,4 @@
-"""A PEFT adapter merged into the model that it belongs to: all of it, or not at all."""
+"""Merges a PEFT adapter into the model that it belongs to: all of it, or an error."""
 
 from __future__ import annotations
 
@@ -17,48 +17,57 @@ logger = logging.getLogger(__name__)
 
 
 def check_adapter_files(source: str, adapter: str) -> None:
-    """Refuse an adapter that does not fit the model `source`, of which no weights are read.
+    """Refuse an adapter that does not fit a model. The weights of the model are not read.
 
     Args:
-        source: folder, hub id or GGUF file of the model.
-        adapter: folder or hub id of the adapter.
+        source: Folder, hub id or GGUF file of the model.
+        adapter: Folder or hub id of the adapter.
 
     Raises:
-        OSError: the adapter is not there, or a file of it is missing.
-        ValueError: it cannot be read or merged, or not all of it has a place in the model, or not all places are filled.
+        MissingError: The adapter is not there, or one of its files is missing.
+        SourceError: The hub does not provide it.
+        InputError: It cannot be read or merged, it has tensors that the model has no place for, or it lacks tensors.
     """
     check_adapter_source(adapter)
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(read_config(source))
-    _adapted(base, adapter, source)
+    _with_adapter(base, adapter, source)
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The model with an adapter merged into its weights, in place.
+    """Merge an adapter into the weights of a model, in place.
 
-    PEFT takes what fits and only warns of the rest: an adapter of a deeper model would be merged in part, and one whose keys
-    have another prefix not at all.
+    PEFT loads the tensors that fit and only warns about the others: part of an adapter of a deeper model would be
+    merged, and nothing of one whose keys have another prefix. Here both are errors.
+
+    Args:
+        model: The model.
+        adapter: Folder or hub id of the adapter.
+
+    Returns:
+        The merged model, in evaluation mode.
 
     Raises:
-        OSError, ValueError: as `check_adapter_files`; or rounding would leave nothing of the adapter.
+        MissingError, SourceError: As for `check_adapter_files`.
+        InputError: As for `check_adapter_files`, or rounding would leave nothing of the adapter.
     """
     check_adapter_source(adapter)
     before = _fingerprints(model)
-    adapted = _adapted(model, adapter, model.name_or_path or type(model).__name__)
-    nothing = all(not layer.get_delta_weight("default").any() for layer in _layers(adapted))
+    adapted = _with_adapter(model, adapter, model.name_or_path or type(model).__name__)
+    is_zero = all(not layer.get_delta_weight("default").any() for layer in _lora_layers(adapted))
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
         raise InputError(f"{adapter}: the adapter cannot be merged: {_short(error)}") from error
     if _fingerprints(merged) == before:
-        if not nothing:
+        if not is_zero:
             raise InputError(f"{adapter}: the adapter is too small to change a weight in {model.dtype}")
         logger.warning("%s: the adapter changes nothing: was it trained?", adapter)
     return merged.eval()
 
 
-def _adapted(model: Any, adapter: str, source: str) -> Any:
-    """The model with the adapter beside its layers. On the meta device nothing but names and shapes is used."""
+def _with_adapter(model: Any, adapter: str, source: str) -> Any:
+    """Load an adapter into a model, unmerged. On the meta device only names and shapes are compared."""
     from peft import PeftConfig, PeftModel
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -73,21 +82,22 @@ def _adapted(model: Any, adapter: str, source: str) -> Any:
         raise InputError(
             f"{adapter}: an adapter of kind {config.peft_type.value} cannot be merged into the model's weights"
         )
-    theirs = f"the adapter, which belongs to {config.base_model_name_or_path or 'a model that it does not name'}, does not fit {source}"
+    base = config.base_model_name_or_path or "a model that it does not name"
+    mismatch = f"{adapter}: the adapter, which belongs to {base}, does not fit {source}"
     config.inference_mode = True
     try:
         with torch.device(device):
             adapted = PeftModel(model, config, low_cpu_mem_usage=meta)
         loaded = adapted.load_adapter(
-            adapter, "default", torch_device="cpu", low_cpu_mem_usage=meta,
+            adapter,
+            "default",
+            torch_device="cpu",
+            low_cpu_mem_usage=meta,
             key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
-        )  # fmt: skip
-    except (
-        ValueError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # modules that are not there, tensors missing or of another shape
-        raise InputError(f"{adapter}: {theirs}: {_short(error)}") from error
+        )
+    except (ValueError, KeyError, RuntimeError) as error:
+        # Modules are missing from the model, or tensors are missing from the adapter or have another shape.
+        raise InputError(f"{mismatch}: {_short(error)}") from error
     faults = [
         f"{len(keys)} {what} ({keys[0]}{', …' if keys[1:] else ''})"
         for keys, what in (
@@ -97,11 +107,11 @@ def _adapted(model: Any, adapter: str, source: str) -> Any:
         if keys
     ]
     if faults:
-        raise InputError(f"{adapter}: {theirs}: {', and '.join(faults)}")
+        raise InputError(f"{mismatch}: {', and '.join(faults)}")
     return adapted
 
 
-def _layers(adapted: Any) -> list[Any]:
+def _lora_layers(adapted: Any) -> list[Any]:
     return [
         module
         for module in adapted.modules()
@@ -110,7 +120,10 @@ def _layers(adapted: Any) -> list[Any]:
 
 
 def _fingerprints(model: Any) -> list[int]:
-    """A number of each weight's bits, which are the same only where nothing changed: a copy may not fit beside the model."""
+    """Return one number per weight, computed from its bits, to see whether any changed.
+
+    A copy of the weights to compare with may not fit into memory beside the model.
+    """
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return [
         int(value.detach().contiguous().view(sizes[value.itemsize]).sum(dtype=torch.int64))

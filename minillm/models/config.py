@@ -1,4 +1,4 @@
-"""Settings of the student."""
+"""Recipe sections for the student."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from minillm.errors import InputError
 
 
 class AdapterConfig(Section):
-    """A LoRA adapter. It has no dropout: the student that is scored is the one that sampled."""
+    """A LoRA adapter. It has no dropout, because the student that is scored must be the student that sampled."""
 
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
-    """The adapter is scaled by alpha/rank, or alpha/√rank with `rslora`."""
+    """The adapter is scaled by alpha/rank, or by alpha/√rank with `rslora`."""
     rslora: bool = False
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the layers that get one; `all-linear` is every linear layer but the head."""
+    """Names of the layers that get an adapter. `all-linear` means every linear layer except the output head."""
     quantization: Literal["4bit"] | None = None
-    """QLoRA: the frozen base in 4 bits (NF4), by bitsandbytes. What is sampled and saved is what it stands for, with the adapter merged."""
+    """QLoRA: the frozen base has 4-bit weights (NF4, by bitsandbytes). The student that samples and is saved has these
+    weights as ordinary numbers, with the adapter merged."""
 
     @model_validator(mode="after")
-    def _not_on_the_head(self) -> AdapterConfig:
+    def _check_targets(self) -> AdapterConfig:
         if heads := sorted({"lm_head", "embed_out"} & set(self.targets)):
             raise InputError(f"targets: {', '.join(heads)}: an adapter on the output head is not scored; leave it out")
         return self
 
 
 class StudentConfig(Section):
+    """The student, and how it is made from the teacher if it is."""
+
     source: ModelSource = "prune"
-    """`prune`: the teacher with fewer layers; otherwise a folder or hub id."""
+    """`prune` removes layers of the teacher. Otherwise a folder or hub id."""
     keep_layers: Positive | None = None
-    """Layers that stay when pruning."""
+    """Number of layers that pruning keeps."""
     probe_prompts: Positive = 64
-    """Training prompts on which the similarity of each block's input and output is measured."""
+    """Number of training prompts on which the similarity of each block's input and output is measured, for pruning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the student is saved in at the end; `auto` is what its teacher is saved in. Masters are float32 while it trains, and so are
-    folders that a later stage goes on from."""
+    """Dtype in which the final student is saved. `auto` is the dtype in which its teacher is saved. While it trains the
+    weights are float32, and so are the folders from which a later stage continues."""
     lora: AdapterConfig | None = None
-    """Every stage that trains the student trains an adapter of its own and leaves the student with it merged, the adapter itself
-    beside it in `adapter`."""
+    """Every stage that trains the student trains a new adapter. It saves the student with the adapter merged, and the
+    adapter by itself in the folder `adapter`."""

@@ -1,4 +1,4 @@
-"""What a config says of a model, without its weights."""
+"""Reads the config of a model without its weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from minillm.models.sources import check_source, place
+from minillm.models.sources import check_source, locate
 
 
 def read_config(source: str | Path) -> Any:
-    """The config of a folder, hub id or GGUF file, of which no weights are read."""
+    """Read the config of a model. No weights are read.
+
+    Args:
+        source: Folder, hub id or GGUF file.
+
+    Raises:
+        MissingError, NotAFolderError, SourceError, InputError: As for `check_source`.
+    """
     check_source(str(source), ("config",))
-    folder, gguf = place(source)
+    folder, gguf = locate(source)
     if not gguf:
         return AutoConfig.from_pretrained(folder)
     return copy.deepcopy(
@@ -24,28 +31,32 @@ def read_config(source: str | Path) -> Any:
 
 
 @cache
-def _config_of_gguf(folder: str, file: str, _changed: int) -> Any:
-    """A GGUF file's metadata holds its vocabulary: seconds to read, and several are asked for it."""
+def _config_of_gguf(folder: str, file: str, _modified: int) -> Any:
+    """Read the config of a GGUF file once per version: its metadata holds the vocabulary and takes seconds to read."""
     return AutoConfig.from_pretrained(folder, gguf_file=file)
 
 
 def text_config(model: PreTrainedModel | str) -> Any:
-    """Of a model, or of the one in a folder, under a hub id or in a GGUF file, whose weights are not read."""
+    """Return the config of the text part of a model.
+
+    Args:
+        model: A model, or the folder, hub id or GGUF file of one, whose weights are not read.
+    """
     config: Any = read_config(model) if isinstance(model, str) else model.config
     return config.get_text_config()
 
 
 def attends_fully(config: Any) -> bool:
-    """Whether every layer of a model with this (text) config attends to all that came before."""
+    """Return whether every layer of a model with this (text) config attends to all previous tokens."""
     kinds = set(getattr(config, "layer_types", None) or [])
     return not kinds - {"full_attention"} and (bool(kinds) or not getattr(config, "sliding_window", None))
 
 
 def head_size(config: Any) -> int:
-    """Numbers in one head of attention."""
+    """Return the size of one attention head of a model with this (text) config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def context_length(config: Any) -> int | None:
-    """Positions a model was built for, where its config says."""
+    """Return the number of positions that a model was built for, or None if its (text) config does not say."""
     return getattr(config, "max_position_embeddings", None)

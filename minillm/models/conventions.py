@@ -1,7 +1,7 @@
-"""How text enters and leaves the models of a run: one tokenizer, one set of end tokens, one vocabulary, one context.
+"""Settles what the models of a run share: tokenizer, end tokens, vocabulary and context length.
 
-A base student and a chat teacher disagree about where an answer ends. What they agree on is settled once, by the teacher,
-whose answers are imitated; every stage reads it here, and the student is saved with it.
+A base student and a chat teacher disagree about where an answer ends. The teacher decides, because its answers are
+imitated. It is decided once, every stage uses the result, and the student is saved with it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from minillm.models.vocabulary import check_same_tokens, token_count
 
 @dataclass(frozen=True)
 class Conventions:
-    """Facts about text that all models of a run share.
+    """What all models of a run share.
 
     Attributes:
-        tokenizer: with the chat template, BOS, EOS and pad.
-        eos_ids: every token that ends an answer: those that the teacher's generation config and tokenizer name, and the one
-            with which the chat template ends what the assistant says.
-        vocab_size: ids that can be drawn: the rows that all heads have and the tokenizer knows.
-        context: tokens that every model takes; None where no config says.
+        tokenizer: The tokenizer, with chat template, BOS, EOS and pad token.
+        eos_ids: Every token that ends an answer: those that the teacher's generation config and tokenizer name, and the
+            one with which the chat template ends the assistant's turn.
+        vocab_size: Number of ids that can be sampled: those for which every head has a row and that the tokenizer
+            knows.
+        context: Number of positions that every model has; None if no config says.
     """
 
     tokenizer: Any
@@ -40,19 +41,36 @@ class Conventions:
     def sampling(
         self, max_new_tokens: int, temperature: float = 1.0, stop: Sequence[str] = (), **more: Any
     ) -> Sampling:
-        """How tokens are drawn. A stop string that is the text of a special token means that token."""
+        """Return sampling settings for these models.
+
+        Args:
+            max_new_tokens: Largest number of tokens of a response.
+            temperature: Temperature of the softmax.
+            stop: Stop strings. One that is the text of a special token becomes an end token.
+            more: Other fields of `Sampling`.
+
+        Raises:
+            InputError: A stop string is empty.
+        """
         special = {
             token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
         }
         ends = {special[text] for text in stop if text in special}
         strings = [text for text in stop if text not in special]
         return Sampling(
-            max_new_tokens, tuple(sorted({*self.eos_ids, *ends})), self.vocab_size, temperature,
-            stop=StopStrings(self.tokenizer, strings) if strings else None, **more,
-        )  # fmt: skip
+            max_new_tokens,
+            tuple(sorted({*self.eos_ids, *ends})),
+            self.vocab_size,
+            temperature,
+            stop=StopStrings(self.tokenizer, strings) if strings else None,
+            **more,
+        )
 
     def write_to(self, model: Any) -> None:
-        """Have a model say the same of itself, so that whoever loads it from where it is saved ends its answers where they end here."""
+        """Write the special tokens into the configs of a model, in place.
+
+        Whoever loads the model from where it is saved then ends its answers where this run ends them.
+        """
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         [first, *others] = self.eos_ids
         eos: Any = [first, *others] if others else first
@@ -65,16 +83,17 @@ class Conventions:
 
 
 def settle(tokenizer: Any, teacher: Any = None, students: Iterable[Any] = (), *, template: bool = True) -> Conventions:
-    """Settle what a teacher and its students share.
+    """Work out what a teacher and its students share.
 
     Args:
-        tokenizer: of all of them (`check_same_tokens`).
-        teacher: a loaded model, or a folder or hub id, whose end tokens hold; None leaves it to the first student.
-        students: likewise.
-        template: whether answers are turns of the tokenizer's chat template, which then says where they end.
+        tokenizer: Tokenizer of all of them (see `check_same_tokens`).
+        teacher: A loaded model, or its folder or hub id. Its end tokens are used. None leaves them to the first
+            student.
+        students: Loaded models, or their folders or hub ids.
+        template: Whether answers are turns of the tokenizer's chat template, which then also says where they end.
 
     Raises:
-        ValueError: nothing says how an answer ends.
+        InputError: Nothing says how an answer ends.
     """
     models = [model for model in (teacher, *students) if model is not None]
     configured = next((ids for model in models if (ids := _eos_of(model))), set())
@@ -83,24 +102,27 @@ def settle(tokenizer: Any, teacher: Any = None, students: Iterable[Any] = (), *,
     configs = [text_config(model) for model in models]
     width = min([token_count(tokenizer), *(config.vocab_size for config in configs)])
     if not (eos := {end for end in eos if 0 <= end < width}):
-        names = (
-            " and ".join(dict.fromkeys(str(getattr(model, "name_or_path", model)) for model in models))
-            or "the tokenizer"
-        )
+        names = dict.fromkeys(str(getattr(model, "name_or_path", model)) for model in models)
         raise InputError(
-            f"{names}: no end token: neither generation_config.json nor the tokenizer names one (eos_token_id), nor does the chat template "
-            "end a turn with one; answers would never end. Set eos_token in tokenizer_config.json"
+            f"{' and '.join(names) or 'the tokenizer'}: no end token: neither generation_config.json nor the tokenizer "
+            "names one (eos_token_id), and the chat template ends no turn with one; answers would never end. Set "
+            "eos_token in tokenizer_config.json"
         )
     contexts = [length for config in configs if (length := context_length(config)) is not None]
     return Conventions(tokenizer, tuple(sorted(eos)), width, min(contexts, default=None))
 
 
 def settle_run(teacher: str, student: str | None = None, *, template: bool = True) -> Conventions:
-    """Settle it from folders, hub ids or GGUF files, before any weights load: the tokenizer is the teacher's.
+    """Work out what teacher and student share before any weights are loaded. The tokenizer is the teacher's.
+
+    Args:
+        teacher: Folder, hub id or GGUF file of the teacher.
+        student: Folder, hub id or GGUF file of the student. If the teacher has no chat template, the student's is used.
+        template: As for `settle`.
 
     Raises:
-        VocabularyError: their tokenizers differ.
-        ValueError: see `settle`.
+        VocabularyError: The tokenizers differ.
+        InputError: As for `settle`.
     """
     tokenizer = load_tokenizer(teacher)
     if student is not None:
@@ -112,7 +134,7 @@ def settle_run(teacher: str, student: str | None = None, *, template: bool = Tru
 
 
 def _eos_of(model: Any) -> set[int]:
-    """End tokens that a model's generation config names, or its config where there is none."""
+    """Return the end tokens that a model's generation config names, or its config if that names none."""
     if isinstance(model, str):
         try:
             generation: Any = GenerationConfig.from_pretrained(model)

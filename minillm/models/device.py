@@ -1,4 +1,4 @@
-"""What this machine computes on, and in which dtype it is quick."""
+"""The device and dtype that this machine computes with, and how memory returns to it."""
 
 from __future__ import annotations
 
@@ -13,47 +13,56 @@ import torch
 
 
 def device() -> torch.device:
-    """Where a model that is not trained runs: the accelerator, if there is one."""
+    """Return the device for a model that is not trained: the accelerator if there is one, otherwise the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
 
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """A CPU without AVX-512 or its like emulates it, 5 to 180 times slower than it multiplies float32."""
+    """Return whether the CPU multiplies bfloat16 natively.
+
+    A CPU without AVX-512 or similar instructions emulates it, 5 to 180 times slower than it multiplies float32.
+    """
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def fast_bfloat16() -> bool:
-    """Whether bfloat16 is worth computing in here."""
+    """Return whether bfloat16 is fast on the device of this machine."""
     return device().type != "cpu" or cpu_multiplies_bfloat16()
 
 
 def working_dtype() -> torch.dtype:
-    """What models run in where nothing else is asked for: bfloat16, or float32 where that is emulated."""
+    """Return the dtype for models if none is asked for: bfloat16, or float32 if bfloat16 is emulated."""
     return torch.bfloat16 if fast_bfloat16() else torch.float32
 
 
 def release_memory() -> None:
-    """Models and caches that are done with, which hold each other in cycles, go back to the system, or to the GPU."""
+    """Collect garbage, empty the CUDA cache and trim the glibc heap.
+
+    Models and caches that are no longer needed can refer to each other in cycles, so that their memory is not freed
+    without a collection.
+    """
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what PyTorch keeps for itself vLLM could not have
+        torch.cuda.empty_cache()  # vLLM could not use memory that PyTorch keeps for itself
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise glibc keeps freed blocks
 
 
 @contextlib.contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """On a CPU with glibc: large blocks that are freed stay with the process inside, and go back to the system at the end.
+    """On a CPU with glibc, keep large freed blocks in the process inside the context, and return them at its end.
 
-    Otherwise each goes back to the kernel at once, and every page of the next one is faulted in anew. That was a third of the time
-    of TRL's fine-tuning, which makes and frees the same half gigabyte again and again. Where blocks of many sizes come and go, holes
-    that nothing fits into add up instead: the quickstart's minillm stage grew from 5.7 to 10.9 GB in 24 updates, and was hardly faster.
+    Otherwise each block returns to the kernel at once, and every page of the next one is faulted in anew. That was a
+    third of the time of TRL's fine-tuning, which allocates and frees the same half gigabyte again and again. If blocks
+    of many sizes are allocated, holes that no block fits into add up instead: the quickstart's minillm stage grew from
+    5.7 to 10.9 GB in 24 updates, and was hardly faster.
     """
-    mmap_max, trim_threshold = -4, -1  # of malloc.h
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
 
     def allow(mapped: int, spare: int) -> None:
+        """Set how many blocks may be mapped one by one, and how many free bytes the heap may keep."""
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(mmap_max, mapped)
@@ -66,14 +75,14 @@ def keep_freed_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        allow(
-            65536, 64 << 20
-        )  # glibc no longer moves the size from which blocks are mapped one by one, which costs memory, not time
+        # Once these are set, glibc no longer adapts the size from which blocks are mapped one by one. That costs
+        # memory, not time.
+        allow(65536, 64 << 20)
         release_memory()
 
 
 def machine() -> str:
-    """What measured something: the accelerator's name, or the processor's and the threads in use."""
+    """Return the name of the hardware for measurements: the accelerator, or the processor and the threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

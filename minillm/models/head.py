@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,18 +12,31 @@ from transformers import PreTrainedModel
 from minillm.data.batches import Padded, pad
 from minillm.errors import InputError
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# Relative errors of logits and hidden states that count as a difference: far above rounding, far below a wrong head or
+# a sequence that sees another.
+_HEAD_TOLERANCE = 0.05
+_PACKING_TOLERANCE = 0.02
+
 
 def body(model: PreTrainedModel) -> Any:
-    """The model without its head, adapters inside it included."""
+    """Return the model without its output head. Adapters inside it are included."""
     return unwrap_adapter(model).base_model
 
 
 def unwrap_adapter(model: Any) -> Any:
+    """Return the model inside a PEFT model, and any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head's weights and the constants that its family applies to logits."""
+    """Return the output head of a model: its weights, and the constants that its family applies to logits.
+
+    Raises:
+        InputError: The head has an adapter.
+    """
     module: Any = unwrap_adapter(model).get_output_embeddings()
     if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
         raise InputError(
@@ -36,22 +49,31 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
 
-def hidden_states(model: PreTrainedModel, batch: Padded) -> Tensor:
-    """Final hidden states [N, H] that predict the batch's response tokens.
+def hidden_states(model: PreTrainedModel, batch: Padded) -> Float[Tensor, "tokens hidden"]:
+    """Return the final hidden states that predict the response tokens of a batch.
 
-    Padding is on the right and attention causal, so no mask is needed, and the fast attention kernels take none.
+    No attention mask is needed, because padding is on the right and attention is causal; the fast attention kernels do
+    not accept one.
+
+    Args:
+        model: The model.
+        batch: The batch, on the device of the model. Sequences may share a row if `keeps_sequences_apart`.
     """
-    places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    states = body(model)(input_ids=batch.input_ids, use_cache=False, **places).last_hidden_state
+    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+    states = body(model)(input_ids=batch.input_ids, use_cache=False, **positions).last_hidden_state
     return states.reshape(-1, states.shape[-1]).index_select(0, batch.positions)
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, name: str) -> None:
-    """Make sure, on a few tokens, that `head_of` gives the model's own logits.
+    """Check on a few tokens that `head_of` gives the model's own logits.
+
+    Args:
+        model: The model.
+        name: `student` or `teacher`, for the error message.
 
     Raises:
-        ValueError: a family does to its logits what is not known here.
+        InputError: The model computes its logits in a way that `Head` does not implement.
     """
     ids = torch.tensor([[1, 2, 3, 1]], device=model.device)
     was_training = model.training
@@ -59,31 +81,30 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     own = model(input_ids=ids, use_cache=False).logits[0].float()
     ours = head_of(model).logits(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
     model.train(was_training)
-    if not (own - ours.to(own.dtype)).norm() <= 0.05 * own.norm() + 1e-6:  # far above what rounding does
+    if not (own - ours.to(own.dtype)).norm() <= _HEAD_TOLERANCE * own.norm() + 1e-6:
         raise InputError(
-            f"the {name} ({type(model).__name__}) makes its logits in a way that is not scored here: only a linear head with a "
-            "bias, a scale (logit_scale, logits_scaling) and a soft cap (final_logit_softcapping) is"
+            f"the {name} ({type(model).__name__}) makes its logits in a way that is not scored here: supported is a "
+            "linear head with a bias, a scale (logit_scale, logits_scaling) and a soft cap (final_logit_softcapping)"
         )
 
 
 @torch.no_grad()
 def keeps_sequences_apart(model: PreTrainedModel) -> bool:
-    """Whether sequences that share a row do not see each other, tried on this very model."""
+    """Return whether sequences that share a row do not see each other, tested on the model itself."""
     pieces = [[1, 2, 3], [3, 2, 1, 2], [2, 1, 3]]
     prompts, responses = [ids[:1] for ids in pieces], [ids[1:] for ids in pieces]
     was_training = model.training
     model.eval()
     apart, together = (
-        hidden_states(model, pad(prompts, responses, model.device, rows=rows)).float() for rows in ([0, 1, 2], [0, 0, 1])
-    )  # fmt: skip
+        hidden_states(model, pad(prompts, responses, model.device, rows=rows)).float()
+        for rows in ([0, 1, 2], [0, 0, 1])
+    )
     model.train(was_training)
-    return bool(
-        (apart - together).norm() <= 0.02 * apart.norm()
-    )  # seeing each other changes far more than rounding does
+    return bool((apart - together).norm() <= _PACKING_TOLERANCE * apart.norm())
 
 
 def gather_head(model: PreTrainedModel) -> None:
-    """Have DeepSpeed ZeRO-3 gather the head's weights for every forward and backward of the whole model."""
+    """Make DeepSpeed ZeRO-3 gather the head's weights in every forward and backward pass of the whole model."""
     import deepspeed  # pyright: ignore[reportMissingImports]
 
     head: Any = unwrap_adapter(model).get_output_embeddings()
@@ -93,40 +114,70 @@ def gather_head(model: PreTrainedModel) -> None:
 
 @dataclass
 class Head:
-    """The map from hidden states [N, H] to logits [N, V]: softcap(scale · (h Wᵀ + b)) / temperature."""
+    """The map from hidden states to logits: softcap(scale · (h Wᵀ + b)) / temperature.
 
-    weight: Tensor
-    bias: Tensor | None = None
+    Attributes:
+        weight: W.
+        bias: b, if there is one.
+        scale: Factor before the soft cap.
+        softcap: Bound of the logits, c in c · tanh(x / c), if there is one.
+    """
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None = None
     scale: float = 1.0
     softcap: float | None = None
 
     def narrow(self, width: int) -> Head:
-        """The head of the first `width` tokens."""
+        """Return the head of the first `width` ids. It shares memory with this one."""
         if width == self.weight.shape[0]:
             return self
         bias = None if self.bias is None else self.bias[:width]
         return Head(self.weight[:width], bias, self.scale, self.softcap)
 
-    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """All of them, [N, V], in float32 or better: for a few rows at a time."""
+    def logits(self, hidden: Float[Tensor, "tokens hidden"], temperature: float = 1.0) -> Float[Tensor, "tokens vocab"]:
+        """Return the logits of the whole vocabulary, in float32, or in float64 if the hidden states are.
+
+        They take much memory, so this is for a few tokens at a time.
+
+        Args:
+            hidden: Final hidden states of the body.
+            temperature: Temperature that the logits are divided by.
+        """
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return LogitTransform.of(self, temperature, wide).logits(project(hidden, self.weight.to(hidden.dtype)), wide)
 
 
 class LogitTransform(NamedTuple):
-    """What turns h Wᵀ into the logits that are compared; applied in float32, after the matmul's own rounding."""
+    """The steps from h Wᵀ to logits: bias, scale, soft cap and temperature.
 
-    bias: Tensor | None
+    They are applied in float32 or float64 after the matrix product, which has its own rounding.
+    """
+
+    bias: Float[Tensor, " vocab"] | None
     scale: float
     softcap: float | None
     temperature: float
 
     @classmethod
     def of(cls, head: Head, temperature: float, wide: torch.dtype) -> LogitTransform:
+        """Return the steps of a head.
+
+        Args:
+            head: The head.
+            temperature: Temperature that the logits are divided by.
+            wide: Dtype of the bias.
+        """
         bias = None if head.bias is None else head.bias.detach().to(wide)
         return cls(bias, float(head.scale), None if head.softcap is None else float(head.softcap), float(temperature))
 
-    def logits(self, projected: Tensor, wide: torch.dtype) -> Tensor:
+    def logits(self, projected: Float[Tensor, "tokens vocab"], wide: torch.dtype) -> Float[Tensor, "tokens vocab"]:
+        """Return the logits.
+
+        Args:
+            projected: h Wᵀ.
+            wide: Dtype of the logits.
+        """
         logits = projected.to(wide)
         if self.bias is not None:
             logits = logits + self.bias
@@ -134,16 +185,23 @@ class LogitTransform(NamedTuple):
             return logits * (self.scale / self.temperature)
         return torch.tanh(logits * (self.scale / self.softcap)) * (self.softcap / self.temperature)
 
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the logits by the projection, from the logits themselves."""
+    def slope(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"] | float:
+        """Return the derivative of the logits with respect to h Wᵀ, computed from the logits."""
         if self.softcap is None:
             return self.scale / self.temperature
         # d cap·tanh(x/cap)/dx = 1 − tanh²
         return (1 - (logits * (self.temperature / self.softcap)) ** 2) * (self.scale / self.temperature)
 
 
-def project(states: Tensor, weight: Tensor) -> Tensor:
-    """h Wᵀ, in float32 where the backend can give it: rounding logits to 16 bits costs gradient accuracy."""
+def project(
+    states: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "vocab hidden"]
+) -> Float[Tensor, "tokens vocab"]:
+    """Return h Wᵀ, in float32 if the backend can compute it: rounding logits to 16 bits costs gradient accuracy.
+
+    Args:
+        states: h, the final hidden states of the body.
+        weight: W, the weights of the head.
+    """
     if states.is_cuda and states.dtype.itemsize == 2:
         return torch.mm(states, weight.t(), out_dtype=torch.float32)
     return states @ weight.t()

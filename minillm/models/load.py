@@ -1,4 +1,4 @@
-"""Models and tokenizers from folders, the hub, GGUF files, or a GGUF file inside an installed package."""
+"""Loads models and tokenizers from folders, the hub, GGUF files, or a GGUF file inside an installed package."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ from minillm.errors import InputError, SourceError
 from minillm.models.configs import read_config
 from minillm.models.generation import read_generation_config
 from minillm.models.quantization import check_quantization, quantization_config
-from minillm.models.sources import check_source, place
+from minillm.models.sources import check_source, locate
 
-_FSDP_RAM_EFFICIENT_ENV = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # accelerate's default under FSDP
+_FSDP_RAM_EFFICIENT_ENV = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # set by accelerate's default under FSDP
 
 
 def load_model(
     source: str | Path, dtype: torch.dtype = torch.bfloat16, quantization: str | None = None
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, dropout off.
-
-    A trained model wants float32: at a learning rate of 5e-6 a bfloat16 weight hardly ever moves.
+    """Load a causal language model, in evaluation mode.
 
     Args:
-        quantization: `8bit` or `4bit`: its linear layers but the head in so many bits (bitsandbytes); they compute in `dtype`.
+        source: Folder, hub id or GGUF file.
+        dtype: Dtype of the weights. A model to be trained needs float32: at a learning rate of 5e-6 a bfloat16 weight
+            hardly ever changes.
+        quantization: `8bit` or `4bit`, to quantise all linear layers except the head with bitsandbytes. They compute in
+            `dtype`.
 
     Raises:
-        OSError: the model is not there, or not whole (see `check_source`).
-        ValueError: bitsandbytes is not installed, the source is a GGUF file, or its weights are not all of the model's.
+        MissingError, NotAFolderError, SourceError: The model is not there or not complete (see `check_source`).
+        InputError: bitsandbytes is not installed, a GGUF file is to be quantised, or the weights are not those of the
+            model that the config describes.
     """
     if quantization:
         check_quantization(quantization)
     config = read_config(source)
     check_source(str(source), ("weights",))
-    folder, gguf = place(source)
+    folder, gguf = locate(source)
     if gguf and quantization:
         raise InputError(
-            f"{source}: a GGUF file is not loaded in {quantization}; save it as a folder first (load_model, save_pretrained)"
+            f"{source}: a GGUF file is not loaded in {quantization}; save it as a folder first (load_model, "
+            "save_pretrained)"
         )
     given: dict[str, Any] = {}
     if gguf:
@@ -55,13 +59,17 @@ def load_model(
         given = {"quantization_config": quantization_config(quantization, dtype)}
     with _disable_sharded_init():
         read: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, generation_config=read_generation_config(source, config), output_loading_info=True,
-            ignore_mismatched_sizes=True, **given,
-        )  # fmt: skip
+            folder,
+            dtype=dtype,
+            generation_config=read_generation_config(source, config),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **given,
+        )
     model, loaded = read
     _check_loaded(str(source), loaded)
     if gguf:
-        # The weights are dense now; with these left in place the model would refuse to be saved.
+        # The weights are ordinary tensors now; with these attributes the model would refuse to be saved.
         for holder, name in (
             (model.config, "quantization_config"),
             (model, "hf_quantizer"),
@@ -74,7 +82,7 @@ def load_model(
 
 
 def _check_loaded(source: str, loaded: dict[str, Any]) -> None:
-    """transformers draws at random what it does not find, or finds in another shape, and only warns."""
+    """Refuse missing or mismatched weights: transformers would initialise them at random, with only a warning."""
     for name, stored, wanted in sorted(loaded["mismatched_keys"]):
         raise InputError(
             f"{source}: {name} has the shape {list(stored)} in the weights, and {list(wanted)} by config.json"
@@ -82,33 +90,40 @@ def _check_loaded(source: str, loaded: dict[str, Any]) -> None:
     absent = sorted(loaded["missing_keys"])
     if absent:
         more = f" and {len(absent) - 1} more" if absent[1:] else ""
-        raise InputError(f"{source}: the weights do not hold {absent[0]}{more}, which the model of its config.json has")
+        raise InputError(f"{source}: the weights do not hold {absent[0]}{more}, which its config.json asks for")
 
 
 @contextmanager
 def _disable_sharded_init() -> Iterator[None]:
-    """Under a ZeRO-3 configuration transformers would deal the weights out while it loads them; DeepSpeed does that with the
-    student's when it is prepared, and the teacher stays whole. Under accelerate's FSDP it would leave zeros in all processes but
-    the first of a machine, for the first one's weights to be sent to; a teacher's never are."""
-    kept, told = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_RAM_EFFICIENT_ENV, None)
+    """Make transformers load complete weights in every process.
+
+    Under a ZeRO-3 configuration it would shard the weights while it loads them. DeepSpeed shards the student's later,
+    when it prepares the model, and the teacher is not sharded. Under accelerate's FSDP it would leave zeros in all
+    processes except the first of a machine, and expect the first to send its weights to them, which never happens to a
+    teacher's.
+    """
+    config, efficient = deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(_FSDP_RAM_EFFICIENT_ENV, None)
     deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
-        if told is not None:
-            os.environ[_FSDP_RAM_EFFICIENT_ENV] = told
+        deepspeed._hf_deepspeed_config_weak_ref = config
+        if efficient is not None:
+            os.environ[_FSDP_RAM_EFFICIENT_ENV] = efficient
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer, with a pad token (the EOS token where there was none).
+    """Load a tokenizer. If it has no pad token, the EOS token becomes it.
+
+    Args:
+        source: Folder, hub id or GGUF file.
 
     Raises:
-        OSError: it is not there (see `check_source`).
-        ValueError: it cannot be read.
+        MissingError, NotAFolderError, SourceError: It is not there or cannot be loaded (see `check_source`).
+        InputError: It cannot be read.
     """
     check_source(str(source), ("tokenizer",))
-    folder, gguf = place(source)
+    folder, gguf = locate(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
     except OSError as error:
@@ -121,26 +136,29 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def resolve_cached(source: str) -> str:
-    """The folder in which the hub's cache holds a model; a folder as it is, and what is not cached too."""
+    """Return the folder of a hub model in the local cache.
+
+    A local folder, or a model that is not cached, is returned unchanged.
+    """
     if Path(source).is_dir():
         return source
     try:
         return snapshot_download(source, local_files_only=True)
-    except (OSError, ValueError):  # not cached, or no hub id
+    except (OSError, ValueError):  # not cached, or not a hub id
         return source
 
 
 def without_dropout(model: torch.nn.Module) -> None:
-    """Set every dropout to 0, in place, as the authors train.
+    """Set every dropout of a model to 0, in place, as LMOps trains.
 
-    The student that is scored must be the student that sampled: with dropout on, log q of a token would differ from its
-    log q_old before any update.
+    The student that is scored must be the student that sampled: with dropout, log q of a token would differ from its
+    log q_old before any weight update.
     """
     config = getattr(model, "config", None)
-    for thing in (*model.modules(), *([] if config is None else [config, config.get_text_config()])):
-        if isinstance(thing, torch.nn.modules.dropout._DropoutNd):
-            thing.p = 0.0
-        for name, value in list(vars(thing).items()):
-            # Families keep shares for functional dropout under many names: attention_dropout, attn_pdrop, layerdrop, …
+    for holder in (*model.modules(), *([] if config is None else [config, config.get_text_config()])):
+        if isinstance(holder, torch.nn.modules.dropout._DropoutNd):
+            holder.p = 0.0
+        for name, value in list(vars(holder).items()):
+            # Families name the rates of functional dropout differently: attention_dropout, attn_pdrop, layerdrop, …
             if isinstance(value, float) and ("drop" in name) and 0 < value < 1:
-                setattr(thing, name, 0.0)
+                setattr(holder, name, 0.0)

@@ -1,4 +1,4 @@
-"""Students with a LoRA adapter."""
+"""Loads, checks and saves students with a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from transformers import AutoModelForCausalLM
 from minillm.errors import InputError
 from minillm.models.config import AdapterConfig
 from minillm.models.configs import read_config, text_config
+from minillm.models.families import trains_quantized
 from minillm.models.load import load_model
 from minillm.models.quantization import check_quantization
 from minillm.models.shards import full_tensor
 
 
 def check_adapter(model: Any) -> None:
-    """Refuse adapters that `plain_weights` could not hand over: the engine would sample another student than is trained.
+    """Refuse adapters that `plain_weights` cannot merge: the engine would sample from another student than is trained.
+
+    Args:
+        model: A PEFT model. Any other model passes.
 
     Raises:
-        ValueError: naming the module.
+        InputError: Naming the module.
     """
     if not hasattr(model, "get_base_model"):
         return
@@ -37,40 +41,46 @@ def check_adapter(model: Any) -> None:
     for name, module in base.named_modules():
         if getattr(module, "parameter_name", None):
             raise InputError(
-                f"{name}: an adapter on a bare parameter (target_parameters) is not handed to the engine; use layers"
+                f"{name}: an adapter on a bare parameter (target_parameters) is not sent to the engine; use layers"
             )
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise InputError(
-                f"{name}: modules_to_save and trainable tokens are not handed to the engine; use LoRA layers alone"
+                f"{name}: modules_to_save and trainable tokens are not sent to the engine; use LoRA layers alone"
             )
         if not isinstance(module, BaseTunerLayer):
             continue
         if not (isinstance(module, LoraLayer) and hasattr(module, "get_delta_weight")):
-            raise InputError(
-                f"{name}: an adapter of kind {type(module).__name__} is not handed to the engine; use LoRA"
-            )
+            raise InputError(f"{name}: an adapter of kind {type(module).__name__} is not sent to the engine; use LoRA")
         if any(getattr(module, "use_dora", {}).values()):
-            raise InputError(f"{name}: a DoRA adapter cannot be merged on the way to the engine; use plain LoRA")
+            raise InputError(f"{name}: a DoRA adapter cannot be merged when it is sent to the engine; use plain LoRA")
         if any(getattr(module, "lora_bias", {}).values()):
-            raise InputError(f"{name}: the bias of a LoRA adapter is not handed to the engine; set lora_bias=False")
+            raise InputError(f"{name}: the bias of a LoRA adapter is not sent to the engine; set lora_bias=False")
         if module is embeddings and getattr(base.config, "tie_word_embeddings", False):
             raise InputError(
-                f"{name}: a LoRA adapter on an embedding that is also the head changes one of the two only; leave it out"
+                f"{name}: a LoRA adapter on an embedding that is also the head changes only one of them; leave it out"
             )
 
 
 def adapted_layers(model: Any) -> Iterator[tuple[str, list[tuple[Any, str]]]]:
-    """The plain names of layers with adapters, and for each the layer and its active ones."""
+    """Iterate over the layers of a PEFT model that have adapters.
+
+    Yields:
+        The name of the layer in the plain model, and for each of its active adapters the PEFT layer and the adapter's
+        name.
+    """
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
             yield name, [(module, adapter) for adapter in module.active_adapters if adapter in module.scaling]
 
 
 def adapter_rank(model: Any) -> int:
-    """The largest rank of a layer's active LoRA adapters together; 0 where there is none.
+    """Return the rank that the active LoRA adapters need as one adapter: the largest sum of ranks on a layer.
+
+    Args:
+        model: A model; 0 is returned for one without adapters.
 
     Raises:
-        ValueError: an adapter that could not be handed over by itself.
+        InputError: An adapter cannot be sent to the engine by itself, that is, unmerged.
     """
     if not hasattr(model, "get_base_model"):
         return 0
@@ -78,15 +88,20 @@ def adapter_rank(model: Any) -> int:
     for name, pairs in adapted_layers(model):
         if any(adapter not in module.lora_A for module, adapter in pairs):
             raise InputError(
-                f"{name}: an adapter on an embedding reaches the engine merged only: set rollout.lora: merged"
+                f"{name}: an adapter on an embedding can only be sent to the engine merged: set rollout.lora: merged"
             )
     return max((sum(module.r[adapter] for module, adapter in pairs) for _, pairs in adapted_layers(model)), default=0)
 
 
 def save_adapter(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
-    """Save the active LoRA adapters as one of PEFT's folders, with α = r: every layer's scaling is in its B.
+    """Save the active LoRA adapters as one adapter in PEFT's format, with α = r: the scaling of each layer is in its B.
 
-    Shards are gathered, which every process must take part in.
+    Sharded weights are gathered, so every process must call this.
+
+    Args:
+        model: A PEFT model.
+        folder: Folder to write.
+        dtype: Dtype of the saved tensors.
     """
     tensors: dict[str, Tensor] = {}
     for name, pairs in adapted_layers(model):
@@ -114,17 +129,29 @@ def save_adapter(model: Any, folder: str | Path, dtype: torch.dtype) -> None:
 
 
 def load_student(source: str | Path, lora: AdapterConfig | None = None, compute: torch.dtype = torch.float32) -> Any:
-    """A student to train: in float32, or with a LoRA adapter of float32 on a frozen base in `compute`."""
+    """Load a student to train.
+
+    Args:
+        source: Folder, hub id or GGUF file.
+        lora: Settings of an adapter to add, if any. It is in float32, and the base is frozen.
+        compute: Dtype of a frozen base. Without an adapter the student is in float32.
+
+    Raises:
+        MissingError, NotAFolderError, SourceError, InputError: As for `load_model`.
+        InputError: The student cannot take the adapter, or cannot be quantised.
+    """
     if lora is None:
         return load_model(source, torch.float32)
-    if lora.quantization and text_config(str(source)).model_type == "gpt2":
+    if lora.quantization and not trains_quantized(config := text_config(str(source))):
         raise InputError(
-            f"{source}: student.lora.quantization: GPT-2's layers are stored the other way round once they are quantised; leave it out"
+            f"{source}: student.lora.quantization: bitsandbytes stores the layers of {config.model_type} the other way "
+            "round when it quantises them; leave it out"
         )
-    torch.manual_seed(0)  # the same adapter in every process, and in a run that goes on
+    torch.manual_seed(0)  # the same adapter in every process, and in a run that is resumed
     base: Any = load_model(source, compute, lora.quantization)
     for module in base.modules():
-        # On a CPU bitsandbytes repacks a layer that is read in evaluation mode, and what trains through it then has no gradient.
+        # On a CPU bitsandbytes repacks a layer that is used in evaluation mode, and no gradient passes through it
+        # afterwards.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return _with_lora(base, lora)
@@ -133,8 +160,12 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
 def check_student(source: str, lora: AdapterConfig) -> None:
     """Refuse an adapter that the student cannot take, without reading its weights.
 
+    Args:
+        source: Folder, hub id or GGUF file of the student.
+        lora: Settings of the adapter.
+
     Raises:
-        ValueError: its targets are no modules of the student, or cannot be scored; bitsandbytes is missing.
+        InputError: Its targets are not modules of the student or cannot be scored, or bitsandbytes is missing.
     """
     if lora.quantization:
         check_quantization(lora.quantization)
@@ -143,11 +174,16 @@ def check_student(source: str, lora: AdapterConfig) -> None:
 
 
 def _with_lora(base: Any, lora: AdapterConfig) -> Any:
+    """Add a new adapter to a model."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, use_rslora=lora.rslora, target_modules=lora.targets, task_type="CAUSAL_LM"
-    )  # pyright: ignore[reportArgumentType]
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT divides it, so a float works)
+        use_rslora=lora.rslora,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
     try:
         student = get_peft_model(base, config)
     except ValueError as error:  # PEFT names the modules that are not there

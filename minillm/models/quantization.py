@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits."""
+"""Weights in 8 or 4 bits, by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ import logging
 from typing import Any
 
 import torch
+from transformers import BitsAndBytesConfig
 
 from minillm.errors import InputError
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether some layers are held in 8 or 4 bits (bitsandbytes)."""
+    """Return whether a layer of the model has weights in 8 or 4 bits."""
     return any(layer_is_quantized(module) for module in model.modules())
 
 
 def layer_is_quantized(module: Any) -> bool:
+    """Return whether the layer itself has weights in 8 or 4 bits."""
     return type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
 
 
 def check_quantization(quantization: str) -> None:
-    """Refuse `8bit` or `4bit` weights where bitsandbytes is not installed.
+    """Refuse quantised weights if bitsandbytes is not installed.
+
+    Args:
+        quantization: `8bit` or `4bit`.
 
     Raises:
-        ValueError: saying how to install it.
+        InputError: Saying how to install it.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
@@ -33,12 +38,15 @@ def check_quantization(quantization: str) -> None:
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
+    """Return the settings with which transformers quantises a model while loading it.
 
+    Args:
+        quantization: `8bit` or `4bit` (NF4, with its scales quantised too).
+        dtype: Dtype in which layers of 4 bits compute.
+    """
     if quantization == "8bit":
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-            logging.ERROR
-        )  # a line at every product, that it casts to float16
+        # It logs at every matrix product that it casts to float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

@@ -1,4 +1,4 @@
-"""Saved folders of a trained model."""
+"""Saves trained models as folders, and casts saved ones."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from minillm.models.weights import plain_weights
 
 
 def save_plain(model: Any, folder: str | Path, *, merged: bool = True, write: bool = True) -> None:
-    """Save as a folder of the plain architecture, adapters merged, or left out.
+    """Save a model as a folder of its plain architecture.
 
-    Every process that writes leaves a whole folder (`save_pretrained` leaves one where the process is the first alone).
+    Every process that writes leaves a complete folder, while `save_pretrained` leaves one only in the first process.
 
     Args:
-        write: whether this process writes; where shards are gathered every process has to call it.
+        model: A model, with or without adapters, quantised layers or shards.
+        folder: Folder to write.
+        merged: Whether adapters are merged into the weights. Otherwise they are left out.
+        write: Whether this process writes. The weights of a sharded model are gathered, so every process must call
+            this.
     """
     adapted = hasattr(model, "get_base_model")
     base = model.get_base_model() if adapted else model
@@ -50,7 +54,7 @@ def save_plain(model: Any, folder: str | Path, *, merged: bool = True, write: bo
     config.architectures = [type(base).__name__.removeprefix("FSDP")]
     config.dtype = base.dtype
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # what is saved is not quantised
+        del config.quantization_config  # the saved weights are not quantised
     config.save_pretrained(target)
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.save_pretrained(target)
@@ -58,7 +62,14 @@ def save_plain(model: Any, folder: str | Path, *, merged: bool = True, write: bo
 
 
 def cast_folder(folder: str | Path, dtype: torch.dtype) -> None:
-    """Cast the floating-point weights of a saved model, a file at a time, each replaced when its successor is whole."""
+    """Cast the floating-point weights of a saved model, one file at a time.
+
+    A file is replaced when the new one is complete.
+
+    Args:
+        folder: Folder of the model.
+        dtype: Dtype to cast to.
+    """
     for file in sorted(Path(folder).glob("*.safetensors")):
         weights = load_file(file)
         cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
@@ -69,16 +80,14 @@ def cast_folder(folder: str | Path, dtype: torch.dtype) -> None:
         del weights  # its memory is mapped from the file
         part.replace(file)
     config = Path(folder) / "config.json"
-    said = json.loads(config.read_text(encoding="utf-8"))
-    for section in [
-        said,
-        *(value for key, value in said.items() if key.endswith("_config") and isinstance(value, dict)),
-    ]:
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    nested = [value for key, value in settings.items() if key.endswith("_config") and isinstance(value, dict)]
+    for section in [settings, *nested]:
         if "dtype" in section:
             section["dtype"] = str(dtype).removeprefix("torch.")
-    config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     index = Path(folder) / "model.safetensors.index.json"
     if index.is_file():
-        listed = json.loads(index.read_text(encoding="utf-8"))
-        listed.get("metadata", {}).pop("total_size", None)  # of the weights as they were
-        index.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        entries.get("metadata", {}).pop("total_size", None)  # the size in the old dtype
+        index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
-"""Sizes of a model whose weights are not read.
+"""Sizes of a model, computed without its weights.
 
-What autograd keeps of a forward is counted, not guessed: the body is run on fake tensors, which have shapes and no data.
+The memory that autograd keeps from a forward pass is counted, not estimated: the model's body runs on fake tensors,
+which have shapes and no data.
 """
 
 from __future__ import annotations
@@ -24,19 +25,28 @@ from minillm.models.pruning.layer_settings import cut_config
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model."""
+    """Sizes of a model.
+
+    Attributes:
+        name: Folder, hub id or GGUF file of the model.
+        config: Config of its text model.
+        parameters: Number of parameters. A tied head counts once.
+        head: Number of parameters of the output head, tied or not.
+    """
 
     name: str
     config: Any
     parameters: int
-    head: int  # parameters of the output head, tied or not
+    head: int
 
     @property
     def hidden(self) -> int:
+        """Size of the hidden states."""
         return self.config.hidden_size
 
     @property
     def layers(self) -> int:
+        """Number of decoder blocks."""
         return self.config.num_hidden_layers
 
     @property
@@ -48,35 +58,47 @@ class Shape:
 
     @property
     def body(self) -> int:
-        """Parameters that multiply in the body."""
+        """Number of parameters of the body that take part in matrix products: all except embedding and head."""
         tied = getattr(self.config, "tie_word_embeddings", False)
         return self.parameters - (self.head if tied else 2 * self.head)
 
     def cached(self, itemsize: int) -> int:
-        """Bytes of one token's keys and values."""
+        """Return the bytes of one token's keys and values in all layers.
+
+        Args:
+            itemsize: Bytes of one number.
+        """
         return cached_bytes(self.config, itemsize)
 
 
 def cached_bytes(config: Any, itemsize: int) -> int:
-    """Bytes of one token's keys and values in all layers of a (text) config."""
+    """Return the bytes of one token's keys and values in all layers of a model.
+
+    Args:
+        config: Config of the text model.
+        itemsize: Bytes of one number.
+    """
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_size(config) * itemsize
 
 
 def shape_of(source: str, keep_layers: int | None = None) -> Shape:
-    """From a folder, from published dimensions, or from the hub's config.
+    """Return the sizes of a model, from a folder, from published dimensions or from the config on the hub.
 
     Args:
-        keep_layers: layers that are left after pruning.
+        source: Folder, hub id or GGUF file.
+        keep_layers: Number of layers that pruning keeps, to get the sizes of the pruned model.
 
     Raises:
-        ValueError: the model has fewer layers than that, or fewer than 2 would be left.
+        MissingError, NotAFolderError, SourceError: The model is not there.
+        InputError: The model has fewer layers than `keep_layers`, or `keep_layers` is below 2.
     """
     config = _config(source)
     if keep_layers is not None:
         depth = config.get_text_config().num_hidden_layers
         check_keep_layers(depth, keep_layers)
-        config = cut_config(config, [*range(keep_layers - 1), depth - 1])  # which will go is not known yet
+        # Which layers pruning will remove is not known yet, and does not change the sizes.
+        config = cut_config(config, [*range(keep_layers - 1), depth - 1])
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     return Shape(source, config.get_text_config(), model.num_parameters(), model.get_output_embeddings().weight.numel())
@@ -92,27 +114,35 @@ def _config(source: str) -> Any:
 def kept_bytes(
     shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool, sharded: bool = False
 ) -> float:
-    """What autograd keeps of the body's forward over `rows` sequences of `length` tokens, float32 weights left out.
+    """Return the bytes that autograd keeps from a forward pass of the body. float32 weights are not counted.
 
     Args:
-        half: under autocast to bfloat16, whose copies of the weights count.
-        checkpointing: then one block is computed again at a time, and autocast's copies live through the forward.
-        sharded: weights are gathered in bfloat16 a block at a time, and let go of; there are no copies.
+        shape: Sizes of the model.
+        rows: Number of sequences.
+        length: Tokens of each sequence.
+        half: Whether the forward pass runs under autocast to bfloat16, whose copies of the weights are counted.
+        checkpointing: Whether gradients are checkpointed. One block at a time is then computed again, and autocast's
+            copies exist only during the forward pass.
+        sharded: Whether weights are sharded. They are then gathered in bfloat16 one block at a time and freed again, so
+            there are no copies.
     """
     config, kind = shape.config.to_json_string(use_diff=False), type(shape.config)
     copies = 2.0 * shape.body if half else 0.0
-    whole = _kept(config, kind, rows, length, half, False)
+    whole = _count_kept_bytes(config, kind, rows, length, half, False)
     if not checkpointing:
         return whole - copies if sharded else whole
     block = (whole - copies if sharded else whole) / shape.layers
-    return _kept(config, kind, rows, length, half, True) + (block if sharded else max(block, copies))
+    checkpoints = _count_kept_bytes(config, kind, rows, length, half, True)
+    return checkpoints + (block if sharded else max(block, copies))
 
 
 @cache
-def _kept(config: str, kind: Any, rows: int, length: int, half: bool, checkpointing: bool) -> int:
+def _count_kept_bytes(config: str, kind: Any, rows: int, length: int, half: bool, checkpointing: bool) -> int:
+    """Count the bytes that autograd keeps, on fake tensors. `config` is JSON, so that results can be cached."""
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         model: Any = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config)), dtype=torch.float32)
-        model.eval()  # dropout is off in training too, and OPT draws a number for each layer, which a fake one cannot be
+        # Dropout is off in training too, and OPT draws a random number for each layer, which cannot be a fake tensor.
+        model.eval()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             for module in model.modules():
@@ -122,9 +152,9 @@ def _kept(config: str, kind: Any, rows: int, length: int, half: bool, checkpoint
         kept: dict[int, torch.Tensor] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            place = tensor.untyped_storage()._cdata
-            if place not in weights:
-                kept[place] = tensor  # held, so that no other takes its place
+            address = tensor.untyped_storage()._cdata
+            if address not in weights:
+                kept[address] = tensor  # holding the tensor keeps another one from getting its address
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

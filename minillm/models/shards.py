@@ -1,4 +1,4 @@
-"""Weights that are sharded over processes."""
+"""Reads weights that are sharded over processes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from torch.distributed.tensor import DTensor
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether every forward is a collective operation: FSDP in either form, and DeepSpeed ZeRO-3."""
+    """Return whether every forward pass is a collective operation, as with FSDP (1 or 2) and DeepSpeed ZeRO-3."""
     return isinstance(model, (FSDPModule, FullyShardedDataParallel)) or any(
         isinstance(p, DTensor) or _is_zero3(p) for p in model.parameters()
     )
 
 
 def _is_zero3(value: Tensor) -> bool:
-    return hasattr(value, "ds_id")  # a parameter of which ZeRO-3 left this process a part
+    return hasattr(value, "ds_id")  # set on a parameter of which this process holds only a part
 
 
 @contextmanager
 def gathered(values: Iterable[Tensor]) -> Iterator[None]:
-    """ZeRO-3's parameters gathered for as long as this lasts, which every process must take part in."""
+    """Gather ZeRO-3 parameters inside the context. Every process must enter it.
+
+    Args:
+        values: Parameters. Those that ZeRO-3 has not sharded are left alone.
+    """
     parts = [value for value in values if _is_zero3(value)]
     if not parts:
         yield
@@ -38,6 +42,7 @@ def gathered(values: Iterable[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def full_tensor(value: Tensor) -> Tensor:
+    """Return a complete weight, gathered from all processes if it is sharded. Every process must then call this."""
     if _is_zero3(value):
         with gathered([value]):
             return value.detach().clone()

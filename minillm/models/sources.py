@@ -1,4 +1,4 @@
-"""What a source names, a folder, a hub id or a GGUF file, and whether all of it is there."""
+"""Finds the folder, hub id or GGUF file that a source names, and checks that the model in it is complete."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _TOKENIZERS = ("tokenizer*", "vocab.*", "spiece.model", "sentencepiece*", "spm*.
 
 
 def find_gguf(source: str) -> Path | None:
-    """The GGUF file that `source` names (`x.gguf` or `package:NAME`), or None where it names a model folder or hub id.
+    """Return the GGUF file that a source names (`x.gguf` or `package:NAME`), or None for a folder or hub id.
 
     Raises:
-        FileNotFoundError: the file or the package is not there.
+        MissingError: The file or the package is not there, or the package does not hold exactly one GGUF file.
     """
     if source.startswith("package:"):
         name = source.removeprefix("package:")
@@ -53,24 +53,35 @@ def find_gguf(source: str) -> Path | None:
     return None
 
 
-def place(source: str | Path) -> tuple[str, dict[str, str]]:
-    """Where transformers' loaders find a source: a folder or hub id, and for a GGUF file its name in there."""
+def locate(source: str | Path) -> tuple[str, dict[str, str]]:
+    """Return the arguments with which transformers' loaders find a source.
+
+    Returns:
+        A folder or hub id, and keyword arguments: the name of the file in the folder (`gguf_file`) for a GGUF file, and
+        none otherwise.
+
+    Raises:
+        MissingError: As for `find_gguf`.
+    """
     gguf = find_gguf(str(source))
     return (str(source), {}) if gguf is None else (str(gguf.parent), {"gguf_file": gguf.name})
 
 
 def check_source(source: str, needs: Collection[str] = MODEL) -> None:
-    """Refuse a model that is not there or not whole, before anything of it is loaded.
+    """Refuse a model that is not there or not complete, before any of it is loaded.
 
-    A folder's weights are checked by their headers. What is not in the hub's cache is asked for once, without the retries
-    of a download, which last a minute where there is no network.
+    The weights in a folder are checked by their headers. The hub is asked once for a model that is not in the local
+    cache, without the retries of a download, which take a minute without a network.
 
     Args:
-        needs: which parts: `config`, `tokenizer`, `weights`.
+        source: Folder, hub id or GGUF file.
+        needs: Parts of the model to check: `config`, `tokenizer`, `weights`.
 
     Raises:
-        OSError: it is not there, a file of it is missing, or the hub does not give it.
-        ValueError: a file of it cannot be read, or it is no causal language model.
+        MissingError: The model or one of its files is not there.
+        NotAFolderError: The source is a file.
+        SourceError: The hub cannot be reached or does not provide the model.
+        InputError: A file cannot be read, or the model is not a causal language model.
     """
     if find_gguf(source) is not None:
         return
@@ -80,10 +91,13 @@ def check_source(source: str, needs: Collection[str] = MODEL) -> None:
 
 
 def check_adapter_source(source: str) -> None:
-    """Refuse a PEFT adapter that is not there or not whole.
+    """Refuse a PEFT adapter that is not there or not complete.
+
+    Args:
+        source: Folder or hub id.
 
     Raises:
-        OSError, ValueError: as `check_source`.
+        MissingError, NotAFolderError, SourceError, InputError: As for `check_source`.
     """
     folder = _find_folder(source, "adapter_config.json")
     if folder is None:
@@ -91,7 +105,7 @@ def check_adapter_source(source: str) -> None:
     if not (folder / "adapter_config.json").is_file():
         hint = " (it is a whole model: name it as teacher.source)" if (folder / "config.json").is_file() else ""
         raise MissingError(f"{source}: the folder holds no adapter_config.json, as a PEFT adapter does{hint}")
-    _read_json(source, folder / "adapter_config.json")
+    _read_object(source, folder / "adapter_config.json")
     files = [file for name in ("adapter_model.safetensors", "adapter_model.bin") if (file := folder / name).is_file()]
     if not files:
         raise MissingError(f"{source}: the folder holds neither adapter_model.safetensors nor adapter_model.bin")
@@ -99,7 +113,7 @@ def check_adapter_source(source: str) -> None:
 
 
 def _find_folder(source: str, file: str) -> Path | None:
-    """The folder that a source is, or offline the one in the cache; None for what the hub has."""
+    """Return the folder of a source, or offline its folder in the cache; None for a source that the hub has."""
     folder = Path(source)
     if source and folder.is_dir():
         return folder
@@ -114,7 +128,8 @@ def _find_folder(source: str, file: str) -> Path | None:
     if constants.is_offline_mode():
         if not isinstance(cached, str):
             raise MissingError(
-                f"{source}: no such folder, and HF_HUB_OFFLINE is set and the hub's cache ({constants.HF_HUB_CACHE}) does not hold it"
+                f"{source}: no such folder, and HF_HUB_OFFLINE is set and the hub's cache ({constants.HF_HUB_CACHE}) "
+                "does not hold it"
             )
         return Path(cached).parent
     if not isinstance(cached, str):
@@ -123,24 +138,29 @@ def _find_folder(source: str, file: str) -> Path | None:
 
 
 def _ask_hub(source: str, file: str) -> None:
+    """Ask the hub, once, whether it provides a file of a model."""
     try:
         get_hf_file_metadata(hf_hub_url(source, file), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except GatedRepoError as error:
-        reason = f"the hub gives it only to those who have accepted its terms ({constants.ENDPOINT}/{source}): then `hf auth login`"
-        raise SourceError(f"{source}: {reason}") from error
+        raise SourceError(
+            f"{source}: the hub provides it only to those who have accepted its terms ({constants.ENDPOINT}/{source}): "
+            "accept them, then `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
-        reason = "no such folder, and the hub has no such model, or has it as a private one (`hf auth login`): check the name"
-        raise MissingError(f"{source}: {reason}") from error
+        raise MissingError(
+            f"{source}: no such folder, and the hub has no such model, or has it as a private one "
+            "(`hf auth login`): check the name"
+        ) from error
     except EntryNotFoundError as error:
         raise MissingError(f"{source}: the hub's repository of this name holds no {file}") from error
     except HfHubHTTPError as error:
         raise SourceError(
             f"{source}: no such folder, and the hub answers {error.response.status_code}; try again later"
         ) from error
-    except Exception as error:  # of the HTTP library that the hub's client is built on
+    except Exception as error:  # errors of the HTTP library that the hub's client is built on
         raise SourceError(
-            f"{source}: no such folder, and {constants.ENDPOINT} cannot be reached ({_line(error)}): check the path, or the network; "
-            "with a copy in the cache, set HF_HUB_OFFLINE=1"
+            f"{source}: no such folder, and {constants.ENDPOINT} cannot be reached ({_first_line(error)}): check the "
+            "path, or the network; with a copy in the cache, set HF_HUB_OFFLINE=1"
         ) from error
 
 
@@ -149,29 +169,29 @@ def _check_folder(source: str, folder: Path, needs: Collection[str]) -> None:
     if "config" in needs or "weights" in needs:
         if adapter:
             raise InputError(
-                f"{source}: the folder holds a PEFT adapter (adapter_config.json): name the model that it belongs to, and it as "
-                "teacher.adapter"
+                f"{source}: the folder holds a PEFT adapter (adapter_config.json): name the model that it belongs to, "
+                "and the adapter as teacher.adapter"
             )
         if not (folder / "config.json").is_file():
             ggufs = sorted(folder.glob("*.gguf"))
             hint = f": name its file, {ggufs[0]}" if ggufs else ", as a model of transformers does"
             raise MissingError(f"{source}: the folder holds no config.json{hint}")
-        _check_kind(source, _read_json(source, folder / "config.json"))
+        _check_model_type(source, _read_object(source, folder / "config.json"))
     if "tokenizer" in needs and not any(next(folder.glob(pattern), None) for pattern in _TOKENIZERS):
         raise MissingError(f"{source}: the folder holds no tokenizer (tokenizer.json and tokenizer_config.json)")
     if "weights" in needs:
         _check_weights(source, folder)
 
 
-def _check_kind(source: str, config: dict[str, Any]) -> None:
-    kind = config.get("model_type")
-    if not isinstance(kind, str):
+def _check_model_type(source: str, config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
         raise InputError(f"{source}: config.json names no model_type")
-    if kind not in CONFIG_MAPPING:
+    if model_type not in CONFIG_MAPPING:
         code = "; models that bring code of their own are not run" if "auto_map" in config else ""
-        raise InputError(f"{source}: config.json: model_type {kind} is not known to transformers{code}")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise InputError(f"{source}: config.json: model_type {kind} is no causal language model")
+        raise InputError(f"{source}: config.json: model_type {model_type} is not known to transformers{code}")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(f"{source}: config.json: model_type {model_type} is not a causal language model")
 
 
 def _check_weights(source: str, folder: Path) -> None:
@@ -183,15 +203,15 @@ def _check_weights(source: str, folder: Path) -> None:
     if found.suffix != ".json":
         _check_tensors(found)
         return
-    shards = _read_json(source, found).get("weight_map")
+    shards = _read_object(source, found).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{found}: the index of shards has no weight_map")
     files = sorted(set(shards.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise MissingError(
-            f"{source}: {found.name} names {len(files)} shards, and {len(missing)} of them are not in the folder: {missing[0]}"
-            + (", …" if missing[1:] else "")
+            f"{source}: {found.name} names {len(files)} shards, and {len(missing)} of them are not in the folder: "
+            f"{missing[0]}{', …' if missing[1:] else ''}"
         )
     for name in files:
         held = _check_tensors(folder / name)
@@ -201,7 +221,11 @@ def _check_weights(source: str, folder: Path) -> None:
 
 
 def _check_tensors(file: Path) -> set[str] | None:
-    """The names of a safetensors file's tensors, of which the header alone is read; None of another kind of file."""
+    """Check a file of weights by its header.
+
+    Returns:
+        The names of its tensors, or None if the file is not in safetensors format.
+    """
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(16)
@@ -213,22 +237,23 @@ def _check_tensors(file: Path) -> set[str] | None:
                 return set(tensors.keys())
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{file}: the weights cannot be read ({_line(error)}; {size} bytes): copy or download them again"
+                f"{file}: the weights cannot be read ({_first_line(error)}; {size} bytes): copy or download them again"
             ) from error
     if not size or (start.startswith(b"PK") and not zipfile.is_zipfile(file)):
         raise InputError(f"{file}: the weights are cut short ({size} bytes): copy or download them again")
     return None
 
 
-def _read_json(source: str, file: Path) -> dict[str, Any]:
+def _read_object(source: str, file: Path) -> dict[str, Any]:
+    """Read the JSON object of a model's file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{source}: {file.name} is not JSON: {_line(error)}") from error
+        raise InputError(f"{source}: {file.name} is not JSON: {_first_line(error)}") from error
     if not isinstance(found, dict):
         raise InputError(f"{source}: {file.name} holds no JSON object")
     return found
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

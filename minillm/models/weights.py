@@ -1,4 +1,4 @@
-"""A trained model's weights under the names its plain architecture has, for an engine or a saved folder."""
+"""Reads the weights of a trained model under the names of its plain architecture, for an engine or a saved folder."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minillm.models.families import family_of
 from minillm.models.lora import adapted_layers, check_adapter
 from minillm.models.quantization import layer_is_quantized
 from minillm.models.shards import full_tensor, gathered
 
-# vLLM ties a head of its own to the embedding, and both must be sent for both to move; of these architectures it has no head.
-_HEADLESS_IN_VLLM = {"gemma2"}
-
 
 def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Every weight in full, tied ones under each of their names, adapters merged on the way out, or left out.
+    """Iterate over the complete weights of a model. A tied weight appears under each of its names.
 
-    The model itself is left alone: merging in place and taking out again would round the frozen base a little each time.
-    Shards (FSDP2, ZeRO-3) are gathered one tensor at a time, which every process must take part in.
+    The model itself is not changed: merging an adapter in place and unmerging it again would round the frozen base a
+    little each time. Sharded weights (FSDP2, ZeRO-3) are gathered one tensor at a time, so every process must iterate.
+
+    Args:
+        model: A model, with or without adapters, quantised layers or shards.
+        dtype: Dtype of the weights.
+        merged: Whether adapters are merged into the weights. Otherwise they are left out.
+
+    Yields:
+        The name and the value of each weight.
+
+    Raises:
+        InputError: The model has an adapter that cannot be merged (see `check_adapter`).
     """
     if not hasattr(model, "get_base_model"):
         for name, value in _stored(model):
@@ -40,9 +49,9 @@ def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Ite
 
 
 def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """A model's weights by name as they are, those of quantised layers as the numbers they stand for."""
+    """Iterate over a model's weights as they are stored. Those of quantised layers are dequantised."""
     layers = {name: module for name, module in model.named_modules() if layer_is_quantized(module)}
-    headless = getattr(model.config, "model_type", None) in _HEADLESS_IN_VLLM and model.config.tie_word_embeddings
+    headless = family_of(model.config).tied_head_absent_in_vllm and model.config.tie_word_embeddings
     for name, value in model.state_dict(keep_vars=True).items():
         if headless and name == "lm_head.weight":
             continue
@@ -51,7 +60,6 @@ def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:
             from peft.utils.integrations import dequantize_module_weight
 
             yield name, dequantize_module_weight(layers[layer])
-        elif what == "bias" or (
-            layer not in layers and layer.partition(".weight")[0] not in layers
-        ):  # and not its scales
+        elif what == "bias" or (layer not in layers and layer.partition(".weight")[0] not in layers):
+            # Everything else that a quantised layer stores are the scales of its weights.
             yield name, value

@@ -16,6 +16,7 @@ from minillm.errors import DataError, InputError
 from minillm.models.adapters import check_adapter_files
 from minillm.models.configs import attends_fully, context_length, text_config
 from minillm.models.conventions import Conventions
+from minillm.models.families import trains_quantized
 from minillm.models.lora import check_student
 from minillm.models.pruning.depth import check_keep_layers
 from minillm.models.quantization import check_quantization
@@ -118,7 +119,7 @@ def _check_student(recipe: Recipe, source: str) -> None:
     lora = recipe.student.lora
     if lora is None:
         return
-    if lora.quantization and text_config(source).model_type == "gpt2":
+    if lora.quantization and not trains_quantized(text_config(source)):
         raise InputError(
             f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out"
         )

@@ -81,7 +81,7 @@ def test_columns_by_the_names_that_people_use(tmp_path: Path) -> None:
     assert (example.instruction, example.output) == ("i", "r")
     with pytest.raises(DataError, match=re.escape("y.jsonl:1: no column question; there are q, a, instruction")):
         read_examples(named.model_copy(update={"columns": {"instruction": "question"}}))
-    with pytest.raises(ValueError, match="either file or dataset is needed"):
+    with pytest.raises(ValueError, match="exactly one of file and dataset is needed"):
         Source(file=tmp_path, dataset="x")
 
 
@@ -110,7 +110,10 @@ def test_every_answer_of_a_chat_is_an_example(tmp_path: Path, tokenizer: Any) ->
     for row, message in (
         ({"messages": [{"role": "user"}]}, "x.jsonl:1: messages[0] needs a role and a content, both strings"),
         ({"messages": ["w1"]}, "x.jsonl:1: messages[0] needs a role and a content, both strings"),
-        ({"messages": chat[2:]}, "x.jsonl:1: messages[0]: an answer of the assistant follows a message of the user"),
+        (
+            {"messages": chat[2:]},
+            "x.jsonl:1: messages[0]: an answer of the assistant must follow a message of the user",
+        ),
         ({"messages": chat[:1]}, "x.jsonl:1: messages holds no message of the user"),
     ):
         with pytest.raises(DataError, match=re.escape(message)):

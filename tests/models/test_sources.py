@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no object": (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no JSON object"),
     "no kind": (lambda folder: (folder / "config.json").write_text("{}"), "config.json names no model_type"),
     "an unknown kind": (lambda folder: (folder / "config.json").write_text('{"model_type": "lama"}'), "lama is not known"),
-    "another kind": (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'), "is no causal language model"),
+    "another kind": (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'), "is not a causal language model"),
     "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "the folder holds no tokenizer"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "the folder holds no weights"),
     "cut weights": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors: the weights cannot be read"),

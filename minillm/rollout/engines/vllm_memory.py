@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from minillm.models.families import NOT_ON_CPUS
 from minillm.rollout.engines.base import EngineSizing
 
 GIB = 1 << 30
@@ -64,11 +65,7 @@ def buffer_bytes(vocabulary: int, sequences: int) -> int:
     return _BUFFERS + _SAMPLER_COPIES * sequences_at_once(sequences, gpu=True) * vocabulary * 4
 
 
-# Model types that its CPU build runs by changing transformers' class, of which then no model works in this process but its own; and
-# the sizes of attention heads that the build has kernels for.
-NOT_ON_CPUS = frozenset({"gpt_neox"})
-
-
+# Sizes of attention heads that vLLM's CPU build has kernels for.
 HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
