@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, pad
 from minillm.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -111,6 +114,14 @@ class Head:
         """All of them, [N, V], in float32 or better: for a few rows at a time."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return LogitTransform.of(self, temperature, wide).logits(project(hidden, self.weight.to(hidden.dtype)), wide)
+
+
+@dataclass
+class TeacherStates:
+    """Final hidden states of the teacher that predict a batch's response tokens, without gradient, and its output head."""
+
+    hidden: Float[Tensor, "tokens hidden_size"]
+    head: Head
 
 
 class LogitTransform(NamedTuple):
