@@ -222,16 +222,9 @@ class _Gradients:
             self._used_bias += _scaled(grad.to(self._used_bias.dtype).sum(0), unit)
 
 
-def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
-    return value if unit is None else value.to(unit.dtype) * unit
-
-
 @dataclass
 class _Chunk:
-    """Projections and scores of one chunk of tokens.
-
-    `divergence_logits` and `divergence` belong to the additional divergence; the latter depends on the former by autograd.
-    """
+    """Projections and scores of one chunk. `divergence` depends on `divergence_logits` in an autograd graph."""
 
     part: slice
     student: Float[Tensor, "chunk vocab"]
@@ -245,7 +238,7 @@ class _Chunk:
 
 
 class _ChunkedScorer:
-    """Computes scores, loss and gradients chunk by chunk. `run` does it; `scores` and `gradients` are then complete.
+    """Computes scores, loss and gradients chunk by chunk. After `run`, `scores` and `gradients` are complete.
 
     Args:
         hidden: Hidden states of the student.
@@ -399,3 +392,7 @@ class _ChunkedScorer:
             [by_logits] = torch.autograd.grad(chunk.divergence, logits, by_score["divergence"])
             grad = grad + (by_logits * self._transforms.student.slope(logits.detach())).to(dtype)
         return grad
+
+
+def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
+    return value if unit is None else value.to(unit.dtype) * unit

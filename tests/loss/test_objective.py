@@ -488,9 +488,7 @@ def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
         assert weight_at(paper, gap, -1.0) == pytest.approx(-math.exp(gap))
     assert weight_at(paper, 29.0, -1.0) == pytest.approx(-math.exp(20.0))
     assert weight_at(Objective.exact(importance_truncation=2.0), 5.0, -1.0) == pytest.approx(-2.0)
-    with pytest.raises(
-        ValueError, match=r"dual_clip \(1.1\) bounds what clip does not: it must be above 1 \+ clip \(1.2\)"
-    ):
+    with pytest.raises(ValueError, match=r"dual_clip \(1.1\) limits a ratio .*, so it must be above 1 \+ clip \(1.2\)"):
         Objective.recommended(dual_clip=1.1)
 
 
