@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -172,7 +172,8 @@ class OnPolicyLoss:
 
 
 def _selected(scores: TokenScores, part: slice) -> TokenScores:
-    return TokenScores(**{name: None if value is None else value[part] for name, value in vars(scores).items()})
+    selected: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(scores).items()}
+    return TokenScores(**selected)
 
 
 def _joined(policy: ScoreGradients, text: ScoreGradients, zeros: Tensor, cut: int) -> ScoreGradients:

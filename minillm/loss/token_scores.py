@@ -280,10 +280,13 @@ class _ChunkedScorer:
         temperature = self._arguments.settings.text_temperature
         if temperature is None or temperature == self._arguments.settings.temperature:
             return None
-        student, teacher = self._transforms
-        if not isinstance(self._arguments.teacher, TeacherRows):
-            teacher = teacher._replace(temperature=float(temperature))
-        return Transforms(student._replace(temperature=float(temperature)), teacher)
+        text = self._transforms.student._replace(temperature=float(temperature))
+        teacher = self._arguments.teacher
+        if teacher is None:  # one object, as in `_transforms`: torch.compile would compile once more for two equal ones
+            return Transforms(text, text)
+        if isinstance(teacher, TeacherRows):
+            return Transforms(text, self._transforms.teacher)
+        return Transforms(text, self._transforms.teacher._replace(temperature=float(temperature)))
 
     def _empty_scores(self, hidden: Tensor) -> TokenScores:
         left_out = {"divergence"} if self._arguments.divergence is None else set()

@@ -310,7 +310,7 @@ def test_chunks_come_from_the_last_to_the_first() -> None:
         seen.append((part.start, part.stop))
         return s.logq.sum() * 0, ScoreGradients()
 
-    token_scores(hidden, head, targets, teacher_states, loss_fn=loss_fn, chunk=10)
+    token_scores(hidden, head, targets, teacher_states, loss_fn=loss_fn, settings=ScoringSettings(chunk=10))
     assert seen == [(20, 23), (10, 20), (0, 10)]
 
 
