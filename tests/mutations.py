@@ -176,16 +176,16 @@ MUTATIONS = [
     ),
     Mutation(
         "reverse KL's gradient without its mean",
-        "loss/token_scores.py",
-        "(logq - logp - reverse_kl[:, None])",
+        "loss/elementwise.py",
+        "(logq - logp - measures.reverse_kl[:, None])",
         "(logq - logp)",
     ),
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
         "head gradient of the last chunk only",
         "loss/token_scores.py",
-        "used_weight += _scaled(grad.t() @ states[part], unit)",
-        "used_weight.copy_(_scaled(grad.t() @ states[part], unit))",
+        "self._used_weight += _scaled(grad.t() @ states, unit)",
+        "self._used_weight.copy_(_scaled(grad.t() @ states, unit))",
     ),
     Mutation(
         "tied or trained head forgotten by the adapter check",
@@ -245,7 +245,12 @@ MUTATIONS = [
         "ratio = torch.where(advantages < 0, ratio.clamp(max=objective.dual_clip), ratio)",
         "pass",
     ),
-    Mutation("ratio that overflows", "loss/credit.py", "weights = logs.clamp(max=_MOST).exp()", "weights = logs.exp()"),
+    Mutation(
+        "ratio that overflows",
+        "loss/credit.py",
+        "weights = logs.clamp(max=_MAX_LOG_WEIGHT).exp()",
+        "weights = logs.exp()",
+    ),
     Mutation(
         "a response in its own baseline",
         "loss/credit.py",
@@ -254,15 +259,15 @@ MUTATIONS = [
     ),
     Mutation(
         "no floor under what a model excludes",
-        "loss/token_scores.py",
+        "loss/elementwise.py",
         "torch.maximum(z, (log_p + LOG_ZERO)[:, None])",
         "z",
     ),
     Mutation(
         "text fitted at the rollouts' temperature",
         "loss/token_scores.py",
-        "targets[part], text_curve, text_teacher_curve, wide)",
-        "targets[part], curve, teacher_curve, wide)",
+        "self._measure(student, teacher, targets, self._text_transforms, wide)",
+        "self._measure(student, teacher, targets, self._transforms, wide)",
     ),
     Mutation(
         "a gradient norm that is none trained on",
@@ -274,8 +279,8 @@ MUTATIONS = [
     Mutation(
         "entropy and forward KL swapped",
         "loss/on_policy.py",
-        "forward_kl=scores.forward_kl, entropy=scores.entropy",
-        "forward_kl=scores.entropy, entropy=scores.forward_kl",
+        "forward_kl=scores.forward_kl,\n            entropy=scores.entropy,",
+        "forward_kl=scores.entropy,\n            entropy=scores.forward_kl,",
     ),
     Mutation(
         "language model counted twice",
@@ -298,14 +303,14 @@ MUTATIONS = [
     Mutation("whitened in each process by itself", "train/on_policy.py", "total=self.global_sum,", "total=float,"),
     Mutation(
         "others of a served teacher's row as likely as the student's",
-        "loss/token_scores.py",
+        "loss/elementwise.py",
         "(logq + (others_p - others_q)[:, None])",
         "logq",
     ),
     Mutation(
         "another divergence without the head's slope",
         "loss/token_scores.py",
-        "(by_logits * curve.slope(logits.detach()))",
+        "(by_logits * self._transforms.student.slope(logits.detach()))",
         "by_logits",
     ),
     Mutation(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minillm.loss.token_scores import ScoreGradients, TokenScores, token_scores
 from minillm.models.device import cpu_multiplies_bfloat16, machine
-from minillm.models.head import Head
+from minillm.models.head import Head, TeacherStates
 
 
 @dataclass
@@ -57,7 +57,7 @@ def ours(p: Problem) -> None:
         return (weight[part] * scores.reverse_kl).sum(), ScoreGradients(reverse_kl=weight[part])
 
     loss, _ = token_scores(
-        p.hidden, Head(p.weight), p.targets, p.teacher_hidden, Head(p.teacher_weight), loss_fn=loss_fn
+        p.hidden, Head(p.weight), p.targets, TeacherStates(p.teacher_hidden, Head(p.teacher_weight)), loss_fn=loss_fn
     )
     loss.backward()
 

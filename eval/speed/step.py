@@ -209,7 +209,7 @@ def same_loss() -> float:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     from minillm.loss.token_scores import ScoreGradients, token_scores
-    from minillm.models.head import Head
+    from minillm.models.head import Head, TeacherStates
 
     g = torch.Generator().manual_seed(0)
     draw: Any = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
@@ -221,7 +221,7 @@ def same_loss() -> float:
     )
     share = torch.full((64,), 1 / 64)
     mine, _ = token_scores(
-        hidden, Head(weight), torch.zeros(64, dtype=torch.long), teacher_hidden, Head(teacher_weight),
+        hidden, Head(weight), torch.zeros(64, dtype=torch.long), TeacherStates(teacher_hidden, Head(teacher_weight)),
         loss_fn=lambda part, s: ((share[part] * s.reverse_kl).sum(), ScoreGradients(reverse_kl=share[part])),
     )  # fmt: skip
     theirs: Any = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 1.0)

@@ -16,7 +16,8 @@ from minillm.data.files import finite
 from minillm.data.sampling import Sampling
 from minillm.data.seeding import seed_of
 from minillm.loss.in_forward import Scoring, bind_scoring, score
-from minillm.models.head import head_of
+from minillm.loss.token_scores import ScoringSettings
+from minillm.models.head import TeacherStates, head_of
 from minillm.rollout.engines.base import Engine
 from minillm.teacher.local import LocalTeacher
 
@@ -57,8 +58,9 @@ def token_divergences(
         own, theirs = [prompts[i] for i in group], [responses[i] for i in group]
         batch = pad(own, theirs, device)
         hidden = torch.cat(teacher.hidden(own, theirs)).to(device)
+        settings = ScoringSettings(temperature=temperature, width=width)
         with torch.no_grad():
-            _, scores = score(student, Scoring(batch, width, hidden, head_of(teacher.model), temperature=temperature))
+            _, scores = score(student, Scoring(batch, settings, TeacherStates(hidden, head_of(teacher.model))))
         parts = (
             values.double().cpu().split(batch.lengths.tolist()) for values in (scores.reverse_kl, scores.forward_kl)
         )

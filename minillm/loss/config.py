@@ -1,4 +1,4 @@
-"""Settings of the loss."""
+"""Settings of the loss: the divergence of a single token, and the objective of on-policy training."""
 
 from __future__ import annotations
 
@@ -9,108 +9,148 @@ from pydantic import Field, model_validator
 from minillm.config import Section, Share
 from minillm.errors import InputError
 
+DIVERGENCE_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "forward_kl": (),
+    "reverse_kl": (),
+    "jensen_shannon": ("beta",),
+    "skew_forward_kl": ("skew",),
+    "skew_reverse_kl": ("skew",),
+    "total_variation": (),
+    "adaptive_kl": ("head_mass",),
+    "alpha_beta": ("alpha", "beta"),
+}
+"""Name of every divergence and names of its parameters.
+
+`minillm.loss.divergences` registers one function for each, and checks its signature against this table. Recipes are read
+without importing torch, so the names cannot be taken from there. A divergence with a new parameter also needs a field of
+`DivergenceConfig`, which documents that parameter.
+"""
+
 
 class DivergenceConfig(Section):
-    """A divergence between the student's q and the teacher's p at each token; see `minillm.loss.divergences`."""
+    """A divergence between the student's distribution q and the teacher's distribution p of the next token.
 
-    name: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "jensen_shannon",
-        "skew_forward_kl",
-        "skew_reverse_kl",
-        "total_variation",
-        "adaptive_kl",
-        "alpha_beta",
-    ]
+    In a recipe a name alone is enough if the defaults of the parameters are wanted. `minillm.loss.divergences` has the
+    definitions and the defaults.
+    """
+
+    # The unpacked names are a static Literal for pydantic, whose messages list them, but not for pyright.
+    name: Literal[*DIVERGENCE_PARAMETERS]  # pyright: ignore[reportInvalidTypeForm]
+    """Name of the divergence."""
     alpha: float | None = None
-    """Of `alpha_beta`."""
+    """α of `alpha_beta`, the exponent of p. Default 0.2."""
     beta: float | None = None
-    """Of `jensen_shannon` (GKD's β: towards 0 the forward, towards 1 the reverse KL) and of `alpha_beta`."""
+    """For `jensen_shannon`, β of GKD, between 0 and 1: small values come close to the forward KL, large ones to the reverse
+    KL; default 0.5. For `alpha_beta`, the exponent of q; default 0.7."""
     skew: float | None = None
-    """λ of the skew divergences (DistiLLM: 0.1)."""
+    """λ of `skew_forward_kl` and `skew_reverse_kl`, at least 0 and below 1: the share of the KL's first distribution that is
+    mixed into its second. 0 gives the plain KL. Default 0.1, as in DistiLLM."""
     head_mass: float | None = None
-    """Of `adaptive_kl`: mass of p that counts as its head."""
+    """For `adaptive_kl`, the probability, between 0 and 1, that the most likely tokens of p must reach together to count as
+    its head. Default 0.5."""
 
     @model_validator(mode="before")
     @classmethod
-    def _just_a_name(cls, given: Any) -> Any:
+    def _from_name(cls, given: Any) -> Any:
         return {"name": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
-    def _parameters(self) -> DivergenceConfig:
-        takes = {
-            "jensen_shannon": {"beta"}, "skew_forward_kl": {"skew"}, "skew_reverse_kl": {"skew"}, "adaptive_kl": {"head_mass"},
-            "alpha_beta": {"alpha", "beta"},
-        }.get(self.name, set())  # fmt: skip
-        if spare := set(self.parameters) - takes:
+    def _check_parameters(self) -> DivergenceConfig:
+        allowed = set(DIVERGENCE_PARAMETERS[self.name])
+        if unknown := set(self.parameters) - allowed:
             raise InputError(
-                f"{self.name} takes {' and '.join(sorted(takes)) or 'no parameter'}, not {', '.join(sorted(spare))}"
+                f"{self.name} takes {' and '.join(sorted(allowed)) or 'no parameter'}, not {', '.join(sorted(unknown))}"
             )
         return self
 
     @property
     def parameters(self) -> dict[str, float]:
-        """Those that were given."""
-        named = {"alpha": self.alpha, "beta": self.beta, "skew": self.skew, "head_mass": self.head_mass}
-        return {name: value for name, value in named.items() if value is not None}
+        """The parameters that were given, by name."""
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class Objective(Section):
-    """What is minimised; see `minillm.loss.credit` for the equations. Start from a preset and change what differs."""
+    """The loss that on-policy training minimises. Choose a preset, then set the fields that should differ from it.
+
+    The loss is a sum over tokens of three terms:
+
+    - the single-step term, a divergence between the next-token distributions of student and teacher at each token;
+    - the long-term term, a policy gradient that credits each token with the rewards of the tokens after it;
+    - the language-model term, on ordinary text, if there is any.
+
+    The docstring of `minillm.loss.credit` has the equations (A) and (B). q is the student, q_old the student that sampled
+    the responses, p the teacher. p̃ is the distribution that the tokens were really sampled from, which with
+    `rollout.teacher_mix` is a mixture of q_old and p. A response y has tokens y_1 … y_T, and ρ_t = q_old(y_t)/p̃(y_t).
+    """
 
     preset: Literal["paper", "reference", "recommended", "exact"] = "recommended"
-    """Which preset the other fields start from."""
+    """Values that the other fields start from. `recommended`: expected rewards, centred. `paper`: equations 5 to 8 of
+    arXiv 2306.08543. `reference`: what the LMOps code computes. `exact`: the unbiased gradient of KL(q‖p)."""
     reward: Literal["sampled", "expected"] = "expected"
-    """r_k = log p(y_k) − log q_old(y_k), or its expectation −KL_k, as it was when the response was first trained on."""
+    """Reward r_k of a token. `sampled`: log p(y_k) − log q_old(y_k). `expected`: its expectation −KL_k, the negative reverse
+    KL at that token. It is computed when a response is first trained on, and kept for later epochs over the same response."""
     reward_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Sampled rewards are divided by this (the authors' code: 0.5). It scales the long-term term alone, against the single step."""
+    """Divides sampled rewards (LMOps: 0.5). It changes the size of the long-term term only, relative to the others."""
     reward_clip: Annotated[float, Field(gt=0)] | None = None
-    """Then clipped to ± this: one token that the teacher all but excludes must not outweigh the rest."""
+    """Limits sampled rewards to ± this value after scaling (LMOps: 100), so that one token to which the teacher gives almost
+    no probability cannot outweigh all others. null: no limit."""
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """γ: R_t = Σ_k γ^{k−s} r_k. 1, as in the paper, is the gradient of KL; less trades bias for variance."""
+    """γ in the return R_t = Σ_k γ^(k−s) r_k over the tokens k ≥ s (see `return_from`). 1, as in the paper, gives the gradient
+    of the KL. Smaller values reduce variance and add bias (LMOps: 0.95)."""
     return_from: Literal["next", "current"] = "next"
-    """R_{t+1} (the paper; the single step holds the immediate reward) or R_t."""
+    """First reward in a token's return. `next`: s = t+1, as in the paper, where the single-step term contains the immediate
+    reward. `current`: s = t, as in LMOps."""
     length_norm: bool = True
-    """Divide a return by its number of summands (equation 6 of the paper): sums favour short responses."""
+    """Divide each return by the number of rewards in it (equation 6 of the paper). Sums without it favour short responses."""
     baseline: Literal["none", "centre", "whiten", "whiten_padded"] = "centre"
-    """`centre`: subtract the mean return of a token of the batch's other responses (leave-one-out); for expected rewards the student
-    reads the rollouts once more, before it trains on them. `whiten`: mean and spread of the micro-batch; `whiten_padded`: its padding
-    counted as zeros, as the authors' code does."""
+    """What is subtracted from returns to reduce variance. `centre`: the mean return per token of the batch's other responses
+    (leave-one-out); with expected rewards this takes one more forward pass of the student over the rollouts before it
+    trains on them. `whiten`: normalise to mean 0 and standard deviation 1 in each micro-batch, over all
+    processes; needs `reward: sampled`. `whiten_padded`: the same with padding counted as zeros, as in LMOps."""
     importance: Literal["none", "token", "prefix"] = "token"
-    """Long-term weight: none, ρ_t, or the per-decision product ρ_1…ρ_k (equation B of `minillm.loss.credit`)."""
+    """Importance weight in the long-term term, which corrects for sampling from p̃ instead of q_old. `token`: ρ_t.
+    `prefix`: the product ρ_1 … ρ_k for each sampled reward r_k, or ρ_1 … ρ_(k−1) for an expected one, which is unbiased
+    (equations (A) and (B)); needs `baseline: none` and `length_norm: false`. `none`: no weight."""
     old_logprobs: Literal["engine", "trainer"] = "engine"
-    """Whose log q_old: the engine's, which drew the tokens, or those of one more forward of the student (the authors'
-    code), from which ρ is then taken too."""
+    """Where log q_old comes from. `engine`: from the engine that sampled the tokens. `trainer`: from one more forward pass of
+    the student, as in LMOps; importance weights then use these numbers too."""
     importance_truncation: Annotated[float, Field(ge=1)] | None = None
-    """Upper bound of an importance weight and, without `clip`, of the ratio q_θ/q_old, in which the numbers of the engine
-    that drew and of the trainer may differ."""
+    """Upper limit of importance weights. Without `clip` it also limits the ratio q/q_old, in which the numbers of the engine
+    and of the trainer may differ. null: no limit but e^20."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
-    """ε of min(ρ̂·A, clip(ρ̂, 1±ε)·A), ρ̂ = q_θ/q_old (the paper after PPO); none: the plain ratio. It bounds the ratio where A > 0."""
+    """ε in min(ρ̂·A, clip(ρ̂, 1−ε, 1+ε)·A), where ρ̂ = q/q_old and A is the advantage (the paper, after PPO). It limits the
+    ratio where A > 0. null: use the ratio without clipping."""
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
-    """With `clip`, upper bound of the ratio where A < 0 (after arXiv 1912.09729; a token beyond it still counts, as much as the
-    bound), where an engine that gives a token e^5 times less than the trainer would weigh it e^5 times. None in the paper and in the
-    authors' code, nor in their presets."""
+    """With `clip`, the upper limit of the ratio where A < 0 (after arXiv 1912.09729); it must be above 1 + `clip`. A token
+    above the limit still counts, with the limit as its ratio. Without it, a token to which the engine gives a probability
+    e^5 times lower than the trainer would count e^5 times. null, no limit, in the presets `paper` and `reference`, because
+    neither the paper nor LMOps has one."""
     weight_in_clip: bool = False
-    """Clip w·ρ̂ (the authors' code) rather than ρ̂ (the paper)."""
+    """Clip the product of importance weight and ratio, as in LMOps, instead of the ratio alone, as in the paper. Needs `clip`
+    and `importance: token`."""
     divergence: DivergenceConfig = DivergenceConfig(name="reverse_kl")
-    """What the single step takes the exact gradient of; the long-term term knows the reverse KL alone."""
+    """Divergence of the single-step term, whose gradient is exact. The long-term term exists for the reverse KL only: any
+    other divergence needs `long_term: 0`."""
     single_step: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of the exact KL_t, the first part of (B) and of the paper's equation 7."""
+    """Coefficient of the single-step term, the first sum of equation (B) and the first part of the paper's equation 7."""
     single_step_weight: Literal["none", "token", "prefix"] = "none"
-    """Weight of KL_t: none, ρ_t (the paper), or ρ_1…ρ_{t−1}."""
+    """Importance weight of the single-step term. `none`: 1. `token`: ρ_t, as in the paper. `prefix`: ρ_1 … ρ_(t−1), which is
+    unbiased."""
     long_term: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of the policy-gradient term, the second part of (B) and of the paper's equation 7."""
+    """Coefficient of the long-term term, the second sum of equation (B) and the second part of the paper's equation 7."""
     language_model: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of −log q on text (L_PT of algorithm 1), which keeps what pre-training taught; only where text is given."""
+    """Coefficient of the language-model term, −log q on ordinary text (L_PT in algorithm 1 of the paper). It keeps the
+    student from forgetting what it learnt in pre-training. Used only if a text dataset is given."""
     language_model_distill: Share = 0.0
-    """Share of that term which is forward KL to the teacher (0.5 in the authors' code)."""
+    """Part of the language-model term, from 0 to 1, that is the forward KL to the teacher instead of −log q (LMOps: 0.5)."""
     language_model_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits in that term, whatever `rollout.temperature` divides them by in the others."""
+    """Divides the logits in the language-model term. The other terms use `rollout.temperature`."""
     language_model_block: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a block of text; documents that share a block do not see each other."""
+    """Number of tokens in a block of text. Documents are packed into blocks and do not attend to each other."""
     normalise: Literal["update_tokens", "micro_batch_tokens"] = "update_tokens"
-    """Divide sums over tokens by the token count of the whole update over all processes, or of the micro-batch."""
+    """What sums over tokens are divided by. `update_tokens`: the number of tokens of the whole weight update, over all
+    processes. `micro_batch_tokens`: the number in each micro-batch, as in LMOps."""
 
     @model_validator(mode="before")
     @classmethod
@@ -122,63 +162,92 @@ class Objective(Section):
         return given
 
     @model_validator(mode="after")
-    def _combinations(self) -> Objective:
+    def _check_clipping(self) -> Objective:
         if self.weight_in_clip and self.clip is None:
             raise InputError("weight_in_clip needs clip (a number between 0 and 1)")
         if self.clip and self.dual_clip and self.dual_clip <= 1 + self.clip:
             raise InputError(
-                f"dual_clip ({self.dual_clip:g}) bounds what clip does not: it must be above 1 + clip ({1 + self.clip:g})"
+                f"dual_clip ({self.dual_clip:g}) limits a ratio that clip does not limit, so it must be above "
+                f"1 + clip ({1 + self.clip:g})"
             )
-        if self.reward == "expected" and (self.reward_scale != 1.0 or self.reward_clip is not None):
-            raise InputError(
-                "reward_scale and reward_clip apply to reward: sampled; the expected reward is -KL as it is"
-            )
-        if self.reward == "expected" and self.baseline.startswith("whiten"):
-            raise InputError("whitening needs every return beforehand: use reward: sampled, or baseline: centre")
         if self.importance == "none" and self.weight_in_clip:
-            raise InputError("weight_in_clip has no weight to clip: set importance: token")
-        if (
-            self.importance_truncation is not None
-            and self.clip
-            and self.importance == "none"
-            and self.single_step_weight == "none"
-        ):
+            raise InputError(
+                "weight_in_clip clips an importance weight, and importance: none has none: set importance: token"
+            )
+        unweighted = self.importance == "none" and self.single_step_weight == "none"
+        if self.importance_truncation is not None and self.clip and unweighted:
             raise InputError(
                 "importance_truncation has no weight to truncate: set importance or single_step_weight, or clip: null"
             )
         if self.importance == "prefix" and self.weight_in_clip:
-            raise InputError("weight_in_clip holds for importance: token")
+            raise InputError("weight_in_clip applies to importance: token only, not to importance: prefix")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Objective:
+        if self.reward == "expected" and (self.reward_scale != 1.0 or self.reward_clip is not None):
+            raise InputError(
+                "reward_scale and reward_clip apply to reward: sampled only; an expected reward is −KL without change"
+            )
+        if self.reward == "expected" and self.baseline.startswith("whiten"):
+            raise InputError(
+                "whitening needs every return beforehand, and reward: expected does not know them: "
+                "set reward: sampled, or baseline: centre"
+            )
         if self.importance == "prefix" and self.baseline != "none":
             raise InputError(
-                "importance: prefix weighs rewards, not the score; a baseline would bias it: set baseline: none"
+                "importance: prefix weights each reward, so a baseline would bias the gradient: set baseline: none"
             )
         if self.divergence.name != "reverse_kl" and self.long_term:
-            raise InputError(f"divergence: {self.divergence.name} has no long-term term; set long_term: 0")
+            raise InputError(
+                f"divergence: {self.divergence.name} has no long-term term, which only reverse_kl has: set long_term: 0"
+            )
         if self.importance == "prefix" and self.length_norm:
-            raise InputError("importance: prefix weighs each future reward; it has no length-normalised form")
+            raise InputError(
+                "importance: prefix weights each future reward and has no length-normalised form: set length_norm: false"
+            )
         return self
 
     @classmethod
     def paper(cls, **changes: Any) -> Objective:
-        """Equations 5 to 8 of arXiv 2306.08543."""
+        """Return the objective of the paper, equations 5 to 8 of arXiv 2306.08543.
+
+        Args:
+            **changes: Fields that should differ from the preset.
+        """
         return cls(preset="paper", **changes)
 
     @classmethod
     def reference(cls, **changes: Any) -> Objective:
-        """What the authors' released code computes."""
+        """Return the objective that the code published with the paper (LMOps) computes.
+
+        Args:
+            **changes: Fields that should differ from the preset.
+        """
         return cls(preset="reference", **changes)
 
     @classmethod
     def recommended(cls, **changes: Any) -> Objective:
-        """Expected future rewards, token weights outside the clip, centred, one token count per update."""
+        """Return the objective we recommend.
+
+        Rewards are expected future rewards, centred. Token weights stay outside the clip, and sums are divided by the
+        token count of the whole update.
+
+        Args:
+            **changes: Fields that should differ from the preset.
+        """
         return cls(preset="recommended", **changes)
 
     @classmethod
     def exact(cls, **changes: Any) -> Objective:
-        """The unbiased gradient of KL(q‖p), equation (B), at the first update on a batch; its variance grows with length.
+        """Return the objective with the unbiased gradient of KL(q‖p), equation (B) of `minillm.loss.credit`.
 
-        Later updates on the same batch have moved away from q_old, which W does not follow: for an exact gradient at every
-        update, one rollout batch an update and one inner epoch.
+        The gradient is unbiased at the first update on a batch, and its variance grows with the length of responses. At
+        later updates on the same batch the student differs from q_old, and the weights do not take that into account. For
+        an exact gradient at every update, use one rollout batch per update and one inner epoch.
+
+        Args:
+            **changes: Fields that should differ from the preset.
         """
         return cls(preset="exact", **changes)
 
@@ -187,11 +256,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {},
     "paper": {"reward": "sampled", "baseline": "none", "single_step_weight": "token", "dual_clip": None},
     "reference": {
-        "reward": "sampled", "reward_scale": 0.5, "reward_clip": 100.0, "discount": 0.95, "return_from": "current",
-        "baseline": "whiten_padded", "dual_clip": None, "weight_in_clip": True, "language_model_distill": 0.5,
-        "old_logprobs": "trainer", "normalise": "micro_batch_tokens",
+        "reward": "sampled",
+        "reward_scale": 0.5,
+        "reward_clip": 100.0,
+        "discount": 0.95,
+        "return_from": "current",
+        "baseline": "whiten_padded",
+        "dual_clip": None,
+        "weight_in_clip": True,
+        "language_model_distill": 0.5,
+        "old_logprobs": "trainer",
+        "normalise": "micro_batch_tokens",
     },
     "exact": {
-        "length_norm": False, "baseline": "none", "importance": "prefix", "single_step_weight": "prefix", "clip": None,
+        "length_norm": False,
+        "baseline": "none",
+        "importance": "prefix",
+        "single_step_weight": "prefix",
+        "clip": None,
     },
-}  # fmt: skip
+}
+"""Fields of `Objective` that each preset sets; all others keep their defaults, which are those of `recommended`."""

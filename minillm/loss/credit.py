@@ -1,20 +1,27 @@
-"""Rewards to returns to advantages, and importance weights: what each sampled token is credited with.
+"""Credit of sampled tokens: rewards, returns, advantages and importance weights.
 
-Notation: q_old drew (with p, at mix α) the tokens y_1…y_T; p̃ = (1−α)·q_old + α·p; r_k = log p(y_k) − log q_old(y_k).
-Everything here is per token, float, without gradient, and flat: responses one after another, [N], with lengths [B].
+q_old is the student that sampled the responses y_1 … y_T, p the teacher, and α the share of the teacher in the mixture
+p̃ = (1−α)·q_old + α·p that the tokens were sampled from. The reward is r_k = log p(y_k) − log q_old(y_k). KL_t is the
+reverse KL(q‖p) of the next-token distributions at token t. Then, with expected rewards −KL_k,
 
     exact gradient of KL(q‖p):  E_{y~p̃} Σ_t W_{t−1} ∇KL_t + Σ_t ∇log q(y_t) Σ_{k>t} W_{k−1} KL_k        (B)
-    with sampled rewards:       the second sum is −Σ_t ∇log q(y_t) Σ_{k>t} W_k r_k                          (A)
 
-W_t = ρ_1…ρ_t, ρ = q/p̃. (A) is the paper's equation 3 to 5 with the weights of every token; (B) replaces each r_k by
-its expectation given the past, which cannot raise the variance.
+and with sampled rewards r_k the second sum is
+
+                                −Σ_t ∇log q(y_t) Σ_{k>t} W_k r_k                                         (A)
+
+where W_t = ρ_1…ρ_t and ρ = q/p̃. (A) is equations 3 to 5 of the paper with an importance weight for every token. (B)
+replaces each r_k by its expectation given the tokens before it, which cannot increase the variance.
+
+All values are per token, floating point and without gradient. They are stored flat: one tensor of N tokens holds all
+responses of a batch, one after another, and `lengths` has the length of each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,81 +30,102 @@ from minillm.data.logprobs import LOG_ZERO
 from minillm.errors import InputError
 from minillm.loss.config import Objective
 
-_WALK = 512
-_MOST = 20.0  # log of the greatest weight: with rewards, states and their squares it stays far from float32's end
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_WALK = 512  # tokens that `returns` handles at a time
+# Logarithm of the largest importance weight. Products of such a weight with rewards and hidden states, and the squares of
+# those, are far below the largest float32.
+_MAX_LOG_WEIGHT = 20.0
 
 
 @dataclass
 class SampledTokens:
-    """What sampling left behind, flat over the responses of a batch.
+    """The sampled tokens of a batch of responses, with log-probabilities from the time of sampling.
 
-    student_logprobs: log q_old(y). behaviour_logprobs: log p̃(y), of the distribution that drew y.
-    teacher_logprobs: log p(y). Each [N] float32, and none below `LOG_ZERO` (see `floor`): a token that the teacher excludes may
-    have been drawn all the same. lengths: [B]. reverse_kl: KL(q_old‖p) where the token was drawn, [N]; None until the tokens have
-    been scored once.
+    Log-probabilities below `LOG_ZERO` are raised to it, because a token that the teacher excludes may have been sampled.
+
+    Attributes:
+        student_logprobs: log q_old(y), float32.
+        behaviour_logprobs: log p̃(y), of the distribution that y was sampled from, float32.
+        teacher_logprobs: log p(y), float32.
+        lengths: Number of tokens of each response.
+        reverse_kl: KL(q_old‖p) of the next-token distributions at each token. None until the tokens have been scored once.
     """
 
-    student_logprobs: Tensor
-    behaviour_logprobs: Tensor
-    teacher_logprobs: Tensor
-    lengths: Tensor
-    reverse_kl: Tensor | None = None
+    student_logprobs: Float[Tensor, " tokens"]
+    behaviour_logprobs: Float[Tensor, " tokens"]
+    teacher_logprobs: Float[Tensor, " tokens"]
+    lengths: Int[Tensor, " responses"]
+    reverse_kl: Float[Tensor, " tokens"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("student_logprobs", "behaviour_logprobs", "teacher_logprobs"):
             setattr(self, name, getattr(self, name).clamp(min=LOG_ZERO))
 
     def to(self, device: torch.device) -> SampledTokens:
+        """Return a copy with all tensors on a device."""
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device) for name, value in vars(self).items()
         }
         return SampledTokens(**moved)
 
     @property
-    def segments(self) -> Tensor:
-        """The response each token belongs to, [N]."""
+    def segments(self) -> Int[Tensor, " tokens"]:
+        """Index of the response that each token belongs to."""
         return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
 
     @property
-    def remaining(self) -> Tensor:
-        """Tokens that follow each token in its response, [N]."""
+    def remaining(self) -> Int[Tensor, " tokens"]:
+        """Number of tokens after each token in its response."""
         ends = torch.repeat_interleave(self.lengths.cumsum(0), self.lengths)
         return ends - 1 - torch.arange(len(ends), device=ends.device)
 
 
-def sampled_rewards(tokens: SampledTokens, objective: Objective) -> Tensor:
-    """r_k = log p(y_k) − log q_old(y_k), scaled, then clipped. [N]"""
+def sampled_rewards(tokens: SampledTokens, objective: Objective) -> Float[Tensor, " tokens"]:
+    """Return the rewards r_k = log p(y_k) − log q_old(y_k), scaled and then clipped as the objective says."""
     rewards = (tokens.teacher_logprobs - tokens.student_logprobs) / objective.reward_scale
     if objective.reward_clip is not None:
         rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
     return rewards
 
 
-def precomputed_rewards(tokens: SampledTokens, objective: Objective) -> Tensor | None:
-    """Rewards of each token [N]; None for expected rewards −KL_k of tokens not scored yet.
+def precomputed_rewards(tokens: SampledTokens, objective: Objective) -> Float[Tensor, " tokens"] | None:
+    """Return the rewards that are known before the tokens are scored.
 
-    They belong to the rollout, not to the pass over it: on a later inner epoch the student's KL on these very prefixes
-    has fallen by rote, and a return of today's KL against yesterday's baseline would praise every token.
+    Rewards belong to the rollout and stay the same in later inner epochs. By then the student has trained on these very
+    prefixes and its KL on them is lower. A return of the current KL, compared with a baseline of the earlier KL, would
+    give every token a positive advantage.
+
+    Returns:
+        The rewards. None if the objective has expected rewards −KL_k and the tokens have not been scored yet.
     """
     if objective.reward == "sampled":
         return sampled_rewards(tokens, objective)
     return None if tokens.reverse_kl is None else -tokens.reverse_kl
 
 
-def importance_weights(logs: Tensor, truncation: float | None = None) -> Tensor:
-    """exp(logs), at most `truncation`, and at most e^20 in any case: two models may differ by hundreds of nats, and infinity times
-    an advantage of 0 is not a number."""
-    weights = logs.clamp(max=_MOST).exp()
+def importance_weights(logs: Float[Tensor, " tokens"], truncation: float | None = None) -> Float[Tensor, " tokens"]:
+    """Return exp(logs), limited from above.
+
+    Args:
+        logs: Logarithms of the weights.
+        truncation: Upper limit of a weight. A weight is at most e^20 in any case: two models may differ by hundreds of nats,
+            and infinity times an advantage of 0 is not a number.
+    """
+    weights = logs.clamp(max=_MAX_LOG_WEIGHT).exp()
     return weights if truncation is None else weights.clamp(max=truncation)
 
 
-def token_weights(tokens: SampledTokens, truncation: float | None = None) -> Tensor:
-    """ρ_t = q_old(y_t)/p̃(y_t), at most 1/(1−α). [N]"""
+def token_weights(tokens: SampledTokens, truncation: float | None = None) -> Float[Tensor, " tokens"]:
+    """Return ρ_t = q_old(y_t)/p̃(y_t), which is at most 1/(1−α), limited by `truncation`."""
     return importance_weights(tokens.student_logprobs - tokens.behaviour_logprobs, truncation)
 
 
-def prefix_weights(tokens: SampledTokens, truncation: float | None = None) -> tuple[Tensor, Tensor]:
-    """W_{t−1} and W_t, the products of ρ before and including each token; as bounded as each factor. Each [N]."""
+def prefix_weights(
+    tokens: SampledTokens, truncation: float | None = None
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """Return W_{t−1} and W_t, the products of ρ over the tokens before t and up to t, each limited by `truncation`."""
     logs = (tokens.student_logprobs - tokens.behaviour_logprobs).double()
     total = logs.cumsum(0)
     starts = tokens.lengths.cumsum(0) - tokens.lengths
@@ -107,33 +135,44 @@ def prefix_weights(tokens: SampledTokens, truncation: float | None = None) -> tu
 
 
 class ReturnWalk:
-    """Returns of responses walked from their ends, a stretch of tokens at a time.
+    """Computes returns part by part, from the last tokens of a batch to the first.
 
-    R_t = Σ_{k≥s} γ^{k−s} r_k over the same response, s = t+1 (`next`) or t (`current`). Because the walk starts at
-    the end, rewards may be computed on the way: a token's return is complete when its stretch is.
+    The return of token t is R_t = Σ_{k≥s} γ^{k−s} r_k over the tokens of its response, with s = t+1 (`next`) or s = t
+    (`current`). Because the parts come from the end, the rewards of a part need to be known only when the part is given.
+
+    Args:
+        segments: Index of the response that each token belongs to.
+        discount: γ.
+        return_from: "next" or "current".
     """
 
-    def __init__(self, segments: Tensor, discount: float, return_from: str) -> None:
+    def __init__(self, segments: Int[Tensor, " tokens"], discount: float, return_from: str) -> None:
         self._segments = segments
         self._log_discount = torch.tensor(discount, dtype=torch.float64).log().item()
         self._shift = 1 if return_from == "next" else 0
-        self._carry: tuple[int, Tensor] | None = None  # where the later stretch begins, and Σ_{k≥there} of its rewards
+        # First token of the previous part, and the discounted sum of rewards from it to the end of its response.
+        self._carry: tuple[int, Tensor] | None = None
 
-    def __call__(self, part: slice, rewards: Tensor) -> Tensor:
-        """Returns [n] of the tokens in `part`, which must end where the previous part began."""
+    def __call__(self, part: slice, rewards: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
+        """Return the returns of one part.
+
+        Args:
+            part: Positions of the tokens. The part must end where the previous one began.
+            rewards: Rewards of these tokens.
+        """
         segments = self._segments[part]
-        place = torch.arange(part.start, part.stop, device=rewards.device, dtype=torch.float64)
+        position = torch.arange(part.start, part.stop, device=rewards.device, dtype=torch.float64)
         values = rewards.double()
-        ahead = place[None, :] - place[:, None]
+        ahead = position[None, :] - position[:, None]
         same = segments[None, :] == segments[:, None]
         out = (self._decay(ahead - self._shift) * (same & (ahead >= self._shift))) @ values
-        # The sum from a stretch's first token on, itself included, is what an earlier stretch needs.
+        # The earlier part needs the sum from the first token of this part on, including that token.
         first = (self._decay(ahead[0]) * (same[0] & (ahead[0] >= 0))) @ values
         if self._carry is not None and len(segments):
             start, tail = self._carry
             joined = segments == self._segments[start]
-            out = out + joined * self._decay((start - place - self._shift).clamp(min=0)) * tail
-            first = first + joined[0] * self._decay(start - place[:1])[0] * tail
+            out = out + joined * self._decay((start - position - self._shift).clamp(min=0)) * tail
+            first = first + joined[0] * self._decay(start - position[:1])[0] * tail
         self._carry = (part.start, first)
         return out.to(rewards.dtype)
 
@@ -141,8 +180,8 @@ class ReturnWalk:
         return (steps.clamp(min=0) * self._log_discount).exp()
 
 
-def returns(rewards: Tensor, tokens: SampledTokens, objective: Objective) -> Tensor:
-    """Returns of rewards that are all known, [N]; divided by their summands if `length_norm`."""
+def returns(rewards: Float[Tensor, " tokens"], tokens: SampledTokens, objective: Objective) -> Float[Tensor, " tokens"]:
+    """Return the returns of rewards that are all known. With `length_norm` each is divided by its number of rewards."""
     walk = ReturnWalk(tokens.segments, objective.discount, objective.return_from)
     out = torch.empty_like(rewards)
     for start in range((max(len(rewards), 1) - 1) // _WALK * _WALK, -1, -_WALK):
@@ -151,16 +190,19 @@ def returns(rewards: Tensor, tokens: SampledTokens, objective: Objective) -> Ten
     return out / num_rewards(tokens, objective).clamp(min=1) if objective.length_norm else out
 
 
-def num_rewards(tokens: SampledTokens, objective: Objective) -> Tensor:
-    """How many rewards a token's return sums, [N]."""
+def num_rewards(tokens: SampledTokens, objective: Objective) -> Int[Tensor, " tokens"]:
+    """Return the number of rewards in the return of each token."""
     return tokens.remaining + (objective.return_from == "current")
 
 
-def return_sum(tokens: SampledTokens, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Of each response, the sum of the returns that a baseline averages, and their count: those that have a summand. Each [B].
+def return_sum(
+    tokens: SampledTokens, objective: Objective
+) -> tuple[Float[Tensor, " responses"], Float[Tensor, " responses"]]:
+    """Return the sum and the number of the returns of each response that a baseline averages, in float64.
 
-    Expected rewards of tokens not scored yet are estimated by ρ_k r_k: tokens are drawn from p̃, under which the mean of r_k is
-    not −KL_k but that of ρ_k r_k is.
+    Returns that contain no reward, such as that of a last token, are not counted. Expected rewards of tokens that have not
+    been scored yet are estimated by ρ_k r_k: the tokens are sampled from p̃, and the mean of ρ_k r_k under p̃ is −KL_k, while
+    that of r_k is not.
     """
     rewards = precomputed_rewards(tokens, objective)
     if rewards is None:
@@ -168,28 +210,44 @@ def return_sum(tokens: SampledTokens, objective: Objective) -> tuple[Tensor, Ten
     has_future = num_rewards(tokens, objective) > 0
     values = returns(rewards, tokens, objective).double() * has_future
     sums = torch.stack([values, has_future.double()])
-    nothing = sums.new_zeros(2, len(tokens.lengths))
-    total, count = nothing.index_add(1, tokens.segments, sums).unbind()
+    zeros = sums.new_zeros(2, len(tokens.lengths))
+    total, count = zeros.index_add(1, tokens.segments, sums).unbind()
     return total, count
 
 
-def baselines(tokens: SampledTokens, objective: Objective, total: Callable[[Tensor], float] = float) -> Tensor:
-    """For each response, the mean return of a token of the others (leave-one-out, so that it biases nothing); 0 without others. [B]
+def baselines(
+    tokens: SampledTokens, objective: Objective, total: Callable[[Tensor], float] = float
+) -> Float[Tensor, " responses"]:
+    """Return the baseline of each response: the mean return per token of the other responses.
+
+    A response is left out of its own baseline (leave-one-out), so that the baseline does not bias the gradient.
 
     Args:
-        total: sum of a scalar over processes.
+        tokens: The sampled tokens of this process.
+        objective: Defines rewards and returns.
+        total: Sums a scalar over all processes.
+
+    Returns:
+        The baselines in float64; 0 for a response without others.
     """
     sums, counts = return_sum(tokens, objective)
     others = total(counts.sum()) - counts
     return (total(sums.sum()) - sums) / others.clamp(min=1) * (others > 0)
 
 
-def whiten(values: Tensor, slots: int | None = None, total: Callable[[Tensor], float] = float) -> Tensor:
-    """Mean 0, spread 1, over the values of all processes.
+def whiten(
+    values: Float[Tensor, " tokens"], slots: int | None = None, total: Callable[[Tensor], float] = float
+) -> Float[Tensor, " tokens"]:
+    """Normalise values to mean 0 and standard deviation 1 over all processes.
 
     Args:
-        slots: count as many, the missing ones as zeros (the authors' code whitens over padding).
-        total: sum of a scalar over processes.
+        values: The values of this process.
+        slots: Number of values to assume; the missing ones count as zeros. LMOps normalises over padding in this way. By
+            default the number of values.
+        total: Sums a scalar over all processes.
+
+    Raises:
+        InputError: There are more values than `slots`.
     """
     slots = len(values) if slots is None else slots
     if slots < len(values):

@@ -1,109 +1,222 @@
-"""Divergences between next-token distributions, by definition: logits [T, V] in, one value a token [T] out.
+"""Divergences between next-token distributions, written as their definitions.
 
-The readable reference, differentiable by autograd in whatever dtype the logits have: `token_scores` gives the two KLs
-without ever holding [T, V]. q is the student's softmax(logits / temperature), p the teacher's; no value is multiplied
-by temperature². A token that either model excludes (a logit of −inf) has the log-probability `LOG_ZERO` of `floor`.
+Every function takes the logits [tokens, vocab] of student and teacher, and returns one value per token [tokens], in nats.
+Autograd differentiates it, in the dtype of the logits (16-bit logits are converted to float32). q is the student's
+softmax(logits / temperature) and p the teacher's; no value is multiplied by temperature². A token that either model
+excludes (a logit of −∞) has the log-probability `LOG_ZERO`, see `minillm.data.logprobs`. `token_scores` computes the two KL
+divergences without these functions, and uses them for the others, one chunk of tokens at a time.
+
+To add a divergence, write its function here with the decorator `_register`, and add its name to `DIVERGENCE_PARAMETERS` in
+`minillm/loss/config.py`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from minillm.data.logprobs import floored_log_softmax
 from minillm.errors import InputError
-from minillm.loss.config import DivergenceConfig
+from minillm.loss.config import DIVERGENCE_PARAMETERS, DivergenceConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {}
+"""The function of every divergence that a recipe can name."""
 
 
-def named(config: DivergenceConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function of student's and teacher's logits that a recipe asks for."""
-    return partial(globals()[config.name], **config.parameters)
+def _register(function: _Function) -> _Function:
+    """Add a divergence to `DIVERGENCES` under the function's name.
+
+    Raises:
+        TypeError: The parameters after the two logits, without `temperature`, are not those in `DIVERGENCE_PARAMETERS`.
+    """
+    name = function.__name__
+    _, _, *parameters = inspect.signature(function).parameters
+    parameters = tuple(parameter for parameter in parameters if parameter != "temperature")
+    if DIVERGENCE_PARAMETERS.get(name) != parameters:
+        raise TypeError(f"DIVERGENCE_PARAMETERS in minillm/loss/config.py needs the entry {name!r}: {parameters}")
+    DIVERGENCES[name] = function
+    return function
 
 
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(q‖p) = Σ_v q(v) [log q(v) − log p(v)], the divergence MiniLLM minimises (arXiv 2306.08543, equation 1)."""
-    q, p = _logs(student_logits, teacher_logits, temperature)
+def divergence_function(config: DivergenceConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the divergence that a recipe names, with its parameters, as a function of the two logits."""
+    return partial(DIVERGENCES[config.name], **config.parameters)
+
+
+@_register
+def reverse_kl(
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return KL(q‖p) = Σ_v q(v) [log q(v) − log p(v)], which MiniLLM minimises (arXiv 2306.08543, equation 1)."""
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     return _kl(q, p)
 
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p‖q) = Σ_v p(v) [log p(v) − log q(v)], word-level knowledge distillation."""
-    q, p = _logs(student_logits, teacher_logits, temperature)
+@_register
+def forward_kl(
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return KL(p‖q) = Σ_v p(v) [log p(v) − log q(v)], used in word-level knowledge distillation."""
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     return _kl(p, q)
 
 
+@_register
 def jensen_shannon(
-    student_logits: Tensor, teacher_logits: Tensor, beta: float = 0.5, temperature: float = 1.0
-) -> Tensor:
-    """β·KL(p‖m) + (1−β)·KL(q‖m), m = β·p + (1−β)·q, 0 < β < 1 (GKD, arXiv 2306.13649).
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q (GKD, arXiv 2306.13649).
 
-    Divided by β it tends to the forward KL as β → 0, divided by 1−β to the reverse KL as β → 1; at either end itself
-    it is 0, so those are refused.
+    As β → 0 the value divided by β approaches the forward KL, and as β → 1 the value divided by 1−β approaches the reverse
+    KL. At 0 and at 1 the value itself is 0 everywhere, so these two are not allowed.
+
+    Args:
+        student_logits: Logits of the student.
+        teacher_logits: Logits of the teacher.
+        beta: β, above 0 and below 1.
+        temperature: Divides both logits.
+
+    Raises:
+        InputError: `beta` is not in its range.
     """
-    _inside("beta", beta)
-    q, p = _logs(student_logits, teacher_logits, temperature)
+    _check_unit_interval("beta", beta)
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     m = _mix(p, q, beta)
     return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
 
 
+@_register
 def skew_forward_kl(
-    student_logits: Tensor, teacher_logits: Tensor, skew: float = 0.1, temperature: float = 1.0
-) -> Tensor:
-    """KL(p ‖ λ·p + (1−λ)·q), 0 ≤ λ < 1 (DistiLLM, arXiv 2402.03898); λ = 0 is the forward KL."""
-    _inside("skew", skew, low_included=True)
-    q, p = _logs(student_logits, teacher_logits, temperature)
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    skew: float = 0.1,
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return KL(p ‖ λ·p + (1−λ)·q) (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        student_logits: Logits of the student.
+        teacher_logits: Logits of the teacher.
+        skew: λ, at least 0 and below 1. 0 gives the forward KL.
+        temperature: Divides both logits.
+
+    Raises:
+        InputError: `skew` is not in its range.
+    """
+    _check_unit_interval("skew", skew, low_included=True)
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     return _kl(p, _mix(p, q, skew))
 
 
+@_register
 def skew_reverse_kl(
-    student_logits: Tensor, teacher_logits: Tensor, skew: float = 0.1, temperature: float = 1.0
-) -> Tensor:
-    """KL(q ‖ λ·q + (1−λ)·p), 0 ≤ λ < 1 (DistiLLM, arXiv 2402.03898); λ = 0 is the reverse KL."""
-    _inside("skew", skew, low_included=True)
-    q, p = _logs(student_logits, teacher_logits, temperature)
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    skew: float = 0.1,
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return KL(q ‖ λ·q + (1−λ)·p) (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        student_logits: Logits of the student.
+        teacher_logits: Logits of the teacher.
+        skew: λ, at least 0 and below 1. 0 gives the reverse KL.
+        temperature: Divides both logits.
+
+    Raises:
+        InputError: `skew` is not in its range.
+    """
+    _check_unit_interval("skew", skew, low_included=True)
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     return _kl(q, _mix(q, p, skew))
 
 
-def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """½ Σ_v |q(v) − p(v)|, between 0 and 1 (f-distill, arXiv 2307.15190)."""
-    q, p = _logs(student_logits, teacher_logits, temperature)
+@_register
+def total_variation(
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return the total variation distance ½ Σ_v |q(v) − p(v)|, from 0 to 1 (f-distill, arXiv 2307.15190)."""
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     return (q.exp() - p.exp()).abs().sum(-1) / 2
 
 
+@_register
 def adaptive_kl(
-    student_logits: Tensor, teacher_logits: Tensor, head_mass: float = 0.5, temperature: float = 1.0
-) -> Tensor:
-    """w·KL(p‖q) + (1−w)·KL(q‖p), w the share of Σ|p − q| that lies in the teacher's head (AKL, arXiv 2404.02657).
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    head_mass: float = 0.5,
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return w·KL(p‖q) + (1−w)·KL(q‖p) with a weight w for each token (AKL, arXiv 2404.02657).
 
-    The head is the fewest tokens that hold `head_mass` of p, 0 < head_mass < 1; the weight w is not differentiated.
+    The head of p is the smallest set of most likely tokens whose probability reaches `head_mass`. w is the share of
+    Σ_v |p(v) − q(v)| that lies in the head. It is a constant for the gradient.
+
+    Args:
+        student_logits: Logits of the student.
+        teacher_logits: Logits of the teacher.
+        head_mass: Probability of the head, above 0 and below 1.
+        temperature: Divides both logits.
+
+    Raises:
+        InputError: `head_mass` is not in its range.
     """
-    _inside("head_mass", head_mass)
-    q, p = _logs(student_logits, teacher_logits, temperature)
+    _check_unit_interval("head_mass", head_mass)
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     with torch.no_grad():
         teacher, order = p.exp().sort(-1, descending=True)
         gap = (teacher - q.exp().gather(-1, order)).abs()
-        in_head = teacher.cumsum(-1) - teacher < head_mass  # the token that reaches the mass belongs to it
+        in_head = teacher.cumsum(-1) - teacher < head_mass  # includes the token with which the mass is reached
         total = gap.sum(-1)
-        # Where the two agree there is nothing to weigh, and both divergences are 0.
+        # Where the two distributions are equal both divergences are 0, and the weight does not matter.
         weight = torch.where(total > 0, (gap * in_head).sum(-1) / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
     return weight * _kl(p, q) + (1 - weight) * _kl(q, p)
 
 
+@_register
 def alpha_beta(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float = 0.2, beta: float = 0.7, temperature: float = 1.0
-) -> Tensor:
-    """The α–β divergence of p and q (ABKD, arXiv 2505.04560; Cichocki and others, 2011).
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    alpha: float = 0.2,
+    beta: float = 0.7,
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """Return the α–β divergence of p and q (ABKD, arXiv 2505.04560; Cichocki and others, 2011).
 
         −1/(αβ) Σ_v [ p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β) ]
 
-    and its limits where α, β or α+β is 0; α = 1, β = 0 is the forward KL, α = 0, β = 1 the reverse KL. A power is at most e^60,
-    which only negative ones of a token that a model all but excludes can exceed.
+    Where α, β or α+β is 0 it is the limit of this expression. α = 1, β = 0 gives the forward KL, and α = 0, β = 1 the
+    reverse KL. Powers are limited to e^60. Only negative powers of the probability of a token that a model practically
+    excludes would be larger.
+
+    Args:
+        student_logits: Logits of the student.
+        teacher_logits: Logits of the teacher.
+        alpha: α, any number.
+        beta: β, any number.
+        temperature: Divides both logits.
     """
-    q, p = _logs(student_logits, teacher_logits, temperature)
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
     total = alpha + beta
     if math.isclose(alpha, 0.0, abs_tol=1e-12) and math.isclose(beta, 0.0, abs_tol=1e-12):
         return ((p - q) ** 2).sum(-1) / 2
@@ -121,13 +234,15 @@ def alpha_beta(
     return -(cross - own).sum(-1) / (alpha * beta)
 
 
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """−Σ_v q(v) log q(v)."""
+def entropy(logits: Float[Tensor, "tokens vocab"], temperature: float = 1.0) -> Float[Tensor, " tokens"]:
+    """Return the entropy −Σ_v q(v) log q(v), in nats."""
     logq = floored_log_softmax(logits / temperature)
     return -(logq.exp() * logq).sum(-1)
 
 
-def _logs(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_probs(
+    student_logits: Float[Tensor, "tokens vocab"], teacher_logits: Float[Tensor, "tokens vocab"], temperature: float
+) -> tuple[Tensor, Tensor]:
     if temperature <= 0:
         raise InputError(f"temperature must be above 0, not {temperature}")
     q, p = (floored_log_softmax(logits / temperature) for logits in (student_logits, teacher_logits))
@@ -143,12 +258,12 @@ def _power(logs: Tensor) -> Tensor:
 
 
 def _mix(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """log(share·A + (1−share)·B) from logarithms."""
+    """Return log(share·A + (1−share)·B), given a = log A and b = log B."""
     if share == 0:
         return b
     return torch.logaddexp(a + math.log(share), b + math.log1p(-share))
 
 
-def _inside(name: str, value: float, low_included: bool = False) -> None:
+def _check_unit_interval(name: str, value: float, low_included: bool = False) -> None:
     if not (0 < value < 1 or (low_included and value == 0)):
         raise InputError(f"{name} must be {'at least' if low_included else 'above'} 0 and below 1, not {value}")

@@ -1,9 +1,10 @@
-"""Scoring bound as a model's own forward.
+"""Scoring as part of a model's own forward.
 
-DDP and FSDP2 gather the head's weights, and hook their gradients, inside the forward of the module they wrap. Scoring
-from outside would read shards. (ZeRO-3 gathers a module's weights when that very module is called, which the head is not:
-see `gather_head`.) A bound model called with `scoring=` returns the loss; called
-otherwise it is what it was. Nothing is wrapped and no checkpoint key changes.
+DDP and FSDP2 gather the head's weights, and register the hooks of their gradients, in the forward of the module that they
+wrap. Code outside that forward would see only a shard of the weights. (ZeRO-3 gathers a module's weights when that module
+itself is called, which does not happen to the head; see `gather_head`.) `bind_scoring` therefore adds a keyword argument
+`scoring` to a model's forward, with which it returns a loss. Without it the forward is unchanged. The model is not
+wrapped, and no name in its state dict changes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,29 +20,39 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, bucket, pad
-from minillm.data.rollouts import TeacherRows
-from minillm.loss.token_scores import Divergence, LossFn, TokenScores, token_scores
-from minillm.models.head import Head, head_of, hidden_states, unwrap_adapter
+from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings, Teacher, TokenScores, token_scores
+from minillm.models.head import head_of, hidden_states, unwrap_adapter
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass
 class Scoring:
-    """What a bound model needs to score a batch: see `token_scores`."""
+    """What a bound model needs to score a batch: the batch, and the arguments of `token_scores`.
+
+    Attributes:
+        batch: Prompts with the responses whose tokens are scored.
+        settings: Temperatures and size of the vocabulary.
+        teacher: The teacher's states that predict the response tokens, or its rows of log-probabilities. None scores by
+            the student alone.
+        loss_fn: Computes the loss. None only scores.
+        divergence: An additional divergence to compute.
+    """
 
     batch: Padded
-    width: int
-    teacher_hidden: Tensor | None = None
-    teacher_head: Head | None = None
+    settings: ScoringSettings
+    teacher: Teacher | None = None
     loss_fn: LossFn | None = None
-    temperature: float = 1.0
-    teacher_rows: TeacherRows | None = None
     divergence: Divergence | None = None
-    text_temperature: float | None = None
 
 
 class _ScoringCall:
-    """A scoring and what came of it, in no container that FSDP2 looks into: under bf16 it rounds every tensor that it finds in arguments
-    and results, log-probabilities to a hundredth."""
+    """A scoring and its results, in an object that FSDP2 does not look into.
+
+    With bf16 mixed precision FSDP2 rounds every tensor that it finds in the arguments and results of a forward, which would
+    leave log-probabilities with an error of a hundredth.
+    """
 
     loss: Tensor
     scores: TokenScores
@@ -51,10 +62,18 @@ class _ScoringCall:
 
 
 def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
-    """Teach `model.forward` the argument `scoring`. Binding twice changes nothing."""
+    """Add the keyword argument `scoring` to `model.forward`. Binding a model twice changes nothing.
+
+    Args:
+        model: The model, which is changed in place.
+
+    Returns:
+        The same model.
+    """
     if getattr(model.forward, "takes_scoring", False):
         return model
-    # Of the class, so that a copy of the model does not call the original's; another's patch is kept as it is.
+    # The method of the class is called with `self`, so that a copy of the model does not call the original's forward. A
+    # forward that somebody else has patched into the model is kept.
     plain: Any = (
         (lambda self, *args, **kwargs: patched(*args, **kwargs))
         if (patched := vars(model).get("forward"))
@@ -68,12 +87,16 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
         hidden = hidden_states(self, asked.batch)
         head: Any = unwrap_adapter(self).get_output_embeddings()
         if isinstance(head, FSDPModule):
-            head.unshard()  # a unit of its own: its weights are gathered when it is called, and here it is not
+            head.unshard()  # as an FSDP unit of its own it would be gathered when called, but it is not called here
         scoring.loss, scoring.scores = token_scores(
-            hidden, head_of(self), asked.batch.targets, asked.teacher_hidden, asked.teacher_head,
-            teacher_rows=asked.teacher_rows, loss_fn=asked.loss_fn, divergence=asked.divergence, temperature=asked.temperature,
-            text_temperature=asked.text_temperature, width=asked.width,
-        )  # fmt: skip
+            hidden,
+            head_of(self),
+            asked.batch.targets,
+            asked.teacher,
+            loss_fn=asked.loss_fn,
+            divergence=asked.divergence,
+            settings=asked.settings,
+        )
         return {"loss": scoring.loss}
 
     forward.takes_scoring = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -81,23 +104,43 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def score(model: Any, scoring: Scoring) -> tuple[Tensor, TokenScores]:
-    """Loss and scores of a bound model, which may be wrapped by DDP or FSDP."""
+def score(model: Any, scoring: Scoring) -> tuple[Float[Tensor, ""], TokenScores]:
+    """Score a batch with a model.
+
+    Args:
+        model: A model after `bind_scoring`. DDP or FSDP may wrap it.
+        scoring: What to score, and how.
+
+    Returns:
+        The loss, which backpropagates to the model's weights, and the scores of the batch's response tokens.
+    """
     call = _ScoringCall(scoring)
-    through = model(scoring=call)["loss"].float()  # by which a wrapper is told of the backward
+    # A wrapper registers the backward pass on the loss that it returns. It may have rounded it: the exact value replaces it.
+    through = model(scoring=call)["loss"].float()
     return through + (call.loss - through).detach(), call.scores
 
 
 @torch.no_grad()
 def score_responses(
-    model: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], size: int, device: torch.device,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    size: int,
+    device: torch.device,
     scoring: Callable[[Padded, list[int]], Scoring],
-) -> list[TokenScores]:  # fmt: skip
-    """Scores of each response's tokens, on the CPU, by forwards of `size` sequences of like length, without gradient.
+) -> list[TokenScores]:
+    """Score the tokens of each response without gradient, in batches of sequences of similar length.
 
     Args:
-        model: bound; it may be wrapped.
-        scoring: how a batch is scored, given it and which of the sequences it holds.
+        model: A model after `bind_scoring`. DDP or FSDP may wrap it.
+        prompts: Token ids of each prompt.
+        responses: Token ids of each response.
+        size: Number of sequences in a batch.
+        device: Device that the batches are put on.
+        scoring: Returns how to score a batch, given the batch and the indices of its sequences.
+
+    Returns:
+        The scores of each response, in float32 on the CPU.
     """
     out: dict[int, TokenScores] = {}
     for group in bucket([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], size):
@@ -108,8 +151,6 @@ def score_responses(
             for name, value in vars(scores).items()
             if value is not None
         }
-        out |= {
-            i: TokenScores(**{name: part[place].clone() for name, part in parts.items()})
-            for place, i in enumerate(group)
-        }
+        for position, i in enumerate(group):
+            out[i] = TokenScores(**{name: part[position].clone() for name, part in parts.items()})
     return [out[i] for i in range(len(prompts))]

@@ -1,15 +1,17 @@
-"""The terms of the loss, as the weights that `token_scores` differentiates by.
+"""The loss on sampled responses, with its derivatives by the scores of `token_scores`.
 
     L = single_step · Σ_t v_t KL_t  −  long_term · Σ_t w_t min(ρ̂_t A_t, clip(ρ̂_t, 1±ε) A_t)  +  language model
 
-divided by a token count. ρ̂ = q_θ/q_old; A, w and v come from `credit`. Where A < 0 the minimum leaves ρ̂ unbounded above:
-`dual_clip` bounds it there.
+Sums over tokens are divided by a token count. ρ̂ = q/q_old is the ratio of the student to the student that sampled. The
+advantages A and the importance weights w and v come from `minillm.loss.credit`. Where A < 0 the minimum does not limit ρ̂
+from above; `dual_clip` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,24 +22,39 @@ from minillm.loss.credit import SampledTokens
 from minillm.loss.terms import Tally, single_step_score
 from minillm.loss.token_scores import ScoreGradients, TokenScores
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 class OnPolicyLoss:
-    """The `loss_fn` of `token_scores` for sampled responses followed, in the same flat batch, by text.
+    """The `loss_fn` of `token_scores` for a batch of sampled responses, followed by text in the same flat tensors.
 
     Args:
-        tokens: the sampled responses; the first N tokens of the batch.
-        baseline: what `baseline: centre` subtracts from the returns, one for all or one a token [N]; see `credit.baselines`.
-        count, text_count: divisors of the two kinds of token.
-        slots: B × max_new_tokens, for `whiten_padded`.
-        total: sum of a scalar over processes, for whitening.
+        objective: The loss.
+        tokens: The sampled responses, which are the first N tokens of the batch.
+        baseline: Subtracted from the returns with `baseline: centre`, one value for all tokens or one per token [N]; see
+            `credit.baselines`.
+        count: Divisor of the sums over sampled tokens.
+        text_count: Divisor of the sums over tokens of text.
+        slots: Number of responses × `max_new_tokens`, for `whiten_padded`.
+        total: Sums a scalar over all processes, for whitening.
 
-    `reverse_kl` [N] holds KL(q_θ‖p) of the tokens once they are scored.
+    Attributes:
+        reverse_kl: KL(q‖p) at each of the N sampled tokens, complete when all chunks have been scored.
+        tally: Sums for the metrics, complete when all chunks have been scored.
     """
 
     def __init__(
-        self, objective: Objective, tokens: SampledTokens, *, baseline: float | Tensor = 0.0, count: float | Tensor = 1.0,
-        text_count: float | Tensor = 1.0, slots: int | None = None, total: Callable[[Tensor], float] = float,
-    ) -> None:  # fmt: skip
+        self,
+        objective: Objective,
+        tokens: SampledTokens,
+        *,
+        baseline: float | Tensor = 0.0,
+        count: float | Tensor = 1.0,
+        text_count: float | Tensor = 1.0,
+        slots: int | None = None,
+        total: Callable[[Tensor], float] = float,
+    ) -> None:
         self._objective, self._tokens = objective, tokens
         self._count, self._text_count = count, text_count
         self._n = len(tokens.student_logprobs)
@@ -51,7 +68,7 @@ class OnPolicyLoss:
         kinds = {"none": ones, "token": token}
         self._weights = kinds.get(objective.importance, ones)
         self._single_weights = {**kinds, "prefix": before}[objective.single_step_weight]
-        # With products, each future reward has its own: W_{k−1} for an expected reward, W_k for a sampled one.
+        # With prefix products each future reward has its own weight: W_{k−1} for an expected reward, W_k for a sampled one.
         by_reward = before if objective.reward == "expected" else including
         self._reward_weights = by_reward if objective.importance == "prefix" else ones
         self._walk = credit.ReturnWalk(tokens.segments, objective.discount, objective.return_from)
@@ -61,30 +78,23 @@ class OnPolicyLoss:
         self.tally = Tally()
 
     def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
+        """Return the loss of a chunk and its derivatives by the scores; see `LossFn`."""
         if part.stop <= self._n:
             return self._policy(part, scores)
         if part.start >= self._n:
             return self._text(scores)
         cut = self._n - part.start
-        split = lambda s: TokenScores(*(None if v is None else v[s] for v in vars(scores).values()))  # pyright: ignore  # noqa: E731
-        text_loss, text = self._text(split(slice(cut, None)))
-        loss, policy = self._policy(slice(part.start, self._n), split(slice(cut)))
-        zeros = torch.zeros_like(scores.logq)
-        pairs = {name: (getattr(policy, name), getattr(text, name)) for name in vars(policy)}
-        joined = {
-            name: None
-            if a is b is None
-            else torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b])
-            for name, (a, b) in pairs.items()
-        }
-        return loss + text_loss, ScoreGradients(**joined)
+        text_loss, text = self._text(_selected(scores, slice(cut, None)))
+        loss, policy = self._policy(slice(part.start, self._n), _selected(scores, slice(cut)))
+        return loss + text_loss, _joined(policy, text, torch.zeros_like(scores.logq), cut)
 
     def _policy(self, part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
+        """Return the single-step and long-term terms of a chunk of sampled tokens, and their derivatives."""
         objective, old = self._objective, self._tokens.student_logprobs[part]
         self.reverse_kl[part] = scores.reverse_kl
         advantages = self._future(part, scores.reverse_kl) if self._advantages is None else self._advantages[part]
         weights = self._weights[part]
-        # A ratio beyond its bound is truncated, not cut off: a token far off policy still counts, as much as the bound.
+        # A ratio above its limit is replaced by the limit, so that a token far off policy still counts.
         ratio = credit.importance_weights(
             scores.logq - old, objective.importance_truncation if objective.clip is None else None
         )
@@ -103,19 +113,29 @@ class OnPolicyLoss:
         field, exact = single_step_score(objective.divergence, scores)
         loss = (single * exact).sum() - (long * weights * surrogate).sum()
         self.tally.add(
-            tokens=torch.ones_like(old), reverse_kl=scores.reverse_kl, forward_kl=scores.forward_kl, entropy=scores.entropy,
-            sampled_reverse_kl=self._rho[part] * (old - self._tokens.teacher_logprobs[part]), log_ratio=(scores.logq - old).abs(),
+            tokens=torch.ones_like(old),
+            reverse_kl=scores.reverse_kl,
+            forward_kl=scores.forward_kl,
+            entropy=scores.entropy,
+            sampled_reverse_kl=self._rho[part] * (old - self._tokens.teacher_logprobs[part]),
+            log_ratio=(scores.logq - old).abs(),
             importance_weight=self._rho[part],
-            advantage=advantages, advantage_squared=advantages.double() ** 2, clipped=~active,
-            policy_loss=-(long * weights * surrogate), single_step_loss=single * exact,
-        )  # fmt: skip
+            advantage=advantages,
+            advantage_squared=advantages.double() ** 2,
+            clipped=~active,
+            policy_loss=-(long * weights * surrogate),
+            single_step_loss=single * exact,
+        )
         if field == "divergence":
             self.tally.add(divergence=exact)
         by_logq = -long * weights * gain * active
         return loss, replace(ScoreGradients(logq=by_logq), **{field: single})
 
     def _text(self, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
-        """λ·[(1−s)·(−log q(y)) + s·KL(p‖q)] over text tokens, at the temperature of text."""
+        """Return λ·Σ[(1−s)·(−log q(y)) + s·KL(p‖q)] over tokens of text, at their temperature, and its derivatives.
+
+        λ is `language_model` and s is `language_model_distill`.
+        """
         objective = self._objective
         share = objective.language_model_distill
         scale = torch.ones_like(scores.logq) * (objective.language_model / self._text_count)
@@ -123,26 +143,44 @@ class OnPolicyLoss:
         self.tally.add(text_tokens=torch.ones_like(scores.logq), text_nll=-scores.text_logq, language_model_loss=loss)
         return loss.sum(), ScoreGradients(text_logq=-scale * (1 - share), text_forward_kl=scale * share)
 
-    def _future(self, part: slice, reverse_kl: Tensor) -> Tensor:
-        """Advantages from expected rewards −KL_k of tokens scored for the first time, on the walk."""
+    def _future(self, part: slice, reverse_kl: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
+        """Return advantages from expected rewards −KL_k of a chunk of tokens that are scored for the first time."""
         value = self._walk(part, -reverse_kl * self._reward_weights[part])
         return self._finish(value, part, self._objective.length_norm)
 
-    def _known(self, rewards: Tensor, slots: int | None, total: Callable[[Tensor], float]) -> Tensor:
-        """Advantages from rewards that are all there beforehand."""
+    def _known(
+        self, rewards: Float[Tensor, " tokens"], slots: int | None, total: Callable[[Tensor], float]
+    ) -> Float[Tensor, " tokens"]:
+        """Return advantages from rewards that are all known before the tokens are scored."""
         objective = self._objective
         value = credit.returns(rewards * self._reward_weights, self._tokens, objective)
         if objective.baseline.startswith("whiten"):
             return credit.whiten(value, slots if objective.baseline == "whiten_padded" else None, total)
         return self._finish(value, slice(None), divide=False)
 
-    def _finish(self, value: Tensor, part: slice, divide: bool) -> Tensor:
+    def _finish(self, value: Float[Tensor, " part"], part: slice, divide: bool) -> Float[Tensor, " part"]:
+        """Return advantages from returns: centred, and divided by the number of rewards if `divide`."""
         num_rewards = self._num_rewards[part]
         if divide:
             value = value / num_rewards.clamp(min=1)
         centred = value - self._baseline[part]
         if self._objective.length_norm:
-            # The mean of no rewards is undefined: such a token is judged by the single step alone, so that ending a
-            # response is neither rewarded nor punished for having no future.
+            # The mean of no rewards is undefined. Such a token has only the single-step term, so that ending a response is
+            # neither rewarded nor penalised for having no tokens after it.
             centred = torch.where(num_rewards > 0, centred, torch.zeros_like(centred))
         return centred
+
+
+def _selected(scores: TokenScores, part: slice) -> TokenScores:
+    selected: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(scores).items()}
+    return TokenScores(**selected)
+
+
+def _joined(policy: ScoreGradients, text: ScoreGradients, zeros: Tensor, cut: int) -> ScoreGradients:
+    """Join derivatives of a chunk whose first `cut` tokens are sampled and whose other tokens are text."""
+    joined: dict[str, Tensor | None] = {}
+    for field in fields(ScoreGradients):
+        a, b = getattr(policy, field.name), getattr(text, field.name)
+        if a is not None or b is not None:
+            joined[field.name] = torch.cat([zeros[:cut] if a is None else a, zeros[cut:] if b is None else b])
+    return ScoreGradients(**joined)

@@ -13,7 +13,19 @@ from minillm.loss.token_scores import ScoreGradients, TokenScores
 
 
 class SupervisedLoss:
-    """λ·CE + (1−λ)·D on fixed responses: with D = KL(p‖q) the paper's word-level distillation. CE is at the temperature of text."""
+    """The `loss_fn` of `token_scores` for given responses: λ·CE + (1−λ)·D per token.
+
+    CE is the cross-entropy −log q(y) at the temperature of text, and D a divergence between student and teacher. With
+    D = KL(p‖q) this is the word-level distillation of the paper.
+
+    Args:
+        cross_entropy: λ, from 0 to 1. With 1 no teacher is needed.
+        count: Number of tokens that the sum is divided by.
+        divergence: D. Defaults to the forward KL.
+
+    Attributes:
+        tally: Sums for the metrics, complete when all chunks have been scored.
+    """
 
     def __init__(self, cross_entropy: float, count: float | Tensor, divergence: DivergenceConfig | None = None) -> None:
         self._share, self._count = cross_entropy, count
@@ -21,8 +33,9 @@ class SupervisedLoss:
         self.tally = Tally()
 
     def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
+        """Return the loss of a chunk and its derivatives by the scores; see `LossFn`."""
         ones = torch.ones_like(scores.logq) / self._count
-        if self._share == 1:  # fine-tuning, where there need be no teacher
+        if self._share == 1:  # fine-tuning, possibly without a teacher
             self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, entropy=scores.entropy)
             return (ones * -scores.text_logq).sum(), ScoreGradients(text_logq=-ones)
         field, value = single_step_score(self._divergence, scores)
@@ -30,7 +43,10 @@ class SupervisedLoss:
         if field == "divergence":
             self.tally.add(divergence=value)
         self.tally.add(
-            tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, forward_kl=scores.forward_kl,
-            reverse_kl=scores.reverse_kl, entropy=scores.entropy,
-        )  # fmt: skip
+            tokens=torch.ones_like(ones),
+            cross_entropy=-scores.text_logq,
+            forward_kl=scores.forward_kl,
+            reverse_kl=scores.reverse_kl,
+            entropy=scores.entropy,
+        )
         return loss.sum(), replace(ScoreGradients(text_logq=-ones * self._share), **{field: ones * (1 - self._share)})

@@ -1,50 +1,65 @@
-"""Per-token scores and the objective's gradient, from hidden states, in one pass over chunks of tokens.
+"""Scores of response tokens and the gradient of a loss, computed from hidden states in one pass over chunks of tokens.
 
-No [N, V] tensor lives longer than its chunk. The gradients of the student's hidden states and head are computed in
-the forward pass, because everything they depend on is at hand there: four matmuls a token (student logits, teacher
-logits, two for the gradients; three with a frozen head) where autograd over recomputed chunks takes six. What stays
-until the backward is one gradient [N, H] and, for a trained head, one float32 gradient of its weight [V, H], which the
-backward hands over as it is and autograd adds in place to what earlier micro-batches left.
+The logits of all tokens never exist at once: those of a chunk are freed before the next chunk. The gradients by the
+student's hidden states and head are computed in the forward pass, because everything they depend on is available there.
+That takes four matrix products per chunk (student logits, teacher logits, two for the gradients; three with a frozen
+head), where autograd with recomputed chunks takes six. Two things are kept until the backward pass: one gradient of the
+hidden states and, for a trained head, one float32 gradient of its weight. The backward pass returns the latter without a
+copy, and autograd adds it in place to the gradient of earlier micro-batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
-from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import TeacherRows
-from minillm.models.device import cpu_multiplies_bfloat16
-from minillm.models.head import Head, LogitTransform, project
+from minillm.loss.elementwise import (
+    Derivatives,
+    Measures,
+    Precision,
+    Transforms,
+    complete_with_student,
+    elementwise_functions,
+)
+from minillm.models.head import Head, LogitTransform, TeacherStates, project
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 CHUNK = 512
-# Below this many logits a chunk is not worth compiling for. Float32 states stay eager: the compiled sums over a
-# vocabulary carry 4e-5 of relative error, which bfloat16 states hide and float32 ones would not.
-_COMPILE_FROM = 1 << 22
+"""Number of tokens in a chunk."""
 
 
 @dataclass
 class TokenScores:
-    """Float32, one value per response token [N], no gradient.
+    """Scores of N response tokens, in float32 (float64 for float64 states) and without gradient.
 
-    logq, logp: log-probability of the token itself. reverse_kl: KL(q‖p). forward_kl: KL(p‖q). entropy: of q.
-    Without a teacher logp is logq, and both divergences are zero. divergence: of another kind, where one was given.
-    text_logq, text_forward_kl: logq and forward_kl at the temperature of text. No log-probability is below `LOG_ZERO` (see `floor`).
+    Without a teacher `logp` equals `logq`, and both KL divergences are zero. No log-probability is below `LOG_ZERO`.
+
+    Attributes:
+        logq: log q(y), the student's log-probability of the token itself.
+        logp: log p(y), the teacher's log-probability of the token itself.
+        reverse_kl: KL(q‖p) of the next-token distributions.
+        forward_kl: KL(p‖q) of the next-token distributions.
+        entropy: Entropy of q.
+        divergence: Values of the additional divergence, if `token_scores` was given one.
+        text_logq: log q(y) at the temperature of text. Equal to `logq` if the temperatures are the same.
+        text_forward_kl: KL(p‖q) at the temperature of text. Equal to `forward_kl` if the temperatures are the same.
     """
 
-    logq: Tensor
-    logp: Tensor
-    reverse_kl: Tensor
-    forward_kl: Tensor
-    entropy: Tensor
-    divergence: Tensor | None = None
-    text_logq: Tensor = None  # pyright: ignore[reportAssignmentType]
-    text_forward_kl: Tensor = None  # pyright: ignore[reportAssignmentType]
+    logq: Float[Tensor, " tokens"]
+    logp: Float[Tensor, " tokens"]
+    reverse_kl: Float[Tensor, " tokens"]
+    forward_kl: Float[Tensor, " tokens"]
+    entropy: Float[Tensor, " tokens"]
+    divergence: Float[Tensor, " tokens"] | None = None
+    text_logq: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
+    text_forward_kl: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         if self.text_logq is None:
@@ -53,277 +68,334 @@ class TokenScores:
 
 @dataclass
 class ScoreGradients:
-    """Derivatives of the loss by a token's scores [N]; each may be None for zero.
+    """Derivatives of the loss by each field of `TokenScores` of the same name. None means zero."""
 
-    logq: by log q(y). reverse_kl: by KL(q‖p). forward_kl: by KL(p‖q). divergence: by the one that was given. text_logq,
-    text_forward_kl: by these at the temperature of text.
+    logq: Float[Tensor, " tokens"] | None = None
+    reverse_kl: Float[Tensor, " tokens"] | None = None
+    forward_kl: Float[Tensor, " tokens"] | None = None
+    divergence: Float[Tensor, " tokens"] | None = None
+    text_logq: Float[Tensor, " tokens"] | None = None
+    text_forward_kl: Float[Tensor, " tokens"] | None = None
+
+
+Teacher = TeacherStates | TeacherRows
+"""Where log p comes from: hidden states and head of a teacher, or the log-probabilities that a served teacher gives."""
+
+LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
+"""Computes the loss of a chunk and its derivatives, given the positions of the chunk's tokens and their scores.
+
+It is called from the last chunk to the first. A return, which sums over later tokens, is then complete when its token is
+reached."""
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits of student and teacher [chunk, vocab], divided by the temperature, to one value per token [chunk].
+
+See `minillm.loss.divergences`."""
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How `token_scores` computes scores.
+
+    Attributes:
+        temperature: Divides the logits of student and teacher.
+        text_temperature: Divides the logits for `text_logq` and `text_forward_kl`. None means `temperature`. A different
+            value costs two more passes over the logits of a chunk, and no matrix product.
+        width: Size of the vocabulary: the first rows of both heads; the other rows are padding. None means all rows, and
+            then both heads must have the same number.
+        chunk: Number of tokens in a chunk.
     """
 
-    logq: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    forward_kl: Tensor | None = None
-    divergence: Tensor | None = None
-    text_logq: Tensor | None = None
-    text_forward_kl: Tensor | None = None
+    temperature: float = 1.0
+    text_temperature: float | None = None
+    width: int | None = None
+    chunk: int = CHUNK
 
 
-# Given a chunk's place and scores, the loss it contributes and the loss's derivatives. Called from the last chunk to
-# the first, so that a return, which sums over the future, is complete when a token's turn comes.
-LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
-# Logits of student and teacher [n, V], divided by the temperature, to one value a token [n]; see `minillm.loss.divergences`.
-Divergence = Callable[[Tensor, Tensor], Tensor]
+@dataclass
+class _Arguments:
+    """Arguments of `token_scores` that autograd does not track, and the scores, which are its second result."""
+
+    head: Head
+    targets: Int[Tensor, " tokens"]
+    teacher: Teacher | None
+    loss_fn: LossFn | None
+    divergence: Divergence | None
+    settings: ScoringSettings
+    scores: TokenScores | None = None
 
 
 def token_scores(
-    hidden: Tensor,
+    hidden: Float[Tensor, "tokens hidden"],
     head: Head,
-    targets: Tensor,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
+    targets: Int[Tensor, " tokens"],
+    teacher: Teacher | None = None,
     *,
-    teacher_rows: TeacherRows | None = None,
     loss_fn: LossFn | None = None,
     divergence: Divergence | None = None,
-    temperature: float = 1.0,
-    text_temperature: float | None = None,
-    width: int | None = None,
-    chunk: int = CHUNK,
-) -> tuple[Tensor, TokenScores]:
-    """Score N tokens, and differentiate a loss of the scores.
+    settings: ScoringSettings | None = None,
+) -> tuple[Float[Tensor, ""], TokenScores]:
+    """Compute the scores of N response tokens, and the gradient of a loss of these scores.
 
     Args:
-        hidden: [N, H] student states that predict `targets` [N].
-        teacher_hidden: [N, H_p], without gradient.
-        teacher_rows: log p of a few tokens at each place, at the same temperature, instead of the teacher's states. All
-            others count as one event, which makes both divergences those of a coarser partition: at most the true ones,
-            short of KL(q‖p) by q(others) · KL within the others. Their gradients are the partition's own, exactly.
-        width: the vocabulary is the first so many rows of both heads, and the rest padding; by default all of them, of
-            which both heads must have as many.
-        weigh: the loss; None scores only.
-        divergence: one more to score by, besides the two KLs: any function that autograd can differentiate. It costs some
-            passes over a chunk's logits, and no matmul.
-        temperature: divides the logits of both.
-        text_temperature: divides them for `text_logq` and `text_forward_kl`; by default the same. Another one costs two passes over a
-            chunk's logits, and no matmul.
+        hidden: Final hidden states of the student that predict the targets.
+        head: Output head of the student.
+        targets: Token ids of the responses.
+        teacher: States (without gradient) and head of the teacher, or rows of log-probabilities at the same temperature.
+            Rows contain only some tokens. All others count as one event, so both divergences are those of a coarser
+            partition of the vocabulary: they are at most the true ones, and KL(q‖p) is lower than the true one by
+            q(others) · KL within the others. The gradients are exactly those of the coarser divergences.
+        loss_fn: Computes the loss chunk by chunk. None only computes scores, and the returned loss is 0.
+        divergence: An additional divergence to compute: any function that autograd can differentiate. It costs some
+            passes over the logits of a chunk, and no matrix product.
+        settings: Temperatures, size of the vocabulary and of a chunk. Defaults to `ScoringSettings()`.
 
     Returns:
-        The loss, a scalar that backpropagates into `hidden`, `head.weight` and `head.bias`; and the scores.
+        The loss, a scalar that backpropagates to `hidden`, `head.weight` and `head.bias`; and the scores.
     """
-    outs: list[TokenScores] = []
-    loss = _GradientInForward.apply(
-        hidden, head.weight, head.bias, head, targets, teacher_hidden, teacher_head, teacher_rows, loss_fn, divergence, temperature,
-        temperature if text_temperature is None else text_temperature, width, chunk, outs,
-    )  # fmt: skip
-    return loss, outs[0]
+    arguments = _Arguments(head, targets, teacher, loss_fn, divergence, settings or ScoringSettings())
+    loss: Any = _GradientInForward.apply(hidden, head.weight, head.bias, arguments)
+    assert arguments.scores is not None
+    return loss, arguments.scores
 
 
 class _GradientInForward(torch.autograd.Function):
+    """Computes the loss and its gradients in the forward pass; the backward pass only scales the gradients."""
+
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, head, targets, teacher_hidden, teacher_head, teacher_rows, loss_fn, divergence, temperature,
-        text_temperature, width, chunk, outs,
-    ):  # fmt: skip
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        rounded = dtype.itemsize <= 2
-        if dtype == torch.bfloat16 and hidden.device.type == "cpu" and not cpu_multiplies_bfloat16():
-            dtype = torch.float32
+        ctx: Any,
+        hidden: Float[Tensor, "tokens hidden"],
+        weight: Float[Tensor, "rows hidden"],
+        bias: Float[Tensor, " rows"] | None,
+        arguments: _Arguments,
+    ) -> Tensor:
+        precision = Precision.of(hidden)
+        head = Head(weight, bias, arguments.head.scale, arguments.head.softcap)
         with torch.autocast(hidden.device.type, enabled=False):
-            return _forward(
-                ctx, hidden, Head(weight, bias, head.scale, head.softcap), targets, teacher_hidden, teacher_head, teacher_rows, loss_fn,
-                divergence, temperature, text_temperature, width, chunk, outs, dtype, rounded,
-            )  # fmt: skip
+            scorer = _ChunkedScorer(hidden, head, arguments, precision, ctx.needs_input_grad[:3])
+            loss = scorer.run()
+        arguments.scores = scorer.scores
+        gradients = scorer.gradients
+        ctx.grads = [
+            (grad, None if tensor is None else tensor.dtype)
+            for grad, tensor in ((gradients.hidden, hidden), (gradients.weight, weight), (gradients.bias, bias))
+        ]
+        return loss
 
     @staticmethod
-    def backward(ctx, upstream):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
-        return *grads, *(None,) * 12
+        return *grads, None
 
 
-def _forward(
-    ctx, hidden, head, targets, teacher_hidden, teacher_head, teacher_rows, loss_fn, divergence, temperature, text_temperature, width,
-    chunk, outs, dtype, rounded,
-) -> Tensor:  # fmt: skip
-    n = len(targets)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    apart = text_temperature != temperature
-    left_out = ({"divergence"} if divergence is None else set()) | (
-        set() if apart else {"text_logq", "text_forward_kl"}
-    )
-    kept = [field.name for field in fields(TokenScores) if field.name not in left_out]
-    scores = TokenScores(**{name: hidden.new_zeros(n, dtype=wide) for name in kept})
-    outs.append(scores)
-    loss = hidden.new_zeros((), dtype=wide)
-    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    wants_grad = loss_fn is not None and any(ctx.needs_input_grad[:3])
-    grad_hidden = torch.empty_like(hidden, dtype=wide) if wants_grad and needs_hidden else None
-    grad_weight = torch.zeros_like(head.weight, dtype=wide) if wants_grad and needs_weight else None
-    grad_bias = torch.zeros_like(head.bias, dtype=wide) if wants_grad and needs_bias else None
+class _Gradients:
+    """The gradients that a call accumulates over its chunks. Each is None if it is not needed."""
 
-    width = head.weight.shape[0] if width is None else width
-    # Gradients are of the whole head, so that nothing has to be widened after; padded rows keep their zeros.
-    used_weight = None if grad_weight is None else grad_weight[:width]
-    used_bias = None if grad_bias is None else grad_bias[:width]
-    head = head.narrow(width)
-    weight, curve = head.weight.detach().to(dtype), LogitTransform.of(head, temperature, wide)
-    states = hidden.detach().to(dtype)
-    teacher_curve = curve
-    text_curve = text_teacher_curve = curve._replace(temperature=float(text_temperature))
-    if teacher_hidden is not None:
-        teacher_head = teacher_head.narrow(width)
-        teacher_weight, teacher_curve = (
-            teacher_head.weight.detach().to(dtype),
-            LogitTransform.of(teacher_head, temperature, wide),
-        )
-        text_teacher_curve = teacher_curve._replace(temperature=float(text_temperature))
-        teacher_hidden = teacher_hidden.to(dtype)
-    elif teacher_rows is not None:
-        teacher_curve = text_teacher_curve = LogitTransform(None, 1.0, None, 1.0)
+    def __init__(self, hidden: Tensor, head: Head, width: int, needed: Sequence[bool], wide: torch.dtype) -> None:
+        by_hidden, by_weight, by_bias = needed
+        self.hidden = torch.empty_like(hidden, dtype=wide) if by_hidden else None
+        self.weight = torch.zeros_like(head.weight, dtype=wide) if by_weight else None
+        self.bias = torch.zeros_like(head.bias, dtype=wide) if by_bias and head.bias is not None else None
+        # The gradients have the size of the whole head, so that they need not be padded afterwards. The rows beyond the
+        # vocabulary keep their zeros.
+        self._used_weight = None if self.weight is None else self.weight[:width]
+        self._used_bias = None if self.bias is None else self.bias[:width]
+        self.needed = any(needed)
 
-    measure, differentiate = _elementwise(min(chunk, n) * weight.shape[0], hidden.device, wide, rounded)
-    for start in range((max(n, 1) - 1) // chunk * chunk, -1, -chunk):
-        part = slice(start, min(start + chunk, n))
-        if part.start == part.stop:
-            break
-        student = project(states[part], weight)
-        if teacher_hidden is not None:
-            teacher = project(teacher_hidden[part], teacher_weight)
-        elif teacher_rows is not None:
-            teacher = _complete_with_student(
-                curve.logits(student, wide), teacher_rows.ids[part], teacher_rows.logprobs[part]
-            )
-        else:
-            teacher = student
-        *normalisers, logq, logp, reverse, forward, entropy = measure(
-            student, teacher, targets[part], curve, teacher_curve, wide
-        )
-        here = TokenScores(logq, logp, reverse, forward, entropy)
-        if apart:
-            measured = measure(student, teacher, targets[part], text_curve, text_teacher_curve, wide)
-            *text_normalisers, here.text_logq, _, text_reverse, here.text_forward_kl, _ = measured
-        if divergence is not None:
-            with torch.enable_grad():
-                logits = curve.logits(student, wide).requires_grad_()
-                other = divergence(logits, teacher_curve.logits(teacher, wide))
-            here.divergence = other.detach()
-        for name in kept:
-            getattr(scores, name)[part] = getattr(here, name)
-        if loss_fn is None:
-            continue
-        value, weights = loss_fn(part, here)
-        loss += value
-        if not wants_grad:
-            continue
-        zero = torch.zeros_like(here.logq)
-        by = {name: zero if w is None else w.to(wide) for name, w in vars(weights).items()}
-        unit = None
-        if dtype == torch.float16:
-            # Shares of a token count are too small for float16, and no loss scale has reached them yet.
-            unit = torch.stack([w.abs().max() for w in by.values()]).max().clamp(min=1e-30)
-            by = {name: w / unit for name, w in by.items()}
-        if not apart:
-            by["logq"], by["forward_kl"] = by["logq"] + by["text_logq"], by["forward_kl"] + by["text_forward_kl"]
-        grad = differentiate(
-            student, teacher, *normalisers, here.reverse_kl, targets[part], by["logq"], by["reverse_kl"], by["forward_kl"],
-            curve, teacher_curve, wide, dtype,
-        )  # fmt: skip
-        if apart and not (weights.text_logq is None and weights.text_forward_kl is None):
-            grad = grad + differentiate(
-                student, teacher, *text_normalisers, text_reverse, targets[part], by["text_logq"], zero, by["text_forward_kl"],
-                text_curve, text_teacher_curve, wide, dtype,
-            )  # fmt: skip
-        if divergence is not None and weights.divergence is not None:
-            [by_logits] = torch.autograd.grad(other, logits, by["divergence"])
-            grad = grad + (by_logits * curve.slope(logits.detach())).to(dtype)
-        del student, teacher
-        if grad_hidden is not None:
-            grad_hidden[part] = _scaled(grad @ weight, unit)
-        if used_weight is not None:
-            used_weight += _scaled(grad.t() @ states[part], unit)
-        if used_bias is not None:
-            used_bias += _scaled(grad.to(wide).sum(0), unit)
-    ctx.grads = [
-        (grad, None if tensor is None else tensor.dtype)
-        for grad, tensor in ((grad_hidden, hidden), (grad_weight, head.weight), (grad_bias, head.bias))
-    ]
-    return loss
+    def add(self, part: slice, grad: Tensor, states: Tensor, weight: Tensor, unit: Tensor | None) -> None:
+        """Add the gradients of one chunk.
+
+        Args:
+            part: Positions of the chunk's tokens.
+            grad: Gradient by the projections of the chunk [chunk, vocab], in multiples of `unit`.
+            states: Hidden states of the chunk.
+            weight: Weight of the head, without padding.
+            unit: A scalar, or None for 1.
+        """
+        if self.hidden is not None:
+            self.hidden[part] = _scaled(grad @ weight, unit)
+        if self._used_weight is not None:
+            self._used_weight += _scaled(grad.t() @ states, unit)
+        if self._used_bias is not None:
+            self._used_bias += _scaled(grad.to(self._used_bias.dtype).sum(0), unit)
 
 
-def _complete_with_student(student: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
-    """Rows of log p [n, V] that are known at `ids` [n, K] and elsewhere q's own, scaled to the mass that is left.
+@dataclass
+class _Chunk:
+    """Projections and scores of one chunk. `divergence` depends on `divergence_logits` in an autograd graph."""
 
-    KL(q‖·) to such a row is that of the partition {ids, all others}, and so is its gradient.
+    part: slice
+    student: Float[Tensor, "chunk vocab"]
+    teacher: Float[Tensor, "chunk vocab"]
+    targets: Int[Tensor, " chunk"]
+    measures: Measures
+    scores: TokenScores
+    text_measures: Measures | None = None
+    divergence_logits: Float[Tensor, "chunk vocab"] | None = None
+    divergence: Float[Tensor, " chunk"] | None = None
+
+
+class _ChunkedScorer:
+    """Computes scores, loss and gradients chunk by chunk. After `run`, `scores` and `gradients` are complete.
+
+    Args:
+        hidden: Hidden states of the student.
+        head: Output head of the student, as autograd tracks it.
+        arguments: The other arguments of `token_scores`.
+        precision: The dtypes to compute in.
+        needs_grad: Whether hidden states, weight and bias need a gradient.
     """
-    logq = torch.log_softmax(student, -1)
-    others_q = logq.scatter(1, ids, -torch.inf).logsumexp(-1).clamp(min=LOG_ZERO)
-    repeated = ids == ids[:, :1]
-    repeated[:, 0] = False
-    known = logp.double().exp().masked_fill(repeated, 0.0).sum(-1)
-    others_p = torch.log1p(-known.clamp(max=1 - 1e-7)).to(
-        logq.dtype
-    )  # float32 log-probabilities add up no closer to one
-    return (logq + (others_p - others_q)[:, None]).scatter(1, ids, logp.to(logq.dtype))
+
+    def __init__(
+        self, hidden: Tensor, head: Head, arguments: _Arguments, precision: Precision, needs_grad: Sequence[bool]
+    ) -> None:
+        settings, teacher = arguments.settings, arguments.teacher
+        dtype, wide, _ = precision
+        width = head.weight.shape[0] if settings.width is None else settings.width
+        self._arguments, self._precision = arguments, precision
+        self._num_tokens = len(arguments.targets)
+        needed = needs_grad if arguments.loss_fn is not None else (False, False, False)
+        self.gradients = _Gradients(hidden, head, width, needed, wide)
+        head = head.narrow(width)
+        self._weight, self._states = head.weight.detach().to(dtype), hidden.detach().to(dtype)
+        transform = LogitTransform.of(head, settings.temperature, wide)
+        self._transforms = Transforms(transform, transform)
+        if isinstance(teacher, TeacherStates):
+            teacher_head = teacher.head.narrow(width)
+            self._teacher_weight = teacher_head.weight.detach().to(dtype)
+            self._transforms = Transforms(transform, LogitTransform.of(teacher_head, settings.temperature, wide))
+            self._teacher_states = teacher.hidden.to(dtype)
+        elif teacher is not None:  # its rows are log-probabilities already
+            self._transforms = Transforms(transform, LogitTransform(None, 1.0, None, 1.0))
+        self._text_transforms = self._transforms_of_text()
+        self.scores = self._empty_scores(hidden)
+        self._loss = hidden.new_zeros((), dtype=wide)
+        num_logits = min(settings.chunk, self._num_tokens) * self._weight.shape[0]
+        self._measure, self._differentiate = elementwise_functions(num_logits, hidden.device, precision)
+
+    def _transforms_of_text(self) -> Transforms | None:
+        """Return the transforms at the temperature of text; None if it is the temperature of the other scores."""
+        temperature = self._arguments.settings.text_temperature
+        if temperature is None or temperature == self._arguments.settings.temperature:
+            return None
+        text = self._transforms.student._replace(temperature=float(temperature))
+        teacher = self._arguments.teacher
+        if teacher is None:  # one object, as in `_transforms`: torch.compile would compile once more for two equal ones
+            return Transforms(text, text)
+        if isinstance(teacher, TeacherRows):
+            return Transforms(text, self._transforms.teacher)
+        return Transforms(text, self._transforms.teacher._replace(temperature=float(temperature)))
+
+    def _empty_scores(self, hidden: Tensor) -> TokenScores:
+        left_out = {"divergence"} if self._arguments.divergence is None else set()
+        if self._text_transforms is None:
+            left_out |= {"text_logq", "text_forward_kl"}
+        self._score_names = [field.name for field in fields(TokenScores) if field.name not in left_out]
+        wide = self._precision.wide
+        return TokenScores(**{name: hidden.new_zeros(self._num_tokens, dtype=wide) for name in self._score_names})
+
+    def run(self) -> Float[Tensor, ""]:
+        """Process all chunks from the last to the first, and return the loss."""
+        size = self._arguments.settings.chunk
+        for start in range((max(self._num_tokens, 1) - 1) // size * size, -1, -size):
+            part = slice(start, min(start + size, self._num_tokens))
+            if part.start == part.stop:  # there is no token at all
+                break
+            self._process(part)
+        return self._loss
+
+    def _process(self, part: slice) -> None:
+        chunk = self._score(part)
+        if self._arguments.loss_fn is None:
+            return
+        value, by_scores = self._arguments.loss_fn(part, chunk.scores)
+        self._loss += value
+        if not self.gradients.needed:
+            return
+        by_score, unit = self._in_units(by_scores, torch.zeros_like(chunk.scores.logq))
+        grad = self._projection_gradient(chunk, by_scores, by_score)
+        del chunk  # frees the logits before the matrix products
+        self.gradients.add(part, grad, self._states[part], self._weight, unit)
+
+    def _score(self, part: slice) -> _Chunk:
+        """Compute the projections and scores of a chunk, and store the scores."""
+        arguments, wide = self._arguments, self._precision.wide
+        targets = arguments.targets[part]
+        student = project(self._states[part], self._weight)
+        teacher = self._teacher_projection(part, student)
+        measures = self._measure(student, teacher, targets, self._transforms, wide)
+        _, _, *values = measures
+        scores = TokenScores(*values)
+        chunk = _Chunk(part, student, teacher, targets, measures, scores)
+        if self._text_transforms is not None:
+            text_measures = self._measure(student, teacher, targets, self._text_transforms, wide)
+            scores.text_logq, scores.text_forward_kl = text_measures.logq, text_measures.forward_kl
+            chunk.text_measures = text_measures
+        if arguments.divergence is not None:
+            with torch.enable_grad():
+                logits = self._transforms.student.logits(student, wide).requires_grad_()
+                values = arguments.divergence(logits, self._transforms.teacher.logits(teacher, wide))
+            scores.divergence = values.detach()
+            chunk.divergence_logits, chunk.divergence = logits, values
+        for name in self._score_names:
+            getattr(self.scores, name)[part] = getattr(scores, name)
+        return chunk
+
+    def _teacher_projection(self, part: slice, student: Tensor) -> Tensor:
+        teacher = self._arguments.teacher
+        if teacher is None:
+            return student
+        if isinstance(teacher, TeacherStates):
+            return project(self._teacher_states[part], self._teacher_weight)
+        logits = self._transforms.student.logits(student, self._precision.wide)
+        return complete_with_student(logits, teacher.ids[part], teacher.logprobs[part])
+
+    def _in_units(self, by_scores: ScoreGradients, zero: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the derivatives by each score, with zeros for None, and the unit that they are multiples of.
+
+        The unit is None, for 1, unless matrices are multiplied in float16. Derivatives are shares of a token count, which
+        are too small for float16, and the loss has not been scaled up at this point.
+        """
+        wide = self._precision.wide
+        by_score = {name: zero if value is None else value.to(wide) for name, value in vars(by_scores).items()}
+        unit = None
+        if self._precision.matmul == torch.float16:
+            unit = torch.stack([value.abs().max() for value in by_score.values()]).max().clamp(min=1e-30)
+            by_score = {name: value / unit for name, value in by_score.items()}
+        if self._text_transforms is None:  # then these are derivatives by the same numbers
+            by_score["logq"] = by_score["logq"] + by_score["text_logq"]
+            by_score["forward_kl"] = by_score["forward_kl"] + by_score["text_forward_kl"]
+        return by_score, unit
+
+    def _projection_gradient(self, chunk: _Chunk, given: ScoreGradients, by_score: dict[str, Tensor]) -> Tensor:
+        """Return the gradient by the student's projections of a chunk, in the dtype of the matrix products.
+
+        Args:
+            chunk: The chunk.
+            given: The derivatives as `loss_fn` returned them, of which only None matters here.
+            by_score: The derivatives by each score, as numbers.
+        """
+        dtype, wide, _ = self._precision
+        derivatives = Derivatives(by_score["logq"], by_score["reverse_kl"], by_score["forward_kl"])
+        grad = self._differentiate(
+            chunk.student, chunk.teacher, chunk.targets, chunk.measures, derivatives, self._transforms, wide, dtype
+        )
+        text_given = given.text_logq is not None or given.text_forward_kl is not None
+        if chunk.text_measures is not None and self._text_transforms is not None and text_given:
+            zero = torch.zeros_like(chunk.scores.logq)
+            derivatives = Derivatives(by_score["text_logq"], zero, by_score["text_forward_kl"])
+            measures, transforms = chunk.text_measures, self._text_transforms
+            grad = grad + self._differentiate(
+                chunk.student, chunk.teacher, chunk.targets, measures, derivatives, transforms, wide, dtype
+            )
+        if chunk.divergence is not None and chunk.divergence_logits is not None and given.divergence is not None:
+            logits = chunk.divergence_logits
+            [by_logits] = torch.autograd.grad(chunk.divergence, logits, by_score["divergence"])
+            grad = grad + (by_logits * self._transforms.student.slope(logits.detach())).to(dtype)
+        return grad
 
 
 def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
     return value if unit is None else value.to(unit.dtype) * unit
-
-
-def _measure(
-    student: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    curve: LogitTransform,
-    teacher_curve: LogitTransform,
-    wide: torch.dtype,
-):
-    """The two normalisers, then the fields of `TokenScores`; one exponential a logit."""
-    s, z = curve.logits(student, wide), teacher_curve.logits(teacher, wide)
-    top_s, top_z = s.amax(-1), z.amax(-1)
-    s, z = s - top_s[:, None], z - top_z[:, None]  # sums of small numbers
-    q, p = torch.exp(s), torch.exp(z)
-    mass_q, mass_p = q.sum(-1), p.sum(-1)
-    log_q, log_p = mass_q.log(), mass_p.log()
-    s, z = torch.maximum(s, (log_q + LOG_ZERO)[:, None]), torch.maximum(z, (log_p + LOG_ZERO)[:, None])
-    at = targets[:, None]
-    chosen_s, chosen_z = s.gather(1, at)[:, 0], z.gather(1, at)[:, 0]
-    gap = s - z
-    reverse = (q * gap).sum(-1) / mass_q - log_q + log_p
-    forward = log_q - log_p - (p * gap).sum(-1) / mass_p
-    entropy = log_q - (q * s).sum(-1) / mass_q
-    return top_s + log_q, top_z + log_p, chosen_s - log_q, chosen_z - log_p, reverse, forward, entropy
-
-
-def _differentiate(
-    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_z: Tensor, reverse_kl: Tensor, targets: Tensor, by_logq: Tensor,
-    by_reverse: Tensor, by_forward: Tensor, curve: LogitTransform, teacher_curve: LogitTransform, wide: torch.dtype, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Gradient by the student's projection [n, V] of Σ by_logq·log q(y) + by_reverse·KL(q‖p) + by_forward·KL(p‖q).
-
-    d log q(y) = 1[y] − q;  d KL(q‖p) = q (log q − log p − KL(q‖p));  d KL(p‖q) = q − p.
-    """
-    s = curve.logits(student, wide)
-    logq = (s - lse_s[:, None]).clamp(min=LOG_ZERO)
-    logp = (teacher_curve.logits(teacher, wide) - lse_z[:, None]).clamp(min=LOG_ZERO)
-    factor = by_reverse[:, None] * (logq - logp - reverse_kl[:, None]) + (by_forward - by_logq)[:, None]
-    grad = torch.exp(logq) * factor - by_forward[:, None] * torch.exp(logp)
-    drawn = torch.arange(s.shape[1], device=s.device)[None, :] == targets[:, None]
-    grad = torch.where(drawn, grad + by_logq[:, None], grad)
-    return (grad * curve.slope(s)).to(dtype)
-
-
-@cache
-def _compiled() -> tuple[Callable, Callable]:
-    return torch.compile(_measure, dynamic=True), torch.compile(_differentiate, dynamic=True)
-
-
-def _elementwise(size: int, device: torch.device, wide: torch.dtype, rounded: bool) -> tuple[Callable, Callable]:
-    if device.type == "cuda" and wide == torch.float32 and find_spec("triton") is not None:
-        from minillm.loss import triton_kernels
-
-        return triton_kernels.measure, triton_kernels.differentiate
-    if size < _COMPILE_FROM or not rounded:
-        return _measure, _differentiate
-    return _compiled()

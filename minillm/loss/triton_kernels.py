@@ -1,14 +1,15 @@
-"""The elementwise halves of `token_scores` on a GPU: two reads of the logits to measure, one to differentiate.
+"""The elementwise part of `token_scores` as Triton kernels: `measure` reads the logits twice, `differentiate` once.
 
-`measure` and `differentiate` take and return what `token_scores._measure` and `_differentiate` do, and are tested
-against them; everything is float32, whatever the logits are stored in. Without Triton those two run instead.
+Both functions take and return the same as the functions of the same names in `minillm.loss.elementwise`, which they are
+tested against. All arithmetic is in float32, whatever dtype the projections have. Without Triton, those functions run.
 """
 
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -16,14 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.data.logprobs import LOG_ZERO
+from minillm.loss.elementwise import Derivatives, Measures, Transforms
 
-_BLOCK = 4096
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_BLOCK = 4096  # logits that a program handles at a time
 _FLOOR = tl.constexpr(LOG_ZERO)
 
 
 @triton.jit
-def _curve(x, scale, cap, temperature, CAPPED: tl.constexpr):
-    """Logits from projections (the bias is in them); tanh by way of exp, which cannot overflow here."""
+def _transform(x, scale, cap, temperature, CAPPED: tl.constexpr):
+    """Logits from projections that include the bias. tanh is computed from an exp that cannot overflow."""
     x = x * scale
     if CAPPED:
         decay = tl.exp(-2.0 * tl.abs(x) / cap)
@@ -36,26 +41,43 @@ def _curve(x, scale, cap, temperature, CAPPED: tl.constexpr):
 def _read(
     pointer, bias, row, width, columns, inside, scale, cap, temperature, CAPPED: tl.constexpr, BIASED: tl.constexpr
 ):
+    """Logits of one token at some columns of the vocabulary."""
     x = tl.load(pointer + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if BIASED:
         x += tl.load(bias + columns, mask=inside, other=0.0)
-    return _curve(x, scale, cap, temperature, CAPPED)
+    return _transform(x, scale, cap, temperature, CAPPED)
 
 
 @triton.jit
 def _floored(logs):
-    """What is not a number stays so, as `tl.maximum` would not leave it."""
+    """Log-probabilities of at least `LOG_ZERO`. NaN stays NaN, which `tl.maximum` would not guarantee."""
     return tl.where(logs < _FLOOR, _FLOOR, logs)
 
 
 @triton.jit
 def _measure_kernel(
-    student, teacher, bias_s, bias_z, targets, out, rows, width, scale_s, cap_s, scale_z, cap_z, temperature,
-    CAPPED_S: tl.constexpr, CAPPED_Z: tl.constexpr, BIASED_S: tl.constexpr, BIASED_Z: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program a token: the normalisers, which are kept relative to the greatest logit so far, then the sums."""
+    student,
+    teacher,
+    bias_s,
+    bias_z,
+    targets,
+    out,
+    rows,
+    width,
+    scale_s,
+    cap_s,
+    scale_z,
+    cap_z,
+    temperature,
+    CAPPED_S: tl.constexpr,
+    CAPPED_Z: tl.constexpr,
+    BIASED_S: tl.constexpr,
+    BIASED_Z: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token. It computes the normalisers, relative to the largest logit so far, and then the sums."""
     row = tl.program_id(0).to(tl.int64)
-    top_s, top_z = -3.0e38, -3.0e38  # below every logit; minus itself it is 0, which −inf would not be
+    top_s, top_z = -3.0e38, -3.0e38  # below every logit; unlike −inf, it gives 0 when subtracted from itself
     mass_s, mass_z = 0.0, 0.0
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -94,11 +116,31 @@ def _measure_kernel(
 
 @triton.jit
 def _differentiate_kernel(
-    student, teacher, bias_s, bias_z, targets, lse_s, lse_z, reverse_kl, by_logq, by_reverse, by_forward, out, width,
-    scale_s, cap_s, scale_z, cap_z, temperature,
-    CAPPED_S: tl.constexpr, CAPPED_Z: tl.constexpr, BIASED_S: tl.constexpr, BIASED_Z: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program a token and block of the vocabulary."""
+    student,
+    teacher,
+    bias_s,
+    bias_z,
+    targets,
+    lse_s,
+    lse_z,
+    reverse_kl,
+    by_logq,
+    by_reverse,
+    by_forward,
+    out,
+    width,
+    scale_s,
+    cap_s,
+    scale_z,
+    cap_z,
+    temperature,
+    CAPPED_S: tl.constexpr,
+    CAPPED_Z: tl.constexpr,
+    BIASED_S: tl.constexpr,
+    BIASED_Z: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token and block of the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -116,46 +158,59 @@ def _differentiate_kernel(
 
 
 def measure(
-    student: Tensor, teacher: Tensor, targets: Tensor, curve: Any, teacher_curve: Any, wide: torch.dtype
-) -> tuple[Tensor, ...]:
-    """See `token_scores._measure`. student, teacher: [n, V], contiguous; targets: [n]."""
+    student: Float[Tensor, "chunk vocab"],
+    teacher: Float[Tensor, "chunk vocab"],
+    targets: Int[Tensor, " chunk"],
+    transforms: Transforms,
+    wide: torch.dtype,
+) -> Measures:
+    """Compute the scores of each token; see `minillm.loss.elementwise.measure`. The projections must be contiguous."""
     rows, width = student.shape
     out = torch.empty(7, rows, dtype=wide, device=student.device)
-    settings, flags = _settings(student, curve, teacher_curve)
-    _measure_kernel[(rows,)](
-        student, teacher, *_biases(out, curve, teacher_curve), targets, out, rows, width, *settings, **flags
-    )
-    return tuple(out)
+    numbers, flags = _launch_arguments(transforms, width)
+    _measure_kernel[(rows,)](student, teacher, *_biases(out, transforms), targets, out, rows, width, *numbers, **flags)
+    return Measures(*out)
 
 
 def differentiate(
-    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_z: Tensor, reverse_kl: Tensor, targets: Tensor, by_logq: Tensor,
-    by_reverse: Tensor, by_forward: Tensor, curve: Any, teacher_curve: Any, wide: torch.dtype, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """See `token_scores._differentiate`."""
+    student: Float[Tensor, "chunk vocab"],
+    teacher: Float[Tensor, "chunk vocab"],
+    targets: Int[Tensor, " chunk"],
+    measures: Measures,
+    derivatives: Derivatives,
+    transforms: Transforms,
+    wide: torch.dtype,
+    dtype: torch.dtype,
+) -> Float[Tensor, "chunk vocab"]:
+    """Compute the gradient by the student's projections; see `minillm.loss.elementwise.differentiate`."""
     rows, width = student.shape
     out = torch.empty(rows, width, dtype=dtype, device=student.device)
-    settings, flags = _settings(student, curve, teacher_curve)
-    scalars = [value.to(wide).contiguous() for value in (lse_s, lse_z, reverse_kl, by_logq, by_reverse, by_forward)]
+    numbers, flags = _launch_arguments(transforms, width)
+    per_token = (measures.lse_q, measures.lse_p, measures.reverse_kl, *derivatives)
+    scalars = [value.to(wide).contiguous() for value in per_token]
     _differentiate_kernel[(rows, triton.cdiv(width, flags["BLOCK"]))](
-        student, teacher, *_biases(scalars[0], curve, teacher_curve), targets, *scalars, out, width, *settings, **flags
+        student, teacher, *_biases(scalars[0], transforms), targets, *scalars, out, width, *numbers, **flags
     )
     return out
 
 
-def _settings(student: Tensor, curve: Any, teacher_curve: Any) -> tuple[list[float], dict[str, Any]]:
-    numbers = [curve.scale, curve.softcap or 1.0, teacher_curve.scale, teacher_curve.softcap or 1.0, curve.temperature]
+def _launch_arguments(transforms: Transforms, width: int) -> tuple[list[float], dict[str, Any]]:
+    """Numbers and compile-time flags that the kernels take for two transforms and a vocabulary of size `width`."""
+    q, p = transforms
+    # The kernels take one temperature. That of both transforms is the same: a served teacher's rows, whose own transform
+    # has temperature 1, come only with rollouts of temperature 1.
+    numbers = [q.scale, q.softcap or 1.0, p.scale, p.softcap or 1.0, q.temperature]
     flags = {
-        "CAPPED_S": curve.softcap is not None, "CAPPED_Z": teacher_curve.softcap is not None,
-        "BIASED_S": curve.bias is not None, "BIASED_Z": teacher_curve.bias is not None,
-        "BLOCK": min(_BLOCK, triton.next_power_of_2(student.shape[1])),
-    }  # fmt: skip
+        "CAPPED_S": q.softcap is not None,
+        "CAPPED_Z": p.softcap is not None,
+        "BIASED_S": q.bias is not None,
+        "BIASED_Z": p.bias is not None,
+        "BLOCK": min(_BLOCK, triton.next_power_of_2(width)),
+    }
     return numbers, flags
 
 
-def _biases(stand_in: Tensor, curve: Any, teacher_curve: Any) -> tuple[Tensor, Tensor]:
-    """Any pointer serves where there is no bias: it is not read."""
-    return (
-        stand_in if curve.bias is None else curve.bias,
-        stand_in if teacher_curve.bias is None else teacher_curve.bias,
-    )
+def _biases(unused: Tensor, transforms: Transforms) -> tuple[Tensor, Tensor]:
+    """The biases to pass to a kernel. Without a bias any pointer will do (`unused`), because it is not read."""
+    q, p = transforms
+    return unused if q.bias is None else q.bias, unused if p.bias is None else p.bias

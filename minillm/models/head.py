@@ -148,6 +148,14 @@ class Head:
         return LogitTransform.of(self, temperature, wide).logits(project(hidden, self.weight.to(hidden.dtype)), wide)
 
 
+@dataclass
+class TeacherStates:
+    """Final hidden states of the teacher that predict a batch's response tokens, without gradient, and its output head."""
+
+    hidden: Float[Tensor, "tokens hidden_size"]
+    head: Head
+
+
 class LogitTransform(NamedTuple):
     """The steps from h Wᵀ to logits: bias, scale, soft cap and temperature.
 

@@ -20,10 +20,10 @@ from minillm.data.batches import Padded
 from minillm.data.rollouts import TeacherRows
 from minillm.errors import InputError
 from minillm.loss.in_forward import Scoring, bind_scoring, score
-from minillm.loss.token_scores import Divergence, LossFn
+from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings
 from minillm.models.conventions import Conventions, settle
 from minillm.models.device import fast_bfloat16
-from minillm.models.head import check_head, gather_head, head_of
+from minillm.models.head import TeacherStates, check_head, gather_head, head_of
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.shards import is_sharded
 from minillm.models.vocabulary import check_same_tokens, head_width
@@ -196,13 +196,9 @@ class DistillationTrainer(Validated, Finite, Trainer):
         divergence: Divergence | None = None,
     ) -> Scoring:
         """What the student's forward is given to score a batch. `teacher`: its final states, or its rows."""
-        scoring = Scoring(
-            batch, self.width, loss_fn=loss_fn, temperature=self.temperature, text_temperature=self.text_temperature, divergence=divergence,
-            teacher_rows=teacher if isinstance(teacher, TeacherRows) else None,
-        )  # fmt: skip
-        if isinstance(teacher, Tensor):
-            scoring = replace(scoring, teacher_hidden=teacher, teacher_head=head_of(self.local_teacher.model))
-        return scoring
+        settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
+        known = TeacherStates(teacher, head_of(self.local_teacher.model)) if isinstance(teacher, Tensor) else teacher
+        return Scoring(batch, settings, known, loss_fn, divergence)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs  # built on the device already

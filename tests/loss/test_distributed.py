@@ -22,8 +22,8 @@ from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
 from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.on_policy import OnPolicyLoss
-from minillm.loss.token_scores import ScoreGradients, TokenScores
-from minillm.models.head import head_of
+from minillm.loss.token_scores import ScoreGradients, ScoringSettings, TokenScores
+from minillm.models.head import TeacherStates, head_of
 from minillm.models.weights import plain_weights
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.sharded import shard
@@ -31,6 +31,7 @@ from tests.conftest import tiny_llama
 
 PROMPTS = [[3, 1, 4], [5], [6, 7], [8, 9, 10, 11]]
 RESPONSES = [[5, 1], [6, 7, 8, 9, 10, 11, 12], [4], [13, 0, 0, 14, 1]]
+SETTINGS = ScoringSettings(width=32)
 OBJECTIVES = {"exact": Objective.exact(), "paper": Objective.paper(), "recommended": Objective.recommended()}
 
 
@@ -43,7 +44,9 @@ def update(model: Any, teacher: LocalTeacher, objective: Objective, mine: list[i
     sampled = SampledTokens(old, torch.maximum(old, behaviour), logp, torch.tensor([len(r) for r in responses]))
     loss_of = OnPolicyLoss(objective, sampled, baseline=-0.4, count=float(sum(map(len, RESPONSES))))
     hidden = torch.cat(teacher.hidden(prompts, responses))
-    loss, _ = score(model, Scoring(pad(prompts, responses), 32, hidden, head_of(teacher.model), loss_of))
+    loss, _ = score(
+        model, Scoring(pad(prompts, responses), SETTINGS, TeacherStates(hidden, head_of(teacher.model)), loss_of)
+    )
     (loss * scale).backward()
     return float(loss.detach())
 
@@ -83,7 +86,8 @@ def rounded(teacher: LocalTeacher) -> list[str]:
     def loss_fn(part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
         return scores.logq.sum(), ScoreGradients(logq=torch.ones_like(scores.logq))
 
-    loss, scores = score(model, Scoring(pad(PROMPTS[1:2], RESPONSES[1:2]), 32, hidden, head_of(teacher.model), loss_fn))
+    known = TeacherStates(hidden, head_of(teacher.model))
+    loss, scores = score(model, Scoring(pad(PROMPTS[1:2], RESPONSES[1:2]), SETTINGS, known, loss_fn))
     loss.backward()
     found = {"loss": loss.detach(), "logq": scores.logq, "reverse_kl": scores.reverse_kl}
     return [

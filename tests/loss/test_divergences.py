@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minillm.loss import divergences as d
+from minillm.loss.config import DIVERGENCE_PARAMETERS, DivergenceConfig
 
 T, V = 5, 7
 
@@ -132,6 +133,29 @@ def test_impossible_settings_are_refused() -> None:
         d.skew_forward_kl(student, teacher, skew=1.0)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         d.reverse_kl(student, teacher, temperature=0.0)
+
+
+def test_every_name_of_a_recipe_has_a_function_with_these_parameters() -> None:
+    """Names and parameters are listed without torch, and checked against the functions when those are defined."""
+    assert d.DIVERGENCES.keys() == DIVERGENCE_PARAMETERS.keys()
+    student, teacher = logits(7)
+    for name, parameters in DIVERGENCE_PARAMETERS.items():
+        config = DivergenceConfig.model_validate({"name": name} | dict.fromkeys(parameters, 0.3))
+        assert config.parameters == dict.fromkeys(parameters, 0.3)
+        want = getattr(d, name)(student, teacher, **config.parameters)
+        assert torch.equal(d.divergence_function(config)(student, teacher), want)
+        for other in {"alpha", "beta", "skew", "head_mass"} - set(parameters):
+            with pytest.raises(ValueError, match=rf"{name} takes .*, not {other}"):
+                DivergenceConfig.model_validate({"name": name, other: 0.3})
+
+
+def test_a_function_that_the_table_does_not_list_is_a_defect() -> None:
+    def forward_kl(student_logits: Tensor, teacher_logits: Tensor, order: float = 1.0) -> Tensor:
+        return student_logits - teacher_logits * order
+
+    with pytest.raises(TypeError, match=r"needs the entry 'forward_kl': \('order',\)"):
+        d._register(forward_kl)
+    assert d.DIVERGENCES["forward_kl"] is d.forward_kl
 
 
 def test_very_unlike_distributions_stay_finite() -> None:

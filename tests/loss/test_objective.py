@@ -16,8 +16,8 @@ from minillm.loss import credit
 from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
 from minillm.loss.on_policy import OnPolicyLoss
-from minillm.loss.token_scores import TokenScores, token_scores
-from minillm.models.head import Head
+from minillm.loss.token_scores import ScoringSettings, TokenScores, token_scores
+from minillm.models.head import Head, TeacherStates
 
 V, LENGTH, H, EOS = 3, 3, 4, 0
 
@@ -83,10 +83,9 @@ class World:
             self.states[rows],
             Head(self.head),
             ids,
-            self.teacher_states[rows],
-            Head(self.teacher_head),
+            TeacherStates(self.teacher_states[rows], Head(self.teacher_head)),
             loss_fn=loss_of,
-            chunk=2,
+            settings=ScoringSettings(chunk=2),
         )
         return float(behaviour.sum().exp()), list(torch.autograd.grad(loss, [self.states, self.head]))
 
@@ -317,7 +316,11 @@ def test_the_metrics_are_what_their_names_say() -> None:
     behaviour = ((1 - alpha) * old.exp() + alpha * p.exp()).log()
     loss_of = OnPolicyLoss(Objective.paper(length_norm=False), SampledTokens(old, behaviour, p, torch.tensor([3])))
     loss, _ = token_scores(
-        world.states[rows], Head(world.head), ids, world.teacher_states[rows], Head(world.teacher_head), loss_fn=loss_of
+        world.states[rows],
+        Head(world.head),
+        ids,
+        TeacherStates(world.teacher_states[rows], Head(world.teacher_head)),
+        loss_fn=loss_of,
     )
     rho = (old - behaviour).exp()
     advantage = torch.stack([(p - old)[t + 1 :].sum() for t in range(3)])
@@ -392,7 +395,8 @@ def test_long_responses_and_single_tokens_have_finite_gradients(preset: str, dis
     loss_of = OnPolicyLoss(
         Objective.model_validate({"preset": preset, "discount": discount}), sampled, count=n, slots=2 * 4096
     )
-    loss, _ = token_scores(hidden, Head(weight), ids, teacher_hidden, Head(teacher_weight), loss_fn=loss_of)
+    teacher = TeacherStates(teacher_hidden, Head(teacher_weight))
+    loss, _ = token_scores(hidden, Head(weight), ids, teacher, loss_fn=loss_of)
     loss.backward()
     for grad in (hidden.grad, weight.grad):
         assert grad is not None
@@ -484,9 +488,7 @@ def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
         assert weight_at(paper, gap, -1.0) == pytest.approx(-math.exp(gap))
     assert weight_at(paper, 29.0, -1.0) == pytest.approx(-math.exp(20.0))
     assert weight_at(Objective.exact(importance_truncation=2.0), 5.0, -1.0) == pytest.approx(-2.0)
-    with pytest.raises(
-        ValueError, match=r"dual_clip \(1.1\) bounds what clip does not: it must be above 1 \+ clip \(1.2\)"
-    ):
+    with pytest.raises(ValueError, match=r"dual_clip \(1.1\) limits a ratio .*, so it must be above 1 \+ clip \(1.2\)"):
         Objective.recommended(dual_clip=1.1)
 
 
@@ -521,10 +523,9 @@ def test_returns_are_centred_on_those_of_the_other_responses_and_nothing_is_bias
                 world.states[rows],
                 Head(world.head),
                 ids,
-                world.teacher_states[rows],
-                Head(world.teacher_head),
+                TeacherStates(world.teacher_states[rows], Head(world.teacher_head)),
                 loss_fn=loss_of,
-                chunk=2,
+                settings=ScoringSettings(chunk=2),
             )
             grads = [drawn[one] * drawn[other] * g for g in torch.autograd.grad(loss, [world.states, world.head])]
             got = grads if got is None else [a + b for a, b in zip(got, grads, strict=True)]

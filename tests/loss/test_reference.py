@@ -10,8 +10,8 @@ from minillm.loss import credit
 from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
 from minillm.loss.on_policy import OnPolicyLoss
-from minillm.loss.token_scores import token_scores
-from minillm.models.head import Head
+from minillm.loss.token_scores import ScoringSettings, token_scores
+from minillm.models.head import Head, TeacherStates
 
 LENGTHS, LIMIT, V, H = [3, 1, 6], 8, 11, 5
 TEXT = 4
@@ -67,7 +67,12 @@ def test_the_micro_batch_gradient_is_the_authors(chunk: int) -> None:
     sampled = SampledTokens(old[:n], behaviour[:n], logp[:n], torch.tensor(LENGTHS))
     loss_of = OnPolicyLoss(Objective.reference(), sampled, count=n, text_count=TEXT, slots=len(LENGTHS) * LIMIT)
     loss, _ = token_scores(
-        hidden, Head(weight), ids, teacher_hidden, Head(teacher_weight), loss_fn=loss_of, chunk=chunk
+        hidden,
+        Head(weight),
+        ids,
+        TeacherStates(teacher_hidden, Head(teacher_weight)),
+        loss_fn=loss_of,
+        settings=ScoringSettings(chunk=chunk),
     )
     got = torch.autograd.grad(loss, [hidden, weight])
     assert 0 < float(loss_of.tally.sums["clipped"]) < n

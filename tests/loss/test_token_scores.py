@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from minillm.data.rollouts import TeacherRows
-from minillm.loss import divergences
-from minillm.loss.token_scores import Divergence, ScoreGradients, TokenScores, token_scores
-from minillm.models.head import Head
+from minillm.loss import divergences, elementwise
+from minillm.loss.token_scores import Divergence, ScoreGradients, ScoringSettings, TokenScores, token_scores
+from minillm.models.head import Head, TeacherStates
 
 N, H, HP, V = 23, 8, 12, 40
 
@@ -22,9 +22,9 @@ def problem(dtype: torch.dtype = torch.float64, bias: bool = False, softcap: flo
     make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     hidden, teacher_hidden = make(N, H).requires_grad_(), make(N, HP)
     head = Head(make(V, H).requires_grad_(), make(V).requires_grad_() if bias else None, scale, softcap)
-    teacher_head = Head(make(V, HP), None, 1.0, None)
+    teacher_states = TeacherStates(teacher_hidden, Head(make(V, HP), None, 1.0, None))
     targets = torch.randint(30, (N,), generator=g)
-    return hidden, head, targets, teacher_hidden, teacher_head, (make(N), make(N), make(N))
+    return hidden, head, targets, teacher_states, (make(N), make(N), make(N))
 
 
 def full_logits(hidden: Tensor, head: Head) -> Tensor:
@@ -39,7 +39,7 @@ def full_logits(hidden: Tensor, head: Head) -> Tensor:
 @pytest.mark.parametrize("kind", ["plain", "bias", "softcap", "scale"])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_scores_and_gradients_are_those_of_full_logits(kind: str, chunk: int, temperature: float) -> None:
-    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = problem(
+    hidden, head, targets, teacher_states, (a, b, c) = problem(
         bias=kind == "bias", softcap=3.0 if kind == "softcap" else None, scale=0.3 if kind == "scale" else 1.0
     )
 
@@ -48,12 +48,12 @@ def test_scores_and_gradients_are_those_of_full_logits(kind: str, chunk: int, te
         return value, ScoreGradients(a[part], b[part], c[part])
 
     loss, scores = token_scores(
-        hidden, head, targets, teacher_hidden, teacher_head, loss_fn=loss_fn, temperature=temperature, chunk=chunk
+        hidden, head, targets, teacher_states, loss_fn=loss_fn, settings=ScoringSettings(temperature, chunk=chunk)
     )
     (2.5 * loss).backward()  # an upstream gradient that is not 1
     got = [hidden.grad, head.weight.grad, None if head.bias is None else head.bias.grad]
     leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
-    student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
+    student, teacher = full_logits(hidden, head), full_logits(teacher_states.hidden, teacher_states.head)
     logq = torch.log_softmax(student / temperature, -1).gather(1, targets[:, None])[:, 0]
     reverse = divergences.reverse_kl(student, teacher, temperature)
     forward = divergences.forward_kl(student, teacher, temperature)
@@ -84,15 +84,15 @@ DIVERGENCES: dict[str, Divergence] = {
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("kind", ["plain", "softcap"])
 def test_any_divergence_can_join(name: str, kind: str) -> None:
-    hidden, head, targets, teacher_hidden, teacher_head, (a, b, _) = problem(softcap=3.0 if kind == "softcap" else None)
+    hidden, head, targets, teacher_states, (a, b, _) = problem(softcap=3.0 if kind == "softcap" else None)
     loss, scores = token_scores(
-        hidden, head, targets, teacher_hidden, teacher_head, divergence=DIVERGENCES[name], temperature=0.6, chunk=7,
+        hidden, head, targets, teacher_states, divergence=DIVERGENCES[name], settings=ScoringSettings(0.6, chunk=7),
         loss_fn=lambda part, s: (
             (a[part] * s.logq + b[part] * s.divergence).sum(), ScoreGradients(a[part], divergence=b[part])  # pyright: ignore
         ),
     )  # fmt: skip
     got = torch.autograd.grad(3 * loss, [hidden, head.weight])
-    student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
+    student, teacher = full_logits(hidden, head), full_logits(teacher_states.hidden, teacher_states.head)
     values = DIVERGENCES[name](student / 0.6, teacher / 0.6)
     logq = torch.log_softmax(student / 0.6, -1).gather(1, targets[:, None])[:, 0]
     want = torch.autograd.grad(3 * (a * logq + b * values).sum(), [hidden, head.weight])
@@ -106,16 +106,17 @@ MASKED = {"student": [3], "teacher": [5, 6], "both": [30, 31]}
 
 def masked_problem(dtype: torch.dtype, least: float):
     """Heads that exclude some tokens by their bias; targets that only the student, or only the teacher, excludes among them."""
-    hidden, head, targets, teacher_hidden, teacher_head, weights = problem(torch.float64, bias=True)
+    hidden, head, targets, teacher_states, weights = problem(torch.float64, bias=True)
     assert head.bias is not None
     bias, teacher_bias = head.bias.detach().clone(), torch.zeros(V, dtype=torch.float64)
     bias[MASKED["student"] + MASKED["both"]] = least
     teacher_bias[MASKED["teacher"] + MASKED["both"]] = least
     targets[:3] = torch.tensor([3, 5, 30])
     head = Head(head.weight.detach().to(dtype).requires_grad_(), bias.to(dtype))
-    teacher_head = Head(teacher_head.weight.to(dtype), teacher_bias.to(dtype))
-    hidden, teacher_hidden = hidden.detach().to(dtype).requires_grad_(), teacher_hidden.to(dtype)
-    return hidden, head, targets, teacher_hidden, teacher_head, weights
+    teacher_head = Head(teacher_states.head.weight.to(dtype), teacher_bias.to(dtype))
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    teacher_states = TeacherStates(teacher_states.hidden.to(dtype), teacher_head)
+    return hidden, head, targets, teacher_states, weights
 
 
 def floored(hidden: Tensor, head: Head) -> Tensor:
@@ -130,18 +131,18 @@ def floored(hidden: Tensor, head: Head) -> Tensor:
 def test_what_a_model_excludes_has_the_least_log_probability(least: float, compiled: bool) -> None:
     from minillm.loss import token_scores as module
 
-    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = masked_problem(torch.float64, least)
-    measure, differentiate = module._compiled() if compiled else (module._measure, module._differentiate)
+    hidden, head, targets, teacher_states, (a, b, c) = masked_problem(torch.float64, least)
+    functions = elementwise.compiled() if compiled else (elementwise.measure, elementwise.differentiate)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_elementwise", lambda *_: (measure, differentiate))
+        patch.setattr(module, "elementwise_functions", lambda *_: functions)
         loss, scores = token_scores(
-            hidden, head, targets, teacher_hidden, teacher_head, chunk=7,
+            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=7),
             loss_fn=lambda part, s: (
                 (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
             ),
         )  # fmt: skip
     got = torch.autograd.grad(loss, [hidden, head.weight])
-    q, p = floored(hidden, head), floored(teacher_hidden, teacher_head)
+    q, p = floored(hidden, head), floored(teacher_states.hidden, teacher_states.head)
     reverse, forward = (q.exp() * (q - p)).sum(-1), (p.exp() * (p - q)).sum(-1)
     logq = q.gather(1, targets[:, None])[:, 0]
     want = torch.autograd.grad((a * logq + b * reverse + c * forward).sum(), [hidden, head.weight])
@@ -163,11 +164,11 @@ def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, na
     if dtype == torch.float16 and name == "alpha-beta, negative":
         pytest.skip("the gradient of a power of e^60 is beyond float16")
     known = DIVERGENCES | {"alpha-beta, negative": partial(divergences.alpha_beta, alpha=-2.0, beta=1.5)}
-    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = masked_problem(dtype, -torch.inf)
+    hidden, head, targets, teacher_states, (a, b, c) = masked_problem(dtype, -torch.inf)
     a, b, c = (w.float() if dtype.itemsize < 8 else w for w in (a, b, c))
     loss, scores = token_scores(
-        hidden, head, targets, teacher_hidden, teacher_head, divergence=None if name is None else known[name], temperature=0.7,
-        text_temperature=1.0, chunk=7,
+        hidden, head, targets, teacher_states, divergence=None if name is None else known[name],
+        settings=ScoringSettings(temperature=0.7, text_temperature=1.0, chunk=7),
         loss_fn=lambda part, s: (
             (s.text_logq + s.reverse_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
             ScoreGradients(a[part], b[part], c[part], None if name is None else c[part], a[part], b[part]),
@@ -183,15 +184,15 @@ def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, na
 @pytest.mark.parametrize("name", [None, "Jensen-Shannon", "adaptive"])
 def test_a_served_teachers_zero_is_a_mass_of_zero(least: float, name: str | None) -> None:
     """−9999 is what vLLM writes for −inf: both are the floor, and the others keep the mass that is left."""
-    hidden, head, targets, teacher_hidden, teacher_head, (_, b, c) = problem()
-    rows = known_rows(full_logits(teacher_hidden, teacher_head), targets, 6)
+    hidden, head, targets, teacher_states, (_, b, c) = problem()
+    rows = known_rows(full_logits(teacher_states.hidden, teacher_states.head), targets, 6)
     found = []
     for value in (least, -80.0):
         logprobs = rows.logprobs.clone()
         logprobs[:, 2] = torch.where(rows.ids[:, 2] == targets, logprobs[:, 2], value)
         logprobs[:2] = logprobs[:2].masked_fill(rows.ids[:2] == targets[:2, None], value)  # the drawn token itself
         loss, scores = token_scores(
-            hidden, head, targets, teacher_rows=TeacherRows(rows.ids, logprobs), chunk=5,
+            hidden, head, targets, TeacherRows(rows.ids, logprobs), settings=ScoringSettings(chunk=5),
             divergence=None if name is None else DIVERGENCES[name],
             loss_fn=lambda part, s: (
                 (b[part] * s.reverse_kl + c[part] * s.forward_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
@@ -208,11 +209,11 @@ def test_a_served_teachers_zero_is_a_mass_of_zero(least: float, name: str | None
 @pytest.mark.parametrize("kind", ["plain", "bias", "softcap"])
 @pytest.mark.parametrize("text_temperature", [1.0, 0.6, 1.7])
 def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -> None:
-    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = problem(
+    hidden, head, targets, teacher_states, (a, b, c) = problem(
         bias=kind == "bias", softcap=3.0 if kind == "softcap" else None
     )
     loss, scores = token_scores(
-        hidden, head, targets, teacher_hidden, teacher_head, temperature=0.6, text_temperature=text_temperature, chunk=7,
+        hidden, head, targets, teacher_states, settings=ScoringSettings(0.6, text_temperature, chunk=7),
         divergence=divergences.total_variation,
         loss_fn=lambda part, s: (
             (a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)).sum(),  # pyright: ignore
@@ -221,7 +222,7 @@ def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -
     )  # fmt: skip
     leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
     got = torch.autograd.grad(loss, leaves)
-    student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
+    student, teacher = full_logits(hidden, head), full_logits(teacher_states.hidden, teacher_states.head)
     logq, text_logq = (
         torch.log_softmax(student / t, -1).gather(1, targets[:, None])[:, 0] for t in (0.6, text_temperature)
     )
@@ -257,11 +258,11 @@ def partition(log_probs: Tensor, ids: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["plain", "softcap"])
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_of_a_teacher_that_tells_some_tokens_the_others_are_one_event(kind: str, chunk: int) -> None:
-    hidden, head, targets, teacher_hidden, teacher_head, (a, b, c) = problem(softcap=3.0 if kind == "softcap" else None)
-    student, teacher = full_logits(hidden, head), full_logits(teacher_hidden, teacher_head)
+    hidden, head, targets, teacher_states, (a, b, c) = problem(softcap=3.0 if kind == "softcap" else None)
+    student, teacher = full_logits(hidden, head), full_logits(teacher_states.hidden, teacher_states.head)
     rows = known_rows(teacher, targets, 6)
     loss, scores = token_scores(
-        hidden, head, targets, teacher_rows=rows, chunk=chunk,
+        hidden, head, targets, rows, settings=ScoringSettings(chunk=chunk),
         loss_fn=lambda part, s: (
             (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
         ),
@@ -288,46 +289,41 @@ def test_of_a_teacher_that_tells_some_tokens_the_others_are_one_event(kind: str,
 
 
 def test_a_teacher_that_tells_every_token_is_a_teacher_at_hand() -> None:
-    hidden, head, targets, teacher_hidden, teacher_head, (_, b, _) = problem()
-    teacher = full_logits(teacher_hidden, teacher_head)
+    hidden, head, targets, teacher_states, (_, b, _) = problem()
+    teacher = full_logits(teacher_states.hidden, teacher_states.head)
     everything = torch.stack([torch.tensor([y, *(v for v in range(V) if v != y)]) for y in targets.tolist()])
     rows = TeacherRows(everything, torch.log_softmax(teacher, -1).gather(1, everything))
     loss_fn = lambda part, s: ((b[part] * s.reverse_kl).sum(), ScoreGradients(reverse_kl=b[part]))  # noqa: E731
     grads = []
-    tellings: list[dict[str, Any]] = [
-        {"teacher_rows": rows},
-        {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head},
-    ]
-    for told in tellings:
-        loss, scores = token_scores(hidden, head, targets, loss_fn=loss_fn, **told)
+    for known in (rows, teacher_states):
+        loss, scores = token_scores(hidden, head, targets, known, loss_fn=loss_fn)
         grads.append((*torch.autograd.grad(loss, [hidden, head.weight]), scores.reverse_kl, scores.forward_kl))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 def test_chunks_come_from_the_last_to_the_first() -> None:
-    hidden, head, targets, teacher_hidden, teacher_head, _ = problem()
+    hidden, head, targets, teacher_states, _ = problem()
     seen: list[tuple[int, int]] = []
 
     def loss_fn(part: slice, s: TokenScores) -> tuple[Tensor, ScoreGradients]:
         seen.append((part.start, part.stop))
         return s.logq.sum() * 0, ScoreGradients()
 
-    token_scores(hidden, head, targets, teacher_hidden, teacher_head, loss_fn=loss_fn, chunk=10)
+    token_scores(hidden, head, targets, teacher_states, loss_fn=loss_fn, settings=ScoringSettings(chunk=10))
     assert seen == [(20, 23), (10, 20), (0, 10)]
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_states_do() -> None:
     grads = []
     for trained in (True, False):
-        hidden, head, targets, teacher_hidden, teacher_head, (a, _, _) = problem()
+        hidden, head, targets, teacher_states, (a, _, _) = problem()
         head.weight.requires_grad_(trained)
         loss, _ = token_scores(
             hidden,
             head,
             targets,
-            teacher_hidden,
-            teacher_head,
+            teacher_states,
             loss_fn=lambda part, s, a=a: ((a[part] * s.logq).sum(), ScoreGradients(a[part])),
         )
         loss.backward()
@@ -339,9 +335,9 @@ def test_a_frozen_head_gets_no_gradient_and_the_states_do() -> None:
 def test_float32_is_within_1e_5_of_float64() -> None:
     grads = {}
     for dtype in (torch.float64, torch.float32):
-        hidden, head, targets, teacher_hidden, teacher_head, (a, b, _) = problem(dtype)
+        hidden, head, targets, teacher_states, (a, b, _) = problem(dtype)
         loss, _ = token_scores(
-            hidden, head, targets, teacher_hidden, teacher_head, chunk=5,
+            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=5),
             loss_fn=lambda part, s, a=a, b=b: ((a[part] * s.logq + b[part] * s.reverse_kl).sum(), ScoreGradients(a[part], b[part])),
         )  # fmt: skip
         loss.backward()
@@ -354,8 +350,6 @@ def test_float32_is_within_1e_5_of_float64() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -> None:
-    from minillm.loss import token_scores as module
-
     g = torch.Generator().manual_seed(1)
     make = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
     hidden, teacher_hidden = make(96, 16), make(96, 16)
@@ -363,18 +357,18 @@ def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -
     targets, (a, b, c) = torch.randint(50_000, (96,), generator=g), torch.rand(3, 96, generator=g)
     found = []
     for threshold in (1 << 40, 1):
-        module._COMPILE_FROM, before = threshold, module._COMPILE_FROM
+        elementwise._COMPILE_FROM, before = threshold, elementwise._COMPILE_FROM
         try:
             states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             loss, scores = token_scores(
-                states, Head(head, bias, 1.0, softcap), targets, teacher_hidden, Head(teacher_weight, bias),
+                states, Head(head, bias, 1.0, softcap), targets, TeacherStates(teacher_hidden, Head(teacher_weight, bias)),
                 loss_fn=lambda part, s: (
                     (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
                 ),
             )  # fmt: skip
             loss.backward()
         finally:
-            module._COMPILE_FROM = before
+            elementwise._COMPILE_FROM = before
         found.append(
             [states.grad, head.grad, scores.logq, scores.logp, scores.reverse_kl, scores.forward_kl, scores.entropy]
         )
@@ -386,12 +380,12 @@ def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
     """Weights of 1e-5 times probabilities of 1e-3 are nothing in float16 unless they are scaled first."""
     errors = {}
     for dtype in (torch.float16, torch.float64):
-        hidden, head, targets, teacher_hidden, teacher_head, _ = problem(torch.float64)
-        hidden, teacher_hidden = hidden.detach().to(dtype).requires_grad_(), teacher_hidden.to(dtype)
-        head, teacher_head = Head(head.weight.detach().to(dtype).requires_grad_()), Head(teacher_head.weight.to(dtype))
+        hidden, head, targets, teacher_states, _ = problem(torch.float64)
+        hidden, head = hidden.detach().to(dtype).requires_grad_(), Head(head.weight.detach().to(dtype).requires_grad_())
+        teacher_states = TeacherStates(teacher_states.hidden.to(dtype), Head(teacher_states.head.weight.to(dtype)))
         share = torch.full((N,), 1e-5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         loss, _ = token_scores(
-            hidden, head, targets, teacher_hidden, teacher_head, chunk=5,
+            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=5),
             loss_fn=lambda part, s, share=share: ((share[part] * s.reverse_kl).sum(), ScoreGradients(None, share[part])),
         )  # fmt: skip
         (loss * 65536).backward()  # a loss scaler's
@@ -409,7 +403,7 @@ def test_matmuls_and_live_memory(frozen: bool) -> None:
     n, v, h = 64, 1000, 8
     hidden = torch.randn(n, h, generator=g).requires_grad_()
     head = Head(torch.randn(v, h, generator=g).requires_grad_(not frozen))
-    teacher_hidden, teacher_head = torch.randn(n, h, generator=g), Head(torch.randn(v, h, generator=g))
+    teacher_states = TeacherStates(torch.randn(n, h, generator=g), Head(torch.randn(v, h, generator=g)))
     targets, one = torch.randint(v, (n,), generator=g), torch.ones(n)
 
     class Watch(TorchDispatchMode):
@@ -424,7 +418,7 @@ def test_matmuls_and_live_memory(frozen: bool) -> None:
 
     with Watch() as watch:
         loss, _ = token_scores(
-            hidden, head, targets, teacher_hidden, teacher_head, chunk=16,
+            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=16),
             loss_fn=lambda part, s: (s.reverse_kl.sum(), ScoreGradients(None, one[part])),
         )  # fmt: skip
         loss.backward()
@@ -449,7 +443,7 @@ def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
 
     states, head = hidden.clone().requires_grad_(), Head(weight.clone().requires_grad_())
     loss, _ = token_scores(
-        states, head, targets, teacher_hidden, Head(teacher_weight),
+        states, head, targets, TeacherStates(teacher_hidden, Head(teacher_weight)),
         loss_fn=lambda part, s: ((share[part] * s.reverse_kl).sum(), ScoreGradients(None, share[part])),
     )  # fmt: skip
     ours = torch.autograd.grad(loss, [states, head.weight])
@@ -459,11 +453,11 @@ def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
 
 def test_the_heads_gradient_accumulates_in_place() -> None:
     """What the backward hands over becomes the gradient itself, and the next micro-batch is added to it."""
-    hidden, head, targets, teacher_hidden, teacher_head, (a, _, _) = problem(torch.float32)
+    hidden, head, targets, teacher_states, (a, _, _) = problem(torch.float32)
     places, sums = [], []
     for _ in range(3):
         loss, _ = token_scores(
-            hidden, head, targets, teacher_hidden, teacher_head, width=30, chunk=7,
+            hidden, head, targets, teacher_states, settings=ScoringSettings(width=30, chunk=7),
             loss_fn=lambda part, s: ((a[part] * s.reverse_kl).sum(), ScoreGradients(None, a[part])),
         )  # fmt: skip
         loss.backward()

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.loss import token_scores as plain
+from minillm.loss import elementwise as plain
+from minillm.loss.elementwise import Derivatives, Transforms
 from minillm.models.head import Head, LogitTransform
 
 N, V = 5, 300  # three blocks of 128, the last one part empty
@@ -57,24 +58,19 @@ def test_kernels_are_the_plain_functions(
     student[0] = student[0].sort().values
     targets = torch.tensor([0, 127, 128, 299, 5], device=device)
 
-    def curve_of(kind: str) -> Any:
+    def transform_of(kind: str) -> Any:
         bias = draw(V) if kind == "bias" else None
         head = Head(draw(V, 2), bias, 0.3 if kind == "scale" else 1.0, 9.0 if kind == "softcap" else None)
         return LogitTransform.of(head, 0.7, torch.float32)
 
-    curve, teacher_curve = curve_of(kind), curve_of(teacher_kind)
-    arguments = (student, teacher, targets, curve, teacher_curve, torch.float32)
-    want, got = plain._measure(*arguments), kernels.measure(*arguments)
+    transforms = Transforms(transform_of(kind), transform_of(teacher_kind))
+    arguments = (student, teacher, targets, transforms, torch.float32)
+    want, got = plain.measure(*arguments), kernels.measure(*arguments)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
-    by = (draw(N), draw(N), draw(N))
-    rest = (want[0], want[1], want[4], targets, *by, curve, teacher_curve, torch.float32, torch.float32)
-    torch.testing.assert_close(
-        kernels.differentiate(student, teacher, *rest),
-        plain._differentiate(student, teacher, *rest),
-        rtol=2e-5,
-        atol=1e-6,
-    )
+    derivatives = Derivatives(draw(N), draw(N), draw(N))
+    arguments = (student, teacher, targets, want, derivatives, transforms, torch.float32, torch.float32)
+    torch.testing.assert_close(kernels.differentiate(*arguments), plain.differentiate(*arguments), rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min, -9999.0])
@@ -86,16 +82,17 @@ def test_excluded_tokens_are_the_plain_functions_too(kernels: ModuleType, least:
     student[:, :130], teacher[:, 125:140] = least, least
     teacher[0, 299] = least
     targets = torch.tensor([0, 127, 135, 299, 200], device=device)
-    curve = LogitTransform(None, 1.0, None, 0.7)
-    arguments = (student, teacher, targets, curve, curve, torch.float32)
-    want, got = plain._measure(*arguments), kernels.measure(*arguments)
+    transform = LogitTransform(None, 1.0, None, 0.7)
+    transforms = Transforms(transform, transform)
+    arguments = (student, teacher, targets, transforms, torch.float32)
+    want, got = plain.measure(*arguments), kernels.measure(*arguments)
     for ours, theirs in zip(got, want, strict=True):
         assert torch.isfinite(ours).all()
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
-    a, b, c = (torch.randn(N, generator=g).to(device) for _ in range(3))
-    rest = (want[0], want[1], want[4], targets, a, b, c, curve, curve, torch.float32, torch.float32)
-    grad = kernels.differentiate(student, teacher, *rest)
+    derivatives = Derivatives(*(torch.randn(N, generator=g).to(device) for _ in range(3)))
+    by_score = (student, teacher, targets, want, derivatives, transforms, torch.float32, torch.float32)
+    grad = kernels.differentiate(*by_score)
     assert torch.isfinite(grad).all()
-    torch.testing.assert_close(grad, plain._differentiate(student, teacher, *rest), rtol=2e-5, atol=2e-6)
-    student[1, 7] = torch.nan  # what is not a number is not hidden by the floor
+    torch.testing.assert_close(grad, plain.differentiate(*by_score), rtol=2e-5, atol=2e-6)
+    student[1, 7] = torch.nan  # NaN is not hidden by the lower limit of log-probabilities
     assert all(bool(value[1].isnan()) for value in kernels.measure(*arguments)[4:])

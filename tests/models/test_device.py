@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.loss import token_scores as scores
+from minillm.loss import elementwise
 from minillm.loss.token_scores import token_scores
 from minillm.models import device as hardware
-from minillm.models.head import Head
+from minillm.models.head import Head, TeacherStates
 from minillm.run.stages import stage_named
 from minillm.run.stages.shared import training_arguments
 
@@ -35,11 +35,11 @@ def test_a_recipe_that_asks_for_bfloat16(
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_bfloat16_states_are_multiplied_in_what_is_quick(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scores, "cpu_multiplies_bfloat16", lambda: quick)
+    monkeypatch.setattr(elementwise, "cpu_multiplies_bfloat16", lambda: quick)
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(40, 16, generator=g).bfloat16(), torch.randn(50, 16, generator=g).bfloat16()
     targets = torch.randint(50, (40,), generator=g)
-    _, got = token_scores(hidden, Head(weight), targets, hidden, Head(weight))
+    _, got = token_scores(hidden, Head(weight), targets, TeacherStates(hidden, Head(weight)))
     want = torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(1, targets[:, None])[:, 0]
     assert (
         float((got.logq - want).abs().max()) < 1e-5

@@ -29,8 +29,9 @@ from minillm.errors import VocabularyError
 from minillm.loss.divergences import forward_kl
 from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.supervised import SupervisedLoss
+from minillm.loss.token_scores import ScoringSettings
 from minillm.models.config import AdapterConfig
-from minillm.models.head import check_head, head_of
+from minillm.models.head import TeacherStates, check_head, head_of
 from minillm.models.layers import decoder_layers
 from minillm.models.load import load_model, resolve_cached, without_dropout
 from minillm.models.lora import load_student
@@ -105,7 +106,7 @@ def test_the_bound_forward_scores_what_the_plain_one_predicts(family: str) -> No
     keys = list(student.state_dict())
     bind_scoring(bind_scoring(student))
     with torch.no_grad():
-        _, scores = score(student, Scoring(pad(prompts, responses), 32))
+        _, scores = score(student, Scoring(pad(prompts, responses), ScoringSettings(width=32)))
     assert scores.logq.tolist() == pytest.approx(want, abs=1e-4)
     assert list(student.state_dict()) == keys
     assert student(torch.tensor([[1, 2]])).logits.shape == (1, 2, 32)  # otherwise it is what it was
@@ -159,7 +160,7 @@ def test_an_adapter_is_merged_on_its_way_out_and_refused_on_the_head() -> None:
         torch.testing.assert_close(plain(ids).logits, student(ids).logits, rtol=1e-4, atol=1e-5)
     bind_scoring(student)  # pyright: ignore
     with torch.no_grad():
-        _, scores = score(student, Scoring(pad([[3]], [[4, 5]]), 32))  # pyright: ignore
+        _, scores = score(student, Scoring(pad([[3]], [[4, 5]]), ScoringSettings(width=32)))  # pyright: ignore
     want = torch.log_softmax(plain(ids).logits[0, :-1], -1).gather(1, torch.tensor([[4], [5]]))[:, 0]
     torch.testing.assert_close(scores.logq, want.detach(), rtol=1e-4, atol=1e-5)
     headed = get_peft_model(tiny_llama(2, tied=False), LoraConfig(r=4, target_modules=["lm_head"]))  # pyright: ignore
@@ -192,7 +193,13 @@ def test_padded_rows_of_a_head_take_no_part() -> None:
         batch = pad([[3, 4], [5]], [[6, 7, 1], [31]])
         hidden = torch.cat(LocalTeacher(teacher).hidden([[3, 4], [5]], [[6, 7, 1], [31]]))
         loss, scores = score(
-            student, Scoring(batch, 32, hidden, head_of(teacher), SupervisedLoss(0.5, 4), temperature=0.7)
+            student,
+            Scoring(
+                batch,
+                ScoringSettings(temperature=0.7, width=32),
+                TeacherStates(hidden, head_of(teacher)),
+                SupervisedLoss(0.5, 4),
+            ),
         )
         loss.backward()
         grad = student.lm_head.weight.grad
@@ -224,9 +231,8 @@ def test_a_bound_models_gradient_is_autograds_through_its_own_logits(kind: str) 
     prompts, responses = [[3, 4], [5]], [[6, 7, 1], [31]]
     loss_of = SupervisedLoss(0.3, 4)
     hidden = torch.cat(LocalTeacher(teacher).hidden(prompts, responses))
-    loss, _ = score(
-        bind_scoring(student), Scoring(pad(prompts, responses), 32, hidden, head_of(teacher), loss_of, temperature=0.7)
-    )
+    settings, states = ScoringSettings(temperature=0.7, width=32), TeacherStates(hidden, head_of(teacher))
+    loss, _ = score(bind_scoring(student), Scoring(pad(prompts, responses), settings, states, loss_of))
     got = torch.autograd.grad(loss, list(student.parameters()))
 
     want_loss: Any = 0.0

@@ -80,7 +80,7 @@ def test_given_answers_can_be_distilled_by_any_divergence(pair: tuple[str, str],
         ids, part = torch.tensor([row["prompt_ids"] + row["response_ids"]]), slice(len(row["prompt_ids"]) - 1, -1)
         s, t = (model(ids).logits[0, part] for model in (student, teacher))
         ce = -torch.log_softmax(s, -1).gather(1, torch.tensor(row["response_ids"])[:, None]).sum()
-        total = total + 0.3 * ce + 0.7 * divergences.named(config)(s, t.detach()).sum()
+        total = total + 0.3 * ce + 0.7 * divergences.divergence_function(config)(s, t.detach()).sum()
         count += len(row["response_ids"])
     (total / count).backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-4)
