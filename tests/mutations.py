@@ -158,7 +158,7 @@ MUTATIONS = [
     Mutation(
         "packed documents see each other",
         "data/batches.py",
-        "places[row, start:] = torch.arange(width - start)",
+        "position_ids[row, start:] = torch.arange(width - start)",
         "pass",
     ),
     Mutation(

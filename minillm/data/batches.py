@@ -1,42 +1,61 @@
-"""Sequences of unequal length to the tensors of one micro-batch.
+"""Turns sequences of unequal length into the tensors of one micro-batch.
 
-Responses stay flat: everything that is per token of a response is one tensor [N], the responses one after another,
-with `lengths` [B]. Nothing is read off the pad id.
+Values that belong to response tokens are stored flat: one tensor of N tokens holds all responses of the batch, one after
+another, and `lengths` says where each ends. Padding is known from the lengths and never from the id of a pad token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
 
 @dataclass
 class Padded:
-    """Sequences in R rows of L tokens, right-padded.
+    """Prompts with their responses, in right-padded rows.
 
-    input_ids: [R, L]. positions: [N], indices into the flattened [R·L] whose hidden states predict the
-    N response tokens. targets: [N], those tokens. lengths: response tokens per sequence. position_ids: [R, L], starting
-    from 0 at every sequence; None where no row holds more than one.
+    Attributes:
+        input_ids: Token ids. Padding has id 0.
+        positions: Indices into the flattened `input_ids` at which the model's outputs predict the response tokens: each
+            is one before the position of the token itself.
+        targets: The response tokens, the responses one after another.
+        lengths: Number of response tokens of each sequence; they sum to the number of `targets`.
+        position_ids: Position of each token in its own sequence, counted from 0. None if every row holds one sequence,
+            because models count the positions the same way by themselves.
     """
 
-    input_ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    lengths: Tensor
-    position_ids: Tensor | None = None
+    input_ids: Int[Tensor, "rows width"]
+    positions: Int[Tensor, " tokens"]
+    targets: Int[Tensor, " tokens"]
+    lengths: Int[Tensor, " sequences"]
+    position_ids: Int[Tensor, "rows width"] | None = None
 
 
 def pad(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str = "cpu", *,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    device: torch.device | str = "cpu",
+    *,
     rows: Sequence[int] | None = None,
-) -> Padded:  # fmt: skip
-    """Join prompts (each at least one token) with their responses.
+) -> Padded:
+    """Join each prompt with its response and pad the rows to one width.
 
     Args:
-        rows: the row that each sequence is put in, after those already there; by default one each.
+        prompts: Token ids of each prompt, at least one token each.
+        responses: Token ids of each response.
+        device: Device of the resulting tensors.
+        rows: Index of the row for each sequence, as `share_rows` chooses them. Sequences with the same row follow each
+            other in it. By default every sequence has a row of its own.
+
+    Returns:
+        The padded batch. Its rows are as wide as the longest of them.
     """
     rows = range(len(prompts)) if rows is None else rows
     ends = [0] * (max(rows) + 1)
@@ -46,24 +65,35 @@ def pad(
         ends[row] += len(prompt) + len(response)
     width = max(ends)
     ids = torch.zeros(len(ends), width, dtype=torch.long)
-    places = torch.arange(width).repeat(len(ends), 1)
+    position_ids = torch.arange(width).repeat(len(ends), 1)
     positions, targets = [], []
     for row, start, prompt, response in zip(rows, starts, prompts, responses, strict=True):
         first, end = start + len(prompt), start + len(prompt) + len(response)
         ids[row, start:end] = torch.tensor([*prompt, *response])
-        places[row, start:] = torch.arange(width - start)
+        position_ids[row, start:] = torch.arange(width - start)
         positions.append(torch.arange(first - 1, end - 1) + row * width)
         targets.append(ids[row, first:end])
     lengths = torch.tensor([len(response) for response in responses])
     packed = len(ends) < len(prompts)
-    ids, places, at, drawn, lengths = (
-        part.to(device) for part in (ids, places, torch.cat(positions), torch.cat(targets), lengths)
+    return Padded(
+        input_ids=ids.to(device),
+        positions=torch.cat(positions).to(device),
+        targets=torch.cat(targets).to(device),
+        lengths=lengths.to(device),
+        position_ids=position_ids.to(device) if packed else None,
     )
-    return Padded(ids, at, drawn, lengths, places if packed else None)
 
 
 def share_rows(lengths: Sequence[int], width: int) -> list[int]:
-    """A row for each sequence, so that none is longer than `width`: the first with room for it (no sequence may be longer itself)."""
+    """Assign sequences to rows, each to the first row that still has room for it.
+
+    Args:
+        lengths: Number of tokens of each sequence, none above `width`.
+        width: Largest number of tokens in a row.
+
+    Returns:
+        The index of the row for each sequence, for `pad`.
+    """
     room: list[int] = []
     rows = []
     for length in lengths:
@@ -76,6 +106,14 @@ def share_rows(lengths: Sequence[int], width: int) -> list[int]:
 
 
 def bucket(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in groups of `size`, like lengths together, so that padding is small."""
+    """Group sequences of similar length, so that a batch of each group needs little padding.
+
+    Args:
+        lengths: Number of tokens of each sequence.
+        size: Number of sequences in a group; the last group may have fewer.
+
+    Returns:
+        The indices of the sequences of each group, the shortest first.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -1,4 +1,4 @@
-"""Settings of the data."""
+"""Recipe sections for data."""
 
 from __future__ import annotations
 
@@ -21,57 +21,62 @@ Template = Annotated[str, AfterValidator(_is_template), BeforeValidator(expand_h
 
 
 class Source(Section):
-    """Where rows come from; the path of a JSONL file alone will do."""
+    """A JSONL file or a data set to read rows from. In a recipe, the path of a JSONL file alone is enough."""
 
     file: LocalPath | None = None
-    """JSONL, one object a line."""
+    """JSONL file, with one object per line."""
     dataset: ModelSource | None = None
-    """Instead: anything that `datasets.load_dataset` takes, e.g. a hub id."""
+    """Used instead of `file`: anything that `datasets.load_dataset` accepts, for example a hub id."""
     config: str | None = None
-    """Its configuration."""
+    """Configuration of the data set."""
     revision: str | None = None
-    """Its branch, tag or commit on the hub; `refs/convert/parquet` is the hub's own copy of one that is still a program."""
+    """Branch, tag or commit of the data set on the hub. For a data set that is still a program, `refs/convert/parquet` is
+    the hub's own copy of its rows."""
     split: str = "train"
-    """Its split, slices included: `train[:1000]`."""
+    """Split of the data set. Slices such as `train[:1000]` are allowed."""
     columns: dict[str, str] = {}
-    """Which of its columns is `instruction`, `input`, `output`, `messages` or `text`, where that is not known: the names of Dolly
-    (`context`, `response`), Alpaca, `prompt`/`completion` and chats (`messages`) are."""
+    """Names of the columns to read as `instruction`, `input`, `output`, `messages` or `text`. Needed only where the names
+    are not recognised; those of Dolly (`context`, `response`) and Alpaca, `prompt`/`completion` and chats (`messages`) are."""
 
     @model_validator(mode="before")
     @classmethod
-    def _just_a_file(cls, given: Any) -> Any:
+    def _accept_a_path(cls, given: Any) -> Any:
         return {"file": given} if isinstance(given, str | Path) else given
 
     @model_validator(mode="after")
-    def _one_source(self) -> Source:
+    def _check_one_source(self) -> Source:
         if (self.file is None) == (self.dataset is None):
-            raise InputError("either file or dataset is needed, and not both")
+            raise InputError("exactly one of file and dataset is needed")
         return self
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The path or the name of the data set, for error messages."""
         return str(self.file or self.dataset)
 
 
 class DataConfig(Section):
+    """Data of a run, and how its rows become prompts."""
+
     train: Source
-    """Training prompts: `instruction` with an optional `input`, `prompt`, or `messages`, a chat of which every answer of the
-    assistant counts as one row."""
+    """Training prompts: rows of `instruction` with an optional `input`, of `prompt`, or of `messages`. A row of `messages`
+    is a chat; every answer of the assistant in it counts as one example."""
     heldout: Source
     """Prompts that no stage trains on."""
     validation: Source | None = None
     """Prompts with references, on which training stages are validated as often as their `training.eval_steps` say."""
     validation_limit: Positive | None = None
-    """Use its first rows only."""
+    """Use only the first rows of `validation`."""
     text: Source | None = None
-    """Rows of `text`, for the language-model term of the minillm stage; as many are read as its updates need."""
+    """Rows of `text`, for the language-model term of the minillm stage. Only as many are read as its updates need."""
     template: Template = "chat"
-    """`chat`: the tokenizer's chat template; `alpaca`: the MiniLLM paper's; `plain`: the text as it stands; or your own in Jinja, as
-    a `.jinja` file or as text, of `instruction`, `input`, `system`, `messages`, `bos_token` and `eos_token`."""
+    """`chat`: the tokenizer's chat template. `alpaca`: the template of the MiniLLM paper. `plain`: the text unchanged. Any
+    other value is a Jinja template of your own, as a `.jinja` file or as text, with the variables `instruction`, `input`,
+    `system`, `messages`, `bos_token` and `eos_token`."""
     system: str | None = None
-    """System message of the chat template; none leaves the template's own. A chat that brings one keeps it."""
+    """System message for the chat template. Without it the template's own is used. A chat that has a system message keeps
+    it."""
     max_prompt_tokens: Positive = 256
-    """A rendered prompt longer than this is left out, counted and reported; it is never cut."""
+    """Limit for rendered prompts. A longer prompt is left out, counted and reported; it is never cut."""
     limit: Positive | None = None
-    """Use only the first rows of each file (to try a recipe)."""
+    """Use only the first rows of each file, to try a recipe."""

@@ -1,8 +1,8 @@
-"""Text to token ids, in which only a template's own special tokens are control tokens.
+"""Encodes text as token ids, so that only special tokens written by a template become control tokens.
 
-Users and data may write the text of a special token ("a turn ends with <|im_end|>"). A tokenizer takes that text for the
-token itself, which would end an answer, or begin another speaker's turn. Such text is marked before a template renders
-it, and encoded as the ordinary text it is.
+Users and data may write the text of a special token ("a turn ends with <|im_end|>"). A tokenizer would encode that text as
+the token itself, which would end an answer, or begin another speaker's turn. Such text is marked before a template renders
+it, and is then encoded as the ordinary text that it is.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from typing import Any
 
 from minillm.errors import DataError
 
-# Private-use characters, which no template looks at, around the number of a special token whose text was meant as text.
+# Private-use characters, which no template looks at. They enclose the number of a special token whose text was meant as text.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARKED = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-_ANSWER = f"{_OPEN}answer{_CLOSE}"
+_ANSWER = f"{_OPEN}answer{_CLOSE}"  # stands for an answer while a conversation is rendered
 Messages = Sequence[Mapping[str, str]]
 
 
 class TextEncoder:
-    """Encodes text for one tokenizer.
+    """Encodes text with one tokenizer.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
 
     Attributes:
-        prefix: ids that the tokenizer puts before a text by itself, such as BOS.
+        prefix: Ids that the tokenizer itself puts before a text, such as BOS.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -32,29 +35,33 @@ class TextEncoder:
         added = {
             token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        self._added = {
-            text: added[text] for text in sorted(added, key=len, reverse=True)
-        }  # the longest that fits is the token
+        # The longest come first, because the longest text that matches is the token.
+        self._added = {text: added[text] for text in sorted(added, key=len, reverse=True)}
         self._numbers = {text: number for number, text in enumerate(self._added)}
         self._texts = list(self._added)
         self._special = re.compile("|".join(map(re.escape, self._added)) or r"(?!)")
         plain, whole = self._ids("a"), list(tokenizer("a")["input_ids"])
         start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         self.prefix: list[int] = whole[:start]
-        # Some tokenizers put a space before what they take for the beginning of a text.
+        # Some tokenizers put a space before every text that they are given, as if it began a sequence.
         self._newline = self._ids("\n")
         self._adds_space = self._ids("\na")[len(self._newline) :] != plain
 
     def has_special(self, text: str) -> bool:
-        """Whether the text of a special token is in it."""
+        """Return whether a text contains the text of a special token."""
         return self._special.search(text) is not None
 
     def document(self, text: str) -> list[int]:
-        """Ids of a text by itself, after what the tokenizer puts before one (BOS)."""
+        """Return the ids of a text that is a sequence by itself, after the tokenizer's prefix (BOS)."""
         return [*self.prefix, *self.text(text)]
 
     def text(self, text: str, *, first: bool = True) -> list[int]:
-        """Ids of ordinary text. `first`: it begins a sequence, rather than following something."""
+        """Return the ids of ordinary text, without the tokenizer's prefix.
+
+        Args:
+            text: The text. The text of a special token in it is encoded as text.
+            first: Whether the text begins a sequence. If it follows other text, a tokenizer adds no space before it.
+        """
         if not first and self._adds_space and text:
             ids = self._ids("\n" + text)
             if ids[: len(self._newline)] == self._newline:
@@ -66,41 +73,61 @@ class TextEncoder:
         return list(self._tokenizer(text, add_special_tokens=False, **as_text)["input_ids"])
 
     def mark(self, text: str) -> str:
-        """The text with what reads like special tokens marked, to be put into a template; `rendered` takes the marks out."""
+        """Mark the texts of special tokens in a text that is put into a template; `rendered` removes the marks."""
         return self._special.sub(lambda found: f"{_OPEN}{self._numbers[found[0]]}{_CLOSE}", text)
 
     def rendered(self, text: str, *, first: bool = True) -> list[int]:
-        """Ids of a rendered template: its special tokens are control tokens, marked text is text."""
+        """Return the ids of a rendered template. Its special tokens are control tokens; marked text is encoded as text.
+
+        Args:
+            text: The rendered template.
+            first: Whether it begins a sequence.
+        """
         if _OPEN not in text and first:
             return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         ids: list[int] = []
-        place = 0
+        start = 0
         for found in self._special.finditer(text):
             number, token = self._added[found[0]]
-            between = text[place : found.start()]
+            between = text[start : found.start()]
             ids += self.text(self._unmarked(between.rstrip() if token.lstrip else between), first=first and not ids)
             ids.append(number)
-            place = found.end()
+            start = found.end()
             if token.rstrip:
-                place += len(text[place:]) - len(text[place:].lstrip())
-        return ids + self.text(self._unmarked(text[place:]), first=first and not ids)
+                start += len(text[start:]) - len(text[start:].lstrip())
+        return ids + self.text(self._unmarked(text[start:]), first=first and not ids)
 
     def _unmarked(self, text: str) -> str:
         return _MARKED.sub(lambda found: self._texts[int(found[1])], text)
 
     def chat(self, messages: Messages, place: str = "") -> list[int]:
-        """Ids of a conversation, ending where the assistant's answer begins.
+        """Return the ids of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            messages: The conversation, with `role` and `content` of each message.
+            place: File and line, or row, of the conversation, for error messages.
 
         Raises:
-            DataError: naming `place`; the tokenizer has no chat template, or its template refuses the conversation.
+            DataError: The tokenizer has no chat template, or its template refuses the conversation.
         """
         return self.rendered(self._prompt(messages, place))
 
     def answer(self, messages: Messages, answer: str, place: str = "") -> list[int] | None:
-        """Ids of the assistant's answer to a conversation as its model would draw them after `chat`, the end included.
+        """Return the ids of an answer to a conversation, as a model would sample them after `chat`, with the end token.
 
-        Where the template marks what the assistant says (`generation`), exactly that, else everything up to the first special token.
-        None where the template says neither.
+        If the template marks what the assistant says (`generation`), the answer is exactly that. Otherwise it ends with the
+        first special token after it.
+
+        Args:
+            messages: The conversation before the answer.
+            answer: Text of the answer.
+            place: File and line, or row, of the conversation, for error messages.
+
+        Returns:
+            The ids. None if the template neither marks the answer nor puts a special token after it.
+
+        Raises:
+            DataError: As for `chat`.
         """
         prompt = self._prompt(messages, place)
         whole, spans = self._conversation([*messages, {"role": "assistant", "content": _ANSWER}], place)
@@ -117,11 +144,11 @@ class TextEncoder:
         else:
             return None
         answer = self._stripped_as_template(messages, answer, whole, place)
-        lead, answer = _one_thought(prompt, lead, answer)
+        lead, answer = _without_second_thought(prompt, lead, answer)
         return self.rendered(lead + self.mark(answer) + tail, first=False)
 
     def end_of_answer(self) -> int | None:
-        """The special token with which the chat template ends what the assistant says; None where there is none."""
+        """Return the special token with which the chat template ends the assistant's turn, or None if it has none."""
         if not self._tokenizer.chat_template:
             return None
         try:
@@ -132,7 +159,7 @@ class TextEncoder:
         return next((token for token in reversed(ids) if token in special), None)
 
     def _stripped_as_template(self, messages: Messages, answer: str, whole: str, place: str) -> str:
-        """Many templates strip what is said; what they do not keep of an answer is not trained on."""
+        """Strip an answer as the template strips it: what the template does not keep is not trained on."""
         if answer == answer.strip():
             return answer
         spaced, _ = self._conversation([*messages, {"role": "assistant", "content": f" {_ANSWER} "}], place)
@@ -142,10 +169,12 @@ class TextEncoder:
         return answer.rstrip() if after == after_spaced else answer
 
     def _prompt(self, messages: Messages, place: str) -> str:
-        # Templates that can have a model think first (Qwen3's) are told not to: it would think longer than an answer may be.
+        # Templates of models that can think first (Qwen3) are told to turn it off: a thought can be longer than the response
+        # limit.
         return self._apply(messages, place, add_generation_prompt=True, enable_thinking=False)[0]
 
     def _conversation(self, messages: Messages, place: str) -> tuple[str, list[tuple[int, int]]]:
+        """Render a conversation that ends with an answer; also return the spans that the template marks as generated."""
         marks_answers = "generation %}" in str(self._tokenizer.chat_template).replace("add_generation", "")
         return self._apply(messages, place, return_assistant_tokens_mask=marks_answers, enable_thinking=False)
 
@@ -156,7 +185,7 @@ class TextEncoder:
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
-        marked = [{**message, "content": self._mark_but_answer(message["content"])} for message in messages]
+        marked = [{**message, "content": self._mark_unless_answer(message["content"])} for message in messages]
         try:
             found: Any = render_jinja_template(
                 [marked], chat_template=tokenizer.get_chat_template(), **options, **tokenizer.special_tokens_map
@@ -164,18 +193,27 @@ class TextEncoder:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {error}; mend the conversation, or "
-                "set data.template to one that takes it"
+                f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {error}; correct the "
+                "conversation, or set data.template to a template that takes it"
             ) from None
         [rendered], spans = found
         return rendered, [(start, end) for start, end in spans[0]] if spans else []
 
-    def _mark_but_answer(self, text: str) -> str:
+    def _mark_unless_answer(self, text: str) -> str:
         return text if _ANSWER in text else self.mark(text)
 
 
-def _one_thought(prompt: str, lead: str, answer: str) -> tuple[str, str]:
-    """Thoughts stand once: where the prompt has closed (or opened) the thought, an answer does not think it again."""
+def _without_second_thought(prompt: str, lead: str, answer: str) -> tuple[str, str]:
+    """Keep one thought: if the prompt has already closed (or opened) it, the answer does not repeat it.
+
+    Args:
+        prompt: The rendered prompt.
+        lead: Text that the template puts between the prompt and the answer.
+        answer: Text of the answer.
+
+    Returns:
+        The lead and the answer without a second thought.
+    """
     end = prompt.rstrip()
     if "</think>" in answer:
         if end.endswith("</think>"):
@@ -192,9 +230,9 @@ _ENCODERS: dict[int, tuple[Any, TextEncoder]] = {}
 
 
 def encoder_of(tokenizer: Any) -> TextEncoder:
-    """The encoder of a tokenizer, made once while the tokenizer is in use."""
+    """Return the encoder of a tokenizer. It is created once and reused until another tokenizer is asked for."""
     kept = _ENCODERS.get(id(tokenizer))
     if kept is None or kept[0] is not tokenizer:
-        _ENCODERS.clear()  # a run has one tokenizer, a suite one after another
+        _ENCODERS.clear()  # a run has one tokenizer, and the evaluation of a suite uses one after another
         kept = _ENCODERS[id(tokenizer)] = (tokenizer, TextEncoder(tokenizer))
     return kept[1]

@@ -1,4 +1,4 @@
-"""JSON and JSONL files."""
+"""Reads and writes JSON and JSONL files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """NaN and infinities, which JSON has no word for, as None, however deep they lie; everything else as it is."""
+    """Replace NaN and infinities, which JSON cannot express, by None.
+
+    Args:
+        value: Anything that JSON can hold, nested to any depth.
+
+    Returns:
+        A copy in which every number is finite. Mappings become dictionaries, and tuples become lists.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -19,7 +26,15 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> Any:
-    """Write `finite(value)` so that the file is either the old one or the whole new one; returns what was written."""
+    """Write `finite(value)` as JSON, in UTF-8. The file is replaced as a whole, so readers never see part of it.
+
+    Args:
+        path: File to write. Missing folders are created.
+        value: Anything that JSON can hold.
+
+    Returns:
+        The value as it was written.
+    """
     value = finite(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -29,11 +44,22 @@ def write_json(path: Path, value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file in UTF-8.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not UTF-8 or not JSON.
+    """
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows so that the file is either the old one or the whole new one."""
+    """Write one JSON object per line, in UTF-8. The file is replaced as a whole, so readers never see part of it.
+
+    Args:
+        path: File to write. Missing folders are created.
+        rows: The objects. They are written as they are; `finite` replaces numbers that JSON cannot express.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
@@ -42,6 +68,13 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows that this package has written."""
+    """Read a JSONL file that this package has written. Blank lines are skipped.
+
+    Files of users are read by `minillm.data.rows`, which reports faults with file and line.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not UTF-8, or a line is not JSON.
+    """
     with path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]

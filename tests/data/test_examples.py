@@ -81,7 +81,7 @@ def test_columns_by_the_names_that_people_use(tmp_path: Path) -> None:
     assert (example.instruction, example.output) == ("i", "r")
     with pytest.raises(DataError, match=re.escape("y.jsonl:1: no column question; there are q, a, instruction")):
         read_examples(named.model_copy(update={"columns": {"instruction": "question"}}))
-    with pytest.raises(ValueError, match="either file or dataset is needed"):
+    with pytest.raises(ValueError, match="exactly one of file and dataset is needed"):
         Source(file=tmp_path, dataset="x")
 
 

@@ -308,7 +308,7 @@ def test_what_cannot_be_read_is_named(data: str, tmp_path: Path, models: dict[st
     with pytest.raises(RecipeError, match=r"suite.yaml:2: sets.one.limt: unknown key; did you mean limit\?"):
         load_suite(file)
     file.write_text("sets:\n  one: {file: a.jsonl, dataset: b}\n")
-    with pytest.raises(RecipeError, match=r"sets\.one: either file or dataset is needed"):
+    with pytest.raises(RecipeError, match=r"sets\.one: exactly one of file and dataset is needed"):
         load_suite(file)
     with pytest.raises(RecipeError, match="data: needed, and not given"):
         load_recipe(file)
