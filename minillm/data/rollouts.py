@@ -57,7 +57,8 @@ class Rollout:
         weights_version: the version of the weights that q_old stands for.
         finished: whether the response ended with an EOS or a stop string, rather than at the length limit.
         teacher: what the teacher returned; None until the response is scored.
-        reverse_kl: float32, KL(q‖p) after each prefix, for the student that first trained on the response; None until then.
+        reverse_kl: float32, KL(q‖p) after each prefix, for the student that first trained on the response; None until
+            then.
         top_logprobs: log q of the most likely tokens at each position, by token id; None unless they were requested.
     """
 
@@ -73,9 +74,16 @@ class Rollout:
 
     @classmethod
     def drawn(
-        cls, prompt: list[int], ids: list[int], logprobs: Sequence[float], sampling: Sampling, version: int, *,
-        stopped: bool = False, top_logprobs: Sequence[dict[int, float]] | None = None,
-    ) -> Rollout:  # fmt: skip
+        cls,
+        prompt: list[int],
+        ids: list[int],
+        logprobs: Sequence[float],
+        sampling: Sampling,
+        version: int,
+        *,
+        stopped: bool = False,
+        top_logprobs: Sequence[dict[int, float]] | None = None,
+    ) -> Rollout:
         """Build a rollout from an engine's output, cut after the token that ends the response.
 
         Args:
@@ -95,15 +103,16 @@ class Rollout:
         )
 
     def to_saved(self) -> dict[str, Any]:
-        """The fields for a checkpoint, without the teacher's targets: they are large, and the teacher returns them again."""
+        """The fields for a checkpoint, without the teacher's targets: they are large, and the teacher returns them
+        again."""
         return {name: value for name, value in vars(self).items() if name != "teacher"}
 
     @classmethod
     def from_saved(cls, fields: Mapping[str, Any]) -> Rollout:
         """Restore a rollout from `to_saved`, or from a checkpoint of an earlier version.
 
-        Earlier versions saved `top_logprobs` as `likeliest`, and three fields for the teacher's targets, which they left
-        empty.
+        Earlier versions saved `top_logprobs` as `likeliest`, and three fields for the teacher's targets, which they
+        left empty.
         """
         kept = dict(fields)
         for name in ("teacher_hidden", "teacher_logprobs", "teacher_rows"):

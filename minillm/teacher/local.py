@@ -1,7 +1,7 @@
 """A teacher as a model in this process.
 
-It computes the final hidden states once, and log-probabilities from them as often as they are needed. A final hidden state
-has H numbers where a row of logits has V: 10 KB per token for a 13B teacher instead of 100 to 600.
+It computes the final hidden states once, and log-probabilities from them as often as they are needed. A final hidden
+state has H numbers where a row of logits has V: 10 KB per token for a 13B teacher instead of 100 to 600.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class LocalTeacher:
         return torch.cat(out).cpu() if len(ids) else torch.zeros(0)
 
     @torch.no_grad()
-    def distribution(
-        self, hidden: Float[Tensor, "tokens hidden"], sampling: Sampling
-    ) -> Float[Tensor, "tokens vocabulary"]:
+    def distribution(self, hidden: Float[Tensor, "tokens hidden"], sampling: Sampling) -> Float[Tensor, "tokens vocab"]:
         """Log p over the shared vocabulary at each hidden state, float32."""
         head = head_of(self.model).narrow(sampling.vocab_size)
         return torch.log_softmax(head.logits(hidden, sampling.temperature), dim=-1)

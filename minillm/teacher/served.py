@@ -1,18 +1,18 @@
 """A teacher behind stock `vllm serve` processes.
 
-It returns log-probabilities of the sampled tokens and of some others. One request per response gives log p of every sampled
-token, which is all that sampled rewards need: with `reward: sampled` the long-term term is the same as with a teacher in
-this process. KL(q‖p) would need whole rows of log-probabilities. It is computed over a partition instead: the student's
-`top_k` most likely tokens, the sampled token, and all others as one event. This is smaller than the true value by
-q(others) · KL(q‖p within the others); the README gives the size of that for a real pair. The same holds for
+It returns log-probabilities of the sampled tokens and of some others. One request per response gives log p of every
+sampled token, which is all that sampled rewards need: with `reward: sampled` the long-term term is the same as with a
+teacher in this process. KL(q‖p) would need whole rows of log-probabilities. It is computed over a partition instead:
+the student's `top_k` most likely tokens, the sampled token, and all others as one event. This is smaller than the true
+value by q(others) · KL(q‖p within the others); the README gives the size of that for a real pair. The same holds for
 `reward: expected`.
 
-The request also returns the teacher's own most likely tokens. Where they leave out one of the student's, a second request
-asks for that position alone, which costs one block of tokens because the server caches prefixes.
+The request also returns the teacher's own most likely tokens. Where they leave out one of the student's, a second
+request asks for that position alone, which costs one block of tokens because the server caches prefixes.
 
-A token that the teacher excludes has log p = −inf, or the −9999 that vLLM writes for it. Its mass is 0, and its log p becomes
-`minillm.data.logprobs.LOG_ZERO`, as with a teacher in this process. A value above 0, or one that is not a number, counts as an
-invalid response, and the request is repeated.
+A token that the teacher excludes has log p = −inf, or the −9999 that vLLM writes for it. Its mass is 0, and its log p
+becomes `minillm.data.logprobs.LOG_ZERO`, as with a teacher in this process. A value above 0, or one that is not a
+number, counts as an invalid response, and the request is repeated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class ServedTeacher:
     log-probabilities: log p is smaller by log(1 − their mass), which for trained models is far below rounding.
 
     Args:
-        urls: `http://host:port` of each server. The servers need no special settings; `VLLM_API_KEY` is sent if it is set.
+        urls: `http://host:port` of each server. The servers need no special settings; `VLLM_API_KEY` is sent if it is
+            set.
         source: folder or hub id of the teacher's tokenizer and config.
         top_k: how many of the student's most likely tokens are scored per position; 0 where only sampled tokens count.
         patience: seconds for which a server that does not answer is retried.
@@ -56,7 +57,7 @@ class ServedTeacher:
             raise InputError("teacher.servers: no address is given")
         if top_k >= _TOP_LOGPROBS:
             raise InputError(
-                f"teacher.top_k ({top_k}) must be less than {_TOP_LOGPROBS}, the most likely tokens that a server returns"
+                f"teacher.top_k ({top_k}) must be less than {_TOP_LOGPROBS}, the number of tokens that a server returns"
             )
         self.source, self.top_k = source, top_k
         self._servers = Servers(urls, patience=patience, setting="rollout.server_patience")

@@ -12,8 +12,8 @@ from minillm.models.layers import decoder_layers
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Shard a frozen model's decoder layers over all processes (FSDP2).
 
-    Each layer is gathered for its own forward. Everything else, including the embeddings and the head, stays whole in each
-    process. Every process must then run the same number of forwards.
+    Each layer is gathered for its own forward. Everything else, including the embeddings and the head, stays whole in
+    each process. Every process must then run the same number of forwards.
 
     Args:
         model: the model, which is changed in place.

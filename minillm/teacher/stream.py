@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class TeacherStream:
     """A teacher reading B sequences that grow, and sometimes shrink, at their ends.
 
-    The key-value cache is append-only: retracted tokens keep their slots and are masked out, while the position ids that the
-    model sees count valid tokens only. Models with a sliding window count slots, so they are refused. Sequences that begin
-    with similar lengths form a group with a cache of its own, so that there is little padding.
+    The key-value cache is append-only: retracted tokens keep their slots and are masked out, while the position ids
+    that the model sees count valid tokens only. Models with a sliding window count slots, so they are refused.
+    Sequences that begin with similar lengths form a group with a cache of its own, so that there is little padding.
 
     Args:
         teacher: the teacher.
