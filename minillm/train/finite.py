@@ -81,9 +81,8 @@ class Finite(TrainerPart):
 
     def check_state(self) -> None:
         """Check the weights and the optimiser's state after its step."""
-        model, optimizer = self.model, self.optimizer
-        assert model is not None
-        assert optimizer is not None
+        model: Any = self.model
+        optimizer: Any = self.optimizer
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         moments = [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
         faults = [

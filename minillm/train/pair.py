@@ -118,7 +118,8 @@ def load_pair(
             "ZeRO-3 sharded the student's weights when it was loaded: give its name, or load it with "
             "minillm.models.load.load_model"
         )
-    dtype, teacher_model = compute_dtype(args), None
+    dtype = compute_dtype(args)
+    teacher_model: Any = None
     if teacher is None:
         teacher_model = student.get_base_model()
     elif served is None:

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from minillm.errors import Interrupted, RunError
 
@@ -39,12 +43,8 @@ def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = Non
 
 
 def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> None:
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_callback import TrainerState
-    from transformers.trainer_utils import get_last_checkpoint
-
     stopping = _StopCleanly()
-    trainer.add_callback(stopping.callback(trainer))
+    trainer.add_callback(_Stop(trainer, stopping))
     work = trainer.args.output_dir
     if os.path.isdir(work) and trainer.is_world_process_zero():
         for left in Path(work).glob("checkpoint-*"):  # interrupted while it was written
@@ -133,20 +133,18 @@ class _StopCleanly:
         self.asked = True
         print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
-    def callback(self, trainer: Any) -> Any:
-        """A callback that stops all processes after the same update."""
-        from transformers import TrainerCallback
 
-        outer = self
+class _Stop(TrainerCallback):
+    """Saves and stops after an update during which Ctrl-C was received, after the same update in all processes."""
 
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                agreed = outer.asked
-                if trainer.accelerator.num_processes > 1:  # whichever process received it first
-                    agreed = trainer.global_sum(float(agreed)) > 0
-                if agreed:
-                    outer.asked = True
-                    control.should_save = control.should_training_stop = True
-                return control
+    def __init__(self, trainer: Any, stopping: _StopCleanly) -> None:
+        self._trainer, self._stopping = trainer, stopping
 
-        return Stop()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        asked = self._stopping.asked
+        if self._trainer.accelerator.num_processes > 1:  # whichever process received it first
+            asked = self._trainer.global_sum(float(asked)) > 0
+        if asked:
+            self._stopping.asked = True
+            control.should_save = control.should_training_stop = True
+        return control

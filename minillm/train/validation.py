@@ -74,7 +74,7 @@ class ValidationMixin(StudentMixin):
         # With a sharded model every forward involves all processes, so a process with one row fewer than others reads
         # one more, which does not count.
         missing = -(-len(rows) // self.accelerator.num_processes) - len(sampled)
-        idle = [(list(rows[0]["prompt_ids"]), [0])] * missing
-        prompts, responses = zip(*[(r.prompt_ids, r.response_ids) for r in sampled], *idle, strict=True)
+        prompts = [r.prompt_ids for r in sampled] + [list(rows[0]["prompt_ids"])] * missing
+        responses = [r.response_ids for r in sampled] + [[0]] * missing
         kl = token_divergences(self.model_wrapped, teacher, prompts, responses, self.width, self.sampling.temperature)
         return sum(float(reverse.sum()) for reverse, _ in kl[: len(sampled)])

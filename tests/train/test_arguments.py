@@ -397,7 +397,7 @@ def test_a_subclass_may_measure_more(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def load(name: str) -> None:
         raise OSError(f"{name} is looked for")
 
-    monkeypatch.setattr("minillm.train.base.load_tokenizer", load)
+    monkeypatch.setattr("minillm.train.pair.load_tokenizer", load)
 
     class Measured(SupervisedTrainer):
         validation_metrics = METRICS | {"bleu": True}

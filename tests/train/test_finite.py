@@ -75,7 +75,9 @@ def test_a_loss_that_is_none_ends_training_with_the_checkpoint_before_it(
     # The rows of the second micro-batch, and no others.
     rows = [int(word.strip(",.;")) for word in said.split("rows ")[1].split(". Nothing")[0].split()]
     prompts = (
-        [trainer._prompts[row] for row in rows] if kind == "minillm" else [ROWS[row]["prompt_ids"] for row in rows]
+        [trainer.source.prompts[row] for row in rows]
+        if kind == "minillm"
+        else [ROWS[row]["prompt_ids"] for row in rows]
     )
     read = [ids.tolist() for ids in forwards[1]]
     assert sorted(prompts) == sorted(ids[: len(prompt)] for prompt, ids in _matched(prompts, read))
@@ -140,7 +142,7 @@ def test_rollouts_that_cannot_be_read_are_named_before_they_are_trained_on(
     pair: tuple[str, str], tmp_path: Path
 ) -> None:
     trainer = make("minillm", pair, arguments(tmp_path))
-    original = trainer._own_scores
+    original = trainer.student_scores
 
     def own(rollouts: Any, teacher: bool = False) -> Any:
         scores = original(rollouts, teacher)
@@ -148,8 +150,8 @@ def test_rollouts_that_cannot_be_read_are_named_before_they_are_trained_on(
             scores[1].reverse_kl[0] = float("nan")
         return scores
 
-    trainer._own_scores = own
-    row = trainer._prompt_rows(0)[1]
+    trainer.student_scores = own
+    row = trainer.source.prompt_rows(0)[1]
     with pytest.raises(TrainingDiverged, match=rf"^update 1: KL\(q‖p\) is not finite on train_dataset row {row}\. "):
         trainer.train()
 

@@ -29,7 +29,7 @@ from minillm.models.saving import save_plain
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.samplers.teacher_mixed import FIRST_DRAFT, draft_length
-from minillm.train import on_policy
+from minillm.train import assembly
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama, tiny_tokenizer
 from tests.train.two_processes import run
@@ -157,7 +157,7 @@ def test_drafts_follow_the_acceptance(pair: tuple[str, str], tmp_path: Path) -> 
             rollout=rollout,
             resume=str(tmp_path / f"cut-{stop}" / f"checkpoint-{stop}"),
         )
-        assert [r.response_ids for r in resumed._rollouts] == [r.response_ids for r in whole._rollouts]
+        assert [r.response_ids for r in resumed.rollouts] == [r.response_ids for r in whole.rollouts]
 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
@@ -175,9 +175,9 @@ def test_an_epoch_is_a_pass_over_the_prompts(pair: tuple[str, str], tmp_path: Pa
     trainer = MiniLLMTrainer(
         *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"num_rollouts": 4}), train_dataset=PROMPTS
     )
-    rows = [row for number in range(3) for row in trainer._prompt_rows(number)]
+    rows = [row for number in range(3) for row in trainer.source.prompt_rows(number)]
     assert sorted(rows) == list(range(12))
-    assert [row for number in range(3, 6) for row in trainer._prompt_rows(number)] != rows
+    assert [row for number in range(3, 6) for row in trainer.source.prompt_rows(number)] != rows
     assert trainer.updates_per_epoch() == 3 * 1 * ROLLOUT.inner_epochs
 
 
@@ -210,26 +210,24 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
         settings: dict[str, Any] = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
         trainer = train(pair, tmp_path / f"{micro}", objective=objective, max_steps=2, learning_rate=0.0, **settings)
         returns = []
-        for r in trainer._rollouts:
-            assert r.teacher_logprobs is not None
+        for r in trainer.rollouts:
+            assert r.teacher is not None
             ids, n = torch.tensor([r.prompt_ids + r.response_ids]), len(r.response_ids)
             with torch.no_grad():
-                logq, logp = (
-                    torch.log_softmax(m(ids).logits[0, -n - 1 : -1].double(), -1)
-                    for m in (trainer.model, trainer.teacher.model)
-                )  # pyright: ignore
+                models: list[Any] = [trainer.model, trainer.local_teacher.model]
+                logq, logp = (torch.log_softmax(m(ids).logits[0, -n - 1 : -1].double(), -1) for m in models)
             rewards = -(logq.exp() * (logq - logp)).sum(-1)
             if objective.reward == "sampled":
-                rewards = (r.teacher_logprobs - r.student_logprobs).double()
+                rewards = (r.teacher.token_logprobs - r.student_logprobs).double()
             returns.append([float(rewards[t + 1 :].mean()) for t in range(n - 1)])
         advantages = []
         for i, own in enumerate(returns):
             others = [value for j, values in enumerate(returns) if j != i for value in values]
-            assert float(trainer._baselines[i]) == pytest.approx(sum(others) / len(others), rel=1e-4)
+            assert float(trainer.baselines[i]) == pytest.approx(sum(others) / len(others), rel=1e-4)
             advantages += [value - sum(others) / len(others) for value in own] + [0.0]
         logged.append([entry["advantage"] for entry in trainer.state.log_history if "advantage" in entry])
         tokens = [
-            sum(len(trainer._rollouts[i].response_ids) for b in trainer.micro_batches(u) for i in b.rollouts)
+            sum(len(trainer.rollouts[i].response_ids) for b in trainer.micro_batches(u) for i in b.rollouts)
             for u in (0, 1)
         ]
         mean = sum(a * n for a, n in zip(logged[-1], tokens, strict=True)) / sum(
@@ -259,12 +257,12 @@ def test_text_is_fitted_at_its_own_temperature(pair: tuple[str, str], tmp_path: 
         student, teacher = (load_model(folder, torch.float32).double() for folder in pair)  # pyright: ignore
         single, fitted, nll = [], [], []
         for batch in trainer.micro_batches(0):
-            for r in (trainer._rollouts[i] for i in batch.rollouts):
+            for r in (trainer.rollouts[i] for i in batch.rollouts):
                 n = len(r.response_ids)
                 ids = torch.tensor([r.prompt_ids + r.response_ids])
                 logq, logp = (torch.log_softmax(m(ids).logits[0, -n - 1 : -1] / 0.7, -1) for m in (student, teacher))
                 single.append((logq.exp() * (logq - logp.detach())).sum(-1))
-            for piece in (piece for block in batch.text for piece in trainer._text.pieces(block)):  # pyright: ignore
+            for piece in (piece for block in batch.text for piece in trainer.text.pieces(block)):  # pyright: ignore
                 ids = torch.tensor([list(piece)])
                 logq, logp = (torch.log_softmax(m(ids).logits[0, :-1] / own, -1) for m in (student, teacher))
                 nll.append(-logq.gather(1, ids[0, 1:, None])[:, 0])
@@ -292,11 +290,11 @@ def test_text_is_distilled_from_the_teachers_own_states(pair: tuple[str, str], t
 def test_several_samples_of_a_prompt_differ(pair: tuple[str, str], tmp_path: Path) -> None:
     rollout = ROLLOUT.model_copy(update={"samples_per_prompt": 4, "teacher_mix": 0.0})
     trainer = MiniLLMTrainer(*pair, arguments(tmp_path), rollout=rollout, train_dataset=PROMPTS)
-    rows = [trainer._prompt_rows(number) for number in range(6)]
+    rows = [trainer.source.prompt_rows(number) for number in range(6)]
     assert all(len(batch) == 8 and len(set(batch)) == 2 for batch in rows)
     assert sorted(row for batch in rows for row in batch) == sorted([*range(12)] * 4)  # six batches are one pass
     assert trainer.updates_per_epoch() == 6 * 2 * ROLLOUT.inner_epochs
-    trainer._sync()
+    trainer.sync()
     drawn = trainer._sample(0).rollouts
     assert len({tuple(r.response_ids) for r in drawn}) > 4
 
@@ -319,18 +317,18 @@ def test_responses_share_rows_beside_text_and_train_as_in_rows_of_their_own(
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(70))} for i in range(6)]
     objective = Objective.recommended(language_model=0.5, language_model_block=64)
     shapes: list[tuple[int, ...]] = []
-    original = on_policy.pad
+    original = assembly.pad
 
     def seen(*args: Any, **options: Any) -> Any:
         batch = original(*args, **options)
         shapes.append(tuple(batch.input_ids.shape))
         return batch
 
-    monkeypatch.setattr(on_policy, "pad", seen)
+    monkeypatch.setattr(assembly, "pad", seen)
     common: Any = {"objective": objective, "text_dataset": text, "max_steps": 2}
     shared = train(pair, tmp_path / "a", **common)
     assert set(shapes) == {(3, 64)}  # two responses in one row, two blocks of text
-    monkeypatch.setattr(on_policy, "share_rows", lambda lengths, width: list(range(len(lengths))))
+    monkeypatch.setattr(assembly, "share_rows", lambda lengths, width: list(range(len(lengths))))
     apart = train(pair, tmp_path / "b", **common)
     assert set(shapes[4:]) == {(4, 64)}
     for (name, one), other in zip(shared.model.named_parameters(), apart.model.parameters(), strict=True):  # pyright: ignore
@@ -354,7 +352,7 @@ def text_kl(pair: tuple[str, str], text: list[dict[str, str]]) -> float:
 def test_bfloat16_sampling_leaves_the_float32_masters_alone(pair: tuple[str, str], tmp_path: Path) -> None:
     trainer = MiniLLMTrainer(*pair, arguments(tmp_path, bf16=True), rollout=ROLLOUT, train_dataset=PROMPTS)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}  # pyright: ignore
-    trainer._sync()
+    trainer.sync()
     after = trainer.model.state_dict()  # pyright: ignore
     assert all(value.dtype == torch.float32 and torch.equal(value, after[name]) for name, value in before.items())
 
@@ -398,15 +396,14 @@ def test_the_students_own_base_teaches_as_a_copy_of_it_does(
         for name, value in student.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(value, std=0.3)
-        trainer = train(
-            (student, teacher), tmp_path, processing_class=tiny_tokenizer(), gradient_checkpointing=checkpointing
-        )  # pyright: ignore
+        models: Any = (student, teacher)
+        trainer = train(models, tmp_path, processing_class=tiny_tokenizer(), gradient_checkpointing=checkpointing)
         assert next(entry for entry in trainer.state.log_history if "loss" in entry)["reverse_kl"] > 1e-3
         assert student.training
         weights.append({name: value for name, value in student.state_dict().items() if "lora_" in name})
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     with pytest.raises(
-        ValueError, match="without one the student's base is it, its adapter off; this student has no adapter"
+        ValueError, match=r"None takes the student's base model as the teacher, .* this student has no adapter"
     ):
         MiniLLMTrainer(pair[0], None, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS)
 
@@ -437,7 +434,7 @@ def test_reference_in_the_trainer_is_a_plain_loop_over_its_micro_batches(pair: t
     trainer = train(pair, tmp_path, rollout=rollout, objective=Objective.reference(), **settings)
     groups = [batch.rollouts for batch in trainer.micro_batches(0)]
     assert sorted(i for group in groups for i in group) == list(range(8))
-    lengths = [[len(trainer._rollouts[i].response_ids) for i in group] for group in groups]
+    lengths = [[len(trainer.rollouts[i].response_ids) for i in group] for group in groups]
     assert any(
         a != sorted(a) for a in lengths
     )  # as they come, not by length: that would change what is whitened together
@@ -446,7 +443,7 @@ def test_reference_in_the_trainer_is_a_plain_loop_over_its_micro_batches(pair: t
     total = torch.zeros((), dtype=torch.float64)
     for group in groups:
         long, single, advantages, parts = [], [], [], []
-        for r in (trainer._rollouts[i] for i in group):
+        for r in (trainer.rollouts[i] for i in group):
             ids, first, n = torch.tensor([r.prompt_ids + r.response_ids]), len(r.prompt_ids) - 1, len(r.response_ids)
             logq, logp = (torch.log_softmax(m(ids).logits[0, first : first + n], -1) for m in (model, teacher))
             drawn, p = (x.gather(1, torch.tensor(r.response_ids)[:, None])[:, 0] for x in (logq, logp))
@@ -482,7 +479,7 @@ def test_padded_rows_of_the_heads_have_no_part_in_it(tmp_path: Path) -> None:
                 model.lm_head.weight[32:].mul_(factor)
             folders.append(save(model, tmp_path / f"{name}-{factor}"))
         trainer = train((folders[0], folders[1]), tmp_path / "run", max_steps=2)
-        assert max(max(r.response_ids) for r in trainer._rollouts) < 32
+        assert max(max(r.response_ids) for r in trainer.rollouts) < 32
         logs.append([e for e in trainer.state.log_history if "loss" in e])
     for a, b in zip(*logs, strict=True):
         for key in ("loss", "reverse_kl", "forward_kl", "entropy", "grad_norm"):
@@ -516,7 +513,7 @@ def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str
         model.base_model.register_forward_pre_hook(count, with_kwargs=True)  # pyright: ignore
     trainer.train()
     # One batch of 8 rollouts; six updates of 4, each in two micro-batches of 2.
-    rows = [len(r.prompt_ids) + len(r.response_ids) for r in trainer._rollouts]
+    rows = [len(r.prompt_ids) + len(r.response_ids) for r in trainer.rollouts]
     assert len(read["teacher"]) == 1
     assert read["teacher"] == [8 * max(rows)]
     assert len(read["student"]) == 12 + rescoring
@@ -551,7 +548,7 @@ def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_pa
         )  # fmt: skip
         trainer.train()
         logged = trainer.state.log_history[0]
-        rollout = trainer._rollouts[0]
+        rollout = trainer.rollouts[0]
         own = load_model(pair[0], torch.float32)
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         with torch.no_grad():
@@ -559,8 +556,8 @@ def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_pa
         logq = logq.gather(1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
         seen[preset] = float((rollout.student_logprobs - logq).abs().max())
         assert logged["engine_mismatch"] > 1e-3
-        assert rollout.teacher_logprobs is not None
-        mixture = (0.7 * rollout.student_logprobs.exp() + 0.3 * rollout.teacher_logprobs.exp()).log()
+        assert rollout.teacher is not None
+        mixture = (0.7 * rollout.student_logprobs.exp() + 0.3 * rollout.teacher.token_logprobs.exp()).log()
         torch.testing.assert_close(rollout.behaviour_logprobs, mixture, rtol=1e-5, atol=1e-6)
     assert seen["reference"] < 1e-5 < 1e-3 < seen["paper"]
 
@@ -694,7 +691,7 @@ def test_the_next_batch_is_drawn_while_this_one_trains(pair: tuple[str, str], tm
     # What drew the tokens is what the weights are taken against, so only the first batch is on policy.
     assert "engine_mismatch" in logged[0]
     assert "engine_mismatch" not in logged[1]
-    first = next(r for r in trainer._rollouts)
+    first = next(r for r in trainer.rollouts)
     assert first.weights_version == 4
 
 
@@ -711,14 +708,14 @@ def test_given_and_earlier_responses_fill_up_a_batch(pair: tuple[str, str], tmp_
     def run(folder: Path, **settings: Any) -> MiniLLMTrainer:
         batches.clear()
         settings = {"rollout": rollout, "objective": OFF_POLICY, "responses": given, "max_steps": 8} | settings
-        original = MiniLLMTrainer._adopt
+        original = MiniLLMTrainer.use_batch
 
         def adopt(self: Any, number: int, rollouts: Any) -> None:
             batches.append(list(rollouts))
             original(self, number, rollouts)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MiniLLMTrainer, "_adopt", adopt)
+            patch.setattr(MiniLLMTrainer, "use_batch", adopt)
             return train(pair, folder, **settings)
 
     whole = run(tmp_path / "whole")
@@ -747,7 +744,7 @@ def test_responses_of_others_are_refused_where_credit_needs_the_students_own(
     pair: tuple[str, str], tmp_path: Path
 ) -> None:
     for changes in ({"on_policy": 0.5}, {"replay": 0.5}):
-        with pytest.raises(ValueError, match=r"trains on responses that the student did not draw as it is"):
+        with pytest.raises(ValueError, match=r"trains on responses that the current student did not sample"):
             MiniLLMTrainer(
                 *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update=changes), train_dataset=PROMPTS
             )
@@ -767,7 +764,7 @@ def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path:
             *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS,
             objective=Objective.reference(), engine=OwnEngine(pair[0], []),
         )  # fmt: skip
-    with pytest.raises(ValueError, match=r"rollout.overlap draws beside the updates"):
+    with pytest.raises(ValueError, match=r"rollout.overlap samples beside the updates"):
         MiniLLMTrainer(
             *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS
         )
@@ -880,10 +877,9 @@ def test_gradient_checkpointing_changes_nothing(pair: tuple[str, str], tmp_path:
         trainer = train(
             (student, pair[1]), tmp_path, gradient_checkpointing=checkpointing, processing_class=tiny_tokenizer()
         )
-        assert (
-            any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()) == checkpointing
-        )  # pyright: ignore
-        weights.append(trainer.model.state_dict())  # pyright: ignore[reportOptionalMemberAccess]
+        trained: Any = trainer.model
+        assert any(getattr(module, "gradient_checkpointing", False) for module in trained.modules()) == checkpointing
+        weights.append(trained.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-7)
 

@@ -41,10 +41,10 @@ def test_two_processes_share_a_server_of_their_own(pair: tuple[str, str], tmp_pa
         assert float((value - two["weights"][name]).norm()) <= 0.02 * moved, name  # vLLM rounds as its batches fall
 
 
-def timed(trainer: Any, name: str) -> list[tuple[float, float]]:
-    """Begin and end of every call of one of the trainer's methods."""
+def timed(owner: Any, name: str) -> list[tuple[float, float]]:
+    """Begin and end of every call of one of an object's methods."""
     calls: list[tuple[float, float]] = []
-    original = getattr(trainer, name)
+    original = getattr(owner, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -53,7 +53,7 @@ def timed(trainer: Any, name: str) -> list[tuple[float, float]]:
         finally:
             calls.append((start, time.perf_counter()))
 
-    setattr(trainer, name, watched)
+    setattr(owner, name, watched)
     return calls
 
 
@@ -84,26 +84,26 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
         student, teacher, arguments(tmp_path / "run", max_steps=100), rollout=rollout, train_dataset=PROMPTS
     )
     trainer.add_callback(Snapshots())
-    sample = trainer._sample
+    sample = trainer.source.sample
 
-    def disturbed(number: int) -> Any:
+    def disturbed(number: int, *more: Any) -> Any:
         if number in (15, 35):
             threading.Thread(target=kill).start()
-        return sample(number)
+        return sample(number, *more)
 
-    trainer._sample = disturbed
-    drawing = timed(trainer, "_sample")
+    trainer.source.sample = disturbed  # pyright: ignore[reportAttributeAccessIssue]
+    drawing = timed(trainer.source, "sample")
     updating = timed(trainer, "training_step")
     adopted: list[int] = []
     drawn: list[Any] = []
-    original = trainer._adopt
+    original = trainer.use_batch
 
     def adopt(number: int, rollouts: list[Any]) -> None:
         adopted.append(number)
         drawn.extend(rollouts)
         original(number, rollouts)
 
-    trainer._adopt = adopt
+    trainer.use_batch = adopt
     try:
         trainer.train()
     finally:

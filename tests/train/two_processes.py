@@ -53,9 +53,8 @@ def end_in_error(trainer: MiniLLMTrainer, folder: str) -> None:
 
     def spoil(update: int) -> Any:
         if update == 1 and rank == trainer.accelerator.num_processes - 1:
-            trainer.model.base_model.register_forward_hook(
-                lambda *given: states(*given) if torch.is_grad_enabled() else None
-            )  # pyright: ignore
+            model: Any = trainer.model
+            model.base_model.register_forward_hook(lambda *given: states(*given) if torch.is_grad_enabled() else None)
         return original(update)
 
     original, trainer.micro_batches = trainer.micro_batches, spoil
