@@ -103,8 +103,10 @@ class Rollout:
         )
 
     def to_saved(self) -> dict[str, Any]:
-        """The fields for a checkpoint, without the teacher's targets: they are large, and the teacher returns them
-        again."""
+        """The fields for a checkpoint.
+
+        The teacher's targets are left out: they are large, and the teacher returns them again.
+        """
         return {name: value for name, value in vars(self).items() if name != "teacher"}
 
     @classmethod

@@ -67,8 +67,10 @@ class RolloutSource:
         self._ahead: tuple[int, Future[SampledBatch]] | None = None
 
     def prompt_rows(self, number: int) -> list[int]:
-        """The rows of this process's prompts in batch `number`: passes over the prompts, each in its own seeded
-        order."""
+        """The rows of this process's prompts in batch `number`.
+
+        Batches take the prompts one after another, in passes that each have a seeded order of their own.
+        """
         samples, n = self._config.samples_per_prompt, len(self.prompts)
         size = self._config.num_rollouts // samples
         rows, order = [], []

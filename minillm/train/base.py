@@ -1,5 +1,4 @@
-"""The part that on-policy and supervised distillation share: two models, scoring in the student's forward, and
-metrics."""
+"""What on-policy and supervised distillation share: two models, scoring in the student's forward, and metrics."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ METRICS: dict[str, bool | None] = {"rouge_l": True, "reverse_kl": False, "finish
 
 
 def with_given(args: TrainingArguments, given: Collection[str]) -> TrainingArguments:
-    """Note in the arguments which fields the user set. Otherwise `greater_is_better=True` may be transformers' own
-    guess.
+    """Note in the arguments which fields the user set.
+
+    Without this, `greater_is_better=True` may be transformers' own guess.
 
     Args:
         args: the arguments, which are changed in place.

@@ -109,8 +109,10 @@ def _trl_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
 
 
 def _trl_config(args: TrainingArguments) -> SFTConfig:
-    """The arguments for TRL, with its own preparation switched off: nothing is truncated, packed or masked but the
-    prompt."""
+    """The arguments for TRL, with its own preparation switched off.
+
+    Nothing is truncated or packed, and only the prompt is masked.
+    """
     shared = NAMES | handed_to_trl(args)
     given = {name: value for name, value in args.to_dict().items() if value is not None and name in shared}
     given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict hides them

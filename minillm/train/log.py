@@ -97,8 +97,10 @@ class Metrics:
         return logged
 
     def _all_names(self, own: Iterable[str]) -> list[str]:
-        """Names in any process, so that all processes take part in every sum: one may have measured what another has
-        not."""
+        """The names that any process has.
+
+        Every process must take part in every sum, and one may have measured what another has not.
+        """
         if self._accelerator.num_processes == 1:
             return sorted(own)
         return sorted({name for names in gather_object([list(own)]) for name in names})

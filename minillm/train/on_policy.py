@@ -114,24 +114,7 @@ class MiniLLMTrainer(DistillationTrainer):
             **kwargs,
         )
         self.text_temperature = self.objective.language_model_temperature
-        worker = Worker(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
-        self.schedule = BatchSchedule(
-            config,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            worker=worker,
-            by_update=self.objective.normalise == "update_tokens",
-        )
-        prompts = tokenize_prompts(train_dataset, self.student_tokenizer, config.max_prompt_tokens)
-        check_adapter(self._student)
-        check_context(config, self._student)
-        self.text = pack_text_dataset(
-            text_dataset, self._student, self.student_tokenizer, self.objective, args, self.schedule.update_size
-        )
-        if isinstance(self.teacher, ServedTeacher):
-            self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
-            self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
-        self.source = self._make_source(config, prompts, responses or [], worker)
+        self._set_up_data(config, train_dataset, text_dataset, responses or [])
         self._centred = self.objective.baseline == "centre" and self.objective.long_term > 0
         # With centred expected rewards, the returns have to be known before the first update on a batch.
         self._scores_first = self._centred and self.objective.reward == "expected"
@@ -141,13 +124,36 @@ class MiniLLMTrainer(DistillationTrainer):
         self.rollouts: list[Rollout] = []
         self.baselines = torch.zeros(0)
 
-    def _make_source(
-        self, config: RolloutConfig, prompts: list[list[int]], responses: Sequence[dict[str, Any]], worker: Worker
-    ) -> RolloutSource:
-        assert self.teacher is not None
-        return RolloutSource(
+    def _set_up_data(
+        self,
+        config: RolloutConfig,
+        train_dataset: Sequence[dict[str, Any]],
+        text_dataset: Iterable[dict[str, Any]] | None,
+        responses: Sequence[dict[str, Any]],
+    ) -> None:
+        """Prepare the schedule, the text, the teacher's servers and the rollout source."""
+        args, objective = self.args, self.objective
+        worker = Worker(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
+        self.schedule = BatchSchedule(
             config,
-            make_sampler(config, self.teacher, self.args.device.type),
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            worker=worker,
+            by_update=objective.normalise == "update_tokens",
+        )
+        prompts = tokenize_prompts(train_dataset, self.student_tokenizer, config.max_prompt_tokens)
+        check_adapter(self._student)
+        check_context(config, self._student)
+        self.text = pack_text_dataset(
+            text_dataset, self._student, self.student_tokenizer, objective, args, self.schedule.update_size
+        )
+        if isinstance(self.teacher, ServedTeacher):
+            self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
+            self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
+        assert self.teacher is not None
+        self.source = RolloutSource(
+            config,
+            make_sampler(config, self.teacher, args.device.type),
             prompts,
             ReplayedAndGiven(config, responses, self.sampling.eos_ids, worker),
             score_given=lambda given: [scores.logq for scores in self.student_scores(given)],
@@ -161,8 +167,7 @@ class MiniLLMTrainer(DistillationTrainer):
         return self.schedule.updates_per_epoch(len(self.source.prompts))
 
     def micro_batches(self, update: int) -> list[MicroBatch]:
-        """The micro-batches of an update. The first update on a batch samples it, with the weights of the update
-        before."""
+        """The micro-batches of an update. The first update on a batch samples that batch with the current weights."""
         number = self.schedule.position(update).batch
         if number != self._batch_number:
             self._start_batch(number)
@@ -222,8 +227,7 @@ class MiniLLMTrainer(DistillationTrainer):
     # Rollouts
 
     def _start_batch(self, number: int) -> None:
-        """Sample the rollouts of batch `number`, complete the batch, have the teacher score it, and compute
-        baselines."""
+        """Sample batch `number`, complete it, have the teacher score it, and compute its baselines."""
         self._release_cpu_memory()
         with self._checkpoint_on_engine_error():
             sampled = self._sample(number)
@@ -322,15 +326,19 @@ class MiniLLMTrainer(DistillationTrainer):
         return rollout.weights_version == self.state.global_step
 
     def _release_cpu_memory(self) -> None:
-        """On a CPU, return freed memory to the system between sampling and updates: their block sizes differ, and would
-        fragment the heap."""
+        """On a CPU, return freed memory to the operating system between sampling and updates.
+
+        Their allocation sizes differ, and would fragment the heap.
+        """
         if self.args.device.type == "cpu":
             release_memory()
 
     @contextmanager
     def _checkpoint_on_engine_error(self) -> Iterator[None]:
-        """If any process loses its engine, save a checkpoint in all of them, then raise in all. A resume samples the
-        batch again."""
+        """If any process loses its engine, save a checkpoint in all of them, then raise in all.
+
+        A resume samples the batch again.
+        """
         lost: EngineError | None = None
         try:
             yield
@@ -373,13 +381,15 @@ class MiniLLMTrainer(DistillationTrainer):
             self.use_batch(saved.number, saved.rollouts)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validate; see `ValidationMixin`. A batch that is being sampled keeps the weights it began with, so it is
-        awaited."""
+        """Validate; see `ValidationMixin`.
+
+        A batch that is being sampled has to be completed with the weights it began with, so it is awaited first.
+        """
         self.source.wait()
         return super().evaluate(*args, **kwargs)
 
     def sample_answers(self, prompts: Sequence[list[int]]) -> list[Rollout]:
-        """See `ValidationMixin`. An engine that is lost leaves a checkpoint."""
+        """Sample as `ValidationMixin` does, and save a checkpoint if the engine is lost."""
         with self._checkpoint_on_engine_error():
             return super().sample_answers(prompts)
 

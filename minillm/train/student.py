@@ -133,8 +133,10 @@ class StudentMixin(TrainerPart):
         return self._engine
 
     def _folder_of(self, student: Any, spare: str) -> str:
-        """A folder with the student and its tokenizer, for an engine: the student's own, or else `spare`, filled
-        here."""
+        """A folder from which an engine reads the student and its tokenizer.
+
+        This is the student's own folder if it holds both; otherwise they are saved in `spare`.
+        """
         own = Path(resolve_cached(str(student.name_or_path)))
         # The base of an adapter is never sent to the engine, and may differ from what its folder holds.
         apart = self.rollout_config.lora == "adapter"

@@ -1,5 +1,4 @@
-"""Training on given responses: cross-entropy (fine-tuning, SeqKD), a divergence from the teacher (word-level KD), or
-both."""
+"""Training on given responses: cross-entropy (SFT, SeqKD), a divergence from the teacher (word-level KD), or both."""
 
 from __future__ import annotations
 
