@@ -76,7 +76,7 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
     assert sum(expected.values()) == pytest.approx(1)
     statistic, freedom = chi_square(counts, expected, n)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
-    # What it says drew the tokens is what drew them.
+    # The behaviour log-probabilities are those that sampled the tokens.
     for r in rollouts[:50]:
         assert float(r.behaviour_logprobs.sum().exp()) == pytest.approx(expected[tuple(r.response_ids)], rel=1e-3)
     weights = torch.stack([(r.student_logprobs - r.behaviour_logprobs).sum().exp() for r in rollouts]).double()
@@ -86,7 +86,7 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
 def test_frequencies_where_most_of_q_has_to_be_asked_for(
     models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each place one likeliest token is known, and the refused one, which says nothing about the others."""
+    """At each position only the most likely token is known, and the rejected one, which bounds no other."""
     monkeypatch.setattr(teacher_mixed, "TOP_LOGPROBS", 1)
     student, teacher = models
     asked = 0
@@ -107,7 +107,7 @@ def test_frequencies_where_most_of_q_has_to_be_asked_for(
 
 
 def test_the_wrong_mixture_is_noticed(models: tuple[Any, Any]) -> None:
-    """The test above has teeth: frequencies of α = 0.5 do not pass for α = 0.2."""
+    """The test above can fail: frequencies of α = 0.5 are not accepted for α = 0.2."""
     student, teacher = models
     sampler = TeacherMixedSampler(LocalTeacher(teacher, 2000), 0.5, draft_tokens=2)
     n = 6000
@@ -118,14 +118,14 @@ def test_the_wrong_mixture_is_noticed(models: tuple[Any, Any]) -> None:
 
 
 def test_kept_states_and_logprobs_are_those_of_one_plain_forward(models: tuple[Any, Any]) -> None:
-    """The append-only cache with its masked slots changes nothing, whatever was drafted and taken back."""
+    """The append-only cache with masked slots changes nothing, whatever was drafted and retracted."""
     student, teacher = models
     local = LocalTeacher(teacher)
     sampling = Sampling(12, (EOS,), V)
     prompts = [[2], [3, 4, 2, 2, 3], [4, 4]] * 4
     sampler = TeacherMixedSampler(local, 0.5, draft_tokens=4)
     rollouts = sampler.generate(TransformersEngine(student), prompts, sampling, list(range(12)))
-    assert sampler.accepted < sampler.drafted  # something was taken back
+    assert sampler.accepted < sampler.drafted  # something was retracted
     for r, hidden in zip(rollouts, local.hidden(prompts, [r.response_ids for r in rollouts]), strict=True):
         assert r.teacher is not None
         assert r.teacher.hidden is not None
@@ -165,7 +165,7 @@ def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
         assert not set(r.response_ids[:-1]) & {EOS, 3}
         assert r.finished == (r.response_ids[-1] in (EOS, 3))
         assert r.finished or len(r.response_ids) == 4
-        assert max(r.response_ids) < V  # padded vocabulary rows are never drawn
+        assert max(r.response_ids) < V  # padded vocabulary rows are never sampled
         ends[r.finished] += 1
     assert min(ends.values()) > 0
 
@@ -173,7 +173,7 @@ def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.9, 0.97])
 def test_the_draft_length_wastes_least(acceptance: float, kind: str) -> None:
-    """Against rounds played out: tokens that came of them, for the steps they cost."""
+    """The draft length is compared with simulated rounds: tokens gained per step of cost."""
     draw, rounds, longest = torch.Generator().manual_seed(0), 100_000, 50
     refused = torch.rand(rounds, longest, generator=draw) >= acceptance
     first = torch.where(refused.any(1), refused.int().argmax(1), longest)  # accepted tokens before the first refusal

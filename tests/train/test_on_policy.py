@@ -1,4 +1,4 @@
-"""MiniLLMTrainer on tiny models: what an update trains on, what changes, and what a resume continues."""
+"""MiniLLMTrainer on tiny models: the data of an update, the weights that change, and what a resume continues."""
 
 from __future__ import annotations
 
@@ -48,9 +48,17 @@ ROLLOUT = RolloutConfig(
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     settings: dict[str, Any] = {
-        "learning_rate": 1e-3, "max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": "none",
-        "logging_steps": 1, "use_cpu": True, "lr_scheduler_type": "constant", "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "report_to": "none",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
     return TrainingArguments(output_dir=str(folder), **(settings | changes))
 
 
@@ -97,11 +105,11 @@ def test_every_layer_moves_and_the_teacher_does_not(pair: tuple[str, str], tmp_p
         "grad_norm",
     ):
         assert all(key in entry for entry in logged), key
-    for key in ("response_length", "finished", "acceptance"):  # of the batch that each update trains on
+    for key in ("response_length", "finished", "acceptance"):  # constant over the updates on one batch
         assert len({entry[key] for entry in logged}) == 1, key
-    # Only before the first update on a batch have engine and trainer the same weights.
+    # Engine and trainer have the same weights only before the first update on a batch.
     assert ["engine_mismatch" in entry for entry in logged] == [True, False, False, False]
-    assert logged[0]["engine_mismatch"] < 1e-5  # engine and trainer are one model here
+    assert logged[0]["engine_mismatch"] < 1e-5  # engine and trainer share one model here
 
 
 def test_a_learning_rate_of_zero_changes_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -140,7 +148,7 @@ def test_batch_split_and_padding_do_not_change_the_update(pair: tuple[str, str],
 
 
 def test_drafts_follow_the_acceptance(pair: tuple[str, str], tmp_path: Path) -> None:
-    """And a resumed run drafts as the whole one did, which decides its very tokens."""
+    """A resumed run uses the draft length of the uninterrupted one, which decides the sampled tokens."""
     rollout = ROLLOUT.model_copy(update={"draft_tokens": "auto", "teacher_mix": 0.6, "inner_epochs": 1})
     whole = train(pair, tmp_path / "whole", max_steps=6, rollout=rollout)
     logged = [entry for entry in whole.state.log_history if "draft_length" in entry][::2]
@@ -148,7 +156,7 @@ def test_drafts_follow_the_acceptance(pair: tuple[str, str], tmp_path: Path) -> 
     assert logged[0]["draft_length"] == FIRST_DRAFT
     for before, after in pairwise(logged):
         assert after["draft_length"] == draft_length(before["acceptance"]) != FIRST_DRAFT
-    for stop in (3, 4):  # amid a batch and between two
+    for stop in (3, 4):  # within a batch and between two
         train(pair, tmp_path / f"cut-{stop}", max_steps=6, rollout=rollout, stop=stop)
         resumed = train(
             pair,
@@ -162,7 +170,7 @@ def test_drafts_follow_the_acceptance(pair: tuple[str, str], tmp_path: Path) -> 
 
 @pytest.mark.parametrize("stop", [2, 3, 4])
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(pair: tuple[str, str], tmp_path: Path, stop: int) -> None:
-    """Stops between inner epochs (2), inside one (3) and between rollout batches (4)."""
+    """The run stops between inner epochs (2), within one (3) and between rollout batches (4)."""
     whole = train(pair, tmp_path / "whole", max_steps=6)
     train(pair, tmp_path / "cut", max_steps=6, stop=stop)
     resumed = train(pair, tmp_path / "cut", max_steps=6, resume=str(tmp_path / "cut" / f"checkpoint-{stop}"))
@@ -182,7 +190,7 @@ def test_an_epoch_is_a_pass_over_the_prompts(pair: tuple[str, str], tmp_path: Pa
 
 
 def test_advantages_are_centred(pair: tuple[str, str], tmp_path: Path) -> None:
-    """The baseline is the rollouts' own mean return, so what is left has none."""
+    """The baseline is the mean return of the rollouts, so the advantages have a mean near 0."""
     rollout = ROLLOUT.model_copy(update={"num_rollouts": 64, "inner_epochs": 1})
     settings: dict[str, Any] = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "max_steps": 1}
     for centre in ("centre", "none"):
@@ -197,14 +205,14 @@ def test_advantages_are_centred(pair: tuple[str, str], tmp_path: Path) -> None:
         size = abs(logged["advantage"]) / logged["advantage_std"]
         assert (size < 0.2) is (
             centre == "centre"
-        )  # tokens without a future have a return of 0 and no part in the mean
+        )  # tokens without a future have a return of 0, and do not count in the mean
 
 
 @pytest.mark.parametrize("changes", [{}, {"old_logprobs": "trainer"}, {"reward": "sampled"}])
 def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
     pair: tuple[str, str], tmp_path: Path, changes: dict[str, str]
 ) -> None:
-    """Of all of the batch, whatever an update and a micro-batch hold of it, from its first update on; and after a resume."""
+    """The mean is over the whole batch, from its first update on, however updates and micro-batches divide it."""
     objective, logged = Objective.recommended(single_step=0.0, **changes), []  # pyright: ignore
     for micro in (1, 4):
         settings: dict[str, Any] = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
@@ -232,7 +240,7 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
         ]
         mean = sum(a * n for a, n in zip(logged[-1], tokens, strict=True)) / sum(
             tokens
-        )  # over both updates: the whole batch
+        )  # over both updates, which are the whole batch
         assert mean == pytest.approx(sum(advantages) / len(advantages), abs=1e-5)
         spread = (sum(a * a for a in advantages) / len(advantages)) ** 0.5
         assert abs(mean) < 0.02 * spread
@@ -240,7 +248,10 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
 
 
 def test_text_is_fitted_at_its_own_temperature(pair: tuple[str, str], tmp_path: Path) -> None:
-    """One update at a rollout temperature of 0.7, against float64: KL(q‖p) is that of 0.7, text is fitted at 1 unless told otherwise."""
+    """One update at a rollout temperature of 0.7, against float64.
+
+    KL(q‖p) is taken at 0.7, and text is fitted at 1 unless set otherwise.
+    """
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(30))} for i in range(6)]
     settings: dict[str, Any] = {
         "max_steps": 1,
@@ -292,7 +303,7 @@ def test_several_samples_of_a_prompt_differ(pair: tuple[str, str], tmp_path: Pat
     trainer = MiniLLMTrainer(*pair, arguments(tmp_path), rollout=rollout, train_dataset=PROMPTS)
     rows = [trainer.source.prompt_rows(number) for number in range(6)]
     assert all(len(batch) == 8 and len(set(batch)) == 2 for batch in rows)
-    assert sorted(row for batch in rows for row in batch) == sorted([*range(12)] * 4)  # six batches are one pass
+    assert sorted(row for batch in rows for row in batch) == sorted([*range(12)] * 4)  # six batches are a pass
     assert trainer.updates_per_epoch() == 6 * 2 * ROLLOUT.inner_epochs
     trainer.sync()
     drawn = trainer._sample(0).rollouts
@@ -336,7 +347,7 @@ def test_responses_share_rows_beside_text_and_train_as_in_rows_of_their_own(
 
 
 def text_kl(pair: tuple[str, str], text: list[dict[str, str]]) -> float:
-    """Mean KL(p‖q) over the predicted tokens of the blocks of the first update: pieces of at most 16 tokens, each by itself."""
+    """Mean KL(p‖q) over the predicted tokens of the first update's text, in separate pieces of at most 16 tokens."""
     student, teacher = (load_model(folder, torch.float32) for folder in pair)
     blocks = pack_text([tiny_tokenizer()(row["text"])["input_ids"] for row in text], 16, 1)
     order = [permutation(len(blocks), 42, "text", place // len(blocks))[place % len(blocks)] for place in range(4)]
@@ -421,7 +432,10 @@ def test_every_preset_trains(pair: tuple[str, str], tmp_path: Path, preset: str)
 
 
 def test_reference_in_the_trainer_is_a_plain_loop_over_its_micro_batches(pair: tuple[str, str], tmp_path: Path) -> None:
-    """One update of two micro-batches: each whitened over its own padding and divided by its own tokens, then their mean."""
+    """One update of two micro-batches.
+
+    Each is whitened over its own padding and divided by its own tokens; the loss is the mean of the two.
+    """
     rollout = ROLLOUT.model_copy(update={"inner_epochs": 1, "num_rollouts": 8})
     settings = {
         "per_device_train_batch_size": 4,
@@ -435,9 +449,7 @@ def test_reference_in_the_trainer_is_a_plain_loop_over_its_micro_batches(pair: t
     groups = [batch.rollouts for batch in trainer.micro_batches(0)]
     assert sorted(i for group in groups for i in group) == list(range(8))
     lengths = [[len(trainer.rollouts[i].response_ids) for i in group] for group in groups]
-    assert any(
-        a != sorted(a) for a in lengths
-    )  # as they come, not by length: that would change what is whitened together
+    assert any(a != sorted(a) for a in lengths)  # not ordered by length, which would change what is whitened together
     model: Any = load_model(pair[0], torch.float32).double()
     teacher: Any = load_model(pair[1], torch.float32).double()
     total = torch.zeros((), dtype=torch.float64)
@@ -469,7 +481,7 @@ def test_reference_in_the_trainer_is_a_plain_loop_over_its_micro_batches(pair: t
 
 
 def test_padded_rows_of_the_heads_have_no_part_in_it(tmp_path: Path) -> None:
-    """32 tokens under heads of 40 and 48 rows: whatever the padding holds, the same update."""
+    """With 32 tokens and heads of 40 and 48 rows, the update does not depend on the padded rows."""
     logs = []
     for factor in (1.0, 30.0):
         folders = []
@@ -491,33 +503,44 @@ def test_text_without_its_coefficient_is_said_to_be_unused(
 ) -> None:
     text = [{"text": "w1 w2 w3"}]
     MiniLLMTrainer(
-        *pair, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS, text_dataset=text,
+        *pair,
+        arguments(tmp_path),
+        rollout=ROLLOUT,
+        train_dataset=PROMPTS,
+        text_dataset=text,
         objective=Objective.recommended(language_model=0.0),
-    )  # fmt: skip
+    )
     assert any("text_dataset is not used: objective.language_model is 0" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize(("preset", "rescoring"), [("recommended", 4), ("paper", 0), ("exact", 0), ("reference", 4)])
 def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str, rescoring: int) -> None:
-    """Tokens through each body: the teacher's once a rollout whatever the inner epochs, the student's once an update,
-    on the rollouts' own tokens; `reference` scores every rollout once more, and so does `recommended`, which centres expected returns."""
+    """Tokens that go through each model.
+
+    The teacher reads each rollout once, whatever the number of inner epochs. The student reads it once per update;
+    `reference` scores every rollout once more, and so does `recommended`, which centres expected returns.
+    """
     rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0, "inner_epochs": 3})
     separate: Any = load_model(pair[0], torch.float32)
     trainer = MiniLLMTrainer(
-        *pair, arguments(tmp_path, max_steps=6), rollout=rollout, train_dataset=PROMPTS, engine=TransformersEngine(separate),
+        *pair,
+        arguments(tmp_path, max_steps=6),
+        rollout=rollout,
+        train_dataset=PROMPTS,
+        engine=TransformersEngine(separate),
         objective=Objective.model_validate({"preset": preset}),
-    )  # fmt: skip
+    )
     read: dict[str, list[int]] = {"student": [], "teacher": []}
     for name, model in (("student", trainer.model), ("teacher", trainer.local_teacher.model)):
         count: Any = lambda _, args, kwargs, name=name: read[name].append(kwargs["input_ids"].numel())  # noqa: E731
         model.base_model.register_forward_pre_hook(count, with_kwargs=True)  # pyright: ignore
     trainer.train()
-    # One batch of 8 rollouts; six updates of 4, each in two micro-batches of 2.
+    # One batch of 8 rollouts, and six updates on 4 of them, each in two micro-batches of 2.
     rows = [len(r.prompt_ids) + len(r.response_ids) for r in trainer.rollouts]
     assert len(read["teacher"]) == 1
     assert read["teacher"] == [8 * max(rows)]
     assert len(read["student"]) == 12 + rescoring
-    # Each rollout is in one micro-batch of each epoch, padded to its longer neighbour at most.
+    # Each rollout is in one micro-batch per epoch, padded to the longer rollout in it at most.
     epochs = 3 + (rescoring > 0)
     assert epochs * sum(rows) <= sum(read["student"]) <= epochs * len(rows) * max(rows)
 
@@ -534,7 +557,7 @@ def test_a_mixed_rollout_is_read_by_the_teacher_while_it_is_drawn(pair: tuple[st
 
 
 def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_path: Path) -> None:
-    """With an engine that is a little off, as vLLM's bfloat16 is, the authors' code never sees it."""
+    """An engine's log q may differ a little, as vLLM's does in bfloat16; `reference` replaces it as LMOps does."""
     off: Any = load_model(pair[0], torch.float32)
     engine = TransformersEngine(off)
     engine.update_weights = lambda weights, version: None  # pyright: ignore
@@ -543,9 +566,13 @@ def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_pa
     seen = {}
     for preset in ("paper", "reference"):
         trainer = MiniLLMTrainer(
-            *pair, arguments(tmp_path / preset, max_steps=1, learning_rate=0.0), rollout=ROLLOUT, train_dataset=PROMPTS, engine=engine,
+            *pair,
+            arguments(tmp_path / preset, max_steps=1, learning_rate=0.0),
+            rollout=ROLLOUT,
+            train_dataset=PROMPTS,
+            engine=engine,
             objective=Objective.model_validate({"preset": preset}),
-        )  # fmt: skip
+        )
         trainer.train()
         logged = trainer.state.log_history[0]
         rollout = trainer.rollouts[0]
@@ -585,7 +612,7 @@ def test_an_engine_that_samples_another_student_is_reported_once(
 
 
 def test_rewards_are_those_of_the_first_reading(pair: tuple[str, str], tmp_path: Path) -> None:
-    """On later inner epochs KL(q‖p) has fallen on these very prefixes; the advantages stay centred all the same."""
+    """On later inner epochs KL(q‖p) has fallen on the same prefixes, but the advantages stay as they were."""
     rollout = ROLLOUT.model_copy(update={"inner_epochs": 6, "num_rollouts": 12})
     settings = {
         "per_device_train_batch_size": 12,
@@ -622,7 +649,7 @@ def test_validation_samples_the_pure_student_and_the_best_checkpoint_is_kept(
     assert [e["step"] for e in found] == [2, 4, 6]
     best = min(e["eval_reverse_kl"] for e in found)
     assert trainer.state.best_metric == best
-    # The student that is left is the best one: its own samples, drawn here again with the seeds of validation.
+    # The best student is kept: its samples are drawn here again with the seeds of validation.
     again = trainer.evaluate()
     assert again["eval_reverse_kl"] == pytest.approx(best, rel=1e-4)
     model: Any = load_model(pair[1], torch.float32)
@@ -643,7 +670,7 @@ def test_validation_samples_the_pure_student_and_the_best_checkpoint_is_kept(
 
 
 class OwnEngine(TransformersEngine):
-    """Samples weights of its own, as a server does; `trace` holds what happened, and when."""
+    """Samples from weights of its own, as a server does; `trace` records the calls and their times."""
 
     def __init__(self, folder: str, trace: list[tuple[str, float, float]], fail_at: int | None = None) -> None:
         model: Any = load_model(folder, torch.float32)
@@ -687,8 +714,8 @@ def test_the_next_batch_is_drawn_while_this_one_trains(pair: tuple[str, str], tm
     assert len(updates) == 24
     assert trainer.state.global_step == 12
     logged = [entry for entry in trainer.state.log_history if "version_lag" in entry][::4]
-    assert [entry["version_lag"] for entry in logged] == [0, 4, 4]  # updates, of which a batch has four
-    # What drew the tokens is what the weights are taken against, so only the first batch is on policy.
+    assert [entry["version_lag"] for entry in logged] == [0, 4, 4]  # in updates; a batch has four
+    # Weights are relative to the student that sampled the tokens, so only the first batch is on policy.
     assert "engine_mismatch" in logged[0]
     assert "engine_mismatch" not in logged[1]
     first = next(r for r in trainer.rollouts)
@@ -699,7 +726,7 @@ OFF_POLICY = Objective.recommended(long_term=0.0, divergence={"name": "skew_reve
 
 
 def test_given_and_earlier_responses_fill_up_a_batch(pair: tuple[str, str], tmp_path: Path) -> None:
-    """GKD's share of given data and DistiLLM's replay, under the skew KL; and a resumed run has the same batches."""
+    """GKD's share of given responses and DistiLLM's replay, under the skew KL. A resumed run has the same batches."""
     given = [{"prompt_ids": [2, 4 + i, 3], "response_ids": [5 + i, 6 + i, 1]} for i in range(5)]
     changes = {"on_policy": 0.5, "replay": 0.5, "replay_size": 6, "inner_epochs": 1, "teacher_mix": 0.0}
     rollout = ROLLOUT.model_copy(update=changes)
@@ -761,9 +788,13 @@ def test_responses_of_others_are_refused_where_credit_needs_the_students_own(
 def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"token weights can take: objective.old_logprobs must be engine"):
         MiniLLMTrainer(
-            *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS,
-            objective=Objective.reference(), engine=OwnEngine(pair[0], []),
-        )  # fmt: skip
+            *pair,
+            arguments(tmp_path),
+            rollout=ROLLOUT.model_copy(update={"overlap": True}),
+            train_dataset=PROMPTS,
+            objective=Objective.reference(),
+            engine=OwnEngine(pair[0], []),
+        )
     with pytest.raises(ValueError, match=r"rollout.overlap samples beside the updates"):
         MiniLLMTrainer(
             *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS
@@ -790,7 +821,7 @@ def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp
 
 @pytest.mark.parametrize("kind", ["plain", "whitened", "own-base"])
 def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
-    """The same rollouts, whichever process draws them, and the same weights after two updates."""
+    """Rollouts are the same whichever process samples them, and so are the weights after two updates."""
     launch(pair, tmp_path / "two", kind)
     assert run(*pair, str(tmp_path / "one"), kind) == 1
     one, two = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("one", "two"))
@@ -802,11 +833,26 @@ def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path, 
 
 
 def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:
-    """`tests.train.two_processes` in two of them."""
+    """Run `tests.train.two_processes` in two processes."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "tests.train.two_processes", *pair,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "tests.train.two_processes",
+        *pair,
+    ]
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -816,9 +862,12 @@ def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:
     }
     if kind.startswith("fsdp2"):
         environment |= {
-            "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-            "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        }  # fmt: skip
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        }
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [*command, str(folder), kind], capture_output=True, text=True, timeout=200, env=environment, cwd=root
@@ -835,7 +884,7 @@ deepspeed = pytest.mark.skipif(
     "kind", ["fsdp2", "fsdp2-lora", *(pytest.param(kind, marks=deepspeed) for kind in ("zero2", "zero3", "zero3-lora"))]
 )
 def test_shards_train_and_save_the_student_of_one_process(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
-    """Its head is scored without being called, its weights are gathered for the engine, for every update and to be saved."""
+    """The head is scored without being called, and weights are gathered for the engine, for updates and for saving."""
     launch(pair, tmp_path / "two", kind)
     run(*pair, str(tmp_path / "one"), kind)
     start = load_model(pair[0], torch.float32).state_dict()
@@ -896,7 +945,7 @@ def test_of_a_stream_no_more_text_is_read_than_the_updates_need(pair: tuple[str,
     rows = [{"text": row["text"]} for row, _ in zip(endless(), range(16), strict=False)]
     read.clear()
     trained = [train(pair, tmp_path, objective=objective, text_dataset=text) for text in (endless(), rows)]
-    assert len(read) == 16  # 4 updates of 4 blocks of 16 tokens, each a document of 15 and its end
+    assert len(read) == 16  # 4 updates of 4 blocks of 16 tokens: each block is a document of 15 tokens and its EOS
     ours, theirs = ([e["text_nll"] for e in trainer.state.log_history if "loss" in e] for trainer in trained)
     assert ours == theirs
 
