@@ -26,7 +26,7 @@ from minillm.train.finetune import FineTuner
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.train.test_on_policy import PROMPTS, ROLLOUT, arguments, train
+from tests.train.common import PROMPTS, ROLLOUT, arguments, train
 
 ROWS = [{"prompt_ids": [2, 4 + i % 20, 3], "response_ids": [5 + i % 20, 9, 6 + i % 7, 1]} for i in range(16)]
 VALIDATION = [{"prompt_ids": row["prompt_ids"], "references": ["w5"]} for row in ROWS[:3]]

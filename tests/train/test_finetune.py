@@ -12,7 +12,7 @@ from minillm.loss.config import DivergenceConfig
 from minillm.models.load import load_model
 from minillm.train.finetune import FineTuner
 from minillm.train.supervised import SupervisedTrainer
-from tests.train.test_on_policy import ROLLOUT, arguments
+from tests.train.common import ROLLOUT, arguments
 
 ROWS = [{"prompt_ids": [2, 4 + i, 3][: 2 + i % 2], "response_ids": [5 + i, *[9] * (i % 4), 1]} for i in range(12)]
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": 1}

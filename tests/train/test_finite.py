@@ -18,8 +18,8 @@ from minillm.loss.config import Objective
 from minillm.train.finetune import FineTuner
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
+from tests.train.common import PROMPTS, ROLLOUT, arguments, launch
 from tests.train.test_finetune import ROWS
-from tests.train.test_on_policy import PROMPTS, ROLLOUT, arguments, launch
 
 KINDS = ["minillm", "supervised", "finetune"]
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}

@@ -17,7 +17,7 @@ from minillm.rollout.engines.vllm_memory import vllm_is_installed
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama
 from tests.rollout.test_engines import own_logprobs, start_server, stop_server
-from tests.train.test_on_policy import PROMPTS, arguments, launch
+from tests.train.common import PROMPTS, arguments, launch
 from tests.train.two_processes import run
 
 pytestmark = [
