@@ -1,68 +1,27 @@
-"""Checks of TrainingArguments, of the best checkpoint, and of TRL's configurations.
-
-Every field is honoured, or refused with a reason before weights load.
-"""
+"""Every field of TrainingArguments is honoured, or refused with a reason before weights load."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import PartialState
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from trl.experimental.gkd.gkd_config import GKDConfig
-from trl.trainer.distillation_config import DistillationConfig
-from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.sft_config import SFTConfig
+from transformers import TrainingArguments
 
-from minillm.teacher.served import ServedTeacher
 from minillm.train.arguments import FINE_TUNING_ONLY, HONOURED, IN_A_RECIPE, REFUSED, check_arguments, setting_faults
-from minillm.train.best_checkpoint import METRICS, with_given
 from minillm.train.finetune import FineTuner
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.train.common import PROMPTS, ROLLOUT, arguments, train
+from tests.train.argument_runs import NOWHERE, ROWS, Weights, fine_tuned, furthest, supervised, weights_of
+from tests.train.common import PROMPTS, ROLLOUT, arguments
 
-ROWS = [{"prompt_ids": [2, 4 + i % 20, 3], "response_ids": [5 + i % 20, 9, 6 + i % 7, 1]} for i in range(16)]
-VALIDATION = [{"prompt_ids": row["prompt_ids"], "references": ["w5"]} for row in ROWS[:3]]
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
-NOWHERE: Any = "no/such-model"  # faults are found before weights load, so none are needed
-Weights = dict[str, torch.Tensor]
 
-
-def weights_of(trainer: Any) -> Weights:
-    trainer.train()
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-
-
-def supervised(folder: Path, **changes: Any) -> SupervisedTrainer:
-    student, teacher = tiny_llama(1, layers=1, width=32), tiny_llama(2, layers=1, width=32)
-    args = arguments(folder, **({"max_steps": 3, "learning_rate": 1e-2} | changes))
-    return SupervisedTrainer(
-        student, teacher, args, train_dataset=ROWS, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION
-    )
-
-
-def fine_tuned(folder: Path, **changes: Any) -> Weights:
-    args = arguments(folder, **({"max_steps": 3, "learning_rate": 1e-2} | changes))
-    return weights_of(
-        FineTuner(tiny_llama(1, layers=1, width=32), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
-    )
-
-
-def furthest(one: Weights, other: Weights) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-# Every field
-
-# For each honoured field that changes the training, a value that does. One entry per line would take a hundred lines
-# here and in the tables below.
+# For each honoured field that changes the training, a value that does.
 CHANGES: dict[str, dict[str, Any]] = {
     "per_device_train_batch_size": {"per_device_train_batch_size": 4},
     "gradient_accumulation_steps": {"gradient_accumulation_steps": 1},
@@ -82,6 +41,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "max_grad_norm": {"max_grad_norm": 1e-5, "optim": "sgd"},
     "bf16": {"bf16": True},
 }
+
 # For other fields, a value that must not change the training.
 KEEPS: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
@@ -99,6 +59,7 @@ KEEPS: dict[str, dict[str, Any]] = {
     "restore_callback_states_from_checkpoint": {"restore_callback_states_from_checkpoint": True},
     "do_train": {"do_train": True, "do_predict": True, "resume_from_checkpoint": "x"},
 }
+
 # All others: where and how training runs, and what is logged, saved, uploaded and validated. transformers handles
 # these.
 BESIDE = {
@@ -112,6 +73,7 @@ BESIDE = {
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "do_eval", "do_predict",
     "resume_from_checkpoint", "local_rank",
 }  # fmt: skip
+
 # A value of each refused field that is not its default.
 OTHERS: dict[str, Any] = {
     "per_device_eval_batch_size": 4,
@@ -368,281 +330,3 @@ def test_parameters_of_trainers_that_mean_nothing_here_are_refused(tmp_path: Pat
         SupervisedTrainer(
             NOWHERE, NOWHERE, arguments(tmp_path), train_dataset=ROWS, processing_class=tiny_tokenizer(), **given
         )
-
-
-# The best checkpoint
-
-BEST: dict[str, Any] = {
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "load_best_model_at_end": True,
-}
-TOLD = ["metric_for_best_model", "greater_is_better"]
-
-
-def test_what_validation_measures_is_what_it_is_said_to(pair: tuple[str, str], tmp_path: Path) -> None:
-    trainer = MiniLLMTrainer(
-        *pair, arguments(tmp_path), train_dataset=PROMPTS, rollout=ROLLOUT, eval_dataset=VALIDATION
-    )
-    assert {name.removeprefix("eval_") for name in trainer.evaluate()} - {"epoch"} == METRICS.keys()
-    trainer.close()
-
-
-@pytest.mark.parametrize("name", ["reverse_kl", "eval_reverse_kl", "rouge_l", None])
-def test_the_best_is_the_best_in_the_metrics_own_direction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
-) -> None:
-    scores = iter([3.0, 1.0, 2.0] if name and name.endswith("reverse_kl") else [1.0, 3.0, 2.0])
-
-    def evaluate(self: Any, *_: Any, **__: Any) -> dict[str, float]:
-        value = next(scores)
-        out = {"eval_rouge_l": value, "eval_reverse_kl": value, "eval_finished": 0.0, "eval_length": 0.0}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)
-        return out
-
-    monkeypatch.setattr(SupervisedTrainer, "evaluate", evaluate)
-    trainer = supervised(tmp_path, max_steps=6, metric_for_best_model=name, **BEST)
-    trainer.train()
-    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-4")
-
-
-@pytest.mark.parametrize(
-    ("changes", "given", "metric", "better"),
-    [
-        ({"metric_for_best_model": "finished"}, None, "finished", True),
-        (
-            {"metric_for_best_model": "rouge_l", "greater_is_better": False},
-            None,
-            "rouge_l",
-            False,
-        ),  # set by the user: transformers guesses True
-        ({"metric_for_best_model": "reverse_kl", "greater_is_better": True}, TOLD, "reverse_kl", True),
-        ({"metric_for_best_model": "reverse_kl"}, ["metric_for_best_model"], "reverse_kl", False),
-        ({"metric_for_best_model": "length", "greater_is_better": False}, None, "length", False),
-        ({"metric_for_best_model": "length", "greater_is_better": True}, TOLD, "length", True),
-        ({}, [], "rouge_l", True),
-    ],
-)
-def test_a_direction_that_is_given_is_kept(
-    tmp_path: Path, changes: dict[str, Any], given: list[str] | None, metric: str, better: bool
-) -> None:
-    args = arguments(tmp_path, **BEST, **changes)
-    if given is not None:
-        with_given(args, given)
-    check_arguments(args, eval_dataset=VALIDATION, reads_teacher=True)
-    assert (args.metric_for_best_model, args.greater_is_better) == (metric, better)
-
-
-@pytest.mark.parametrize(
-    ("changes", "rows", "fault"),
-    [
-        (
-            {**BEST, "metric_for_best_model": "rougeL"},
-            VALIDATION,
-            "metric_for_best_model: .* measure it: did you mean rouge_l",
-        ),
-        (
-            {**BEST, "metric_for_best_model": "eval_loss"},
-            VALIDATION,
-            "metric_for_best_model: validation does not measure it",
-        ),
-        (
-            {**BEST, "metric_for_best_model": "length"},
-            VALIDATION,
-            "greater_is_better: whether more of length is better is not known",
-        ),
-        (BEST, None, "eval_strategy: there are no rows to validate on"),
-        (BEST, [], "eval_dataset: there are no rows in it"),
-        (BEST, {"a": VALIDATION}, "eval_dataset: one list of rows is needed"),
-        (
-            {"load_best_model_at_end": True},
-            VALIDATION,
-            "load_best_model_at_end: it goes by validation, which never happens",
-        ),
-        (
-            {"save_strategy": "best", "metric_for_best_model": "rouge_l"},
-            VALIDATION,
-            "save_strategy: it goes by validation, which never",
-        ),
-        (
-            {**BEST, "save_steps": 4},
-            VALIDATION,
-            r"save_steps: with load_best_model_at_end it has to be eval_steps \(2\)",
-        ),
-        (
-            {**BEST, "lr_scheduler_type": "reduce_lr_on_plateau"},
-            VALIDATION,
-            r"lr_scheduler_kwargs: .*: set mode to max \(it is min\)",
-        ),
-    ],
-)
-def test_a_best_that_cannot_be_known_is_refused(tmp_path: Path, changes: dict[str, Any], rows: Any, fault: str) -> None:
-    with pytest.raises(ValueError, match=rf"(^|\n)(args\.)?{fault}"):
-        SupervisedTrainer(
-            NOWHERE,
-            NOWHERE,
-            arguments(tmp_path, **changes),
-            train_dataset=ROWS,
-            processing_class=tiny_tokenizer(),
-            eval_dataset=rows,
-        )
-
-
-def test_reverse_kl_needs_the_teachers_model(tmp_path: Path) -> None:
-    args = arguments(tmp_path, **BEST, metric_for_best_model="reverse_kl")
-    with pytest.raises(
-        ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
-    ):
-        FineTuner(NOWHERE, args, train_dataset=ROWS, eval_dataset=VALIDATION)
-    served = object.__new__(ServedTeacher)
-    rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0})
-    with pytest.raises(
-        ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
-    ):
-        MiniLLMTrainer(
-            NOWHERE,
-            served,
-            args,
-            train_dataset=PROMPTS,
-            rollout=rollout,
-            processing_class=tiny_tokenizer(),
-            eval_dataset=VALIDATION,
-        )
-
-
-def test_a_subclass_may_measure_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> None:
-        raise OSError(f"{name} is looked for")
-
-    monkeypatch.setattr("minillm.train.pair.load_tokenizer", load)
-
-    class Measured(SupervisedTrainer):
-        validation_metrics = METRICS | {"bleu": True}
-
-    args = arguments(tmp_path, **BEST, metric_for_best_model="bleu")
-    with pytest.raises(OSError, match="no/such-model is looked for"):  # there is no other fault
-        Measured(NOWHERE, NOWHERE, args, train_dataset=ROWS, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION)
-
-
-# Configurations of TRL
-
-
-def test_fields_of_trl_are_refused_with_their_names_here(tmp_path: Path) -> None:
-    args = DistillationConfig(
-        str(tmp_path), use_cpu=True, temperature=0.7, beta=0.5, max_completion_length=32, top_k=5, vllm_mode="server"
-    )
-    with pytest.raises(ValueError, match="temperature") as caught:
-        MiniLLMTrainer(
-            NOWHERE, NOWHERE, args, train_dataset=PROMPTS, rollout=ROLLOUT, processing_class=tiny_tokenizer()
-        )
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 5
-    for name, value, here in (
-        ("temperature", 0.7, "RolloutConfig(temperature=...)"),
-        ("beta", 0.5, "DivergenceConfig"),
-        ("max_completion_length", 32, "RolloutConfig(max_new_tokens=...)"),
-        ("top_k", 5, "RolloutConfig(temperature=...)"),
-        ("vllm_mode", "'server'", 'RolloutConfig(engine="server"'),
-    ):
-        line = next(
-            line
-            for line in lines
-            if line.startswith(f"args.{name}: a field of DistillationConfig that is not read; here: ")
-        )
-        assert here in line
-        assert line.endswith(f"(given: {value})")
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        (DistillationConfig, {}),
-        (GKDConfig, {}),
-        (Seq2SeqTrainingArguments, {}),
-        (GRPOConfig, {"per_device_train_batch_size": 8}),  # it computes generation_batch_size from other fields
-        (DistillationConfig, {"disable_dropout": True}),
-        (GKDConfig, {"max_length": None}),  # these always hold here
-    ],
-)
-def test_a_configurations_own_defaults_are_no_choice(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: Any,
-    changes: dict[str, Any],
-) -> None:
-    monkeypatch.setattr("minillm.train.trl_arguments._warned", set())
-    for _ in range(2):
-        check_arguments(kind(str(tmp_path), use_cpu=True, **changes), reads_teacher=True)
-    said = [record for record in caplog.records if "only the fields of TrainingArguments" in record.message]
-    assert len(said) == (kind is not Seq2SeqTrainingArguments)
-
-
-def test_a_classs_own_fields_are_looked_at_whoever_made_it(tmp_path: Path) -> None:
-    @dataclass
-    class Mine(TrainingArguments):
-        alpha: float = 1.0
-
-    check_arguments(Mine(str(tmp_path), use_cpu=True), reads_teacher=True)
-    with pytest.raises(ValueError, match=r"args\.alpha: a field of Mine that is not read \(given: 2\.0\)"):
-        check_arguments(Mine(str(tmp_path), use_cpu=True, alpha=2.0), reads_teacher=True)
-    with pytest.raises(
-        ValueError, match=r"args\.predict_with_generate: a field of Seq2SeqTrainingArguments that is not read"
-    ):
-        check_arguments(
-            Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True), reads_teacher=True
-        )
-    with pytest.raises(ValueError, match=r"args: transformers.TrainingArguments are needed \(given: dict\)"):
-        check_arguments({}, reads_teacher=True)  # pyright: ignore[reportArgumentType]
-
-
-def test_an_sft_config_reaches_trl_as_far_as_it_is_honoured(tmp_path: Path) -> None:
-    def config(**changes: Any) -> SFTConfig:
-        return SFTConfig(
-            str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            max_steps=2,
-            **changes,
-        )
-
-    def trained(**changes: Any) -> Weights:
-        student = tiny_llama(1, layers=1, width=32)
-        trainer = FineTuner(
-            student, config(learning_rate=1e-2, **changes), train_dataset=ROWS, processing_class=tiny_tokenizer()
-        )
-        if changes:
-            assert trainer.args.hub_token == "secret"
-        return weights_of(trainer)
-
-    assert furthest(trained(loss_type="dft", hub_token="secret"), trained()) > 1e-4
-    for changes in (
-        {"packing": True},
-        {"max_length": 64},
-        {"completion_only_loss": False},
-        {"assistant_only_loss": True},
-    ):
-        name = next(iter(changes))
-        with pytest.raises(ValueError, match=rf"args\.{name}: a field of SFTConfig that is not read; here: "):
-            FineTuner(NOWHERE, config(**changes), train_dataset=ROWS)
-    args = GRPOConfig(
-        str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=8,
-        report_to="none",
-        save_strategy="no",
-        max_steps=1,
-    )
-    FineTuner(tiny_llama(1, layers=1, width=32), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
-
-
-def test_noise_on_embeddings_is_refused_by_the_on_policy_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
-    """NEFTune made log q of the sampled tokens differ from the engine's by 0.1 nats, which no warning reported."""
-    with pytest.raises(ValueError, match=r"args\.neftune_noise_alpha: not honoured here"):
-        train(pair, tmp_path, neftune_noise_alpha=5.0)
