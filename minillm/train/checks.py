@@ -14,7 +14,7 @@ def check_on_policy(
     served_teacher: bool,
     sharded_teacher: bool,
     own_base: bool,
-    own_engine: bool,
+    can_overlap: bool,
     text: bool,
     responses: bool,
 ) -> None:
@@ -26,7 +26,7 @@ def check_on_policy(
         served_teacher: whether the teacher is behind a server.
         sharded_teacher: whether the teacher is sharded over processes.
         own_base: whether the teacher is the student's base model.
-        own_engine: whether the caller gave an engine.
+        can_overlap: whether the engine can sample while the student trains.
         text: whether there is text for the language-model term.
         responses: whether there are given responses.
 
@@ -47,7 +47,7 @@ def check_on_policy(
         raise InputError(
             f"rollout.on_policy: {rollout.on_policy:g} trains on given responses too, and there are none (responses)"
         )
-    if rollout.overlap and rollout.engine != "server" and not own_engine:
+    if rollout.overlap and not can_overlap:
         raise InputError(
             "rollout.overlap samples beside the updates, with the weights before them: it needs rollout.engine: server"
         )

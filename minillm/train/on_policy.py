@@ -98,7 +98,7 @@ class MiniLLMTrainer(DistillationTrainer):
             served_teacher=isinstance(teacher, ServedTeacher),
             sharded_teacher=bool(kwargs.get("shard_teacher")),
             own_base=teacher is None,
-            own_engine=engine is not None,
+            can_overlap=engine is not None or config.engine == "server",
             text=text_dataset is not None,
             responses=bool(responses),
         )
