@@ -32,7 +32,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from minillm.models.device import cpu_multiplies_bfloat16, machine
 from minillm.models.load import load_tokenizer
-from minillm.run import runner as stages
+from minillm.run import runner
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import Plan, plan
 from minillm.run.plan.work import updates_of_batch
@@ -82,7 +82,7 @@ def measured(recipe: str, overrides: list[str], stage: str) -> dict[str, Any]:
     DEFAULT_CALLBACKS.append(_Clock)  # pyright: ignore[reportArgumentType]
     loaded = load_recipe(recipe, overrides)
     with _peak_of_the_card() as peak:
-        stages.run(loaded, stage)
+        runner.run_recipe(loaded, stage)
     out: dict[str, Any] = {
         "bytes": peak[0] if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     }
