@@ -134,4 +134,5 @@ def concatenate_rows(rows: Sequence[TeacherRows]) -> TeacherRows:
 
 
 def _widened(values: Tensor, width: int) -> Tensor:
+    """Repeat slot 0 up to `width` slots."""
     return torch.cat([values, values[:, :1].expand(-1, width - values.shape[1])], dim=1)

@@ -11,6 +11,8 @@ from minillm.errors import InputError
 
 
 class TeacherConfig(Section):
+    """Which model the teacher is, and how it is loaded."""
+
     source: ModelSource
     """A Hugging Face folder or hub id, a `.gguf` file, or `package:NAME` for a GGUF file inside an installed
     package."""

@@ -140,6 +140,7 @@ class ServedTeacher:
         return {token: table[token] for token in ids}
 
     def _targets(self, rollout: Rollout, tables: list[LogprobTable]) -> TeacherTargets:
+        """The targets of a response, from the tables of its positions."""
         slots = [[token, *self._wanted(rollout, position)] for position, token in enumerate(rollout.response_ids)]
         width = max(map(len, slots))
         ids = [row + row[:1] * (width - len(row)) for row in slots]

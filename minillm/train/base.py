@@ -24,7 +24,7 @@ from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.train.arguments import check_arguments
 from minillm.train.finite import Finite
-from minillm.train.pair import load_pair, student_tokenizer
+from minillm.train.pair import load_pair, resolve_tokenizer
 from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import check_parameters
 from minillm.train.validation import ValidationMixin
@@ -80,7 +80,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             reads_teacher=not isinstance(teacher, ServedTeacher),
             metrics=self.validation_metrics,
         )
-        tokenizer = student_tokenizer(model, processing_class)
+        tokenizer = resolve_tokenizer(model, processing_class)
         check_one_gpu(args)
         pair = load_pair(model, teacher, args, tokenizer, conventions)
         self.temperature = temperature

@@ -57,6 +57,7 @@ def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prom
 
 
 def _prompt_ids(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids of one row's prompt."""
     if "prompt_ids" in row:
         return list(row["prompt_ids"])
     if "prompt" not in row:

@@ -68,7 +68,7 @@ def compute_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 
-def student_tokenizer(model: str | PreTrainedModel, processing_class: Any) -> Any:
+def resolve_tokenizer(model: str | PreTrainedModel, processing_class: Any) -> Any:
     """The tokenizer that was given, or the one in the student's folder.
 
     Raises:
@@ -142,6 +142,7 @@ def _tokenizer_source(teacher: TeacherSource) -> str:
 
 
 def _warn_of_dtypes(student: PreTrainedModel, args: TrainingArguments) -> None:
+    """Warn of dtypes that are slow here, or that lose updates."""
     if args.bf16 and args.device.type == "cpu" and not fast_bfloat16():
         logger.warning("bf16=True on a CPU that emulates bfloat16, many times slower than float32: leave it out.")
     trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}

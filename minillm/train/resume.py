@@ -43,6 +43,7 @@ def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = Non
 
 
 def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> None:
+    """Train, or only save the student where training had finished; see `train`."""
     stopping = _StopCleanly()
     trainer.add_callback(_Stop(trainer, stopping))
     work = trainer.args.output_dir

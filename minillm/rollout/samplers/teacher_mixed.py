@@ -191,6 +191,7 @@ class _Generation:
         self.drafted = self.accepted = self.rounds = 0
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Rollout]:
+        """Sample in rounds until every response has ended."""
         rows = [
             _Row(prompt, seed, torch.Generator().manual_seed(seed_of(seed, "verify")), unread=list(prompt))
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -318,6 +319,7 @@ class _Generation:
                 row.logq[position] = float(value[0])
 
     def _has_ended(self, row: _Row) -> bool:
+        """Whether a response has ended; sets its length if an end token or a stop string ended it."""
         sampling = self._sampling
         # A draft stops at an end token, so only a stop string can end inside the new tokens; it may span two drafts.
         row.length = sampling.length(row.ids) if sampling.stop is not None or row.ids[-1] in sampling.eos_ids else None
