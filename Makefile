@@ -37,7 +37,7 @@ test: install
 test-full: install
 	test -d $(VENV)/deepspeed || $(BIN)/pip install --target $(VENV)/deepspeed --no-deps deepspeed hjson ninja py-cpuinfo msgpack einops
 	$(BIN)/python -m pytest
-	PYTHONPATH=$(VENV)/deepspeed $(BIN)/python -m pytest tests/train/test_on_policy.py tests/run/test_stages.py -k zero
+	PYTHONPATH=$(VENV)/deepspeed $(BIN)/python -m pytest tests/train/test_processes.py tests/run/test_stages.py -k zero
 
 lint: install
 	$(BIN)/ruff check .

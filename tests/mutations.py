@@ -93,9 +93,9 @@ MUTATIONS = [
     ),
     Mutation(
         "mean per micro-batch instead of per update",
-        "train/on_policy.py",
+        "train/schedule.py",
         "counts = [(count, text_count)] * len(groups)",
-        "counts = [(len(groups) * sum(lengths[i] for i in g), text_count) for g in groups]",
+        "counts = [(len(groups) * sum(tokens[i] for i in g), text_count) for g in groups]",
     ),
     Mutation(
         "importance weight left out",
@@ -208,14 +208,14 @@ MUTATIONS = [
     Mutation(
         "behaviour log-probs of the student alone",
         "rollout/samplers/teacher_mixed.py",
-        "logq, self._mixture(logq, logp), self._engine.version",
-        "logq, logq, self._engine.version",
+        "mixed = mixture_logprobs(logq, logp, self._alpha)",
+        "mixed = logq",
     ),
     Mutation(
         "teacher read anew in every epoch",
         "train/on_policy.py",
-        "        hidden = [r.teacher_hidden.to(device) for r in rollouts if r.teacher_hidden is not None]",
-        "        hidden = self.teacher.hidden([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])",
+        "        states = None\n",
+        "        states = None\n        self.local_teacher.score(rollouts, self.sampling)\n",
     ),
     Mutation(
         "padding of the vocabulary trained on",
@@ -290,14 +290,14 @@ MUTATIONS = [
     ),
     Mutation(
         "micro-batches of reference chosen by length",
-        "train/on_policy.py",
-        "groups = [list(range(start, start + each)) for start in range(0, len(chosen), each)]",
-        "groups = bucket(lengths, each)",
+        "train/schedule.py",
+        "return [list(range(start, start + size)) for start in range(0, len(tokens), size)]",
+        "return bucket(tokens, size)",
     ),
     Mutation(
         "micro-batches of reference added up",
-        "train/on_policy.py",
-        "share = len(groups) * self._processes",
+        "train/schedule.py",
+        "share = len(groups) * self._worker.processes",
         "share = 1",
     ),
     Mutation("whitened in each process by itself", "train/on_policy.py", "total=self.global_sum,", "total=float,"),
@@ -322,8 +322,8 @@ MUTATIONS = [
     Mutation(
         "replayed rollouts taken for fresh ones",
         "train/on_policy.py",
-        "self._others.keep(drawn.rollouts)",
-        "self._others.keep([])",
+        "self.source.others.keep(sampled.rollouts)",
+        "self.source.others.keep([])",
     ),
     Mutation(
         "answers of a process that was swapped meanwhile believed",
@@ -357,7 +357,7 @@ MUTATIONS = [
     ),
     Mutation(
         "shards saved as such",
-        "train/validation.py",
+        "train/student.py",
         'if fsdp is not None and "FULL_STATE_DICT" not in',
         'if False and "FULL_STATE_DICT" not in',
     ),

@@ -27,7 +27,18 @@ from minillm.teacher.config import TeacherConfig
 
 ROOT = Path(__file__).parents[1]
 # Each floor may import from those below it (to its left), and from itself.
-FLOORS = ["errors config redaction", "data", "models", "loss", "teacher", "rollout", "evaluation", "train", "run", "cli"]
+FLOORS = [
+    "errors config redaction",
+    "data",
+    "models",
+    "loss",
+    "teacher",
+    "rollout",
+    "evaluation",
+    "train",
+    "run",
+    "cli",
+]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Read by everything, so that a typing error in a recipe costs no import of torch.
 LIGHT = [
@@ -97,7 +108,12 @@ def imports(tree: ast.AST, *, top: bool = False, types: bool = True) -> Iterator
         types: include what is imported for type checkers only.
     """
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" and not types:
+        if (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Name)
+            and node.test.id == "TYPE_CHECKING"
+            and not types
+        ):
             continue
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
@@ -158,7 +174,9 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
 def is_kernel_or_constructor(function: ast.FunctionDef) -> bool:
     """Triton kernels take every number by itself; a public constructor's keywords are what users write."""
     jitted = any("triton" in ast.unparse(decorator) for decorator in function.decorator_list)
-    return jitted or function.name == "__init__" or any("app.command" in ast.unparse(d) for d in function.decorator_list)
+    return (
+        jitted or function.name == "__init__" or any("app.command" in ast.unparse(d) for d in function.decorator_list)
+    )
 
 
 def test_no_function_is_too_long_or_takes_too_much() -> None:

@@ -123,8 +123,8 @@ def main() -> None:
         return sum(len(rollout.response_ids) for rollout in rollouts)
 
     def mixed(draft: int) -> int:
-        sampler = TeacherMixedSampler(engine, teacher, options.alpha, draft)
-        drawn = count(sampler.generate(prompts, sampling, seeds()))
+        sampler = TeacherMixedSampler(teacher, options.alpha, draft)
+        drawn = count(sampler.generate(engine, prompts, sampling, seeds()))
         acceptance[draft] = sampler.accepted / sampler.drafted
         return drawn
 

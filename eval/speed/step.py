@@ -120,7 +120,7 @@ def ours(options: argparse.Namespace) -> None:
         trainer.sampling = replace(trainer.sampling, eos_ids=())  # every response has all its tokens
         trainer.add_callback(Obey(trainer.model))
         trainer.train()
-        lengths = {len(r.response_ids) for r in trainer._rollouts}
+        lengths = {len(r.response_ids) for r in trainer.rollouts}
         say({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
         trainer.close()
 

@@ -1,62 +1,100 @@
-"""A sampled response, and what its tokens are drawn from."""
+"""Sampled responses, and what a teacher returns about their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minillm.data.sampling import Sampling
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 
 @dataclass
 class TeacherRows:
-    """Log p of a few tokens after each of N prefixes, for a teacher that is not at hand to give all of them.
+    """Log p of a few tokens at each of N positions, from a teacher that does not return whole distributions.
 
-    ids, logprobs: [N, K]. Slot 0 is the token that was drawn; a slot that is not used repeats it.
+    Attributes:
+        ids: token ids. Slot 0 of each row is the sampled token; a slot that is not needed repeats it.
+        logprobs: float32, log p of the tokens in `ids`.
     """
 
-    ids: Tensor
-    logprobs: Tensor
+    ids: Int[Tensor, "tokens slots"]
+    logprobs: Float[Tensor, "tokens slots"]
+
+
+@dataclass
+class TeacherTargets:
+    """What a teacher returns about one response of T tokens.
+
+    Either `hidden` or `rows` is given: final hidden states from a teacher in this process, rows from a served one.
+
+    Attributes:
+        token_logprobs: float32, log p(y_t) of the response's own tokens.
+        hidden: the teacher's final hidden states that predict the tokens.
+        rows: log p of a few tokens at each position.
+    """
+
+    token_logprobs: Float[Tensor, " tokens"]
+    hidden: Float[Tensor, "tokens hidden"] | None = None
+    rows: TeacherRows | None = None
 
 
 @dataclass
 class Rollout:
-    """One sampled response; nothing is padded.
+    """One sampled response of T tokens, without padding.
 
     Attributes:
-        response_ids: T tokens, up to and including the first EOS.
-        student_logprobs: [T] float32, log q_old(y_t) in the engine's own numbers.
-        behaviour_logprobs: [T] float32, log-probability under the distribution that really drew y_t.
-        weights_version: which weights q_old is.
-        finished: it ended with an EOS or a stop string rather than at the limit.
-        teacher_logprobs: [T] float32, log p(y_t); None until scored.
-        teacher_hidden: [T, H_p], the teacher's final states that predict y_t; None until scored, and for a served teacher.
-        teacher_rows: what a served teacher tells instead; None otherwise.
-        likeliest: for each place, log q of the likeliest tokens by id; None unless asked for.
-        reverse_kl: [T] float32, KL(q‖p) after each prefix, of the student that first trained on it; None until then.
+        prompt_ids: the prompt's tokens.
+        response_ids: the response's tokens, up to and including the first EOS.
+        student_logprobs: float32, log q_old(y_t) as the engine computed it.
+        behaviour_logprobs: float32, log-probability of y_t under the distribution that it was sampled from.
+        weights_version: the version of the weights that q_old stands for.
+        finished: whether the response ended with an EOS or a stop string, rather than at the length limit.
+        teacher: what the teacher returned; None until the response is scored.
+        reverse_kl: float32, KL(q‖p) after each prefix, for the student that first trained on the response; None until
+            then.
+        top_logprobs: log q of the most likely tokens at each position, by token id; None unless they were requested.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
-    student_logprobs: Tensor
-    behaviour_logprobs: Tensor
+    student_logprobs: Float[Tensor, " tokens"]
+    behaviour_logprobs: Float[Tensor, " tokens"]
     weights_version: int
     finished: bool
-    teacher_logprobs: Tensor | None = None
-    teacher_hidden: Tensor | None = None
-    teacher_rows: TeacherRows | None = None
-    reverse_kl: Tensor | None = None
+    teacher: TeacherTargets | None = None
+    reverse_kl: Float[Tensor, " tokens"] | None = None
     top_logprobs: Sequence[dict[int, float]] | None = None
 
     @classmethod
     def drawn(
-        cls, prompt: list[int], ids: list[int], logprobs: Sequence[float], sampling: Sampling, version: int, *,
-        stopped: bool = False, top_logprobs: Sequence[dict[int, float]] | None = None,
-    ) -> Rollout:  # fmt: skip
-        """What an engine drew, cut after the token that ends it; `stopped`: the engine saw an end."""
+        cls,
+        prompt: list[int],
+        ids: list[int],
+        logprobs: Sequence[float],
+        sampling: Sampling,
+        version: int,
+        *,
+        stopped: bool = False,
+        top_logprobs: Sequence[dict[int, float]] | None = None,
+    ) -> Rollout:
+        """Build a rollout from an engine's output, cut after the token that ends the response.
+
+        Args:
+            prompt: the prompt's tokens.
+            ids: the sampled tokens, which may continue after the end of the response.
+            logprobs: log q of each of `ids`.
+            sampling: how the tokens were sampled; it says where a response ends.
+            version: the version of the weights that sampled.
+            stopped: whether the engine itself reported the end of the response.
+            top_logprobs: log q of the most likely tokens at each position.
+        """
         length = sampling.length(ids)
         values = torch.tensor(logprobs[:length], dtype=torch.float32)
         finished = stopped or length is not None
@@ -64,13 +102,37 @@ class Rollout:
             prompt, ids[:length], values, values, version, finished, top_logprobs=top_logprobs and top_logprobs[:length]
         )
 
+    def to_saved(self) -> dict[str, Any]:
+        """The fields for a checkpoint.
 
-def join(rows: Sequence[TeacherRows]) -> TeacherRows:
-    """Rows of several responses, one after another."""
+        The teacher's targets are left out: they are large, and the teacher returns them again.
+        """
+        return {name: value for name, value in vars(self).items() if name != "teacher"}
+
+    @classmethod
+    def from_saved(cls, fields: Mapping[str, Any]) -> Rollout:
+        """Restore a rollout from `to_saved`, or from a checkpoint of an earlier version.
+
+        Earlier versions saved `top_logprobs` as `likeliest`, and three fields for the teacher's targets, which they
+        left empty.
+        """
+        kept = dict(fields)
+        for name in ("teacher_hidden", "teacher_logprobs", "teacher_rows"):
+            kept.pop(name, None)
+        if "likeliest" in kept:
+            kept["top_logprobs"] = kept.pop("likeliest")
+        return cls(**kept)
+
+
+def concatenate_rows(rows: Sequence[TeacherRows]) -> TeacherRows:
+    """Rows of several responses, one response after another, padded to the most slots."""
     width = max(row.ids.shape[1] for row in rows)
-    wide = [(_widened(row.ids, width), _widened(row.logprobs, width)) for row in rows]
-    return TeacherRows(torch.cat([ids for ids, _ in wide]), torch.cat([logprobs for _, logprobs in wide]))
+    return TeacherRows(
+        torch.cat([_widened(row.ids, width) for row in rows]),
+        torch.cat([_widened(row.logprobs, width) for row in rows]),
+    )
 
 
-def _widened(values: torch.Tensor, width: int) -> torch.Tensor:
+def _widened(values: Tensor, width: int) -> Tensor:
+    """Repeat slot 0 up to `width` slots."""
     return torch.cat([values, values[:, :1].expand(-1, width - values.shape[1])], dim=1)

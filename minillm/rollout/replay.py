@@ -1,4 +1,4 @@
-"""What a batch of rollouts holds besides those drawn for it: earlier ones (replay), and given responses."""
+"""The part of a batch that is not sampled for it: earlier rollouts (replay) and given responses."""
 
 from __future__ import annotations
 
@@ -11,65 +11,74 @@ import torch
 from minillm.data.rollouts import Rollout
 from minillm.data.seeding import permutation
 from minillm.rollout.config import RolloutConfig
+from minillm.rollout.worker import Worker
 
-_GIVEN_RESPONSE_VERSION = -1  # the weights' version of a given response
+_GIVEN_RESPONSE_VERSION = -1  # the weights version of a given response
 
 
-class OtherResponses:
-    """Of one process of several; which ones a batch gets is a function of its number and of what was drawn before.
+class ReplayedAndGiven:
+    """Replayed rollouts and given responses of one process.
+
+    Which ones a batch gets is a function of its number and of what was sampled before.
 
     Args:
+        config: settings of the rollouts.
         given: rows with `prompt_ids` and `response_ids`.
         eos_ids: tokens that end a response.
+        worker: this process, and the seed of the run.
     """
 
     def __init__(
-        self,
-        config: RolloutConfig,
-        given: Sequence[dict[str, Any]],
-        eos_ids: Sequence[int],
-        seed: int,
-        rank: int,
-        processes: int,
+        self, config: RolloutConfig, given: Sequence[dict[str, Any]], eos_ids: Sequence[int], worker: Worker
     ) -> None:
-        self.earlier: list[Rollout] = []  # the oldest first
-        self._config, self._given, self._eos_ids = config, given, eos_ids
-        self._seed, self._rank, self._processes = seed, rank, processes
-        self._size = config.num_rollouts // processes
+        self.buffer: list[Rollout] = []
+        """Rollouts that can be replayed, the oldest first."""
+        self._config, self._given, self._eos_ids, self._worker = config, given, eos_ids, worker
+        self._size = config.num_rollouts // worker.processes
 
     def sizes(self) -> tuple[int, int, int]:
-        """Of this process's part of the next batch: drawn now, drawn earlier, given."""
+        """This process's numbers of sampled, replayed and given responses in the next batch."""
         given = round((1 - self._config.on_policy) * self._size)
-        earlier = min(round(self._config.replay * (self._size - given)), len(self.earlier))
-        return self._size - given - earlier, earlier, given
+        replayed = min(round(self._config.replay * (self._size - given)), len(self.buffer))
+        return self._size - given - replayed, replayed, given
 
-    def of_batch(self, number: int, drawn: int) -> tuple[list[Rollout], list[Rollout]]:
-        """Earlier rollouts and given responses that fill up batch `number` beside `drawn` new ones. The given ones lack log q."""
-        if drawn == self._size:
+    def complete(self, number: int, sampled: int) -> tuple[list[Rollout], list[Rollout]]:
+        """Rollouts that complete a batch.
+
+        Args:
+            number: the batch's number.
+            sampled: how many rollouts were sampled for it in this process.
+
+        Returns:
+            The replayed rollouts, and the given responses as rollouts without log q.
+        """
+        if sampled == self._size:
             return [], []
         given = self.sizes()[2]
-        again = permutation(len(self.earlier), self._seed, "replay", number, self._rank)[: self._size - drawn - given]
-        first = (number * self._processes + self._rank) * given
-        rows = [self._given[row] for row in (self._row_at(place) for place in range(first, first + given))]
-        return [replace(self.earlier[i]) for i in again], [self._given_rollout(row) for row in rows]
+        order = permutation(len(self.buffer), self._worker.seed, "replay", number, self._worker.rank)
+        first = (number * self._worker.processes + self._worker.rank) * given
+        rows = [self._given[self._given_row_at(position)] for position in range(first, first + given)]
+        replayed = [replace(self.buffer[i]) for i in order[: self._size - sampled - given]]
+        return replayed, [self._given_rollout(row) for row in rows]
 
     def keep(self, rollouts: Sequence[Rollout]) -> None:
-        """For later batches, without what was scored."""
+        """Keep sampled rollouts for later batches, without the teacher's targets and KL(q‖p)."""
         if self._config.replay:
-            bare = {"teacher_hidden": None, "teacher_logprobs": None, "teacher_rows": None, "reverse_kl": None}
-            self.earlier += [replace(rollout, **bare) for rollout in rollouts]
-            self.earlier = self.earlier[-max(self._config.replay_size // self._processes, 1) :]
+            self.buffer += [replace(rollout, teacher=None, reverse_kl=None) for rollout in rollouts]
+            self.buffer = self.buffer[-max(self._config.replay_size // self._worker.processes, 1) :]
 
     def given_rows(self, rollouts: Sequence[Rollout]) -> list[int]:
-        """Which rows of the given responses are among some rollouts."""
+        """Row numbers of the given responses among some rollouts."""
         found = [(r.prompt_ids, r.response_ids) for r in rollouts if r.weights_version == _GIVEN_RESPONSE_VERSION]
-        return [
-            i for i, row in enumerate(self._given if found else []) if (list(row["prompt_ids"]), list(row["response_ids"])) in found
-        ]  # fmt: skip
+        if not found:
+            return []
+        rows = [(list(row["prompt_ids"]), list(row["response_ids"])) for row in self._given]
+        return [i for i, row in enumerate(rows) if row in found]
 
-    def _row_at(self, place: int) -> int:
-        lap, at = divmod(place, len(self._given))
-        return permutation(len(self._given), self._seed, "given", lap)[at]
+    def _given_row_at(self, position: int) -> int:
+        """The row at a position in the endless sequence of passes over the given responses, each in a seeded order."""
+        epoch, index = divmod(position, len(self._given))
+        return permutation(len(self._given), self._worker.seed, "given", epoch)[index]
 
     def _given_rollout(self, row: dict[str, Any]) -> Rollout:
         ids, none = list(row["response_ids"]), torch.zeros(0)

@@ -11,27 +11,32 @@ from minillm.errors import InputError
 
 
 class TeacherConfig(Section):
+    """Which model the teacher is, and how it is loaded."""
+
     source: ModelSource
-    """A Hugging Face folder or hub id, a `.gguf` file, or `package:NAME` for a GGUF file inside an installed package."""
+    """A Hugging Face folder or hub id, a `.gguf` file, or `package:NAME` for a GGUF file inside an installed
+    package."""
     adapter: ModelSource | None = None
-    """A PEFT adapter's folder or hub id, which the teacher stage merges into `source`."""
+    """Folder or hub id of a PEFT adapter, which the teacher stage merges into `source`."""
     shard: bool = False
-    """Deal its blocks out over all processes of the warm-up and minillm stages (FSDP2), for a teacher that one GPU does not hold.
-    Not with teacher mixing, whose rounds differ between processes."""
+    """Shard the teacher's decoder layers over all processes of the warm-up and minillm stages (FSDP2), for a teacher
+    that does not fit on one GPU. It excludes teacher mixing, whose number of rounds differs between processes."""
     servers: list[str] = []
-    """`http://host:port` of `vllm serve` processes that hold the teacher: in the minillm stage they score the rollouts, and
-    only `source`'s tokenizer and config are read. See `minillm.teacher.served` for what that costs in exactness."""
+    """`http://host:port` of `vllm serve` processes that hold the teacher. In the minillm stage they score the rollouts,
+    and only the tokenizer and the config of `source` are read. See `minillm.teacher.served` for what that costs in
+    exactness."""
     top_k: Annotated[int, Field(ge=1, le=19)] = 16
-    """The student's likeliest tokens of which a served teacher tells log p, for the single-step term."""
+    """How many of the student's most likely tokens a served teacher returns log p for, for the single-step term."""
     quantization: Literal["8bit", "4bit"] | None = None
-    """Hold it in 8 bits (LLM.int8) or 4 (NF4), by bitsandbytes, where it reads: in warm-up, minillm and evaluation. Its head and
-    embeddings stay as they are, and so does the teacher that answers in the responses stage."""
+    """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes where it scores: in warm-up, minillm and
+    evaluation. Its head and embeddings keep their dtype, and so does the teacher that answers in the responses
+    stage."""
 
     @model_validator(mode="after")
-    def _quantized_here(self) -> TeacherConfig:
+    def _check_quantization(self) -> TeacherConfig:
         if self.quantization and (self.shard or self.servers):
             what = (
-                "shard: bitsandbytes' layers are not dealt out"
+                "shard: bitsandbytes layers cannot be sharded"
                 if self.shard
                 else "servers: they hold the teacher as they were started"
             )

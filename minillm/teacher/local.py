@@ -1,33 +1,40 @@
-"""The teacher as a model in this process: final hidden states once, log-probabilities from them as often as needed.
+"""A teacher as a model in this process.
 
-A final state is H numbers where a row of logits is V: 10 KB a token for a 13B teacher instead of 100 to 600.
+It computes the final hidden states once, and log-probabilities from them as often as they are needed. A final hidden
+state has H numbers where a row of logits has V: 10 KB per token for a 13B teacher instead of 100 to 600.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket, pad
-from minillm.data.rollouts import Rollout
+from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.models.head import head_of, hidden_states
 from minillm.models.shards import is_sharded
 
-_ROWS = 256  # rows of logits alive at once on a CPU
-# A GPU waits for launches unless it gets more at a time: so many logits (half a GiB in float32), tokens, sequences.
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+_CPU_ROWS = 256  # rows of logits in memory at once on a CPU
+# A GPU waits for kernel launches unless each one has more to do: logits (2^27 are half a GiB in float32), tokens and
+# sequences that are processed at once.
 _GPU_LOGITS, _GPU_TOKENS, _GPU_SEQUENCES = 1 << 27, 1 << 15, 256
 
 
 class LocalTeacher:
-    """Args:
-    model: frozen here; it keeps its own dtype.
-    batch_size: sequences in one forward; on a GPU more, where they are short.
+    """A frozen teacher in this process.
+
+    Args:
+        model: the teacher, which is put in evaluation mode and frozen; it keeps its own dtype.
+        batch_size: sequences in one forward; on a GPU more, where the sequences are short.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 16) -> None:
@@ -36,18 +43,29 @@ class LocalTeacher:
         self.sharded = is_sharded(model)
 
     def reading(self) -> AbstractContextManager[Any]:
-        """What a forward happens in."""
+        """Context manager for every forward of the teacher."""
         return nullcontext()
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Which sequences go through the model together, like lengths with like."""
+        """Indices of the sequences that go through the model together, sequences of similar length in one group."""
         size = self.batch_size
-        if self.model.device.type != "cpu" and not self.sharded:  # with shards every process must make as many forwards
+        # With shards, every process must run the same number of forwards, so the size may not depend on the lengths.
+        if self.model.device.type != "cpu" and not self.sharded:
             size = max(size, min(_GPU_TOKENS // max(lengths, default=1), _GPU_SEQUENCES))
         return bucket(lengths, size)
 
-    def hidden(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Final states [T_i, H] that predict each response's tokens: one forward, no gradient."""
+    def hidden(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "tokens hidden"]]:
+        """Final hidden states that predict each response's tokens, computed in one forward without gradient.
+
+        Args:
+            prompts: token ids, at least one per prompt.
+            responses: token ids of the response to each prompt.
+
+        Returns:
+            For response i of T_i tokens, a tensor [T_i, H] on the model's device.
+        """
         out: list[Tensor | None] = [None] * len(prompts)
         for group in self.groups([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
             with torch.no_grad(), self.reading():
@@ -57,17 +75,28 @@ class LocalTeacher:
                 out[i] = state
         return [state for state in out if state is not None]
 
-    def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
-        """Fill in what the rollouts lack of `teacher_hidden` and `teacher_logprobs`."""
-        missing = [rollout for rollout in rollouts if rollout.teacher_hidden is None]
-        hidden = self.hidden([r.prompt_ids for r in missing], [r.response_ids for r in missing])
-        for rollout, states in zip(missing, hidden, strict=True):
-            rollout.teacher_hidden = states
-            rollout.teacher_logprobs = self.token_logprobs(states, rollout.response_ids, sampling)
+    def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> list[TeacherTargets]:
+        """Score responses: final hidden states and token log-probabilities; see `Teacher.score`."""
+        hidden = self.hidden([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+        return [
+            TeacherTargets(self.token_logprobs(states, rollout.response_ids, sampling), hidden=states)
+            for rollout, states in zip(rollouts, hidden, strict=True)
+        ]
 
-    def token_logprobs(self, hidden: Tensor, ids: Sequence[int], sampling: Sampling) -> Tensor:
-        """log p of each of `ids` [T] given its state, float32 on the CPU."""
-        rows = _ROWS if hidden.device.type == "cpu" else max(_ROWS, _GPU_LOGITS // sampling.vocab_size)
+    def token_logprobs(
+        self, hidden: Float[Tensor, "tokens hidden"], ids: Sequence[int], sampling: Sampling
+    ) -> Float[Tensor, " tokens"]:
+        """Log p of one token per hidden state.
+
+        Args:
+            hidden: final hidden states.
+            ids: the token whose log-probability is wanted at each position.
+            sampling: the temperature and the vocabulary.
+
+        Returns:
+            float32, on the CPU.
+        """
+        rows = _CPU_ROWS if hidden.device.type == "cpu" else max(_CPU_ROWS, _GPU_LOGITS // sampling.vocab_size)
         tokens = torch.tensor(list(ids), device=hidden.device)[:, None]
         out = [
             self.distribution(states, sampling).gather(1, part)[:, 0]
@@ -76,14 +105,22 @@ class LocalTeacher:
         return torch.cat(out).cpu() if len(ids) else torch.zeros(0)
 
     @torch.no_grad()
-    def distribution(self, hidden: Tensor, sampling: Sampling) -> Tensor:
-        """log p over the shared vocabulary [T, V], float32."""
+    def distribution(self, hidden: Float[Tensor, "tokens hidden"], sampling: Sampling) -> Float[Tensor, "tokens vocab"]:
+        """Log p over the shared vocabulary at each hidden state, float32."""
         head = head_of(self.model).narrow(sampling.vocab_size)
         return torch.log_softmax(head.logits(hidden, sampling.temperature), dim=-1)
 
+    def close(self) -> None:
+        """Nothing has to be released."""
+
 
 class AdapterOff(LocalTeacher):
-    """The base of a student with an adapter, as it is with the adapter switched off: a teacher that takes no memory of its own."""
+    """The base model of a student with an adapter, as it is with the adapter disabled; it takes no memory of its own.
+
+    Args:
+        student: a PEFT model.
+        batch_size: sequences in one forward.
+    """
 
     def __init__(self, student: Any, batch_size: int = 16) -> None:
         self._student = student
@@ -91,8 +128,9 @@ class AdapterOff(LocalTeacher):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
+        """Disable the adapter for a forward, and put the student in evaluation mode."""
         training = self._student.training
-        self._student.eval()  # in training, checkpointed layers keep no keys and values
+        self._student.eval()  # in training mode, checkpointed layers keep no keys and values
         try:
             with self._student.disable_adapter():
                 yield

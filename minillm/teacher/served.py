@@ -1,15 +1,18 @@
-"""A teacher behind stock `vllm serve` processes: log-probabilities of the drawn tokens and of some others.
+"""A teacher behind stock `vllm serve` processes.
 
-One request a response gives log p of every drawn token, which is all that sampled rewards need: with `reward: sampled` the
-long-term term is what it is with a teacher at hand. KL(q‖p) would need whole rows. Here it is that of a partition: the
-student's `top_k` likeliest tokens, the drawn one, and all others as one event. It is smaller than the true one by
-q(others) · KL(q‖p within the others); README says what that is for a real pair. The same goes for `reward: expected`.
+It returns log-probabilities of the sampled tokens and of some others. One request per response gives log p of every
+sampled token, which is all that sampled rewards need: with `reward: sampled` the long-term term is the same as with a
+teacher in this process. KL(q‖p) would need whole rows of log-probabilities. It is computed over a partition instead:
+the student's `top_k` most likely tokens, the sampled token, and all others as one event. This is smaller than the true
+value by q(others) · KL(q‖p within the others); the README gives the size of that for a real pair. The same holds for
+`reward: expected`.
 
-The request also tells the teacher's own likeliest tokens. Where those leave out one of the student's, the place is asked
-for by itself, which the server's prefix cache makes a matter of one block of tokens.
+The request also returns the teacher's own most likely tokens. Where they leave out one of the student's, a second
+request asks for that position alone, which costs one block of tokens because the server caches prefixes.
 
-A token that the teacher excludes comes as −inf, or as the −9999 that vLLM writes for it: its mass is 0, and its log p
-`minillm.data.logprobs.LOG_ZERO`, as with a teacher at hand. What is above 0 or not a number is no answer, and asked for again.
+A token that the teacher excludes has log p = −inf, or the −9999 that vLLM writes for it. Its mass is 0, and its log p
+becomes `minillm.data.logprobs.LOG_ZERO`, as with a teacher in this process. A value above 0, or one that is not a
+number, counts as an invalid response, and the request is repeated.
 """
 
 from __future__ import annotations
@@ -20,33 +23,41 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from minillm.data.rollouts import Rollout, TeacherRows
+from minillm.data.rollouts import Rollout, TeacherRows, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.errors import InputError
 from minillm.models.servers import PLAIN, Servers, checked_logprob, read_completion
 
-_TOP_LOGPROBS = 20  # as many as a server gives unless --max-logprobs says otherwise
-_NEGLIGIBLE = -9.2  # log 1e-4: less likely tokens of the student are left to the others
+_TOP_LOGPROBS = 20  # the most that a server returns unless --max-logprobs says otherwise
+_NEGLIGIBLE = -9.2  # log 1e-4: less likely tokens of the student are counted among the others
+
+LogprobTable = dict[int, float]
+"""Log p of some tokens at one position, by token id."""
 
 
 class ServedTeacher:
-    """Scores rollouts; holds no model.
+    """Scores rollouts by requests to servers; it holds no model.
+
+    Rows of the teacher's head beyond the vocabulary, which a teacher in this process leaves out, count in the server's
+    log-probabilities: log p is smaller by log(1 − their mass), which for trained models is far below rounding.
 
     Args:
-        urls: `http://host:port` of each server. They need no setting of their own; `VLLM_API_KEY` is sent where it is set.
+        urls: `http://host:port` of each server. The servers need no special settings; `VLLM_API_KEY` is sent if it is
+            set.
         source: folder or hub id of the teacher's tokenizer and config.
-        top_k: tokens of the student per place; 0 where only drawn tokens count.
+        top_k: how many of the student's most likely tokens are scored per position; 0 where only sampled tokens count.
+        patience: seconds for which a server that does not answer is retried.
 
-    Rows of the teacher's head beyond the vocabulary, which a teacher at hand leaves out, count in the server's numbers:
-    log p is smaller by log(1 − their mass), which trained models keep far below rounding.
+    Raises:
+        InputError: there is no address, or `top_k` is more than servers return.
     """
 
     def __init__(self, urls: Sequence[str], source: str, *, top_k: int = 16, patience: float = 600.0) -> None:
         if not urls:
-            raise InputError("teacher.servers: no address")
+            raise InputError("teacher.servers: no address is given")
         if top_k >= _TOP_LOGPROBS:
             raise InputError(
-                f"teacher.top_k ({top_k}): an engine tells fewer than {_TOP_LOGPROBS} of its likeliest tokens"
+                f"teacher.top_k ({top_k}) must be less than {_TOP_LOGPROBS}, the number of tokens that a server returns"
             )
         self.source, self.top_k = source, top_k
         self._servers = Servers(urls, patience=patience, setting="rollout.server_patience")
@@ -57,60 +68,60 @@ class ServedTeacher:
         return AutoConfig.from_pretrained(self.source).get_text_config().vocab_size
 
     def attach(self, max_length: int) -> None:
-        """Make sure that every server is there and takes sequences of `max_length` tokens.
+        """Check that every server is reachable and accepts sequences of `max_length` tokens.
 
         Raises:
-            EngineError: which does not.
+            EngineError: a server is unreachable, or serves shorter sequences.
         """
         for server in self._servers.each:
-            # The token that a request for log-probabilities has to draw besides takes a place too.
+            # A request for log-probabilities has to sample one more token, which needs a position too.
             self._servers.call_with_retries(lambda server=server: server.attach(max_length + 1), server)
 
-    def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
-        """Fill in `teacher_logprobs` and `teacher_rows` of the rollouts that lack them.
+    def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> list[TeacherTargets]:
+        """Score responses: log p of their tokens and of the student's most likely ones; see `Teacher.score`.
 
         Raises:
-            ValueError: a temperature other than 1, of which the server's numbers are not.
+            InputError: the temperature is not 1, which is the temperature of the servers' log-probabilities.
         """
         if sampling.temperature != 1.0:
             raise InputError(f"a served teacher's log-probabilities are of temperature 1, not {sampling.temperature:g}")
-        missing = [rollout for rollout in rollouts if rollout.teacher_logprobs is None]
-        tables = self._servers.all([lambda r=r: self._read(r) for r in missing])
-        places = [
-            (table, rollout.prompt_ids + rollout.response_ids[:place], unknown)
-            for rollout, rows in zip(missing, tables, strict=True)
-            for place, table in enumerate(rows)
-            if (unknown := [token for token in self._wanted(rollout, place) if token not in table])
+        tables = self._servers.all([lambda r=r: self._request_response(r) for r in rollouts])
+        incomplete = [
+            (table, rollout.prompt_ids + rollout.response_ids[:position], unknown)
+            for rollout, rows in zip(rollouts, tables, strict=True)
+            for position, table in enumerate(rows)
+            if (unknown := [token for token in self._wanted(rollout, position) if token not in table])
         ]
         found = self._servers.all(
-            [lambda prefix=prefix, ids=ids: self._named(prefix, ids) for _, prefix, ids in places]
+            [lambda prefix=prefix, ids=ids: self._request_position(prefix, ids) for _, prefix, ids in incomplete]
         )
-        for (table, _, _), more in zip(places, found, strict=True):
+        for (table, _, _), more in zip(incomplete, found, strict=True):
             table |= more
-        for rollout, rows in zip(missing, tables, strict=True):
-            self._fill(rollout, rows)
+        return [self._targets(rollout, rows) for rollout, rows in zip(rollouts, tables, strict=True)]
 
     def close(self) -> None:
-        """Let go of the servers."""
+        """Close the connections to the servers."""
         self._servers.close()
 
-    def _wanted(self, rollout: Rollout, place: int) -> list[int]:
-        """The student's likeliest tokens at a place, the drawn one left out."""
+    def _wanted(self, rollout: Rollout, position: int) -> list[int]:
+        """The student's most likely tokens at a position, without the sampled one."""
         if not self.top_k or rollout.top_logprobs is None:
             return []
-        drawn = rollout.response_ids[place]
-        top_logprobs = sorted(rollout.top_logprobs[place].items(), key=lambda entry: -entry[1])
-        return [token for token, logq in top_logprobs if token != drawn and logq > _NEGLIGIBLE][: self.top_k]
+        sampled = rollout.response_ids[position]
+        top_logprobs = sorted(rollout.top_logprobs[position].items(), key=lambda entry: -entry[1])
+        return [token for token, logq in top_logprobs if token != sampled and logq > _NEGLIGIBLE][: self.top_k]
 
-    def _read(self, rollout: Rollout) -> list[dict[int, float]]:
-        """For each place, log p of the drawn token and of the teacher's likeliest."""
+    def _request_response(self, rollout: Rollout) -> list[LogprobTable]:
+        """At each position of a response, log p of the sampled token and of the teacher's most likely ones."""
         tokens = len(rollout.response_ids)
         body = PLAIN | {
-            "prompt": rollout.prompt_ids + rollout.response_ids, "max_tokens": 1, "temperature": 1.0,
+            "prompt": rollout.prompt_ids + rollout.response_ids,
+            "max_tokens": 1,
+            "temperature": 1.0,
             "prompt_logprobs": _TOP_LOGPROBS if self.top_k else 0,
-        }  # fmt: skip
+        }
 
-        def read(answer: Any) -> list[dict[int, float]]:
+        def read(answer: Any) -> list[LogprobTable]:
             [choice] = answer["choices"]
             rows = choice["prompt_logprobs"][-tokens:]
             tables = [{int(token): checked_logprob(entry["logprob"]) for token, entry in row.items()} for row in rows]
@@ -122,15 +133,17 @@ class ServedTeacher:
 
         return self._servers.complete(body, read)
 
-    def _named(self, prefix: list[int], ids: list[int]) -> dict[int, float]:
+    def _request_position(self, prefix: list[int], ids: list[int]) -> LogprobTable:
+        """Log p of some tokens after one prefix."""
         body = PLAIN | {"prompt": prefix, "max_tokens": 1, "temperature": 1.0, "logprobs": 1, "logprob_token_ids": ids}
         [table] = self._servers.complete(body, lambda answer: read_completion(answer, ids)).tables
         return {token: table[token] for token in ids}
 
-    def _fill(self, rollout: Rollout, tables: list[dict[int, float]]) -> None:
-        slots = [[token, *self._wanted(rollout, place)] for place, token in enumerate(rollout.response_ids)]
+    def _targets(self, rollout: Rollout, tables: list[LogprobTable]) -> TeacherTargets:
+        """The targets of a response, from the tables of its positions."""
+        slots = [[token, *self._wanted(rollout, position)] for position, token in enumerate(rollout.response_ids)]
         width = max(map(len, slots))
         ids = [row + row[:1] * (width - len(row)) for row in slots]
         logprobs = [[table[token] for token in row] for row, table in zip(ids, tables, strict=True)]
-        rollout.teacher_rows = TeacherRows(torch.tensor(ids), torch.tensor(logprobs))
-        rollout.teacher_logprobs = rollout.teacher_rows.logprobs[:, 0].clone()
+        rows = TeacherRows(torch.tensor(ids), torch.tensor(logprobs))
+        return TeacherTargets(rows.logprobs[:, 0].clone(), rows=rows)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from minillm.models.layers import decoder_layers
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Deal a frozen model's blocks out over all processes (FSDP2), each block put together for its own forward; what is no block, the
-    embeddings and the head among it, stays whole in each. Every process must then call as many forwards as the others.
-    """
-    from torch.distributed.fsdp import fully_shard
+    """Shard a frozen model's decoder layers over all processes (FSDP2).
 
+    Each layer is gathered for its own forward. Everything else, including the embeddings and the head, stays whole in
+    each process. Every process must then run the same number of forwards.
+
+    Args:
+        model: the model, which is changed in place.
+        device: this process's device.
+
+    Returns:
+        The same model.
+    """
     _, blocks = decoder_layers(model)
     for block in blocks:
         fully_shard(block.to(device))  # one after another: the whole model is never on a device

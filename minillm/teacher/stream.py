@@ -1,9 +1,9 @@
-"""The teacher reading sequences that grow."""
+"""A teacher that reads growing sequences with a key-value cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,50 +13,64 @@ from minillm.models.configs import attends_fully
 from minillm.models.head import body
 from minillm.teacher.local import LocalTeacher
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 class TeacherStream:
-    """The teacher reading B sequences that grow, and sometimes shrink, at their ends.
+    """A teacher reading B sequences that grow, and sometimes shrink, at their ends.
 
-    The key-value cache is append-only: tokens taken back keep their slots and are masked out, while the positions the
-    model sees count valid tokens only. (Models with a sliding window count slots, so they are refused.) Sequences are
-    read in groups that began with like lengths, each with a cache of its own, so that padding is small.
+    The key-value cache is append-only: retracted tokens keep their slots and are masked out, while the position ids
+    that the model sees count valid tokens only. Models with a sliding window count slots, so they are refused.
+    Sequences that begin with similar lengths form a group with a cache of its own, so that there is little padding.
 
     Args:
-        lengths: tokens of each sequence's first reading.
+        teacher: the teacher.
+        lengths: the number of tokens that each sequence begins with.
+
+    Raises:
+        InputError: the teacher has layers with a sliding window.
     """
 
     def __init__(self, teacher: LocalTeacher, lengths: Sequence[int]) -> None:
         if not attends_fully(teacher.model.config.get_text_config()):
             raise InputError(
-                f"teacher-mixed sampling needs a teacher whose every layer is full attention ({type(teacher.model).__name__} has sliding "
-                "windows): set rollout.teacher_mix: 0"
+                "teacher-mixed sampling needs a teacher with full attention in every layer "
+                f"({type(teacher.model).__name__} has sliding windows): set rollout.teacher_mix: 0"
             )
         self._groups = [_Group(teacher, rows) for rows in teacher.groups(lengths)]
 
-    def extend(self, feeds: Sequence[list[int]]) -> list[Tensor]:
-        """Read more tokens of every row; returns their final states, [len(feed), H] each."""
+    def extend(self, feeds: Sequence[list[int]]) -> list[Float[Tensor, "tokens hidden"]]:
+        """Read more tokens of every sequence.
+
+        Args:
+            feeds: for each sequence the tokens to read.
+
+        Returns:
+            For each sequence the final hidden states of these tokens, [len(feed), H].
+        """
         states: dict[int, Tensor] = {}
         for group in self._groups:
             states |= zip(group.rows, group.extend([feeds[row] for row in group.rows]), strict=True)
         return [states[row] for row in range(len(feeds))]
 
     def retract(self, row: int, count: int) -> None:
-        """Take back the last `count` tokens of a row."""
+        """Retract the last `count` tokens of a sequence."""
         for group in self._groups:
             if row in group.rows:
                 group.retract(group.rows.index(row), count)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget every other row; those kept are counted from 0 again, in order."""
-        place = {row: new for new, row in enumerate(rows)}
+        """Keep only these sequences, which are then numbered from 0 in the same order."""
+        number = {row: new for new, row in enumerate(rows)}
         for group in self._groups:
-            group.keep([i for i, row in enumerate(group.rows) if row in place])
-            group.rows = [place[row] for row in group.rows]
+            group.keep([i for i, row in enumerate(group.rows) if row in number])
+            group.rows = [number[row] for row in group.rows]
         self._groups = [group for group in self._groups if group.rows]
 
 
 class _Group:
-    """Sequences that are read together: one cache, one mask over its slots."""
+    """Sequences that are read together, with one cache and one mask over its slots."""
 
     def __init__(self, teacher: LocalTeacher, rows: list[int]) -> None:
         self.rows = rows

@@ -1,6 +1,7 @@
-"""What `transformers.TrainingArguments` mean here: which are honoured, which are refused and why, and what values they take.
+"""Checks of `transformers.TrainingArguments`: which are honoured, which are refused and why, and what values they take.
 
-Found before any weights load: `setting_faults` for a section of a recipe, `check_arguments` where a trainer begins.
+Faults are found before any weights load: by `setting_faults` for a section of a recipe, by `check_arguments` where a
+trainer is built.
 """
 
 from __future__ import annotations
@@ -24,124 +25,77 @@ from transformers import TrainingArguments
 from minillm.errors import InputError
 from minillm.train.best_checkpoint import METRICS, best_faults, with_given
 from minillm.train.optimisation import Fault, one_of, optimiser_faults, scheduler_faults, tracker_faults
+from minillm.train.supported_arguments import (
+    AT_LEAST,
+    BELOW,
+    CHECKPOINTING_OPTIONS,
+    FINE_TUNING_ONLY,
+    HONOURED,
+    IN_A_RECIPE,
+    LOADER,
+    MORE_THAN,
+    REFUSED,
+    RENAMED,
+)
 from minillm.train.trl_arguments import extra_faults, extra_names, warn_of_defaults
+
+__all__ = [
+    "FINE_TUNING_ONLY",
+    "HONOURED",
+    "IN_A_RECIPE",
+    "NAMES",
+    "REFUSED",
+    "RENAMED",
+    "check_arguments",
+    "setting_faults",
+]
 
 logger = logging.getLogger(__name__)
 
-# As transformers documents them, by every trainer.
-HONOURED = frozenset({
-    "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type",
-    "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "gradient_accumulation_steps", "max_grad_norm", "bf16", "fp16", "tf32", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-    "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps", "logging_strategy", "logging_steps",
-    "logging_first_step", "log_on_each_node", "logging_nan_inf_filter", "log_level", "log_level_replica", "disable_tqdm", "report_to",
-    "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps",
-    "eval_delay", "eval_on_start", "save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit",
-    "enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
-    "hub_revision", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "restore_callback_states_from_checkpoint",
-    "full_determinism", "seed", "use_cpu", "accelerator_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
-    "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "debug",
-    "skip_memory_metrics", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank",
-})  # fmt: skip
-
-_DRAWN = "validation draws answers and scores them by itself"
-_FORWARD = "it replaces parts of the forward that the loss is computed in"
-# By no trainer.
-REFUSED = {
-    "per_device_eval_batch_size": _DRAWN, "prediction_loss_only": _DRAWN, "eval_do_concat_batches": _DRAWN,
-    "eval_use_gather_object": _DRAWN, "eval_accumulation_steps": _DRAWN, "include_for_metrics": _DRAWN, "batch_eval_metrics": _DRAWN,
-    "bf16_full_eval": _DRAWN + " with the engine's dtype", "fp16_full_eval": _DRAWN + " with the engine's dtype",
-    "label_names": "what is trained on is prompt_ids and response_ids",
-    "length_column_name": "rows have no column of lengths; they are known",
-    "use_liger_kernel": _FORWARD, "liger_kernel_config": _FORWARD,
-    "use_cache": "training reads whole sequences at once and keeps no keys and values",
-    "auto_find_batch_size": "an update would train on fewer rows than is said; lower per_device_train_batch_size and raise "
-    "gradient_accumulation_steps",
-    "optim_target_modules": "it is of GaLore and APOLLO, which are refused (optim)",
-    "parallelism_config": "sequences are scored whole by one process: use FSDP or ZeRO-3 for models that do not fit",
-}  # fmt: skip
-
-_LOADER = "what an update trains on follows from its number and seed; no data loader reads it"
-# By FineTuner alone, whose loss and data loader are TRL's.
-FINE_TUNING_ONLY = {
-    "neftune_noise_alpha": "noise on the student's embeddings is not in the objective, and its log-probabilities would no longer be those "
-    "of the student that is sampled",
-    "label_smoothing_factor": "the loss is the objective's, of the student's and the teacher's distributions",
-    "average_tokens_across_devices": "losses are divided by token counts over all processes (objective.normalise)",
-    "include_num_input_tokens_seen": "updates log their own tokens and tokens a second",
-    "train_sampling_strategy": "rows are drawn at random by seed, those of like length together in a micro-batch",
-    "remove_unused_columns": "rows are read by the names of their columns", "data_seed": "seed orders the data too",
-    "ignore_data_skip": "what an update trains on follows from its number, so that nothing is skipped at a resume",
-    **dict.fromkeys((
-        "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-        "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
-    ), _LOADER),
-}  # fmt: skip
-
-_PUSH = "set push_to_hub at the top of the recipe, which uploads the finished student"
-_SCRIPT = "stages say what is done"
-# Besides, in a recipe: what belongs to the stage, not to the user.
-IN_A_RECIPE = {
-    "output_dir": "it follows from run_dir", "seed": "set seed at the top of the recipe",
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"), _PUSH),
-    "do_train": _SCRIPT, "do_eval": _SCRIPT, "do_predict": _SCRIPT,
-    "resume_from_checkpoint": "a stage goes on from its own last checkpoint",
-    "save_only_model": "a stage goes on from its last checkpoint, which needs the optimiser's state",
-    "enable_jit_checkpoint": "a stage that it stopped would count as finished; Ctrl-C (SIGINT) lets the update end and saves",
-    "local_rank": "the launcher says it",
-}  # fmt: skip
-
-RENAMED = {
-    "warmup_ratio": "warmup_steps, where a number below 1 is a share of the updates", "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu", "group_by_length": "train_sampling_strategy: group_by_length",
-    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-}  # fmt: skip
-"""Names of transformers 4."""
-
-# What numbers have to be.
-_AT_LEAST = {
-    "learning_rate": 0.0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "weight_decay": 0.0, "max_grad_norm": 0.0,
-    "warmup_steps": 0.0, "adam_beta1": 0.0, "adam_beta2": 0.0, "adam_epsilon": 0.0, "save_total_limit": 1, "eval_delay": 0.0,
-    "torch_empty_cache_steps": 1, "label_smoothing_factor": 0.0, "neftune_noise_alpha": 0.0, "dataloader_num_workers": 0,
-    "dataloader_prefetch_factor": 1, "ddp_timeout": 1, "ddp_bucket_cap_mb": 1,
-}  # fmt: skip
-_MORE_THAN = {"logging_steps": 0, "eval_steps": 0, "save_steps": 0}
-_BELOW = {"adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1}
-
-_CHECKPOINTING = {
-    "use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn", "every_n_layers", "offload",
-}  # fmt: skip
 _FP16 = "float16 is computed on GPUs only: leave it out on a CPU"
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
-# transformers' hint of fsdp is of the command line; a parallelism_config is no value of YAML.
+# transformers annotates fsdp for its command line; a parallelism_config cannot be written in YAML.
 _HINTS: dict[str, Any] = typing.get_type_hints(TrainingArguments) | {
     "fsdp": bool | str | None,
     "parallelism_config": Any,
 }
-# What making arguments would start, or look for on this machine.
-_APART: dict[str, Any] = {
-    "tf32": None, "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None, "fsdp": None, "deepspeed": None,
+# Left out when arguments are built for a check: they would start something, or look for it on this machine.
+_NEUTRAL: dict[str, Any] = {
+    "tf32": None,
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+    "fsdp": None,
+    "deepspeed": None,
     "load_best_model_at_end": False,
-}  # fmt: skip
+}
 NAMES = frozenset(_FIELDS)
+"""All fields of `TrainingArguments`."""
 
 
-# Where a trainer begins
+# For a trainer
 
 
 def check_arguments(
-    args: TrainingArguments, *, fine_tuning: bool = False, eval_dataset: Any = None, reads_teacher: bool,
+    args: TrainingArguments,
+    *,
+    fine_tuning: bool = False,
+    eval_dataset: Any = None,
+    reads_teacher: bool,
     metrics: Mapping[str, bool | None] = METRICS,
-) -> None:  # fmt: skip
-    """Refuse what a trainer would ignore or fall over, and settle which checkpoint is the best.
+) -> None:
+    """Refuse arguments that a trainer would ignore or fail on, and settle which checkpoint is the best.
 
     Args:
-        reads_teacher: validation can take KL(q‖p), because the teacher is a model in this process.
+        args: the arguments.
+        fine_tuning: whether the trainer is `FineTuner`, whose loss and data loader are TRL's.
+        eval_dataset: the rows for validation.
+        reads_teacher: whether validation can take KL(q‖p), because the teacher is a model in this process.
         metrics: what validation measures, and whether more of it is better.
 
     Raises:
-        ValueError: a line for each fault, with the argument, what is wrong and what is allowed.
+        InputError: the message has one line per fault, with the argument, what is wrong and what is allowed.
     """
     if not isinstance(args, TrainingArguments):
         raise InputError(f"args: transformers.TrainingArguments are needed (given: {type(args).__name__})")
@@ -150,7 +104,7 @@ def check_arguments(
     if args.fp16 and args.device.type == "cpu":
         found.append(("fp16", _FP16))
     if args.fsdp and args.parallel_mode.value != "distributed":
-        found.append(("fsdp", "it deals the student out over several processes: start with accelerate launch"))
+        found.append(("fsdp", "it shards the student over several processes: start with accelerate launch"))
     found += _faults(args, fine_tuning, missing, reads_teacher, metrics)
     if found:
         raise InputError(
@@ -159,18 +113,24 @@ def check_arguments(
     warn_of_defaults(args, fine_tuning)
 
 
-# In a recipe
+# For a section of a recipe
 
 
 def setting_faults(
     given: dict[str, Any], *, fine_tuning: bool, validated: bool, reads_teacher: bool, runs: bool = True
-) -> Iterator[Fault]:  # fmt: skip
-    """What is wrong with a section of a recipe; values get the types of their fields.
+) -> Iterator[Fault]:
+    """Faults of a section of a recipe.
 
     Args:
-        given: names of `TrainingArguments` and values as YAML has them.
-        validated: there are rows to validate on.
-        runs: whether the section's stage is among the recipe's; of others, what validation needs is not looked for.
+        given: fields of `TrainingArguments` with the values that YAML gave; they are converted to the types of the
+            fields.
+        fine_tuning: whether the stage uses `FineTuner`.
+        validated: whether there are rows to validate on.
+        reads_teacher: whether validation can take KL(q‖p), because the teacher is a model in the process.
+        runs: whether the recipe runs the section's stage; for other stages the needs of validation are not checked.
+
+    Yields:
+        The field and its fault.
     """
     faulty: set[str] = set()
     for name, value in given.items():
@@ -181,18 +141,15 @@ def setting_faults(
             continue
         faulty.add(name)
         yield name, fault
-    files = [
-        (name, fault)
-        for name in ("deepspeed", "fsdp_config", "accelerator_config")
-        if (fault := _file_fault(given.get(name)))
-    ]
-    yield from files
-    faulty |= {name for name, _ in files}
+    for name in ("deepspeed", "fsdp_config", "accelerator_config"):
+        if fault := _file_fault(given.get(name)):
+            faulty.add(name)
+            yield name, fault
     try:
         args = _built({name: value for name, value in given.items() if name not in faulty})
-    except Exception as error:  # transformers' own checks, of whatever type
+    except Exception as error:  # transformers' own checks raise errors of several types
         text = " ".join(str(error).split())
-        name = max((name for name in given if _plain(name) in _plain(text)), key=len, default="")
+        name = max((name for name in given if _letters(name) in _letters(text)), key=len, default="")
         yield name, f"{text} (given: {given[name]!r})" if name else text
         return
     fresh = _untouched(args, IN_A_RECIPE)
@@ -210,7 +167,7 @@ def setting_faults(
 
 
 def _value_fault(name: str, value: Any) -> str | None:
-    """What is wrong with a value by itself."""
+    """The fault of a value by itself, if it has one."""
     hint = _HINTS[name]
     kinds = typing.get_args(hint) or (hint,)
     try:
@@ -228,17 +185,18 @@ def _value_fault(name: str, value: Any) -> str | None:
 
 
 def _number_fault(name: str, value: Any) -> str | None:
+    """The fault of a number that is outside the allowed range."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     fault = None
     if math.isnan(value) or (math.isinf(value) and name != "max_grad_norm"):
         fault = "must be a finite number"
-    elif name in _AT_LEAST and value < _AT_LEAST[name]:
-        fault = f"must be at least {_AT_LEAST[name]}"
-    elif name in _MORE_THAN and value <= _MORE_THAN[name]:
-        fault = f"must be more than {_MORE_THAN[name]}"
-    elif name in _BELOW and value >= _BELOW[name]:
-        fault = f"must be below {_BELOW[name]}"
+    elif name in AT_LEAST and value < AT_LEAST[name]:
+        fault = f"must be at least {AT_LEAST[name]}"
+    elif name in MORE_THAN and value <= MORE_THAN[name]:
+        fault = f"must be more than {MORE_THAN[name]}"
+    elif name in BELOW and value >= BELOW[name]:
+        fault = f"must be below {BELOW[name]}"
     elif name == "max_steps" and value < 1 and value != -1:
         fault = "must be at least 1, or -1 for num_train_epochs"
     elif name == "warmup_steps" and value > 1 and value != int(value):
@@ -246,12 +204,13 @@ def _number_fault(name: str, value: Any) -> str | None:
     return fault and f"{fault} (given: {value:g})"
 
 
-def _plain(text: str) -> str:
+def _letters(text: str) -> str:
+    """The letters and digits of a text, in lower case."""
     return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
 def _file_fault(value: Any) -> str | None:
-    """What is wrong with a configuration that may be the name of a JSON file."""
+    """The fault of a configuration that may be the name of a JSON file."""
     if not isinstance(value, str) or value.startswith("{"):
         return None
     try:
@@ -264,22 +223,30 @@ def _file_fault(value: Any) -> str | None:
 
 
 def _built(given: Mapping[str, Any]) -> Any:
-    """The arguments, without starting devices, processes or DeepSpeed, and whatever this machine can compute in."""
+    """Build arguments without starting devices, processes or DeepSpeed, whatever dtypes this machine supports."""
     args: Any = object.__new__(TrainingArguments)
     values = {name: given.get(name, _default(field)) for name, field in _FIELDS.items()}
-    vars(args).update(values | _APART | {"use_cpu": True, "_setup_devices": torch.device("cpu"), "_n_gpu": 0})
+    vars(args).update(values | _NEUTRAL | {"use_cpu": True, "_setup_devices": torch.device("cpu"), "_n_gpu": 0})
     args.__post_init__()
-    vars(args).update({name: values[name] for name in _APART})
+    vars(args).update({name: values[name] for name in _NEUTRAL})
     return with_given(args, given)
 
 
-# Both
+# For both
 
 
 def _faults(
     args: Any, fine_tuning: bool, missing: str | None, reads_teacher: bool, metrics: Mapping[str, bool | None]
-) -> Iterator[Fault]:  # fmt: skip
-    """`missing`: what would say which rows to validate on, where nothing does."""
+) -> Iterator[Fault]:
+    """Faults of built arguments.
+
+    Args:
+        args: the arguments.
+        fine_tuning: whether the trainer is `FineTuner`.
+        missing: the setting that would name the rows to validate on; None if there are such rows.
+        reads_teacher: whether validation can take KL(q‖p).
+        metrics: what validation measures, and whether more of it is better.
+    """
     refused = REFUSED if fine_tuning else REFUSED | FINE_TUNING_ONLY
     known = HONOURED | refused.keys() | (FINE_TUNING_ONLY.keys() if fine_tuning else frozenset())
     unknown = NAMES - known
@@ -287,10 +254,8 @@ def _faults(
     for name in (*refused, *unknown):
         value = getattr(args, name)
         if value != getattr(fresh, name):
-            yield (
-                name,
-                f"not honoured here: {refused.get(name, 'this version of minillm does not know it')} (given: {value!r})",
-            )
+            reason = refused.get(name, "this version of minillm does not know it")
+            yield name, f"not honoured here: {reason} (given: {value!r})"
     yield from extra_faults(args, fresh, fine_tuning)
     yield from _accelerator_faults(args, fine_tuning)
     yield from _checkpointing_faults(args, fine_tuning)
@@ -304,37 +269,41 @@ def _faults(
 
 
 def _default(field: Any) -> Any:
+    """The default of a dataclass field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _untouched(args: Any, names: Collection[str]) -> Any:
-    """`args` had these fields been left alone: what their class then fills in is nobody's choice."""
+    """`args` with the defaults of these fields. What their class then fills in is not the user's choice."""
     fresh = copy.copy(args)
     vars(fresh).update({field.name: _default(field) for field in dataclasses.fields(args) if field.name in names})
-    vars(fresh).update(_APART)
+    vars(fresh).update(_NEUTRAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             fresh.__post_init__()
-        except Exception:  # the class insists on what was taken away: then its declared defaults count
-            logger.debug("%s cannot be made of its defaults.", type(args).__name__, exc_info=True)
+        except Exception:  # the class requires what was taken away; then its declared defaults count
+            logger.debug("%s cannot be built from its defaults.", type(args).__name__, exc_info=True)
     return fresh
 
 
 def _eval_faults(rows: Any) -> Iterator[Fault]:
+    """Faults of the rows for validation."""
     if isinstance(rows, dict):
-        yield "eval_dataset", "one list of rows is needed, not several by name"
+        yield "eval_dataset", "one list of rows is needed, not a dictionary of several"
     elif rows is not None and not len(rows):
         yield "eval_dataset", "there are no rows in it: leave it out"
 
 
 def _number_faults(args: Any) -> Iterator[Fault]:
+    """Faults of numbers outside their allowed ranges."""
     yield from ((name, fault) for name in _FIELDS if (fault := _number_fault(name, getattr(args, name))))
     if args.max_steps == -1 and args.num_train_epochs <= 0:
         yield "num_train_epochs", f"must be more than 0 (given: {args.num_train_epochs:g})"
 
 
 def _accelerator_faults(args: Any, fine_tuning: bool) -> Iterator[Fault]:
+    """Faults of `accelerator_config`, most of which is about the data loader."""
     given = {
         key: value
         for key, value in vars(args.accelerator_config).items()
@@ -346,18 +315,19 @@ def _accelerator_faults(args: Any, fine_tuning: bool) -> Iterator[Fault]:
     if not fine_tuning:
         given.pop("use_configured_state", None)
         yield from (
-            ("accelerator_config", f"{key}: not honoured here: {_LOADER} (given: {value!r})")
+            ("accelerator_config", f"{key}: not honoured here: {LOADER} (given: {value!r})")
             for key, value in given.items()
         )
 
 
 def _checkpointing_faults(args: Any, fine_tuning: bool) -> Iterator[Fault]:
+    """Faults of the options of gradient checkpointing."""
     given = args.gradient_checkpointing_kwargs or {}
     if not isinstance(given, dict):
         yield "gradient_checkpointing_kwargs", f"a mapping is needed (given: {given!r})"
         return
     if given and not args.gradient_checkpointing:
         yield "gradient_checkpointing_kwargs", "they do nothing without gradient_checkpointing: true"
-    allowed = _CHECKPOINTING | ({"selective"} if fine_tuning else set())
+    allowed = CHECKPOINTING_OPTIONS | ({"selective"} if fine_tuning else set())
     for key in given.keys() - allowed:
         yield "gradient_checkpointing_kwargs", f"{key} is unknown; {one_of(key, allowed)}"

@@ -1,16 +1,10 @@
-"""What on-policy and supervised distillation share: two models, scoring in the student's forward, metrics by token."""
+"""What on-policy and supervised distillation share: two models, scoring in the student's forward, and metrics."""
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -19,47 +13,65 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from minillm.data.batches import Padded
 from minillm.data.rollouts import TeacherRows
 from minillm.errors import InputError
-from minillm.loss.in_forward import Scoring, bind_scoring, score
+from minillm.loss.in_forward import Scoring, score
 from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings
-from minillm.models.conventions import Conventions, settle
-from minillm.models.device import fast_bfloat16
-from minillm.models.head import TeacherStates, check_head, gather_head, head_of
-from minillm.models.load import load_model, load_tokenizer, without_dropout
-from minillm.models.shards import is_sharded
-from minillm.models.vocabulary import check_same_tokens, head_width
+from minillm.models.conventions import Conventions
+from minillm.models.head import TeacherStates, head_of
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
-from minillm.teacher.local import AdapterOff, LocalTeacher
+from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
-from minillm.teacher.sharded import shard
 from minillm.train.arguments import check_arguments
 from minillm.train.finite import Finite
+from minillm.train.pair import load_pair, resolve_tokenizer
+from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import check_parameters
-from minillm.train.validation import Validated, check_one_gpu
-
-logger = logging.getLogger(__name__)
+from minillm.train.validation import ValidationMixin
 
 
-class DistillationTrainer(Validated, Finite, Trainer):
+class DistillationTrainer(ValidationMixin, Finite, Trainer):
     """A `transformers.Trainer` that holds a frozen teacher and scores tokens inside the student's forward.
 
-    What an update trains on is a function of its number (`micro_batches`), the same in every process and after a
-    resume; the dataloader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
+    The data of an update is a function of its number (`micro_batches`), the same in every process and after a resume;
+    the data loader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
 
-    Without a `teacher` it is the student's base, its adapter switched off, which takes no memory of its own. Rows of
-    `eval_dataset` are what `Validated` says. `shard_teacher` deals the teacher's blocks out over the processes. Where answers end is
-    settled from the tokenizer and the teacher, unless it is given (`conventions`), and saved with the student. `text_temperature`
-    divides the logits where text or an answer is fitted, `temperature` in all else.
+    Args:
+        model: the student: a folder, a hub id or a loaded model.
+        teacher: the teacher, likewise, or a `ServedTeacher`. None takes the student's base model with the adapter
+            disabled, which takes no memory of its own.
+        args: the arguments of the training.
+        processing_class: the student's tokenizer; by default the one in its folder.
+        temperature: divides the logits, except where text or a given response is fitted.
+        rollout: how the student is sampled, for validation too.
+        engine: an engine that samples; by default one is started when it is needed.
+        eval_dataset: rows for validation; see `ValidationMixin`.
+        shard_teacher: shard the teacher's decoder layers over the processes.
+        conventions: vocabulary and end tokens. By default they follow from the tokenizer and the teacher. They are
+            saved with the student.
+        **kwargs: further parameters of `transformers.Trainer`.
+
+    Attributes:
+        text_temperature: divides the logits where text or a given response is fitted.
     """
 
     text_temperature: float = 1.0
+    teacher: LocalTeacher | ServedTeacher | None
 
     def __init__(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | ServedTeacher | None, args: TrainingArguments, *,
-        processing_class: Any = None, temperature: float = 1.0, rollout: RolloutConfig | None = None, engine: Engine | None = None,
-        eval_dataset: Sequence[dict[str, Any]] | None = None, shard_teacher: bool = False, conventions: Conventions | None = None,
+        self,
+        model: str | PreTrainedModel,
+        teacher: str | PreTrainedModel | ServedTeacher | None,
+        args: TrainingArguments,
+        *,
+        processing_class: Any = None,
+        temperature: float = 1.0,
+        rollout: RolloutConfig | None = None,
+        engine: Engine | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | None = None,
+        shard_teacher: bool = False,
+        conventions: Conventions | None = None,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_parameters(kwargs)
         check_arguments(
             args,
@@ -67,113 +79,57 @@ class DistillationTrainer(Validated, Finite, Trainer):
             reads_teacher=not isinstance(teacher, ServedTeacher),
             metrics=self.validation_metrics,
         )
-        if processing_class is None:
-            if not isinstance(model, str):
-                raise InputError("processing_class: a tokenizer is needed when the student is given as a model object")
-            processing_class = load_tokenizer(model)
+        tokenizer = resolve_tokenizer(model, processing_class)
         check_one_gpu(args)
-        # A different tokenizer is found before any weights load, where the teacher is still a name.
-        served = teacher if isinstance(teacher, ServedTeacher) else None
-        named = (
-            served.source
-            if served
-            else teacher
-            if isinstance(teacher, str)
-            else str(getattr(teacher, "name_or_path", ""))
-        )
-        if served or isinstance(teacher, str) or (named and Path(named, "tokenizer_config.json").is_file()):
-            check_same_tokens(processing_class, load_tokenizer(named))
-        student = load_model(model, torch.float32) if isinstance(model, str) else model
-        if teacher is None and not hasattr(student, "get_base_model"):
-            raise InputError(
-                "teacher: without one the student's base is it, its adapter off; this student has no adapter (PEFT)"
-            )
-        zero3 = is_deepspeed_zero3_enabled()
-        if zero3 and is_sharded(student):
-            raise InputError(
-                "the student's weights were dealt out by ZeRO-3 when it was loaded: give its name, or minillm.models.load.load_model"
-            )
-        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        teacher_model: Any = None if served else load_model(teacher, compute) if isinstance(teacher, str) else teacher
-        if teacher is None:
-            teacher_model = student.get_base_model()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        if args.bf16 and args.device.type == "cpu" and not fast_bfloat16():
-            logger.warning("bf16=True on a CPU that emulates bfloat16, many times slower than float32: leave it out.")
-        trained = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
-        if trained & {torch.bfloat16, torch.float16}:
-            logger.warning(
-                "The student is trained in %s: at small learning rates most updates round away; load it in float32.",
-                trained,
-            )
-        widths = head_width(student), served.vocab_size if served else head_width(teacher_model)
-        if widths[0] != widths[1]:
-            logger.warning(
-                "The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.", *widths, min(widths)
-            )
-        if conventions is None:
-            conventions = settle(
-                processing_class, served.source if served else teacher_model if teacher is not None else None, [student]
-            )
-        conventions = replace(conventions, vocab_size=min(*widths, conventions.vocab_size))
-        self.width = conventions.vocab_size
+        pair = load_pair(model, teacher, args, tokenizer, conventions)
         self.temperature = temperature
-        without_dropout(student)
-        check_head(student, "student")  # pyright: ignore[reportArgumentType]
-        if teacher_model is not None:
-            check_head(teacher_model, "teacher")
-        bind_scoring(student)
-        if zero3:
-            gather_head(student)  # pyright: ignore[reportArgumentType]
         super().__init__(
-            model=student, args=args, processing_class=processing_class, eval_dataset=eval_dataset, **kwargs
-        )  # pyright: ignore[reportArgumentType]
-        self.set_up_sampling(rollout or RolloutConfig(), conventions, compute, engine)
+            model=pair.student,
+            args=args,
+            processing_class=tokenizer,
+            eval_dataset=eval_dataset,  # pyright: ignore[reportArgumentType]
+            **kwargs,
+        )
+        self.set_up_sampling(rollout or RolloutConfig(), pair.conventions, pair.compute_dtype, engine)
         # The loss is divided by token counts here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        if teacher is None and (zero3 or self.is_fsdp_enabled):
+        if teacher is None and (is_deepspeed_zero3_enabled() or self.is_fsdp_enabled):
             raise InputError(
-                "a student whose base is its teacher is not dealt out over processes (FSDP, ZeRO-3): use plain data parallelism"
+                "a student whose base model is its teacher cannot be sharded over processes (FSDP, ZeRO-3): use plain "
+                "data parallelism"
             )
-        if served is not None:
-            self.teacher = served
-        elif teacher is None:
-            self.teacher = AdapterOff(student, batch_size=max(args.per_device_train_batch_size, 16))
-        else:
-            assert teacher_model is not None
-            if shard_teacher and self.accelerator.num_processes > 1:
-                teacher_model = shard(teacher_model, args.device)
-            else:
-                teacher_model = teacher_model.to(args.device)
-            self.teacher = LocalTeacher(teacher_model, batch_size=max(args.per_device_train_batch_size, 16))
+        self.teacher = pair.teacher(args, sharded=shard_teacher and self.accelerator.num_processes > 1)
         self._logged_at: int | None = None  # the update after which metrics were last logged
-        self._sums: dict[str, float] = defaultdict(float)
-        self._values: dict[str, tuple[float, float]] = {}
 
     def updates_per_epoch(self) -> int:
         """Updates in one pass over the training data."""
         raise NotImplementedError("a subclass says how long an epoch is")
 
     def micro_batches(self, update: int) -> list[Any]:
-        """What this process's `training_step` gets for each micro-batch of an update."""
+        """What this process's `training_step` gets for each micro-batch of an update, counted from 0."""
         raise NotImplementedError("a subclass says what an update trains on")
 
     @property
     def local_teacher(self) -> LocalTeacher:
-        """The teacher where it is a model in this process.
+        """The teacher, if it is a model in this process.
 
         Raises:
-            ValueError: it is served.
+            InputError: it is served.
         """
         if not isinstance(self.teacher, LocalTeacher):
             raise InputError(
-                "a served teacher tells log-probabilities of some tokens only: this needs the teacher's model in this process"
+                "a served teacher returns log-probabilities of some tokens only: this needs the teacher's model in "
+                "this process"
             )
         return self.teacher
 
     def get_train_dataloader(self) -> DataLoader:
-        return DataLoader(range(self.updates_per_epoch() * self.args.gradient_accumulation_steps))  # pyright: ignore[reportArgumentType]
+        """A loader that only counts micro-batches."""
+        counted: Any = range(self.updates_per_epoch() * self.args.gradient_accumulation_steps)
+        return DataLoader(counted)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The micro-batches of the next update, whatever the loader counts."""
         if self._logged_at is None:
             self._logged_at = self.state.global_step
         return self.begin(self.micro_batches(self.state.global_step)), None
@@ -181,7 +137,7 @@ class DistillationTrainer(Validated, Finite, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Score the batch in the student's forward. `inputs`: what `update_on` is given."""
+        """Score a batch in the student's forward. `inputs` is what `update_on` passes."""
         loss, scores = score(
             model, self.scoring(inputs["batch"], inputs["teacher"], inputs["loss_fn"], inputs["divergence"])
         )
@@ -201,64 +157,41 @@ class DistillationTrainer(Validated, Finite, Trainer):
         return Scoring(batch, settings, known, loss_fn, divergence)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs  # built on the device already
+        return inputs  # they are on the device already
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted."""
         return 0
 
     def update_on(
-        self, model: Any, batch: Padded, loss_fn: LossFn, teacher: Tensor | TeacherRows | None, scale: float,
+        self,
+        model: Any,
+        batch: Padded,
+        loss_fn: LossFn,
+        teacher: Tensor | TeacherRows | None,
+        scale: float,
         divergence: Divergence | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Forward and backward of one micro-batch; returns the loss. `teacher`: its final states, or its rows."""
+    ) -> Tensor:
+        """Run forward and backward of one micro-batch.
+
+        Args:
+            model: the student, as the Trainer wrapped it.
+            batch: the sequences.
+            loss_fn: what turns scores into a loss.
+            teacher: its final hidden states, or its rows.
+            scale: a factor on the loss.
+            divergence: a further divergence to compute.
+
+        Returns:
+            The loss.
+        """
         inputs = {"batch": batch, "loss_fn": loss_fn, "teacher": teacher, "scale": scale, "divergence": divergence}
         with self.phase("update", len(batch.targets)):
             return super().training_step(model, inputs, num_items_in_batch=1)
 
-    def tally(self, sums: dict[str, Tensor]) -> None:
-        """Add sums over tokens to what the next log reports as means."""
-        for name, value in sums.items():
-            self._sums[name] += float(value)
-
-    def note(self, name: str, total: float, count: float) -> None:
-        """Add a sum and its count to what the next log reports as a mean."""
-        before = self._values.get(name, (0.0, 0.0))
-        self._values[name] = (before[0] + total, before[1] + count)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and add the metrics since the last log where the loss is logged."""
         if "loss" in logs:
-            logs |= self._flush()
+            logs |= self.metrics.flush(self.state.global_step - (self._logged_at or 0))
+            self._logged_at = self.state.global_step
         super().log(logs, start_time)
-
-    def _all_names(self, mine: Iterable[str]) -> list[str]:
-        """Of all processes, so that each takes part in the sums of all: what one noted another may not have."""
-        if self.accelerator.num_processes == 1:
-            return sorted(mine)
-        return sorted({name for names in gather_object([list(mine)]) for name in names})
-
-    def _flush(self) -> dict[str, float]:
-        """Means since the last log, over all processes."""
-        sums = {name: self.global_sum(self._sums[name]) for name in self._all_names(self._sums)}
-        out = {}
-        for name in sorted(sums):
-            if name.endswith("_loss"):
-                # Already divided by the update's token count; logged per update.
-                out[name] = sums[name] / max(self.state.global_step - (self._logged_at or 0), 1)
-            elif name not in ("tokens", "text_tokens", "advantage_squared"):
-                out[name] = sums[name] / max(sums["text_tokens" if name.startswith("text") else "tokens"], 1.0)
-        if "advantage" in out:
-            spread = sums["advantage_squared"] / max(sums["tokens"], 1.0) - out["advantage"] ** 2
-            out["advantage_std"] = max(spread, 0.0) ** 0.5
-        for name in self._all_names(self._values):
-            total, count = (self.global_sum(x) for x in self._values.get(name, (0.0, 0.0)))
-            if count:
-                out[name] = total / count
-        for name in self._all_names(self._seconds):
-            out[f"{name}_seconds"] = self._seconds[name]
-            tokens = self.global_sum(self._phase_tokens[name])
-            if tokens and self._seconds[name]:
-                out[f"{name}_tokens_per_second"] = tokens / self._seconds[name]
-        for store in (self._sums, self._values, self._seconds, self._phase_tokens):
-            store.clear()
-        self._logged_at = self.state.global_step
-        return out

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: what validation measures, in which direction, and whether it can be known at all."""
+"""Which checkpoint is the best: the metric, its direction, and whether validation measures it at all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from minillm.train.optimisation import BY_METRIC, Fault, one_of
 logger = logging.getLogger(__name__)
 
 METRICS: dict[str, bool | None] = {"rouge_l": True, "reverse_kl": False, "finished": True, "length": None}
-"""What validation measures, and whether more of it is better; None: it depends on what is wanted."""
+"""What validation measures, and whether more of it is better; None if that depends on the purpose."""
 
 
 def with_given(args: TrainingArguments, given: Collection[str]) -> TrainingArguments:
-    """Arguments that know which of them the user gave: of others, `greater_is_better=True` may be transformers' own guess."""
+    """Note in the arguments which fields the user set.
+
+    Without this, `greater_is_better=True` may be transformers' own guess.
+
+    Args:
+        args: the arguments, which are changed in place.
+        given: the fields that the user set.
+
+    Returns:
+        The same arguments.
+    """
     vars(args)["given"] = frozenset(given)
     return args
 
@@ -25,7 +35,16 @@ def with_given(args: TrainingArguments, given: Collection[str]) -> TrainingArgum
 def best_faults(
     args: Any, missing: str | None, reads_teacher: bool, metrics: Mapping[str, bool | None]
 ) -> Iterator[Fault]:
-    """Settles `metric_for_best_model` and `greater_is_better` too, which transformers guesses by their names."""
+    """Faults of what depends on validation; `metric_for_best_model` and `greater_is_better` are settled in place.
+
+    transformers guesses these two from the metric's name.
+
+    Args:
+        args: the arguments.
+        missing: the setting that would name the rows to validate on; None if there are such rows.
+        reads_teacher: whether validation can take KL(q‖p).
+        metrics: what validation measures, and whether more of it is better.
+    """
     evaluates = args.eval_strategy != "no"
     for key, wanted in (("eval_strategy", evaluates), ("eval_on_start", args.eval_on_start)):
         if wanted and missing:
@@ -46,11 +65,11 @@ def best_faults(
             fault = f"with load_best_model_at_end it has to be eval_strategy ({args.eval_strategy.value}), or best"
             yield "save_strategy", f"{fault} (given: {args.save_strategy.value})"
         elif args.save_strategy == "steps" and args.save_steps != args.eval_steps:
-            fault = f"with load_best_model_at_end it has to be eval_steps ({args.eval_steps:g}): a best score without a checkpoint is lost"
-            yield "save_steps", f"{fault} (given: {args.save_steps:g})"
+            fault = f"with load_best_model_at_end it has to be eval_steps ({args.eval_steps:g})"
+            yield "save_steps", f"{fault}: a best score without a checkpoint is lost (given: {args.save_steps:g})"
     if not needs and args.metric_for_best_model is None:
         return
-    told = _settle(args, metrics)
+    direction_given = _settle(args, metrics)
     name = args.metric_for_best_model.removeprefix("eval_")
     if name not in metrics:
         yield (
@@ -63,7 +82,7 @@ def best_faults(
             "metric_for_best_model",
             "reverse_kl needs the teacher's model in this process, and there is none: set rouge_l",
         )
-    if metrics[name] is None and not told:
+    if metrics[name] is None and not direction_given:
         yield (
             "greater_is_better",
             f"whether more of {name} is better is not known: set it, or metric_for_best_model: rouge_l",
@@ -76,27 +95,27 @@ def best_faults(
 
 
 def _settle(args: Any, metrics: Mapping[str, bool | None]) -> bool:
-    """Put our metric and its direction where transformers put their guess; returns whether the user gave the direction.
+    """Replace transformers' guesses of the metric and its direction, and return whether the user set the direction.
 
-    Without `with_given` a guess cannot be told from a choice: `loss` and `greater_is_better=True` are taken for guesses.
+    Without `with_given`, a guess and a choice look alike: `loss` and `greater_is_better=True` count as guesses.
     """
     given: frozenset[str] | None = vars(args).get("given")
     name, level = args.metric_for_best_model, logging.WARNING if given is None else logging.INFO
     if name in (None, "loss") if given is None else "metric_for_best_model" not in given:
         args.metric_for_best_model = "rouge_l"
         if name != "rouge_l":
-            logger.log(level, "metric_for_best_model: rouge_l, because none was given that validation measures.")
+            logger.log(level, "metric_for_best_model: rouge_l, because no metric was set that validation measures.")
     if given is not None:
-        told = "greater_is_better" in given and args.greater_is_better is not None
+        direction_given = "greater_is_better" in given and args.greater_is_better is not None
     else:
-        told = args.greater_is_better is False and name not in (None, "loss")
+        direction_given = args.greater_is_better is False and name not in (None, "loss")
     known = metrics.get(args.metric_for_best_model.removeprefix("eval_"))
     if known is not None and known != args.greater_is_better:
-        if told:
+        if direction_given:
             logger.warning(
                 "greater_is_better=%s keeps the worst %s.", args.greater_is_better, args.metric_for_best_model
             )
         else:
-            logger.log(level, "greater_is_better=%s, as it is with %s.", known, args.metric_for_best_model)
+            logger.log(level, "greater_is_better=%s, as %s requires.", known, args.metric_for_best_model)
             args.greater_is_better = known
-    return told
+    return direction_given

@@ -7,53 +7,108 @@ from minillm.loss.config import Objective
 from minillm.rollout.config import RolloutConfig
 
 
-def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
-    """Responses that the student did not draw, or not as it is, carry no long-term term.
+def check_on_policy(
+    rollout: RolloutConfig,
+    objective: Objective,
+    *,
+    served_teacher: bool,
+    sharded_teacher: bool,
+    own_base: bool,
+    can_overlap: bool,
+    text: bool,
+    responses: bool,
+) -> None:
+    """Refuse settings of on-policy training that exclude each other, before any weights load.
+
+    Args:
+        rollout: settings of the rollouts.
+        objective: the loss.
+        served_teacher: whether the teacher is behind a server.
+        sharded_teacher: whether the teacher is sharded over processes.
+        own_base: whether the teacher is the student's base model.
+        can_overlap: whether the engine can sample while the student trains.
+        text: whether there is text for the language-model term.
+        responses: whether there are given responses.
 
     Raises:
-        ValueError: naming the setting to change.
+        InputError: the message names the setting to change.
+    """
+    if served_teacher:
+        check_served_teacher(rollout, objective)
+    check_off_policy(rollout, objective)
+    if sharded_teacher:
+        check_sharded_teacher(rollout, objective, text)
+    if own_base and rollout.overlap and rollout.teacher_mix:
+        raise InputError(
+            "rollout.overlap: the student's own base model, its adapter disabled, cannot sample while the student "
+            "trains: set rollout.teacher_mix: 0"
+        )
+    if rollout.on_policy < 1 and not responses:
+        raise InputError(
+            f"rollout.on_policy: {rollout.on_policy:g} trains on given responses too, and there are none (responses)"
+        )
+    if rollout.overlap and not can_overlap:
+        raise InputError(
+            "rollout.overlap samples beside the updates, with the weights before them: it needs rollout.engine: server"
+        )
+    if rollout.overlap and (objective.old_logprobs == "trainer" or objective.importance == "prefix"):
+        raise InputError(
+            "rollout.overlap trains one batch off policy, which token weights can take: objective.old_logprobs must be "
+            "engine and objective.importance none or token"
+        )
+
+
+def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
+    """Refuse a long-term term on responses that the current student did not sample.
+
+    Raises:
+        InputError: the message names the setting to change.
     """
     for name, value in (("on_policy", rollout.on_policy < 1), ("replay", rollout.replay > 0)):
         if value and (objective.long_term or objective.single_step_weight != "none"):
             raise InputError(
-                f"rollout.{name} trains on responses that the student did not draw as it is, which the long-term term and its "
-                "weights cannot take: set objective.long_term: 0 and objective.single_step_weight: none"
+                f"rollout.{name} trains on responses that the current student did not sample, which the long-term term "
+                "and its weights do not allow: set objective.long_term: 0 and objective.single_step_weight: none"
             )
 
 
 def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
-    """What a teacher that is only asked for log-probabilities cannot do.
+    """Refuse what a served teacher cannot do, which returns log-probabilities of some tokens only.
 
     Raises:
-        ValueError: naming the setting to change.
+        InputError: the message names the setting to change.
     """
     if rollout.temperature != 1.0:
         raise InputError(
-            f"rollout.temperature: {rollout.temperature:g} with a served teacher: its log-probabilities are of temperature 1, and "
-            "those of another need every logit for their sum; set 1"
+            f"rollout.temperature: {rollout.temperature:g} with a served teacher: its log-probabilities are of "
+            "temperature 1, and those of another temperature need every logit: set 1"
         )
     if rollout.on_policy < 1:
         raise InputError(
-            "rollout.on_policy with a served teacher: of given responses the student's likeliest tokens are not known; set 1"
+            "rollout.on_policy below 1 with a served teacher: the student's most likely tokens are known for sampled "
+            "responses only: set 1"
         )
     if rollout.teacher_mix:
-        raise InputError("rollout.teacher_mix with a served teacher: mixing draws from the teacher's whole rows; set 0")
+        raise InputError(
+            "rollout.teacher_mix with a served teacher: mixing samples from the teacher's whole distribution: set 0"
+        )
     if objective.language_model and objective.language_model_distill:
-        raise InputError("objective.language_model_distill with a served teacher: text is not scored by it; set 0")
+        raise InputError("objective.language_model_distill with a served teacher: it does not score text: set 0")
 
 
 def check_sharded_teacher(rollout: RolloutConfig, objective: Objective, text: bool) -> None:
-    """What a teacher in shards cannot do, whose every reading is done by all processes together.
+    """Refuse what a sharded teacher cannot do, because every forward of it involves all processes.
 
     Raises:
-        ValueError: naming the setting to change.
+        InputError: the message names the setting to change.
     """
     if rollout.teacher_mix:
         raise InputError(
-            "teacher.shard: teacher mixing reads in rounds that differ between processes: set rollout.teacher_mix: 0"
+            "teacher.shard: the number of rounds of teacher mixing differs between processes: "
+            "set rollout.teacher_mix: 0"
         )
     if text and objective.language_model and objective.language_model_distill:
         raise InputError(
-            "teacher.shard: processes read text in different numbers of pieces and would wait for each other for ever: set "
-            "objective.language_model_distill: 0"
+            "teacher.shard: processes read text in different numbers of pieces and would wait for each other for ever: "
+            "set objective.language_model_distill: 0"
         )

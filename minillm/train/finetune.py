@@ -1,4 +1,4 @@
-"""Fine-tuning on references by TRL's SFTTrainer: the teacher before it teaches, and the baseline."""
+"""Fine-tuning on reference responses with TRL's SFTTrainer: of the teacher before distillation, and of the baseline."""
 
 from __future__ import annotations
 
@@ -20,25 +20,39 @@ from minillm.rollout.config import RolloutConfig
 from minillm.teacher.local import LocalTeacher
 from minillm.train.arguments import NAMES, check_arguments
 from minillm.train.finite import Finite, listed
+from minillm.train.pair import compute_dtype
+from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import handed_to_trl
-from minillm.train.validation import Validated, check_one_gpu
+from minillm.train.validation import ValidationMixin
 
 
-class FineTuner(Validated, Finite, SFTTrainer):
+class FineTuner(ValidationMixin, Finite, SFTTrainer):
     """Minimises −log q over the tokens of given responses.
 
     Args:
-        model: a folder or hub id, loaded in float32; or a loaded model, whose tokenizer is `processing_class`.
-        conventions: where answers end, if that is settled already.
+        model: the student: a folder or hub id, loaded in float32; or a loaded model, whose tokenizer is
+            `processing_class`.
+        args: the arguments of the training.
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
-        teacher: what validation takes KL(q‖p) to, if there is one: a folder, a hub id or a loaded model.
+        rollout: how the student is sampled for validation.
+        eval_dataset: rows for validation; see `ValidationMixin`.
+        teacher: the model that validation takes KL(q‖p) to, if there is one: a folder, a hub id or a loaded model.
+        processing_class: the student's tokenizer.
+        conventions: vocabulary and end tokens, if they are settled already.
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, args: TrainingArguments, *, train_dataset: Sequence[dict[str, Any]],
-        rollout: RolloutConfig | None = None, eval_dataset: Sequence[dict[str, Any]] | None = None,
-        teacher: str | PreTrainedModel | None = None, processing_class: Any = None, conventions: Conventions | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        train_dataset: Sequence[dict[str, Any]],
+        rollout: RolloutConfig | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | None = None,
+        teacher: str | PreTrainedModel | None = None,
+        processing_class: Any = None,
+        conventions: Conventions | None = None,
+    ) -> None:
         check_arguments(
             args,
             fine_tuning=True,
@@ -51,38 +65,55 @@ class FineTuner(Validated, Finite, SFTTrainer):
         student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
         without_dropout(student)
         bind_scoring(student)
-        rows = [
-            {
-                "input_ids": [*row["prompt_ids"], *row["response_ids"]],
-                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["response_ids"]),
-            }
-            for row in (train_dataset[i] for i in range(len(train_dataset)))
-        ]
-        # The rows are ready: nothing is cut, packed or masked but the prompt.
-        shared = NAMES | handed_to_trl(args)
-        given = {name: value for name, value in args.to_dict().items() if value is not None and name in shared}
-        given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict hides them
-        config = SFTConfig(**given | {"completion_only_loss": True, "max_length": None, "packing": False})
-        data = Dataset.from_list(rows)
-        # TRL would prepare rows of its own kind for evaluation, where ours are sampled from.
+        data = _trl_rows(train_dataset)
+        # TRL would prepare evaluation rows of its own kind; ours are sampled from instead.
         stand_in = None if eval_dataset is None else data.select([0])
         super().__init__(
-            model=student, args=config, train_dataset=data, eval_dataset=stand_in, processing_class=tokenizer
+            model=student,
+            args=_trl_config(args),
+            train_dataset=data,
+            eval_dataset=stand_in,
+            processing_class=tokenizer,
         )
         self.eval_dataset = eval_dataset
-        compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        dtype = compute_dtype(args)
         conventions = conventions or settle(tokenizer, None, [student])
         width = min(head_width(student), conventions.vocab_size)
-        self.set_up_sampling(rollout or RolloutConfig(), replace(conventions, vocab_size=width), compute)
+        self.set_up_sampling(rollout or RolloutConfig(), replace(conventions, vocab_size=width), dtype)
         if teacher is not None and eval_dataset is not None:
-            other: Any = load_model(teacher, compute) if isinstance(teacher, str) else teacher
+            other: Any = load_model(teacher, dtype) if isinstance(teacher, str) else teacher
             self.teacher = LocalTeacher(other.to(args.device))
 
     def rows_of(self, micro_batch: dict[str, Any]) -> str:
-        """Found by their tokens: the collator has lost the numbers."""
-        known = [list(ids) for ids in self.train_dataset["input_ids"]]  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue, reportOptionalSubscript]
+        """The rows of a micro-batch, in words, found by their tokens: the collator drops the row numbers."""
+        dataset: Any = self.train_dataset
+        known = [list(ids) for ids in dataset["input_ids"]]
         rows = [
             ids[seen.bool()].tolist()
             for ids, seen in zip(micro_batch["input_ids"], micro_batch["attention_mask"], strict=True)
         ]
         return listed("train_dataset row", sorted(known.index(row) for row in rows))
+
+
+def _trl_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """Rows as TRL reads tokenised ones."""
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": [*row["prompt_ids"], *row["response_ids"]],
+                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["response_ids"]),
+            }
+            for row in (rows[i] for i in range(len(rows)))
+        ]
+    )
+
+
+def _trl_config(args: TrainingArguments) -> SFTConfig:
+    """The arguments for TRL, with its own preparation switched off.
+
+    Nothing is truncated or packed, and only the prompt is masked.
+    """
+    shared = NAMES | handed_to_trl(args)
+    given = {name: value for name, value in args.to_dict().items() if value is not None and name in shared}
+    given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict hides them
+    return SFTConfig(**given | {"completion_only_loss": True, "max_length": None, "packing": False})

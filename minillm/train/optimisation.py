@@ -1,4 +1,4 @@
-"""Whether the optimiser, the learning-rate scheduler and the trackers that arguments name can be built, and read what they are given."""
+"""Checks that the optimiser, the learning-rate scheduler and the trackers can be built, and read all their options."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.optimization import get_scheduler
 
 Fault = tuple[str, str]
-"""An argument, and what is wrong with it."""
+"""An argument, and its fault."""
 
-_OWN_GROUPS = "it makes parameter groups of its own, which drop weight_decay and the adam_ settings"
+_OWN_GROUPS = "it makes parameter groups of its own, without weight_decay and the adam_ settings"
 _IN_BACKWARD = "it steps inside the backward pass, before gradients are accumulated and clipped"
 _OPTIMISERS = {
-    "lomo": _IN_BACKWARD, "layerwise": _IN_BACKWARD, "galore": _OWN_GROUPS, "apollo": _OWN_GROUPS,
-    "schedule_free": "the weights that it is meant to leave are an average, which is not put in place when the student is sampled or saved",
-}  # fmt: skip
+    "lomo": _IN_BACKWARD,
+    "layerwise": _IN_BACKWARD,
+    "galore": _OWN_GROUPS,
+    "apollo": _OWN_GROUPS,
+    "schedule_free": "the weights that it is meant to leave are an average, and the student would be sampled and saved "
+    "without it",
+}
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
-"""Schedulers that go by what validation measures."""
+"""Schedulers that depend on what validation measures."""
 
 
 def one_of(name: str, names: Iterable[str]) -> str:
-    """What is allowed, the name that looks most like `name` first."""
+    """The allowed names in words, with the one most similar to `name` first, if there is one."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=1)
     return (f"did you mean {close[0]}? " if close else "") + "allowed: " + ", ".join(names)
 
 
 def optimiser_faults(args: Any) -> Iterator[Fault]:
-    """Build the optimiser for a small layer."""
+    """Faults of the optimiser and its options, found by building it for a small layer."""
     for part, reason in _OPTIMISERS.items():
         if part in args.optim:
             yield "optim", f"not honoured here: {reason} (given: {str(args.optim.value)!r})"
@@ -49,7 +53,7 @@ def optimiser_faults(args: Any) -> Iterator[Fault]:
     try:
         chosen, settings = _optimiser(args, options)
         chosen(torch.nn.Linear(1, 1).parameters(), **settings)
-    except Exception as error:  # a package that is missing or cannot be imported, or an argument that is not taken
+    except Exception as error:  # a missing package, one that cannot be imported, or an unknown argument
         given = args.optim_args if options else args.optim.value
         yield "optim_args" if options else "optim", f"{' '.join(str(error).split())} (given: {given!r})"
         return
@@ -71,22 +75,23 @@ def optimiser_faults(args: Any) -> Iterator[Fault]:
 
 
 def _optimiser(args: Any, options: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    told = copy.copy(args)
-    told.optim_args = ",".join(f"{key}={value}" for key, value in options.items())
-    return Trainer.get_optimizer_cls_and_kwargs(told, torch.nn.Linear(1, 1))  # pyright: ignore[reportArgumentType]
+    """The optimiser's class and its arguments, given these options."""
+    changed = copy.copy(args)
+    changed.optim_args = ",".join(f"{key}={value}" for key, value in options.items())
+    return Trainer.get_optimizer_cls_and_kwargs(changed, torch.nn.Linear(1, 1))  # pyright: ignore[reportArgumentType]
 
 
 def _is_read(args: Any, options: dict[str, str], key: str) -> bool:
-    """Whether another value of an option makes another optimiser, or none."""
+    """Whether another value of an option gives another optimiser, or an error."""
     without = {name: value for name, value in options.items() if name != key}
     try:
         return _optimiser(args, {**without, key: "0.123"})[1] != _optimiser(args, without)[1]
-    except Exception:  # not a value of its type, so that it was read
+    except Exception:  # the value has the wrong type, so the option was read
         return True
 
 
 def scheduler_faults(args: Any) -> Iterator[Fault]:
-    """Build the learning-rate scheduler and ask it for a few rates."""
+    """Faults of the learning-rate scheduler, found by building it and computing a few rates."""
     kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs or {}
     if args.warmup_steps and kind in ("constant", *BY_METRIC):
         instead = "constant_with_warmup" if kind == "constant" else "another scheduler"
@@ -103,7 +108,7 @@ def scheduler_faults(args: Any) -> Iterator[Fault]:
         if isinstance(value, str) and _is_number(value):
             yield (
                 "lr_scheduler_kwargs",
-                f"{key}: a number is needed; YAML 1.1 takes 1e-6 for text: write 1.0e-6 (given: {value!r})",
+                f"{key}: a number is needed; YAML 1.1 reads 1e-6 as text: write 1.0e-6 (given: {value!r})",
             )
             return
     total = args.max_steps if args.max_steps > 0 else 10**6
@@ -130,7 +135,7 @@ def scheduler_faults(args: Any) -> Iterator[Fault]:
     if not all(isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0 for rate in rates):
         yield (
             "lr_scheduler_kwargs",
-            f"they make learning rates that are no numbers from 0 on: {rates} (given: {options!r})",
+            f"they give learning rates that are negative or not finite: {rates} (given: {options!r})",
         )
 
 
@@ -143,7 +148,7 @@ def _is_number(text: str) -> bool:
 
 
 def tracker_faults(args: Any) -> Iterator[Fault]:
-    """Make the callbacks that report to trackers, which import them."""
+    """Faults of trackers, found by creating their callbacks, which import them."""
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             yield (

@@ -1,4 +1,4 @@
-"""A training stage that can be stopped anywhere and goes on from its last checkpoint."""
+"""A training stage that can be interrupted at any time, and continues from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -13,21 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from minillm.errors import Interrupted, RunError
 
-_MOMENT = 1.0  # seconds between two Ctrl-C that are two
+_MOMENT = 1.0  # seconds; two Ctrl-C within this time count as one
 
 
 def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = None) -> None:
-    """Train, or go on from the last checkpoint; leave the student, its tokenizer and the log in `folder`.
+    """Train, or continue from the last checkpoint, and save the student, its tokenizer and the log.
 
     Args:
-        dtype: of the weights that are left; by default they are saved as they were trained.
+        trainer: a trainer of this room. It is closed at the end.
+        folder: where the trained student is saved.
+        stage: the stage's name, for messages.
+        dtype: dtype of the saved weights; by default that of training.
 
     Raises:
-        Interrupted: after Ctrl-C, with a checkpoint; `stage` names what was stopped.
-        RunError: the last checkpoint lacks what training goes on from.
+        Interrupted: Ctrl-C stopped the training, and a checkpoint was saved.
+        RunError: the last checkpoint lacks a part that is needed to continue.
     """
     try:
         _train(trainer, folder, stage, dtype)
@@ -36,15 +43,12 @@ def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = Non
 
 
 def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> None:
-    from transformers.trainer import TRAINER_STATE_NAME
-    from transformers.trainer_callback import TrainerState
-    from transformers.trainer_utils import get_last_checkpoint
-
+    """Train, or only save the student where training had finished; see `train`."""
     stopping = _StopCleanly()
-    trainer.add_callback(stopping.callback(trainer))
+    trainer.add_callback(_Stop(trainer, stopping))
     work = trainer.args.output_dir
     if os.path.isdir(work) and trainer.is_world_process_zero():
-        for left in Path(work).glob("checkpoint-*"):  # cut short while it was written
+        for left in Path(work).glob("checkpoint-*"):  # interrupted while it was written
             if not (left / TRAINER_STATE_NAME).is_file():
                 shutil.rmtree(left, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -59,7 +63,7 @@ def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> 
         with stopping:
             trainer.train(resume_from_checkpoint=last)
     if stopping.asked and trainer.state.global_step < trainer.state.max_steps:
-        trainer.accelerator.wait_for_everyone()  # the first that leaves takes the others with it
+        trainer.accelerator.wait_for_everyone()  # a process that ends early ends the others too
         raise Interrupted(
             f"stage {stage} stopped after update {trainer.state.global_step}; the same command continues it"
         )
@@ -71,10 +75,14 @@ def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> 
 
 
 def check_checkpoint(checkpoint: Path, stage: str) -> None:
-    """Refuse to go on from a checkpoint without all of its state: the optimiser would begin anew, in the middle of a schedule.
+    """Refuse to continue from an incomplete checkpoint: the optimiser would start afresh in the middle of a schedule.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        stage: the stage's name, for the message.
 
     Raises:
-        RunError: naming what is missing.
+        RunError: the message names what is missing.
     """
     wanted = {
         "its optimiser": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "*optimizer*.safetensors"),
@@ -86,8 +94,8 @@ def check_checkpoint(checkpoint: Path, stage: str) -> None:
     missing = [what for what, names in wanted.items() if not any(fnmatch.filter(there, name) for name in names)]
     if missing:
         raise RunError(
-            f"{checkpoint}: training cannot go on from here without {', '.join(missing)}, which the checkpoint lacks. Delete it to go on "
-            f"from the one before, or make the stage again: --stage {stage} --redo"
+            f"{checkpoint}: training cannot go on from here without {', '.join(missing)}, which the checkpoint lacks. "
+            f"Delete it to continue from the one before, or make the stage again: --stage {stage} --redo"
         )
 
 
@@ -96,19 +104,20 @@ def _is_empty(path: Path) -> bool:
 
 
 def _is_complete(checkpoint: str) -> bool:
-    """The run ended between its last checkpoint and the saving of the student."""
+    """Whether training had finished: the run ended between the last checkpoint and the saving of the student."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
 
 
 class _StopCleanly:
-    """The first Ctrl-C lets the update end and saves a checkpoint; the second stops at once.
+    """Handles Ctrl-C: the first finishes the update and saves a checkpoint, the second stops at once.
 
-    Under a launcher one Ctrl-C comes twice, from the terminal and from the launcher, so that a second counts after a moment only.
+    Under a launcher one Ctrl-C arrives twice, from the terminal and from the launcher, so a second one counts only
+    after a moment.
     """
 
     asked = False
-    _heard = 0.0
+    _received = 0.0
 
     def __enter__(self) -> None:
         self._before = signal.signal(signal.SIGINT, self._ask)
@@ -117,27 +126,26 @@ class _StopCleanly:
         signal.signal(signal.SIGINT, self._before)
 
     def _ask(self, *_: object) -> None:
-        before, self._heard = self._heard, time.monotonic()
-        if self.asked and self._heard - before > _MOMENT:
+        before, self._received = self._received, time.monotonic()
+        if self.asked and self._received - before > _MOMENT:
             raise KeyboardInterrupt
         if self.asked:
             return
         self.asked = True
         print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
 
-    def callback(self, trainer: Any) -> Any:
-        from transformers import TrainerCallback
 
-        outer = self
+class _Stop(TrainerCallback):
+    """Saves and stops after an update during which Ctrl-C was received, after the same update in all processes."""
 
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                agreed = outer.asked
-                if trainer.accelerator.num_processes > 1:  # they stop after the same update, whichever heard it first
-                    agreed = trainer.global_sum(float(agreed)) > 0
-                if agreed:
-                    outer.asked = True
-                    control.should_save = control.should_training_stop = True
-                return control
+    def __init__(self, trainer: Any, stopping: _StopCleanly) -> None:
+        self._trainer, self._stopping = trainer, stopping
 
-        return Stop()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        asked = self._stopping.asked
+        if self._trainer.accelerator.num_processes > 1:  # whichever process received it first
+            asked = self._trainer.global_sum(float(asked)) > 0
+        if asked:
+            self._stopping.asked = True
+            control.should_save = control.should_training_stop = True
+        return control

@@ -1,4 +1,4 @@
-"""Training on given responses: cross-entropy (fine-tuning, SeqKD), a divergence to the teacher (word-level KD), or both."""
+"""Training on given responses: cross-entropy (SFT, SeqKD), a divergence from the teacher (word-level KD), or both."""
 
 from __future__ import annotations
 
@@ -23,49 +23,71 @@ class SupervisedTrainer(DistillationTrainer):
     """Minimises λ·CE + (1−λ)·D over the tokens of given responses.
 
     Args:
-        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). An epoch drops what does not fill
-            a last update; another epoch drops other rows.
+        model: the student: a folder, a hub id or a loaded model.
+        teacher: the teacher, likewise; None for the base model of a student with an adapter.
+        args: the arguments of the training.
+        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). An epoch drops the rows that do not
+            fill a last update; another epoch drops other rows.
         cross_entropy: λ; at 1 the teacher is not read.
         divergence: D, the forward KL by default, at `temperature`.
         cross_entropy_temperature: divides the student's logits in CE.
+        **kwargs: further parameters of `DistillationTrainer`.
+
+    Raises:
+        InputError: there are fewer rows than one update needs.
     """
 
     def __init__(
-        self, model: str | PreTrainedModel, teacher: str | PreTrainedModel | None, args: TrainingArguments, *,
-        train_dataset: Sequence[dict[str, Any]], cross_entropy: float = 0.5,
-        divergence: DivergenceConfig | None = None, cross_entropy_temperature: float = 1.0, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | PreTrainedModel,
+        teacher: str | PreTrainedModel | None,
+        args: TrainingArguments,
+        *,
+        train_dataset: Sequence[dict[str, Any]],
+        cross_entropy: float = 0.5,
+        divergence: DivergenceConfig | None = None,
+        cross_entropy_temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, teacher, args, train_dataset=train_dataset, **kwargs)
         self.text_temperature = cross_entropy_temperature
         self._cross_entropy = cross_entropy
         self._divergence = divergence or DivergenceConfig(name="forward_kl")
         self._rows = train_dataset
         self._processes = self.accelerator.num_processes
-        self._micro = args.per_device_train_batch_size * self._processes
-        self._size = self._micro * args.gradient_accumulation_steps
-        if len(train_dataset) < self._size:
+        self._micro_batch_size = args.per_device_train_batch_size * self._processes
+        self._update_size = self._micro_batch_size * args.gradient_accumulation_steps
+        if len(train_dataset) < self._update_size:
             raise InputError(
-                f"{len(train_dataset)} training rows are fewer than the {self._size} of one update "
+                f"{len(train_dataset)} training rows are fewer than the {self._update_size} of one update "
                 "(per_device_train_batch_size × gradient_accumulation_steps × processes)"
             )
 
     def updates_per_epoch(self) -> int:
-        return len(self._rows) // self._size
+        """Updates in one pass over the rows."""
+        return len(self._rows) // self._update_size
 
     def micro_batches(self, update: int) -> list[tuple[list[int], int]]:
-        """(this process's rows, the update's response tokens over all processes), rows of like length together."""
+        """The micro-batches of an update, rows of similar length together.
+
+        Returns:
+            For each micro-batch, this process's rows, and the update's response tokens over all processes.
+        """
         epoch, number = divmod(update, self.updates_per_epoch())
         order = permutation(len(self._rows), self.args.seed, "epoch", epoch)
-        rows = order[number * self._size : (number + 1) * self._size]
+        rows = order[number * self._update_size : (number + 1) * self._update_size]
         count = sum(len(self._rows[row]["response_ids"]) for row in rows)
         lengths = [len(self._rows[row]["prompt_ids"]) + len(self._rows[row]["response_ids"]) for row in rows]
         rank = self.accelerator.process_index
-        return [([rows[i] for i in group[rank :: self._processes]], count) for group in bucket(lengths, self._micro)]
+        groups = bucket(lengths, self._micro_batch_size)
+        return [([rows[i] for i in group[rank :: self._processes]], count) for group in groups]
 
     def rows_of(self, micro_batch: tuple[list[int], int]) -> str:
+        """The rows of the data that a micro-batch holds, in words."""
         return listed("train_dataset row", sorted(micro_batch[0]))
 
     def training_step(self, model: Any, inputs: tuple[list[int], int], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; returns the loss."""
         indices, count = inputs
         rows = [self._rows[i] for i in indices]
         prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]
@@ -75,7 +97,7 @@ class SupervisedTrainer(DistillationTrainer):
             with self.phase("teacher", len(batch.targets)):
                 teacher = torch.cat(self.local_teacher.hidden(prompts, responses))
         loss = SupervisedLoss(self._cross_entropy, count, self._divergence)
-        other = None if teacher is None else extra_divergence(self._divergence)
-        value = self.update_on(model, batch, loss, teacher, self._processes, other)
-        self.tally(loss.tally.sums)
+        divergence = None if teacher is None else extra_divergence(self._divergence)
+        value = self.update_on(model, batch, loss, teacher, self._processes, divergence)
+        self.metrics.add_sums(loss.tally.sums)
         return value

@@ -1,4 +1,7 @@
-"""What belongs to TRL's configurations and trainers: fields beyond `transformers.TrainingArguments`, and what they are called here."""
+"""Fields of TRL's configurations, and parameters of its trainers, that go beyond those of transformers.
+
+Those that are not read are refused, with their equivalents here.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,7 @@ from minillm.train.optimisation import Fault
 
 logger = logging.getLogger(__name__)
 
-# What a field of TRL's configurations is called here.
-_FILTER = "importance weights need every token that the student can draw: use RolloutConfig(temperature=...)"
+_FILTER = "importance weights need every token that the student can sample: use RolloutConfig(temperature=...)"
 _MODEL = "load the model yourself and give it as the trainer's model"
 _TEACHER = "give the trainer its teacher: a name, a model or a ServedTeacher"
 _SERVERS = 'RolloutConfig(engine="server", servers=["http://host:port"])'
@@ -25,58 +27,98 @@ _CLIP = "Objective(clip=...)"
 _ROWS = "rows are ready tokens: prompt_ids and response_ids"
 EQUIVALENTS = {
     "temperature": "RolloutConfig(temperature=...), or temperature=... of SupervisedTrainer",
-    "beta": 'Objective(divergence=DivergenceConfig(name="jensen_shannon", beta=...), long_term=0), or divergence=... of SupervisedTrainer',
-    "lmbda": "RolloutConfig(on_policy=...)", "seq_kd": "SupervisedTrainer on the teacher's responses",
-    "max_completion_length": "RolloutConfig(max_new_tokens=...)", "max_new_tokens": "RolloutConfig(max_new_tokens=...)",
+    "beta": 'Objective(divergence=DivergenceConfig(name="jensen_shannon", beta=...), long_term=0), '
+    "or divergence=... of SupervisedTrainer",
+    "lmbda": "RolloutConfig(on_policy=...)",
+    "seq_kd": "SupervisedTrainer on the teacher's responses",
+    "max_completion_length": "RolloutConfig(max_new_tokens=...)",
+    "max_new_tokens": "RolloutConfig(max_new_tokens=...)",
     "max_prompt_length": "RolloutConfig(max_prompt_tokens=...)",
     "max_length": "RolloutConfig(max_prompt_tokens=..., max_new_tokens=...), or shorter rows for FineTuner",
-    "num_generations": "RolloutConfig(samples_per_prompt=...)", "num_iterations": "RolloutConfig(inner_epochs=...)",
-    "generation_batch_size": "RolloutConfig(num_rollouts=...)", "steps_per_generation": "RolloutConfig(num_rollouts=...)",
-    "stop_strings": "RolloutConfig(stop=[...])", "disable_dropout": "dropout is always off",
-    "use_vllm": 'RolloutConfig(engine="vllm")', "vllm_mode": 'RolloutConfig(engine="vllm"), or ' + _SERVERS,
+    "num_generations": "RolloutConfig(samples_per_prompt=...)",
+    "num_iterations": "RolloutConfig(inner_epochs=...)",
+    "generation_batch_size": "RolloutConfig(num_rollouts=...)",
+    "steps_per_generation": "RolloutConfig(num_rollouts=...)",
+    "stop_strings": "RolloutConfig(stop=[...])",
+    "disable_dropout": "dropout is always off",
+    "use_vllm": 'RolloutConfig(engine="vllm")',
+    "vllm_mode": 'RolloutConfig(engine="vllm"), or ' + _SERVERS,
     "vllm_tensor_parallel_size": "vllm serve --tensor-parallel-size N, and " + _SERVERS,
     **dict.fromkeys(("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port"), _SERVERS),
     "vllm_server_timeout": "RolloutConfig(server_timeout=...)",
-    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_model_impl", "vllm_enable_sleep_mode"), _ENGINE),
+    **dict.fromkeys(
+        ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_model_impl", "vllm_enable_sleep_mode"), _ENGINE
+    ),
     **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"), _FILTER),
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "dtype"), _MODEL),
-    **dict.fromkeys((
-        "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs", "use_teacher_server",
-        "teacher_model_server_url", "teacher_server_urls",
-    ), _TEACHER),
+    **dict.fromkeys(
+        (
+            "teacher_model_name_or_path",
+            "teacher_model_revision",
+            "teacher_model_init_kwargs",
+            "use_teacher_server",
+            "teacher_model_server_url",
+            "teacher_server_urls",
+        ),
+        _TEACHER,
+    ),
     **dict.fromkeys(("loss_top_k", "teacher_top_k"), "ServedTeacher(top_k=...)"),
     **dict.fromkeys(("epsilon", "epsilon_high", "delta"), _CLIP),
-    "importance_sampling_level": "Objective(importance=...)", "scale_rewards": "Objective(baseline=...)",
-    "distillation_alpha": "Objective(divergence=DivergenceConfig(...))", "distillation_mode": "Objective(divergence=DivergenceConfig(...))",
-    **dict.fromkeys((
-        "dataset_text_field", "dataset_kwargs", "dataset_num_proc", "truncation_mode", "packing", "packing_strategy", "eval_packing",
-        "padding_free", "eos_token", "chat_template_path", "assistant_only_loss", "completion_only_loss",
-    ), _ROWS),
-}  # fmt: skip
-# Of SFTConfig, what FineTuner hands to TRL.
+    "importance_sampling_level": "Objective(importance=...)",
+    "scale_rewards": "Objective(baseline=...)",
+    "distillation_alpha": "Objective(divergence=DivergenceConfig(...))",
+    "distillation_mode": "Objective(divergence=DivergenceConfig(...))",
+    **dict.fromkeys(
+        (
+            "dataset_text_field",
+            "dataset_kwargs",
+            "dataset_num_proc",
+            "truncation_mode",
+            "packing",
+            "packing_strategy",
+            "eval_packing",
+            "padding_free",
+            "eos_token",
+            "chat_template_path",
+            "assistant_only_loss",
+            "completion_only_loss",
+        ),
+        _ROWS,
+    ),
+}
+"""Fields of TRL's configurations, and their equivalents here."""
+
+# Fields of SFTConfig that FineTuner passes on to TRL.
 _TO_TRL = frozenset(
     {"shuffle_dataset", "pad_to_multiple_of", "router_aux_loss_coef", "loss_type", "activation_offloading", "pad_token"}
 )
-# What holds here whatever is said.
+# Values that always hold here, whether they are set or not.
 _ALWAYS = {"disable_dropout": True, "completion_only_loss": True, "max_length": None}
 
-# Of Trainer's other parameters, those that mean nothing here.
+# Parameters of transformers' and TRL's trainers that mean nothing here.
 _PARAMETERS = {
-    "data_collator": "batches are made of prompt_ids and response_ids", "compute_loss_func": "the loss is objective's",
-    "compute_metrics": "validation measures " + ", ".join(METRICS), "preprocess_logits_for_metrics": "validation draws answers",
-    "model_init": "give the model", "peft_config": "give a student that has its adapter: minillm.models.load.load_student",
-    "formatting_func": "render prompts first: rows with prompt or prompt_ids", "reward_funcs": "the reward is the teacher's log-ratio",
-}  # fmt: skip
+    "data_collator": "batches are built from prompt_ids and response_ids",
+    "compute_loss_func": "the loss is objective's",
+    "compute_metrics": "validation measures " + ", ".join(METRICS),
+    "preprocess_logits_for_metrics": "validation samples responses",
+    "model_init": "give the model",
+    "peft_config": "give a student that has its adapter: minillm.models.lora.load_student",
+    "formatting_func": "render prompts first: rows with prompt or prompt_ids",
+    "reward_funcs": "the reward is the teacher's log-ratio",
+}
 
 _SHARED = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
 _warned: set[type] = set()
 
 
 def check_parameters(given: Mapping[str, Any]) -> None:
-    """Refuse parameters of `transformers.Trainer` that would be ignored.
+    """Refuse parameters of a trainer that would be ignored.
+
+    Args:
+        given: parameters and their values.
 
     Raises:
-        ValueError: naming them and what to use.
+        InputError: the message names the parameters and what to use instead.
     """
     if found := [
         f"{name}: not used here: {_PARAMETERS[name]}"
@@ -87,7 +129,7 @@ def check_parameters(given: Mapping[str, Any]) -> None:
 
 
 def handed_to_trl(args: TrainingArguments) -> frozenset[str]:
-    """Fields beyond those of `TrainingArguments` that `FineTuner` hands to TRL's SFTTrainer."""
+    """Fields beyond those of `TrainingArguments` that `FineTuner` passes on to TRL's SFTTrainer."""
     return _TO_TRL if any(kind.__name__ == "SFTConfig" for kind in type(args).__mro__) else frozenset()
 
 
@@ -97,7 +139,13 @@ def extra_names(args: TrainingArguments) -> list[str]:
 
 
 def extra_faults(args: TrainingArguments, fresh: TrainingArguments, fine_tuning: bool) -> Iterator[Fault]:
-    """Fields that would be ignored and are not as in `fresh`, which has them by default."""
+    """Fields that would be ignored and do not have their defaults.
+
+    Args:
+        args: the arguments.
+        fresh: the arguments with the defaults of these fields.
+        fine_tuning: whether the trainer is `FineTuner`.
+    """
     honoured = handed_to_trl(args) if fine_tuning else frozenset()
     for name in extra_names(args):
         value = getattr(args, name)
@@ -108,13 +156,13 @@ def extra_faults(args: TrainingArguments, fresh: TrainingArguments, fine_tuning:
 
 
 def warn_of_defaults(args: TrainingArguments, fine_tuning: bool) -> None:
-    """Say once that a class has defaults which are not read."""
+    """Warn once per class that some of its defaults are not read."""
     honoured = handed_to_trl(args) if fine_tuning else frozenset()
     spare = [
         name
         for name in extra_names(args)
         if name in EQUIVALENTS and name not in honoured and getattr(args, name) not in (None, False, _ALWAYS.get(name))
-        if not name.startswith("vllm_")  # read with use_vllm alone
+        if not name.startswith("vllm_")  # read only with use_vllm
     ]
     if spare and type(args) not in _warned:
         _warned.add(type(args))

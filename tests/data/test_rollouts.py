@@ -1,12 +1,13 @@
-"""Where a response ends."""
+"""Where a response ends, and which checkpoints a rollout is restored from."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
-from minillm.data.rollouts import Rollout
+from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling, StopStrings
 
 
@@ -42,3 +43,36 @@ def test_a_response_ends_with_the_token_that_completes_a_string(tokenizer: Any, 
 def test_no_stop_string_is_empty(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="stop: an empty string"):
         StopStrings(tokenizer, ["w1", ""])
+
+
+def test_a_rollout_is_restored_from_its_saved_fields() -> None:
+    logq = torch.tensor([-0.5, -1.0])
+    rollout = Rollout(
+        [2], [5, 1], logq, logq, 3, True, teacher=TeacherTargets(logq), top_logprobs=[{5: -0.5}, {1: -1.0}]
+    )
+    saved = rollout.to_saved()
+    assert "teacher" not in saved  # the teacher returns its targets again
+    restored = Rollout.from_saved(saved)
+    assert restored.teacher is None
+    assert restored.to_saved() == saved
+
+
+def test_a_rollout_is_restored_from_a_checkpoint_of_an_earlier_version() -> None:
+    logq, reverse_kl = torch.tensor([-0.5, -1.0]), torch.tensor([0.1, 0.2])
+    fields: dict[str, Any] = {
+        "prompt_ids": [2],
+        "response_ids": [5, 1],
+        "student_logprobs": logq,
+        "behaviour_logprobs": logq,
+        "weights_version": 3,
+        "finished": True,
+        "teacher_logprobs": None,
+        "teacher_hidden": None,
+        "teacher_rows": None,
+        "reverse_kl": reverse_kl,
+        "likeliest": [{5: -0.5}, {1: -1.0}],
+    }
+    rollout = Rollout.from_saved(fields)
+    assert rollout.top_logprobs == [{5: -0.5}, {1: -1.0}]
+    assert rollout.reverse_kl is reverse_kl
+    assert rollout.teacher is None

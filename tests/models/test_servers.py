@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm.data.logprobs import LOG_ZERO
-from minillm.data.rollouts import Rollout
+from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.models.servers import read_completion
 from minillm.teacher.served import ServedTeacher
@@ -50,22 +50,21 @@ class FixedAnswer:
         return [action() for action in actions]
 
 
-def served(rows: list[dict[str, float]]) -> Rollout:
+def served(rows: list[dict[str, float]]) -> TeacherTargets:
     teacher = ServedTeacher(["http://nowhere"], "none", top_k=2)
     teacher.close()
     teacher._servers = FixedAnswer(rows)  # pyright: ignore[reportAttributeAccessIssue]
     drawn = torch.tensor([-0.1, -0.2])
     rollout = Rollout([3], [5, 1], drawn, drawn, 0, True, top_logprobs=[{5: -0.1, 6: -2.4}, {1: -0.2, 6: -1.7}])
-    teacher.score([rollout], Sampling(2, (1,), 32, top_logprobs=2))
-    return rollout
+    [targets] = teacher.score([rollout], Sampling(2, (1,), 32, top_logprobs=2))
+    return targets
 
 
 def test_a_served_teachers_zeros_are_floored_and_invalid_logprobs_are_refused() -> None:
-    rollout = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}])
-    assert rollout.teacher_rows is not None
-    assert rollout.teacher_logprobs is not None
-    assert rollout.teacher_rows.logprobs.tolist() == [pytest.approx([-0.3, LOG_ZERO]), pytest.approx([LOG_ZERO, -0.4])]
-    assert rollout.teacher_logprobs.tolist() == pytest.approx([-0.3, LOG_ZERO])
+    targets = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}])
+    assert targets.rows is not None
+    assert targets.rows.logprobs.tolist() == [pytest.approx([-0.3, LOG_ZERO]), pytest.approx([LOG_ZERO, -0.4])]
+    assert targets.token_logprobs.tolist() == pytest.approx([-0.3, LOG_ZERO])
     for value in (NAN, INF, 0.5):
         with pytest.raises(ValueError, match="invalid log-probability"):
             served([{"5": -0.3, "6": value}, {"1": -0.2, "6": -0.4}])

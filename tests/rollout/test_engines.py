@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,8 @@ def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
         [[2], [3, 4]] * 8,
         list(range(16)),
     )
-    for generate in (as_saved.generate, TeacherMixedSampler(as_saved, local, 0.5, draft_tokens=3).generate):
+    mixed = partial(TeacherMixedSampler(local, 0.5, draft_tokens=3).generate, as_saved)
+    for generate in (as_saved.generate, mixed):
         stopped, ended = (
             generate(prompts, sampling, seeds)
             for sampling in (Sampling(12, (1,), 20, stop=StopStrings(tokenizer, ["w9"])), Sampling(12, (1, 13), 20))
@@ -185,11 +187,7 @@ def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
         assert {r.response_ids[-1] for r in stopped} >= {13}
         for a, b in zip(stopped, ended, strict=True):
             torch.testing.assert_close(a.behaviour_logprobs, b.behaviour_logprobs, atol=1e-5, rtol=1e-5)
-            assert b.teacher_hidden is None or torch.allclose(
-                a.teacher_hidden,  # pyright: ignore[reportArgumentType]
-                b.teacher_hidden,
-                atol=1e-5,
-            )
+            assert b.teacher is None or torch.allclose(a.teacher.hidden, b.teacher.hidden, atol=1e-5)  # pyright: ignore
         # Take a pair of tokens that occurs in these responses: a response must end where the pair is complete.
         responses = [r.response_ids for r in generate(prompts, Sampling(12, (1,), 20), seeds)]
         pair = next(
@@ -272,12 +270,10 @@ def test_a_served_teacher_scores_as_a_local_one(as_saved: Engine, student: Any, 
     rollouts = other.generate([[2], [3, 4, 5], [9] * 40], sampling, [1, 2, 3])
     here = LocalTeacher(student)
     for k in (5, 0):
-        scored = [replace(r) for r in rollouts]
         teacher = ServedTeacher([url], folder, top_k=k, patience=10)
         teacher.attach(80)
-        teacher.score(scored, sampling)
-        for r in scored:
-            rows = r.teacher_rows
+        for r, targets in zip(rollouts, teacher.score(rollouts, sampling), strict=True):
+            rows = targets.rows
             assert rows is not None
             want = here.distribution(here.hidden([r.prompt_ids], [r.response_ids])[0], sampling)
             torch.testing.assert_close(rows.logprobs, want.gather(1, rows.ids), atol=1e-4, rtol=1e-4)
@@ -328,7 +324,7 @@ def test_a_served_teacher_scores_as_a_local_one(as_saved: Engine, student: Any, 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_frequencies(as_saved: Engine, student: Any, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # With so few, the sampler has to request log-probabilities by id, as it does with a real vocabulary.
-    monkeypatch.setattr(teacher_mixed, "_TOP_LOGPROBS", 2)
+    monkeypatch.setattr(teacher_mixed, "TOP_LOGPROBS", 2)
     check_frequencies(as_saved, student, alpha, 2000)
 
 
@@ -345,8 +341,8 @@ def check_frequencies(engine: Engine, student: Any, alpha: float, n: int) -> Non
     for start in range(0, n, 2000):
         seeds = list(range(start, min(start + 2000, n)))
         if alpha:
-            sampler = TeacherMixedSampler(engine, LocalTeacher(teacher, 500), alpha, draft_tokens=3)
-            rollouts = sampler.generate([PROMPT] * len(seeds), SAMPLING, seeds)
+            sampler = TeacherMixedSampler(LocalTeacher(teacher, 500), alpha, draft_tokens=3)
+            rollouts = sampler.generate(engine, [PROMPT] * len(seeds), SAMPLING, seeds)
         else:
             rollouts = engine.generate([PROMPT] * len(seeds), SAMPLING, seeds)
         counts.update(tuple(r.response_ids) for r in rollouts)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.samplers import teacher_mixed
-from minillm.rollout.samplers.teacher_mixed import _ROUND_COST, TeacherMixedSampler, draft_length
+from minillm.rollout.samplers.teacher_mixed import ROUND_COST, TeacherMixedSampler, draft_length
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import tiny_llama
 
@@ -66,9 +67,8 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
     engine, n = TransformersEngine(student, batch_size=2000), 6000
     seeds = list(range(n))
     if alpha:
-        rollouts = TeacherMixedSampler(engine, LocalTeacher(teacher, 2000), alpha, draft_tokens=2).generate(
-            [PROMPT] * n, SAMPLING, seeds
-        )
+        sampler = TeacherMixedSampler(LocalTeacher(teacher, 2000), alpha, draft_tokens=2)
+        rollouts = sampler.generate(engine, [PROMPT] * n, SAMPLING, seeds)
     else:
         rollouts = engine.generate([PROMPT] * n, SAMPLING, seeds)
     counts = Counter(tuple(r.response_ids) for r in rollouts)
@@ -76,7 +76,7 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
     assert sum(expected.values()) == pytest.approx(1)
     statistic, freedom = chi_square(counts, expected, n)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
-    # What it says drew the tokens is what drew them.
+    # The behaviour log-probabilities are those that sampled the tokens.
     for r in rollouts[:50]:
         assert float(r.behaviour_logprobs.sum().exp()) == pytest.approx(expected[tuple(r.response_ids)], rel=1e-3)
     weights = torch.stack([(r.student_logprobs - r.behaviour_logprobs).sum().exp() for r in rollouts]).double()
@@ -86,8 +86,8 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
 def test_frequencies_where_most_of_q_has_to_be_asked_for(
     models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each place one likeliest token is known, and the refused one, which says nothing about the others."""
-    monkeypatch.setattr(teacher_mixed, "_TOP_LOGPROBS", 1)
+    """At each position only the most likely token is known, and the rejected one, which bounds no other."""
+    monkeypatch.setattr(teacher_mixed, "TOP_LOGPROBS", 1)
     student, teacher = models
     asked = 0
 
@@ -98,38 +98,40 @@ def test_frequencies_where_most_of_q_has_to_be_asked_for(
             return super().logprobs_of(prefixes, ids, sampling)
 
     n = 12_000
-    sampler = TeacherMixedSampler(Counted(student, 3000), LocalTeacher(teacher, 3000), 0.5, draft_tokens=2)
-    counts = Counter(tuple(r.response_ids) for r in sampler.generate([PROMPT] * n, SAMPLING, list(range(n))))
+    sampler = TeacherMixedSampler(LocalTeacher(teacher, 3000), 0.5, draft_tokens=2)
+    rollouts = sampler.generate(Counted(student, 3000), [PROMPT] * n, SAMPLING, list(range(n)))
+    counts = Counter(tuple(r.response_ids) for r in rollouts)
     statistic, freedom = chi_square(counts, enumerate_mixture(student, teacher, 0.5), n)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5
     assert asked > 100
 
 
 def test_the_wrong_mixture_is_noticed(models: tuple[Any, Any]) -> None:
-    """The test above has teeth: frequencies of α = 0.5 do not pass for α = 0.2."""
+    """The test above can fail: frequencies of α = 0.5 are not accepted for α = 0.2."""
     student, teacher = models
-    sampler = TeacherMixedSampler(TransformersEngine(student, 2000), LocalTeacher(teacher, 2000), 0.5, draft_tokens=2)
+    sampler = TeacherMixedSampler(LocalTeacher(teacher, 2000), 0.5, draft_tokens=2)
     n = 6000
-    counts = Counter(tuple(r.response_ids) for r in sampler.generate([PROMPT] * n, SAMPLING, list(range(n))))
+    rollouts = sampler.generate(TransformersEngine(student, 2000), [PROMPT] * n, SAMPLING, list(range(n)))
+    counts = Counter(tuple(r.response_ids) for r in rollouts)
     statistic, freedom = chi_square(counts, enumerate_mixture(student, teacher, 0.2), n)
     assert statistic > freedom + 4 * (2 * freedom) ** 0.5
 
 
 def test_kept_states_and_logprobs_are_those_of_one_plain_forward(models: tuple[Any, Any]) -> None:
-    """The append-only cache with its masked slots changes nothing, whatever was drafted and taken back."""
+    """The append-only cache with masked slots changes nothing, whatever was drafted and retracted."""
     student, teacher = models
     local = LocalTeacher(teacher)
     sampling = Sampling(12, (EOS,), V)
     prompts = [[2], [3, 4, 2, 2, 3], [4, 4]] * 4
-    sampler = TeacherMixedSampler(TransformersEngine(student), local, 0.5, draft_tokens=4)
-    rollouts = sampler.generate(prompts, sampling, list(range(12)))
-    assert sampler.accepted < sampler.drafted  # something was taken back
+    sampler = TeacherMixedSampler(local, 0.5, draft_tokens=4)
+    rollouts = sampler.generate(TransformersEngine(student), prompts, sampling, list(range(12)))
+    assert sampler.accepted < sampler.drafted  # something was retracted
     for r, hidden in zip(rollouts, local.hidden(prompts, [r.response_ids for r in rollouts]), strict=True):
-        assert r.teacher_hidden is not None
-        assert r.teacher_logprobs is not None
-        torch.testing.assert_close(r.teacher_hidden, hidden, rtol=1e-4, atol=1e-4)
+        assert r.teacher is not None
+        assert r.teacher.hidden is not None
+        torch.testing.assert_close(r.teacher.hidden, hidden, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(
-            r.teacher_logprobs, local.token_logprobs(hidden, r.response_ids, sampling), rtol=1e-4, atol=1e-4
+            r.teacher.token_logprobs, local.token_logprobs(hidden, r.response_ids, sampling), rtol=1e-4, atol=1e-4
         )
         for t, token in enumerate(r.response_ids):
             logits = student(torch.tensor([[*r.prompt_ids, *r.response_ids[:t]]])).logits[0, -1, :V]
@@ -138,17 +140,22 @@ def test_kept_states_and_logprobs_are_those_of_one_plain_forward(models: tuple[A
 
 def test_the_same_seeds_draw_the_same_and_rows_do_not_depend_on_their_company(models: tuple[Any, Any]) -> None:
     student, teacher = models
-    make = lambda: TeacherMixedSampler(TransformersEngine(student), LocalTeacher(teacher), 0.3, 3)  # noqa: E731
     sampling = Sampling(8, (EOS,), V)
-    together = make().generate([PROMPT, [2], [3, 3]], sampling, [7, 8, 9])
-    alone = [make().generate([p], sampling, [s])[0] for p, s in (([*PROMPT], 7), ([2], 8), ([3, 3], 9))]
+
+    def sample(prompts: list[list[int]], seeds: list[int]) -> list[Rollout]:
+        sampler = TeacherMixedSampler(LocalTeacher(teacher), 0.3, 3)
+        return sampler.generate(TransformersEngine(student), prompts, sampling, seeds)
+
+    together = sample([PROMPT, [2], [3, 3]], [7, 8, 9])
+    alone = [sample([p], [s])[0] for p, s in (([*PROMPT], 7), ([2], 8), ([3, 3], 9))]
     assert [r.response_ids for r in together] == [r.response_ids for r in alone]
 
 
 def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
     student, teacher = models
     sampling = Sampling(4, (EOS, 3), V)
-    rollouts = TeacherMixedSampler(TransformersEngine(student), LocalTeacher(teacher), 0.5, 8).generate(
+    rollouts = TeacherMixedSampler(LocalTeacher(teacher), 0.5, 8).generate(
+        TransformersEngine(student),
         [PROMPT] * 600,
         sampling,
         list(range(600)),  # one in 140 reaches the limit
@@ -158,7 +165,7 @@ def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
         assert not set(r.response_ids[:-1]) & {EOS, 3}
         assert r.finished == (r.response_ids[-1] in (EOS, 3))
         assert r.finished or len(r.response_ids) == 4
-        assert max(r.response_ids) < V  # padded vocabulary rows are never drawn
+        assert max(r.response_ids) < V  # padded vocabulary rows are never sampled
         ends[r.finished] += 1
     assert min(ends.values()) > 0
 
@@ -166,11 +173,11 @@ def test_responses_end_at_eos_or_at_the_limit(models: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.9, 0.97])
 def test_the_draft_length_wastes_least(acceptance: float, kind: str) -> None:
-    """Against rounds played out: tokens that came of them, for the steps they cost."""
+    """The draft length is compared with simulated rounds: tokens gained per step of cost."""
     draw, rounds, longest = torch.Generator().manual_seed(0), 100_000, 50
     refused = torch.rand(rounds, longest, generator=draw) >= acceptance
     first = torch.where(refused.any(1), refused.int().argmax(1), longest)  # accepted tokens before the first refusal
-    gain = {k: float((first + 1).clamp(max=k).double().mean()) / (k + _ROUND_COST[kind]) for k in range(1, longest + 1)}
+    gain = {k: float((first + 1).clamp(max=k).double().mean()) / (k + ROUND_COST[kind]) for k in range(1, longest + 1)}
     assert gain[draft_length(acceptance, kind)] == pytest.approx(max(gain.values()), rel=2e-3)
 
 

@@ -23,6 +23,7 @@ from minillm.models.families import KNOWN
 from minillm.models.shape import kept_bytes, shape_of
 from minillm.rollout.engines.base import EngineSizing
 from minillm.rollout.engines.vllm_memory import GIB, cache_needed, memory_settings
+from minillm.rollout.worker import Worker
 from minillm.run.plan import work
 from minillm.run.plan.fit import fewest, fitted
 from minillm.run.plan.machine import Machine, machine_for
@@ -30,7 +31,7 @@ from minillm.run.plan.phases import Phase, plan
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import load_recipe
 from minillm.run.training_arguments import argument
-from minillm.train.on_policy import MiniLLMTrainer
+from minillm.train.schedule import BatchSchedule
 from tests.conftest import save, tiny_llama
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -382,16 +383,9 @@ def test_updates_without_max_steps_are_passes_over_the_prompts(
 def test_the_plans_epoch_is_the_trainers(tmp_path: Path) -> None:
     given = load_recipe(on_disk(tmp_path, rollout={"num_rollouts": 24, "inner_epochs": 3, "teacher_mix": 0}))
     for processes in (1, 3):
-        trainer: Any = object.__new__(MiniLLMTrainer)
-        trainer._prompts, trainer.rollout_config, trainer._update_size, trainer._processes = (
-            [[1]] * 40,
-            given.rollout,
-            8,
-            processes,
-        )
-        assert (
-            work.updates_per_epoch(given, "minillm", given.training, Machine(processes)) == trainer.updates_per_epoch()
-        )
+        schedule = BatchSchedule(given.rollout, 8, 1, worker=Worker(processes=processes))
+        planned = work.updates_per_epoch(given, "minillm", given.training, Machine(processes))
+        assert planned == schedule.updates_per_epoch(40)
 
 
 def test_rows_are_those_that_the_run_reads(tmp_path: Path) -> None:

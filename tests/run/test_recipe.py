@@ -155,7 +155,7 @@ def test_rollouts_that_cannot_be_weighed_are_refused() -> None:
 def test_what_a_served_teacher_cannot_do_is_refused_before_anything_runs(recipe: Path) -> None:
     served = ["teacher.servers=[http://127.0.0.1:8000]"]
     for changes, message in (
-        ([], "rollout.teacher_mix with a served teacher: mixing draws from the teacher's whole rows; set 0"),
+        ([], "rollout.teacher_mix with a served teacher: mixing samples from the teacher's whole distribution: set 0"),
         (["rollout.teacher_mix=0", "rollout.temperature=0.7"], "rollout.temperature: 0.7 with a served teacher"),
         (
             ["rollout.teacher_mix=0", "objective.language_model_distill=0.5"],
@@ -186,8 +186,8 @@ def test_the_best_needs_a_checkpoint_of_its_own(recipe: Path) -> None:
     [
         ("training", "neftune_noise_alpha: 5", "neftune_noise_alpha: not honoured here: noise on the student's embeddings"),
         ("warmup.training", "label_smoothing_factor: 0.1", "label_smoothing_factor: not honoured here: the loss is the objective's"),
-        ("sft", "per_device_eval_batch_size: 4", "per_device_eval_batch_size: not honoured here: validation draws answers"),
-        ("sft", "save_only_model: true", "save_only_model: not set here: a stage goes on from its last checkpoint"),
+        ("sft", "per_device_eval_batch_size: 4", "per_device_eval_batch_size: not honoured here: validation samples responses"),
+        ("sft", "save_only_model: true", "save_only_model: not set here: a stage continues from its last checkpoint"),
         ("finetune", "push_to_hub: true", "push_to_hub: not set here: set push_to_hub at the top of the recipe"),
         ("training", "enable_jit_checkpoint: true", "enable_jit_checkpoint: not set here: a stage that it stopped would count as finished"),
         ("training", "warmup_ratio: 0.1", "warmup_ratio: unknown key; it is now warmup_steps, where a number below 1 is a share"),

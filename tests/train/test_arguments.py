@@ -1,113 +1,118 @@
-"""TrainingArguments: each is honoured or refused with a reason, before weights load; the best checkpoint; TRL's configurations."""
+"""Every field of TrainingArguments is honoured, or refused with a reason before weights load."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import PartialState
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
-from trl.experimental.gkd.gkd_config import GKDConfig
-from trl.trainer.distillation_config import DistillationConfig
-from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.sft_config import SFTConfig
+from transformers import TrainingArguments
 
-from minillm.teacher.served import ServedTeacher
 from minillm.train.arguments import FINE_TUNING_ONLY, HONOURED, IN_A_RECIPE, REFUSED, check_arguments, setting_faults
-from minillm.train.best_checkpoint import METRICS, with_given
 from minillm.train.finetune import FineTuner
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.train.test_on_policy import PROMPTS, ROLLOUT, arguments, train
+from tests.train.argument_runs import NOWHERE, ROWS, Weights, fine_tuned, furthest, supervised, weights_of
+from tests.train.common import PROMPTS, ROLLOUT, arguments
 
-ROWS = [{"prompt_ids": [2, 4 + i % 20, 3], "response_ids": [5 + i % 20, 9, 6 + i % 7, 1]} for i in range(16)]
-VALIDATION = [{"prompt_ids": row["prompt_ids"], "references": ["w5"]} for row in ROWS[:3]]
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
-NOWHERE: Any = "no/such-model"  # what is refused before weights load is refused without any
-Weights = dict[str, torch.Tensor]
 
-
-def weights_of(trainer: Any) -> Weights:
-    trainer.train()
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-
-
-def supervised(folder: Path, **changes: Any) -> SupervisedTrainer:
-    student, teacher = tiny_llama(1, layers=1, width=32), tiny_llama(2, layers=1, width=32)
-    args = arguments(folder, **({"max_steps": 3, "learning_rate": 1e-2} | changes))
-    return SupervisedTrainer(
-        student, teacher, args, train_dataset=ROWS, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION
-    )
-
-
-def fine_tuned(folder: Path, **changes: Any) -> Weights:
-    args = arguments(folder, **({"max_steps": 3, "learning_rate": 1e-2} | changes))
-    return weights_of(
-        FineTuner(tiny_llama(1, layers=1, width=32), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
-    )
-
-
-def furthest(one: Weights, other: Weights) -> float:
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
-# Every field
-
-# A value of each honoured field that changes what is trained ...
+# For each honoured field that changes the training, a value that does.
 CHANGES: dict[str, dict[str, Any]] = {
-    "per_device_train_batch_size": {"per_device_train_batch_size": 4}, "gradient_accumulation_steps": {"gradient_accumulation_steps": 1},
-    "num_train_epochs": {"num_train_epochs": 0.5, "max_steps": -1}, "max_steps": {"max_steps": 2}, "seed": {"seed": 1},
-    "learning_rate": {"learning_rate": 2e-2}, "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
+    "per_device_train_batch_size": {"per_device_train_batch_size": 4},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 1},
+    "num_train_epochs": {"num_train_epochs": 0.5, "max_steps": -1},
+    "max_steps": {"max_steps": 2},
+    "seed": {"seed": 1},
+    "learning_rate": {"learning_rate": 2e-2},
+    "lr_scheduler_type": {"lr_scheduler_type": "cosine"},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}},
-    "warmup_steps": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, "weight_decay": {"weight_decay": 0.1},
-    "optim": {"optim": "adafactor"}, "optim_args": {"optim": "sgd", "optim_args": "momentum=0.5"}, "adam_beta1": {"adam_beta1": 0.5},
-    "adam_beta2": {"adam_beta2": 0.5}, "adam_epsilon": {"adam_epsilon": 1e-2}, "max_grad_norm": {"max_grad_norm": 1e-5, "optim": "sgd"},
+    "warmup_steps": {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
+    "weight_decay": {"weight_decay": 0.1},
+    "optim": {"optim": "adafactor"},
+    "optim_args": {"optim": "sgd", "optim_args": "momentum=0.5"},
+    "adam_beta1": {"adam_beta1": 0.5},
+    "adam_beta2": {"adam_beta2": 0.5},
+    "adam_epsilon": {"adam_epsilon": 1e-2},
+    "max_grad_norm": {"max_grad_norm": 1e-5, "optim": "sgd"},
     "bf16": {"bf16": True},
-}  # fmt: skip
-# ... that leaves it as it is ...
+}
+
+# For other fields, a value that must not change the training.
 KEEPS: dict[str, dict[str, Any]] = {
-    "gradient_checkpointing": {"gradient_checkpointing": True}, "torch_empty_cache_steps": {"torch_empty_cache_steps": 1},
-    "gradient_checkpointing_kwargs": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-    "full_determinism": {"full_determinism": True}, "skip_memory_metrics": {"skip_memory_metrics": False},
-    "debug": {"debug": "underflow_overflow"}, "accelerator_config": {
-        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    "gradient_checkpointing": {"gradient_checkpointing": True},
+    "torch_empty_cache_steps": {"torch_empty_cache_steps": 1},
+    "gradient_checkpointing_kwargs": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
-    "logging_nan_inf_filter": {"logging_nan_inf_filter": False}, "eval_on_start": {"eval_on_start": True},
+    "full_determinism": {"full_determinism": True},
+    "skip_memory_metrics": {"skip_memory_metrics": False},
+    "debug": {"debug": "underflow_overflow"},
+    "accelerator_config": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+    "logging_nan_inf_filter": {"logging_nan_inf_filter": False},
+    "eval_on_start": {"eval_on_start": True},
     "restore_callback_states_from_checkpoint": {"restore_callback_states_from_checkpoint": True},
     "do_train": {"do_train": True, "do_predict": True, "resume_from_checkpoint": "x"},
-}  # fmt: skip
-# ... and the others: where and how it runs, what is logged, saved, uploaded and validated, which transformers does by itself.
+}
+
+# All others: where and how training runs, and what is logged, saved, uploaded and validated. transformers handles
+# these.
 BESIDE = {
-    "output_dir", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "logging_strategy", "logging_steps",
-    "logging_first_step", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm", "report_to", "run_name", "project",
-    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_strategy", "eval_steps", "eval_delay", "save_only_model",
-    "save_strategy", "save_steps", "save_on_each_node", "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token",
-    "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end",
-    "metric_for_best_model", "greater_is_better", "use_cpu", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "output_dir", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "logging_strategy",
+    "logging_steps", "logging_first_step", "log_on_each_node", "log_level", "log_level_replica", "disable_tqdm",
+    "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "eval_strategy", "eval_steps", "eval_delay", "save_only_model", "save_strategy", "save_steps", "save_on_each_node",
+    "save_total_limit", "enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id",
+    "hub_strategy", "hub_always_push", "hub_revision", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "use_cpu", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
     "ddp_static_graph", "ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "do_eval", "do_predict",
     "resume_from_checkpoint", "local_rank",
 }  # fmt: skip
+
 # A value of each refused field that is not its default.
 OTHERS: dict[str, Any] = {
-    "per_device_eval_batch_size": 4, "prediction_loss_only": True, "eval_do_concat_batches": False, "eval_use_gather_object": True,
-    "eval_accumulation_steps": 2, "include_for_metrics": ["inputs"], "batch_eval_metrics": True, "bf16_full_eval": True,
-    "fp16_full_eval": True, "label_names": ["labels"], "length_column_name": "tokens", "use_liger_kernel": True,
-    "liger_kernel_config": {"rope": True}, "use_cache": True, "auto_find_batch_size": True, "optim_target_modules": ["q_proj"],
-    "parallelism_config": object(), "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "average_tokens_across_devices": False,
-    "include_num_input_tokens_seen": "all", "train_sampling_strategy": "group_by_length", "remove_unused_columns": False, "data_seed": 3,
-    "ignore_data_skip": True, "dataloader_drop_last": True, "dataloader_num_workers": 1, "dataloader_persistent_workers": True,
-    "dataloader_pin_memory": False, "dataloader_prefetch_factor": 2, "dataloader_multiprocessing_context": "spawn",
+    "per_device_eval_batch_size": 4,
+    "prediction_loss_only": True,
+    "eval_do_concat_batches": False,
+    "eval_use_gather_object": True,
+    "eval_accumulation_steps": 2,
+    "include_for_metrics": ["inputs"],
+    "batch_eval_metrics": True,
+    "bf16_full_eval": True,
+    "fp16_full_eval": True,
+    "label_names": ["labels"],
+    "length_column_name": "tokens",
+    "use_liger_kernel": True,
+    "liger_kernel_config": {"rope": True},
+    "use_cache": True,
+    "auto_find_batch_size": True,
+    "optim_target_modules": ["q_proj"],
+    "parallelism_config": object(),
+    "neftune_noise_alpha": 5.0,
+    "label_smoothing_factor": 0.1,
+    "average_tokens_across_devices": False,
+    "include_num_input_tokens_seen": "all",
+    "train_sampling_strategy": "group_by_length",
+    "remove_unused_columns": False,
+    "data_seed": 3,
+    "ignore_data_skip": True,
+    "dataloader_drop_last": True,
+    "dataloader_num_workers": 1,
+    "dataloader_persistent_workers": True,
+    "dataloader_pin_memory": False,
+    "dataloader_prefetch_factor": 2,
+    "dataloader_multiprocessing_context": "spawn",
     "dataloader_in_order": False,
-}  # fmt: skip
+}
 
 
 def test_every_field_is_honoured_or_refused_with_a_reason() -> None:
-    """A field that a new version of transformers brings has to be looked at: until then it is refused."""
+    """A field that is new in transformers is refused until it has been examined."""
     assert HONOURED | REFUSED.keys() | FINE_TUNING_ONLY.keys() == FIELDS
     assert len(HONOURED) + len(REFUSED) + len(FINE_TUNING_ONLY) == len(FIELDS)
     assert CHANGES.keys() | KEEPS.keys() | BESIDE == HONOURED
@@ -119,7 +124,7 @@ def test_every_field_is_honoured_or_refused_with_a_reason() -> None:
 def test_what_is_not_honoured_is_refused_before_weights_load(tmp_path: Path, name: str) -> None:
     args = arguments(tmp_path)
     if name == "dataloader_pin_memory":
-        args.use_cpu = False  # with it, transformers takes it away by itself
+        args.use_cpu = False  # otherwise transformers resets the field itself
     setattr(args, name, OTHERS[name])
     reason = (REFUSED | FINE_TUNING_ONLY)[name][:20]
     with pytest.raises(ValueError, match=rf"^args\.{name}: not honoured here: .*(given: .*)$") as caught:
@@ -137,7 +142,7 @@ def test_what_is_not_honoured_is_refused_before_weights_load(tmp_path: Path, nam
 
 
 def test_an_unknown_field_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one of a later transformers is."""
+    """A field of a later transformers is treated in this way."""
     monkeypatch.setattr("minillm.train.arguments.HONOURED", HONOURED - {"weight_decay"})
     check_arguments(arguments(tmp_path), reads_teacher=True)
     with pytest.raises(
@@ -168,7 +173,7 @@ def test_what_is_about_how_keeps_what_is_trained(
     tmp_path: Path, baselines: dict[str, Weights], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     for variable in ("CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC"):
-        monkeypatch.setenv(variable, "0")  # set for good by full_determinism
+        monkeypatch.setenv(variable, "0")  # full_determinism sets it for the whole process
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")
     trainer = supervised(tmp_path, **KEEPS[name])
     trainer.rollout_config = ROLLOUT
@@ -181,16 +186,29 @@ def test_what_is_about_how_keeps_what_is_trained(
 
 
 def test_updates_are_those_of_a_loop_by_hand(tmp_path: Path) -> None:
-    """AdamW with weight decay off the norms, clipping, and a warm-up, on the mean cross-entropy of every row."""
+    """AdamW with weight decay except on norms, clipping, and a warm-up, on the mean cross-entropy over all rows."""
     student = tiny_llama(1, layers=1, width=32)
     settings: dict[str, Any] = {
-        "max_steps": 4, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "weight_decay": 0.3,
-        "adam_beta1": 0.7, "adam_beta2": 0.8, "adam_epsilon": 1e-3, "max_grad_norm": 0.5, "lr_scheduler_type": "linear", "warmup_steps": 2,
-    }  # fmt: skip
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "weight_decay": 0.3,
+        "adam_beta1": 0.7,
+        "adam_beta2": 0.8,
+        "adam_epsilon": 1e-3,
+        "max_grad_norm": 0.5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+    }
     trainer = SupervisedTrainer(
-        tiny_llama(1, layers=1, width=32), tiny_llama(2, layers=1, width=32), arguments(tmp_path, **settings), train_dataset=ROWS,
-        cross_entropy=1.0, processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+        tiny_llama(1, layers=1, width=32),
+        tiny_llama(2, layers=1, width=32),
+        arguments(tmp_path, **settings),
+        train_dataset=ROWS,
+        cross_entropy=1.0,
+        processing_class=tiny_tokenizer(),
+    )
     found = weights_of(trainer)
     named = dict(student.named_parameters())
     groups = [
@@ -228,13 +246,25 @@ def test_fine_tuning_honours_what_is_trls(tmp_path: Path) -> None:
         ({"learning_rate": float("nan")}, r"learning_rate: must be a finite number \(given: nan\)"),
         ({"weight_decay": -0.1}, r"weight_decay: must be at least 0.0 \(given: -0.1\)"),
         ({"adam_beta2": 1.0}, r"adam_beta2: must be below 1 \(given: 1\)"),
-        ({"max_steps": 0}, r"max_steps: must be at least 1, or -1"),  # transformers does one update
+        ({"max_steps": 0}, r"max_steps: must be at least 1, or -1"),  # transformers would do one update
         ({"max_steps": -1, "num_train_epochs": 0}, r"num_train_epochs: must be more than 0"),
-        ({"warmup_steps": 10}, r"warmup_steps: lr_scheduler_type: constant has no warm-up: set constant_with_warmup, or 0 \(given: 10\)"),
+        (
+            {"warmup_steps": 10},
+            r"warmup_steps: lr_scheduler_type: constant has no warm-up: set constant_with_warmup, or 0 \(given: 10\)",
+        ),
         ({"lr_scheduler_kwargs": {"min_lr": 0.1}}, r"lr_scheduler_kwargs: lr_scheduler_type: constant takes none"),
-        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min_lr": 0.1}}, "unexpected keyword argument 'min_lr'"),
-        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"}}, "min_lr: a number is needed"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, r"lr_scheduler_type: .*'num_decay_steps': set lr_scheduler_kwargs"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+            "unexpected keyword argument 'min_lr'",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"}},
+            "min_lr: a number is needed",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            r"lr_scheduler_type: .*'num_decay_steps': set lr_scheduler_kwargs",
+        ),
         ({"optim": "lomo"}, "optim: not honoured here: it steps inside the backward pass"),
         ({"optim": "galore_adamw_layerwise"}, "optim: not honoured here: it steps inside the backward pass"),
         ({"optim": "galore_adamw"}, "optim: not honoured here: it makes parameter groups of its own"),
@@ -243,14 +273,17 @@ def test_fine_tuning_honours_what_is_trls(tmp_path: Path) -> None:
         ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "optim_args: weight_decay: set weight_decay itself"),
         ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1: optim: sgd does not read it: leave it at 0.9"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config: split_batches: not honoured here"),
-        ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}}, "num_steps: set gradient_accumulation_steps"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            "num_steps: set gradient_accumulation_steps",
+        ),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "they do nothing without gradient_checkpointing"),
         ({"fp16": True}, "fp16: float16 is computed on GPUs only"),
         ({"report_to": "wandbb"}, "report_to: no such tracker; did you mean wandb"),
         ({"eval_strategy": "epoch"}, "eval_strategy: there are no rows to validate on: set eval_dataset"),
         ({"eval_on_start": True}, "eval_on_start: there are no rows to validate on: set eval_dataset"),
     ],
-)  # fmt: skip
+)
 def test_values_that_would_fail_or_do_nothing_are_refused(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=rf"^args\..*{fault}"):
         SupervisedTrainer(
@@ -272,7 +305,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_settings_are_checked_without_starting_anything() -> None:
-    """What a recipe's check sets up, the first stage would inherit."""
+    """The first stage would inherit whatever the check of a recipe starts."""
     before = dict(PartialState._shared_state)
     PartialState._shared_state.clear()
     try:
@@ -296,222 +329,4 @@ def test_parameters_of_trainers_that_mean_nothing_here_are_refused(tmp_path: Pat
     with pytest.raises(ValueError, match=f"^{name}: not used here: "):
         SupervisedTrainer(
             NOWHERE, NOWHERE, arguments(tmp_path), train_dataset=ROWS, processing_class=tiny_tokenizer(), **given
-        )  # fmt: skip
-
-
-# The best checkpoint
-
-BEST: dict[str, Any] = {
-    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True,
-}  # fmt: skip
-TOLD = ["metric_for_best_model", "greater_is_better"]
-
-
-def test_what_validation_measures_is_what_it_is_said_to(pair: tuple[str, str], tmp_path: Path) -> None:
-    trainer = MiniLLMTrainer(
-        *pair, arguments(tmp_path), train_dataset=PROMPTS, rollout=ROLLOUT, eval_dataset=VALIDATION
-    )
-    assert {name.removeprefix("eval_") for name in trainer.evaluate()} - {"epoch"} == METRICS.keys()
-    trainer.close()
-
-
-@pytest.mark.parametrize("name", ["reverse_kl", "eval_reverse_kl", "rouge_l", None])
-def test_the_best_is_the_best_in_the_metrics_own_direction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
-) -> None:  # fmt: skip
-    scores = iter([3.0, 1.0, 2.0] if name and name.endswith("reverse_kl") else [1.0, 3.0, 2.0])
-
-    def evaluate(self: Any, *_: Any, **__: Any) -> dict[str, float]:
-        value = next(scores)
-        out = {"eval_rouge_l": value, "eval_reverse_kl": value, "eval_finished": 0.0, "eval_length": 0.0}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)
-        return out
-
-    monkeypatch.setattr(SupervisedTrainer, "evaluate", evaluate)
-    trainer = supervised(tmp_path, max_steps=6, metric_for_best_model=name, **BEST)
-    trainer.train()
-    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-4")
-
-
-@pytest.mark.parametrize(
-    ("changes", "given", "metric", "better"),
-    [
-        ({"metric_for_best_model": "finished"}, None, "finished", True),
-        ({"metric_for_best_model": "rouge_l", "greater_is_better": False}, None, "rouge_l", False),  # said, and no guess of transformers'
-        ({"metric_for_best_model": "reverse_kl", "greater_is_better": True}, TOLD, "reverse_kl", True),
-        ({"metric_for_best_model": "reverse_kl"}, ["metric_for_best_model"], "reverse_kl", False),
-        ({"metric_for_best_model": "length", "greater_is_better": False}, None, "length", False),
-        ({"metric_for_best_model": "length", "greater_is_better": True}, TOLD, "length", True),
-        ({}, [], "rouge_l", True),
-    ],
-)  # fmt: skip
-def test_a_direction_that_is_given_is_kept(
-    tmp_path: Path, changes: dict[str, Any], given: list[str] | None, metric: str, better: bool
-) -> None:  # fmt: skip
-    args = arguments(tmp_path, **BEST, **changes)
-    if given is not None:
-        with_given(args, given)
-    check_arguments(args, eval_dataset=VALIDATION, reads_teacher=True)
-    assert (args.metric_for_best_model, args.greater_is_better) == (metric, better)
-
-
-@pytest.mark.parametrize(
-    ("changes", "rows", "fault"),
-    [
-        ({**BEST, "metric_for_best_model": "rougeL"}, VALIDATION, "metric_for_best_model: .* measure it: did you mean rouge_l"),
-        ({**BEST, "metric_for_best_model": "eval_loss"}, VALIDATION, "metric_for_best_model: validation does not measure it"),
-        ({**BEST, "metric_for_best_model": "length"}, VALIDATION, "greater_is_better: whether more of length is better is not known"),
-        (BEST, None, "eval_strategy: there are no rows to validate on"),
-        (BEST, [], "eval_dataset: there are no rows in it"),
-        (BEST, {"a": VALIDATION}, "eval_dataset: one list of rows is needed"),
-        ({"load_best_model_at_end": True}, VALIDATION, "load_best_model_at_end: it goes by validation, which never happens"),
-        ({"save_strategy": "best", "metric_for_best_model": "rouge_l"}, VALIDATION, "save_strategy: it goes by validation, which never"),
-        ({**BEST, "save_steps": 4}, VALIDATION, r"save_steps: with load_best_model_at_end it has to be eval_steps \(2\)"),
-        ({**BEST, "lr_scheduler_type": "reduce_lr_on_plateau"}, VALIDATION, r"lr_scheduler_kwargs: .*: set mode to max \(it is min\)"),
-    ],
-)  # fmt: skip
-def test_a_best_that_cannot_be_known_is_refused(tmp_path: Path, changes: dict[str, Any], rows: Any, fault: str) -> None:
-    with pytest.raises(ValueError, match=rf"(^|\n)(args\.)?{fault}"):
-        SupervisedTrainer(
-            NOWHERE, NOWHERE, arguments(tmp_path, **changes), train_dataset=ROWS, processing_class=tiny_tokenizer(), eval_dataset=rows
-        )  # fmt: skip
-
-
-def test_reverse_kl_needs_the_teachers_model(tmp_path: Path) -> None:
-    args = arguments(tmp_path, **BEST, metric_for_best_model="reverse_kl")
-    with pytest.raises(
-        ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
-    ):
-        FineTuner(NOWHERE, args, train_dataset=ROWS, eval_dataset=VALIDATION)
-    served = object.__new__(ServedTeacher)
-    rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0})
-    with pytest.raises(
-        ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
-    ):
-        MiniLLMTrainer(
-            NOWHERE, served, args, train_dataset=PROMPTS, rollout=rollout, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION
-        )  # fmt: skip
-
-
-def test_a_subclass_may_measure_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> None:
-        raise OSError(f"{name} is looked for")
-
-    monkeypatch.setattr("minillm.train.base.load_tokenizer", load)
-
-    class Measured(SupervisedTrainer):
-        validation_metrics = METRICS | {"bleu": True}
-
-    args = arguments(tmp_path, **BEST, metric_for_best_model="bleu")
-    with pytest.raises(OSError, match="no/such-model is looked for"):  # nothing else is wrong
-        Measured(NOWHERE, NOWHERE, args, train_dataset=ROWS, processing_class=tiny_tokenizer(), eval_dataset=VALIDATION)
-
-
-# Configurations of TRL
-
-
-def test_fields_of_trl_are_refused_with_their_names_here(tmp_path: Path) -> None:
-    args = DistillationConfig(
-        str(tmp_path), use_cpu=True, temperature=0.7, beta=0.5, max_completion_length=32, top_k=5, vllm_mode="server"
-    )
-    with pytest.raises(ValueError, match="temperature") as caught:
-        MiniLLMTrainer(
-            NOWHERE, NOWHERE, args, train_dataset=PROMPTS, rollout=ROLLOUT, processing_class=tiny_tokenizer()
         )
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 5
-    for name, value, here in (
-        ("temperature", 0.7, "RolloutConfig(temperature=...)"), ("beta", 0.5, "DivergenceConfig"),
-        ("max_completion_length", 32, "RolloutConfig(max_new_tokens=...)"), ("top_k", 5, "RolloutConfig(temperature=...)"),
-        ("vllm_mode", "'server'", 'RolloutConfig(engine="server"'),
-    ):  # fmt: skip
-        line = next(
-            line
-            for line in lines
-            if line.startswith(f"args.{name}: a field of DistillationConfig that is not read; here: ")
-        )
-        assert here in line
-        assert line.endswith(f"(given: {value})")
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        (DistillationConfig, {}), (GKDConfig, {}), (Seq2SeqTrainingArguments, {}),
-        (GRPOConfig, {"per_device_train_batch_size": 8}),  # it works generation_batch_size out from others
-        (DistillationConfig, {"disable_dropout": True}), (GKDConfig, {"max_length": None}),  # so it is here
-    ],
-)  # fmt: skip
-def test_a_configurations_own_defaults_are_no_choice(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: Any,
-    changes: dict[str, Any],
-) -> None:
-    monkeypatch.setattr("minillm.train.trl_arguments._warned", set())
-    for _ in range(2):
-        check_arguments(kind(str(tmp_path), use_cpu=True, **changes), reads_teacher=True)
-    said = [record for record in caplog.records if "only the fields of TrainingArguments" in record.message]
-    assert len(said) == (kind is not Seq2SeqTrainingArguments)
-
-
-def test_a_classs_own_fields_are_looked_at_whoever_made_it(tmp_path: Path) -> None:
-    @dataclass
-    class Mine(TrainingArguments):
-        alpha: float = 1.0
-
-    check_arguments(Mine(str(tmp_path), use_cpu=True), reads_teacher=True)
-    with pytest.raises(ValueError, match=r"args\.alpha: a field of Mine that is not read \(given: 2\.0\)"):
-        check_arguments(Mine(str(tmp_path), use_cpu=True, alpha=2.0), reads_teacher=True)
-    with pytest.raises(
-        ValueError, match=r"args\.predict_with_generate: a field of Seq2SeqTrainingArguments that is not read"
-    ):
-        check_arguments(
-            Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True), reads_teacher=True
-        )
-    with pytest.raises(ValueError, match=r"args: transformers.TrainingArguments are needed \(given: dict\)"):
-        check_arguments({}, reads_teacher=True)  # pyright: ignore[reportArgumentType]
-
-
-def test_an_sft_config_reaches_trl_as_far_as_it_is_honoured(tmp_path: Path) -> None:
-    def config(**changes: Any) -> SFTConfig:
-        return SFTConfig(
-            str(tmp_path), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=2, **changes
-        )  # fmt: skip
-
-    def trained(**changes: Any) -> Weights:
-        student = tiny_llama(1, layers=1, width=32)
-        trainer = FineTuner(
-            student, config(learning_rate=1e-2, **changes), train_dataset=ROWS, processing_class=tiny_tokenizer()
-        )
-        if changes:
-            assert trainer.args.hub_token == "secret"
-        return weights_of(trainer)
-
-    assert furthest(trained(loss_type="dft", hub_token="secret"), trained()) > 1e-4
-    for changes in (
-        {"packing": True},
-        {"max_length": 64},
-        {"completion_only_loss": False},
-        {"assistant_only_loss": True},
-    ):
-        name = next(iter(changes))
-        with pytest.raises(ValueError, match=rf"args\.{name}: a field of SFTConfig that is not read; here: "):
-            FineTuner(NOWHERE, config(**changes), train_dataset=ROWS)
-    args = GRPOConfig(
-        str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=8,
-        report_to="none",
-        save_strategy="no",
-        max_steps=1,
-    )
-    FineTuner(tiny_llama(1, layers=1, width=32), args, train_dataset=ROWS, processing_class=tiny_tokenizer())
-
-
-def test_noise_on_embeddings_is_refused_by_the_on_policy_trainer(pair: tuple[str, str], tmp_path: Path) -> None:
-    """NEFTune made log q of the drawn tokens differ from the engine's by 0.1 nats, under every alarm."""
-    with pytest.raises(ValueError, match=r"args\.neftune_noise_alpha: not honoured here"):
-        train(pair, tmp_path, neftune_noise_alpha=5.0)

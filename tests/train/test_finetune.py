@@ -1,4 +1,4 @@
-"""Fine-tuning by TRL, and our own cross-entropy: two roads to one update."""
+"""Fine-tuning with TRL and with our own cross-entropy gives the same update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minillm.loss.config import DivergenceConfig
 from minillm.models.load import load_model
 from minillm.train.finetune import FineTuner
 from minillm.train.supervised import SupervisedTrainer
-from tests.train.test_on_policy import ROLLOUT, arguments
+from tests.train.common import ROLLOUT, arguments
 
 ROWS = [{"prompt_ids": [2, 4 + i, 3][: 2 + i % 2], "response_ids": [5 + i, *[9] * (i % 4), 1]} for i in range(12)]
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "weight_decay": 0.0, "max_steps": 1}
@@ -64,7 +64,7 @@ def test_fine_tuning_is_validated_on_samples_and_the_best_is_kept(pair: tuple[st
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jensen_shannon", "skew_forward_kl", "total_variation"])
 def test_given_answers_can_be_distilled_by_any_divergence(pair: tuple[str, str], tmp_path: Path, name: str) -> None:
-    """Against full logits: the logged loss, and a step against its gradient."""
+    """The logged loss and the step of an update are those computed from full logits."""
     from minillm.loss import divergences
 
     config = DivergenceConfig(name=name)  # pyright: ignore[reportArgumentType]
@@ -97,7 +97,7 @@ def test_given_answers_can_be_distilled_by_any_divergence(pair: tuple[str, str],
 def test_answers_are_fitted_at_a_temperature_of_their_own(
     pair: tuple[str, str], tmp_path: Path, share: float, own: float
 ) -> None:
-    """D at 0.7, the cross-entropy at 1 unless told otherwise; against float64."""
+    """D at a temperature of 0.7, and the cross-entropy at 1 unless set otherwise, against float64."""
     from minillm.loss import divergences
 
     settings = SGD | {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}

@@ -1,4 +1,7 @@
-"""A number that is none ends training at that update: the batch is named, the weights and the last checkpoint are as they were."""
+"""Training stops at the update where a number is not finite.
+
+The error names the rows, and the weights and the last checkpoint stay as they were.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from minillm.loss.config import Objective
 from minillm.train.finetune import FineTuner
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
+from tests.train.common import PROMPTS, ROLLOUT, arguments, launch
 from tests.train.test_finetune import ROWS
-from tests.train.test_on_policy import PROMPTS, ROLLOUT, arguments, launch
 
 KINDS = ["minillm", "supervised", "finetune"]
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
@@ -31,7 +34,7 @@ def make(kind: str, pair: tuple[str, str], args: TrainingArguments) -> Any:
 
 
 def before_update(trainer: Any, update: int, action: Callable[[], object]) -> None:
-    """Do something before an update, counted from 1."""
+    """Call `action` before an update, counted from 1."""
 
     class Before(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -42,7 +45,7 @@ def before_update(trainer: Any, update: int, action: Callable[[], object]) -> No
 
 
 def break_a_forward(trainer: Any, update: int, nth: int = 2) -> list[Any]:
-    """The states of the nth forward of an update that is trained on are none; returns what its forwards were given."""
+    """Make the hidden states of the nth forward of an update NaN, and return the inputs of its forwards."""
     forwards: list[Any] = []
 
     def states(_: Any, args: Any, given: Any, out: Any) -> Any:
@@ -72,14 +75,16 @@ def test_a_loss_that_is_none_ends_training_with_the_checkpoint_before_it(
     assert f"the last checkpoint is {tmp_path / 'broken' / 'checkpoint-2'}." in said
     assert isinstance(error.value, MinillmError)
     assert "\n" not in said
-    # The rows of the second micro-batch, and no others.
+    # Exactly the rows of the second micro-batch are named.
     rows = [int(word.strip(",.;")) for word in said.split("rows ")[1].split(". Nothing")[0].split()]
     prompts = (
-        [trainer._prompts[row] for row in rows] if kind == "minillm" else [ROWS[row]["prompt_ids"] for row in rows]
+        [trainer.source.prompts[row] for row in rows]
+        if kind == "minillm"
+        else [ROWS[row]["prompt_ids"] for row in rows]
     )
     read = [ids.tolist() for ids in forwards[1]]
     assert sorted(prompts) == sorted(ids[: len(prompt)] for prompt, ids in _matched(prompts, read))
-    # Nothing has come of the update, and no checkpoint after it.
+    # The update changed nothing, and no checkpoint was saved after it.
     assert trainer.state.global_step == 2
     for ours, theirs in zip(trainer.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
@@ -90,7 +95,7 @@ def test_a_loss_that_is_none_ends_training_with_the_checkpoint_before_it(
 
 
 def _matched(prompts: list[list[int]], rows: list[list[int]]) -> list[tuple[list[int], list[int]]]:
-    """Each prompt with a row of its own that begins with it."""
+    """Pair each prompt with a different row that begins with it."""
     left, found = list(rows), []
     for prompt in sorted(prompts, key=len, reverse=True):
         row = next(row for row in left if row[: len(prompt)] == prompt)
@@ -119,7 +124,7 @@ def test_a_gradient_norm_that_is_none_ends_training_before_the_step(
 def test_a_state_that_is_none_ends_training_before_anything_is_saved(
     pair: tuple[str, str], tmp_path: Path, where: str
 ) -> None:
-    """An infinite second moment would leave the weights as they are, for ever."""
+    """An infinite second moment would keep the weights unchanged for ever."""
     trainer = make("supervised", pair, arguments(tmp_path, **SAVING))
     value = float("nan") if where == "exp_avg" else float("inf")
 
@@ -140,7 +145,7 @@ def test_rollouts_that_cannot_be_read_are_named_before_they_are_trained_on(
     pair: tuple[str, str], tmp_path: Path
 ) -> None:
     trainer = make("minillm", pair, arguments(tmp_path))
-    original = trainer._own_scores
+    original = trainer.student_scores
 
     def own(rollouts: Any, teacher: bool = False) -> Any:
         scores = original(rollouts, teacher)
@@ -148,8 +153,8 @@ def test_rollouts_that_cannot_be_read_are_named_before_they_are_trained_on(
             scores[1].reverse_kl[0] = float("nan")
         return scores
 
-    trainer._own_scores = own
-    row = trainer._prompt_rows(0)[1]
+    trainer.student_scores = own
+    row = trainer.source.prompt_rows(0)[1]
     with pytest.raises(TrainingDiverged, match=rf"^update 1: KL\(q‖p\) is not finite on train_dataset row {row}\. "):
         trainer.train()
 
@@ -158,11 +163,14 @@ def test_text_and_given_responses_are_named_too(pair: tuple[str, str], tmp_path:
     given = [{"prompt_ids": [2, 4 + i, 3], "response_ids": [5 + i, 6 + i, 1]} for i in range(5)]
     text = [{"text": f"w{i} w{i + 1} w7"} for i in range(8)]
     trainer = MiniLLMTrainer(
-        *pair, arguments(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=1), train_dataset=PROMPTS,
-        text_dataset=text, responses=given,
+        *pair,
+        arguments(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=1),
+        train_dataset=PROMPTS,
+        text_dataset=text,
+        responses=given,
         rollout=ROLLOUT.model_copy(update={"on_policy": 0.5, "teacher_mix": 0.0}),
         objective=Objective.recommended(long_term=0.0, language_model_block=4),
-    )  # fmt: skip
+    )
     break_a_forward(trainer, 1, nth=1)
     with pytest.raises(TrainingDiverged) as error:
         trainer.train()
@@ -172,7 +180,7 @@ def test_text_and_given_responses_are_named_too(pair: tuple[str, str], tmp_path:
 
 
 class Scaler:
-    """A loss scaler as far as it is asked."""
+    """A loss scaler, as far as the trainer uses it."""
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -184,7 +192,7 @@ class Scaler:
 def test_gradients_that_a_loss_scaler_answers_for_do_not_end_training(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until there is nothing left to scale down."""
+    """This holds until nothing is left to scale down."""
     for scale, ends in ((1024.0, False), (1.0, True)):
         trainer = make("supervised", pair, arguments(tmp_path))
         monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
@@ -196,7 +204,7 @@ def test_gradients_that_a_loss_scaler_answers_for_do_not_end_training(
                 trainer._get_grad_norm(trainer.model)
         else:
             trainer._get_grad_norm(trainer.model)
-            trainer.see(torch.tensor(float("nan")))  # which no scale mends
+            trainer.see(torch.tensor(float("nan")))  # no scale repairs a NaN
             with pytest.raises(TrainingDiverged, match="the loss is nan"):
                 trainer._get_grad_norm(trainer.model)
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Training over a real vLLM server that is killed twice on the way."""
+"""Training with a real vLLM server that is killed twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minillm.rollout.engines.vllm_memory import vllm_is_installed
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama
 from tests.rollout.test_engines import own_logprobs, start_server, stop_server
-from tests.train.test_on_policy import PROMPTS, arguments, launch
+from tests.train.common import PROMPTS, arguments, launch
 from tests.train.two_processes import run
 
 pytestmark = [
@@ -29,7 +29,7 @@ FLAGS = ["--logprobs-mode", "processed_logprobs"]
 
 
 def test_two_processes_share_a_server_of_their_own(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Process 0 starts it, both draw from it, and the weights end where those of one process with its own do."""
+    """Process 0 starts it, both sample from it, and the weights become those of one process with its own server."""
     launch(pair, tmp_path / "two", "server")
     log = (tmp_path / "two" / "server.log").read_text()
     assert run(*pair, str(tmp_path / "one"), "server") == 1
@@ -38,13 +38,15 @@ def test_two_processes_share_a_server_of_their_own(pair: tuple[str, str], tmp_pa
     start = load_model(pair[0], torch.float32).state_dict()
     for name, value in one["weights"].items():
         moved = float((value - start[name]).norm())
-        assert float((value - two["weights"][name]).norm()) <= 0.02 * moved, name  # vLLM rounds as its batches fall
+        assert float((value - two["weights"][name]).norm()) <= 0.02 * moved, (
+            name
+        )  # vLLM's rounding depends on how requests are batched
 
 
-def timed(trainer: Any, name: str) -> list[tuple[float, float]]:
-    """Begin and end of every call of one of the trainer's methods."""
+def timed(owner: Any, name: str) -> list[tuple[float, float]]:
+    """The start and the end of every call of one of an object's methods."""
     calls: list[tuple[float, float]] = []
-    original = getattr(trainer, name)
+    original = getattr(owner, name)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -53,7 +55,7 @@ def timed(trainer: Any, name: str) -> list[tuple[float, float]]:
         finally:
             calls.append((start, time.perf_counter()))
 
-    setattr(trainer, name, watched)
+    setattr(owner, name, watched)
     return calls
 
 
@@ -64,7 +66,7 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     running = [process]
 
     def kill() -> None:
-        """Hard, a moment into a draw; a new one comes up on the same port some seconds later, with the first weights."""
+        """Kill the server while it samples; seconds later another starts on the same port, with the initial weights."""
         time.sleep(0.02)
         stop_server(running[-1])
         time.sleep(3)
@@ -77,33 +79,41 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
             snapshots[state.global_step] = {name: value.clone() for name, value in model.state_dict().items()}
 
     rollout = RolloutConfig(
-        engine="server", servers=[url], server_patience=240, num_rollouts=8, inner_epochs=1, teacher_mix=0.3, max_new_tokens=10,
-        max_prompt_tokens=8, draft_tokens=4, overlap=overlap,
-    )  # fmt: skip
+        engine="server",
+        servers=[url],
+        server_patience=240,
+        num_rollouts=8,
+        inner_epochs=1,
+        teacher_mix=0.3,
+        max_new_tokens=10,
+        max_prompt_tokens=8,
+        draft_tokens=4,
+        overlap=overlap,
+    )
     trainer = MiniLLMTrainer(
         student, teacher, arguments(tmp_path / "run", max_steps=100), rollout=rollout, train_dataset=PROMPTS
     )
     trainer.add_callback(Snapshots())
-    sample = trainer._sample
+    sample = trainer.source.sample
 
-    def disturbed(number: int) -> Any:
+    def disturbed(number: int, *more: Any) -> Any:
         if number in (15, 35):
             threading.Thread(target=kill).start()
-        return sample(number)
+        return sample(number, *more)
 
-    trainer._sample = disturbed
-    drawing = timed(trainer, "_sample")
+    trainer.source.sample = disturbed  # pyright: ignore[reportAttributeAccessIssue]
+    drawing = timed(trainer.source, "sample")
     updating = timed(trainer, "training_step")
     adopted: list[int] = []
     drawn: list[Any] = []
-    original = trainer._adopt
+    original = trainer.use_batch
 
     def adopt(number: int, rollouts: list[Any]) -> None:
         adopted.append(number)
         drawn.extend(rollouts)
         original(number, rollouts)
 
-    trainer._adopt = adopt
+    trainer.use_batch = adopt
     try:
         trainer.train()
     finally:
@@ -114,19 +124,19 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     assert trainer.state.global_step == 100
     steps = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
     assert steps == list(range(1, 101))
-    assert adopted == list(range(50))  # every batch once, in order: 8 rollouts, 4 an update, one epoch
+    assert adopted == list(range(50))  # every batch once, in order: 8 rollouts, 4 per update, one epoch
     mismatch = [entry["engine_mismatch"] for entry in trainer.state.log_history if "engine_mismatch" in entry]
     assert len(mismatch) == (1 if overlap else 50)
     lags = [entry["version_lag"] for entry in trainer.state.log_history if "version_lag" in entry]
-    assert lags == ([0, 0, *[2] * 98] if overlap else [0] * 100)  # two updates are a batch
-    # While one batch trains the next is drawn, and never without `overlap`.
+    assert lags == ([0, 0, *[2] * 98] if overlap else [0] * 100)  # a batch has two updates
+    # The next batch is sampled while one trains, but never without `overlap`.
     beside = [
         any(start < end_of_update and start_of_update < end for start_of_update, end_of_update in updating)
         for start, end in drawing
     ]
     assert len(beside) == 50
     assert sum(beside) >= 45 if overlap else not any(beside), beside
-    # Every token came from the weights it is said to come from, the restarts' too.
+    # Every token was sampled from the weights of its version, after the restarts too.
     model = tiny_llama(1)
     assert len(drawn) == 400
     for rollout in drawn:

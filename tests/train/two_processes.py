@@ -1,4 +1,4 @@
-"""A short run of MiniLLMTrainer that means the same in one process and in two; started by accelerate launch."""
+"""A short run of MiniLLMTrainer that must give the same in one process and in two; started by accelerate launch."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
 
 
 def deepspeed(stage: int) -> dict[str, Any]:
-    """Its configuration; in stage 3 weights are in shards, in stage 2 what belongs to them."""
+    """A configuration of DeepSpeed; stage 3 shards weights, stage 2 gradients and optimiser states."""
     whole = {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
     zero = {"stage": stage} | (whole if stage == 3 else {})
     return {
-        "zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
-    }  # fmt: skip
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 def shard_on_cpus() -> None:
-    """Accelerate shards on accelerators only; told that there is one, it does the same over gloo."""
+    """Have accelerate shard over gloo, which it does only if it believes that there is an accelerator."""
     AcceleratorState.distributed_type = property(lambda _: DistributedType.FSDP, lambda *_: None)  # pyright: ignore
     original = AcceleratorState.__init__
 
@@ -53,9 +57,8 @@ def end_in_error(trainer: MiniLLMTrainer, folder: str) -> None:
 
     def spoil(update: int) -> Any:
         if update == 1 and rank == trainer.accelerator.num_processes - 1:
-            trainer.model.base_model.register_forward_hook(
-                lambda *given: states(*given) if torch.is_grad_enabled() else None
-            )  # pyright: ignore
+            model: Any = trainer.model
+            model.base_model.register_forward_hook(lambda *given: states(*given) if torch.is_grad_enabled() else None)
         return original(update)
 
     original, trainer.micro_batches = trainer.micro_batches, spoil
@@ -67,27 +70,50 @@ def end_in_error(trainer: MiniLLMTrainer, folder: str) -> None:
 
 
 def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
-    """Two rollout batches of 8, an update on each; returns the number of processes.
+    """Train on two rollout batches of 8, with one update on each, and return the number of processes.
 
-    `whitened`: the authors' objective, one micro-batch an update, divided by the update's tokens, so that it must be the same.
-    `server`: over a vLLM server of the run's own. `replay`: twelve updates, with earlier rollouts in every batch, of which each
-    process has its own. `zero3`, `fsdp2`: the student in shards where there are two processes, sampled as a whole copy;
-    `zero2`: its gradients and moments; `zero3-lora`, `fsdp2-lora`: its adapter. `own-base`: a student with an adapter and no teacher but
-    its own base, the adapter off. `broken`: the last process has a loss that is none, and all of them say so in a file.
+    Args:
+        student: folder of the student.
+        teacher: folder of the teacher.
+        folder: where the run writes.
+        kind: what the run is about. `whitened`: the objective of LMOps, with one micro-batch per update and divided by
+            the update's tokens, so that the number of processes must not matter. `server`: a vLLM server started by the
+            run. `replay`: twelve updates, with replayed rollouts in every batch, different ones in each process.
+            `zero3`, `fsdp2`: with two processes the student is sharded, and sampled as a whole copy. `zero2`: its
+            gradients and optimiser states are. `zero3-lora`, `fsdp2-lora`: its adapter is. `own-base`: a student with
+            an adapter, whose teacher is its base model. `broken`: the last process has a loss that is not finite, and
+            every process writes the error to a file.
     """
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     micro, accumulation = (8 // world, 1) if kind == "whitened" else (2, 4 // world)
     if kind.startswith("fsdp2") and world > 1:
         shard_on_cpus()
     arguments = TrainingArguments(
-        folder, optim="sgd", learning_rate=0.05, max_steps=2, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation,
-        lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+        folder,
+        optim="sgd",
+        learning_rate=0.05,
+        max_steps=2,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
         deepspeed=deepspeed(int(kind[4])) if kind.startswith("zero") and world > 1 else None,
-    )  # fmt: skip
+    )
     rollout = RolloutConfig(
-        engine="server" if kind == "server" else "transformers", servers="auto" if kind == "server" else [], num_rollouts=8,
-        inner_epochs=1, teacher_mix=0.3, max_new_tokens=10, max_prompt_tokens=8, draft_tokens=4, server_patience=300,
-    )  # fmt: skip
+        engine="server" if kind == "server" else "transformers",
+        servers="auto" if kind == "server" else [],
+        num_rollouts=8,
+        inner_epochs=1,
+        teacher_mix=0.3,
+        max_new_tokens=10,
+        max_prompt_tokens=8,
+        draft_tokens=4,
+        server_patience=300,
+    )
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(8)]
     changes: dict[str, Any] = {"language_model": 0.3, "language_model_block": 16}
     whitened = Objective.reference(normalise="update_tokens", **changes)
@@ -105,9 +131,16 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         torch.manual_seed(0)
         given = load_student(student, AdapterConfig(rank=4))
     trainer = MiniLLMTrainer(
-        given, None if kind == "own-base" else teacher, arguments, processing_class=load_tokenizer(student), objective=objective,
-        rollout=rollout, train_dataset=PROMPTS, text_dataset=text, engine=engine,
-    )  # fmt: skip
+        given,
+        None if kind == "own-base" else teacher,
+        arguments,
+        processing_class=load_tokenizer(student),
+        objective=objective,
+        rollout=rollout,
+        train_dataset=PROMPTS,
+        text_dataset=text,
+        engine=engine,
+    )
     if kind == "broken":
         end_in_error(trainer, folder)
         return world
@@ -121,7 +154,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         trainer.save_student(folder)
     trainer.close()
     if kind == "replay":
-        # Whether a micro-batch is all fresh differs between processes; what is logged does not.
+        # Whether all rollouts of a micro-batch are new differs between processes; the logged names must not.
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert len(logged) == 12
         assert all(0 <= entry["finished"] <= 1 and 0 < entry["response_length"] <= 10 for entry in logged), logged
@@ -139,6 +172,6 @@ if __name__ == "__main__":
 
     state = PartialState(cpu=True)
     run(*sys.argv[1:])
-    # Left to the interpreter's exit, gloo's threads end in std::terminate now and then.
+    # At the interpreter's exit, gloo's threads sometimes end in std::terminate.
     state.wait_for_everyone()
     state.destroy_process_group()

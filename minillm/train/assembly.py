@@ -1,0 +1,84 @@
+"""Rollouts and text as the tensors of one micro-batch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minillm.data.batches import Padded, pad, share_rows
+from minillm.data.rollouts import Rollout, TeacherRows, concatenate_rows
+from minillm.data.text import TextBlocks
+from minillm.loss.credit import SampledTokens
+
+
+def pad_micro_batch(
+    rollouts: Sequence[Rollout], blocks: Sequence[int], text: TextBlocks | None, block_size: int, device: torch.device
+) -> tuple[Padded, list[array[int]]]:
+    """Pad rollouts, followed by pieces of text, to one batch. The first token of a piece is its prompt.
+
+    Args:
+        rollouts: the rollouts.
+        blocks: blocks of the packed text.
+        text: the packed text; None if there is none.
+        block_size: tokens of a block.
+        device: where the tensors are created.
+
+    Returns:
+        The batch, and the pieces of text in it.
+    """
+    rows, pieces = list(range(len(rollouts))), []
+    if text and text.share_rows:  # beside blocks of text, a row for each rollout would be mostly padding
+        lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+        rows = share_rows(lengths, max(*lengths, block_size))
+    for row, block in enumerate((text.pieces(block) for block in blocks) if text else (), start=max(rows) + 1):
+        rows += [row] * len(block)
+        pieces += block
+    prompts = [r.prompt_ids for r in rollouts] + [ids[:1] for ids in pieces]
+    responses = [r.response_ids for r in rollouts] + [ids[1:] for ids in pieces]
+    return pad(prompts, responses, device, rows=rows), pieces
+
+
+def teacher_inputs(
+    rollouts: Sequence[Rollout], text: Sequence[array[int]], text_states: Sequence[Tensor] | None, device: torch.device
+) -> Tensor | TeacherRows:
+    """What the teacher returned about the tokens of scored rollouts, followed by the tokens of pieces of text.
+
+    Args:
+        rollouts: the rollouts.
+        text: the pieces of text.
+        text_states: the teacher's final hidden states of each piece; None if text is not distilled.
+        device: where the tensors are moved to.
+
+    Returns:
+        Final hidden states [N, H], or the rows of a served teacher. Text that is not distilled has placeholders in
+        them.
+    """
+    targets = [rollout.teacher for rollout in rollouts if rollout.teacher is not None]
+    rows = [of_one.rows for of_one in targets if of_one.rows is not None]
+    if rows:
+        for ids in text:
+            tokens = torch.tensor(list(ids[1:]))[:, None]
+            rows.append(TeacherRows(tokens, torch.full(tokens.shape, -1.0)))
+        joined = concatenate_rows(rows)
+        return TeacherRows(joined.ids.to(device), joined.logprobs.to(device))
+    hidden = [of_one.hidden.to(device) for of_one in targets if of_one.hidden is not None]
+    if text_states is not None:
+        hidden += text_states
+    else:
+        hidden += [hidden[0].new_zeros(len(ids) - 1, hidden[0].shape[1]) for ids in text]
+    return torch.cat(hidden)
+
+
+def sampled_tokens(rollouts: Sequence[Rollout]) -> SampledTokens:
+    """The log-probabilities of scored rollouts, flat over their tokens; KL(q‖p) only if it is known for all of them."""
+    known = [r.reverse_kl for r in rollouts if r.reverse_kl is not None]
+    return SampledTokens(
+        torch.cat([r.student_logprobs for r in rollouts]),
+        torch.cat([r.behaviour_logprobs for r in rollouts]),
+        torch.cat([r.teacher.token_logprobs for r in rollouts if r.teacher is not None]),
+        torch.tensor([len(r.response_ids) for r in rollouts]),
+        torch.cat(known) if len(known) == len(rollouts) else None,
+    )

@@ -1,0 +1,108 @@
+"""Data sets as a trainer needs them: tokenised prompts, and packed text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
+
+from minillm.data.encoding import encoder_of
+from minillm.data.text import TextBlocks
+from minillm.errors import InputError
+from minillm.loss.config import Objective
+from minillm.models.configs import context_length, text_config
+from minillm.models.head import keeps_sequences_apart
+from minillm.rollout.config import RolloutConfig
+
+logger = logging.getLogger(__name__)
+
+
+def check_context(config: RolloutConfig, student: PreTrainedModel) -> None:
+    """Check that the longest prompt and response fit into the student's context.
+
+    Raises:
+        InputError: they do not.
+    """
+    limit = context_length(text_config(student))
+    if limit is not None and config.max_prompt_tokens + config.max_new_tokens > limit:
+        raise InputError(
+            f"rollout.max_prompt_tokens + max_new_tokens ({config.max_prompt_tokens} + {config.max_new_tokens}) "
+            f"exceed the student's context of {limit}"
+        )
+
+
+def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prompt_tokens: int) -> list[list[int]]:
+    """Token ids of every prompt of a data set.
+
+    Args:
+        dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
+        tokenizer: the student's tokenizer.
+        max_prompt_tokens: the most tokens of a prompt.
+
+    Raises:
+        InputError: there are no rows, a row has no prompt, or a prompt is too long.
+    """
+    prompts = [_prompt_ids(dataset[i], tokenizer) for i in range(len(dataset))]
+    if not prompts:
+        raise InputError("train_dataset is empty")
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) > max_prompt_tokens:
+        raise InputError(
+            f"train_dataset row {longest} has {len(prompts[longest])} prompt tokens; "
+            f"rollout.max_prompt_tokens is {max_prompt_tokens}"
+        )
+    return prompts
+
+
+def _prompt_ids(row: dict[str, Any], tokenizer: Any) -> list[int]:
+    """Token ids of one row's prompt."""
+    if "prompt_ids" in row:
+        return list(row["prompt_ids"])
+    if "prompt" not in row:
+        raise InputError(f"train_dataset: a row needs prompt or prompt_ids; it has {', '.join(row)}")
+    if isinstance(row["prompt"], str):
+        return encoder_of(tokenizer).document(row["prompt"])
+    return encoder_of(tokenizer).chat(row["prompt"], "a prompt of train_dataset")
+
+
+def pack_text_dataset(
+    dataset: Iterable[dict[str, Any]] | None,
+    student: PreTrainedModel,
+    tokenizer: Any,
+    objective: Objective,
+    args: TrainingArguments,
+    blocks_per_update: int,
+) -> TextBlocks | None:
+    """Packed text for the language-model term; None if there is no text, or if the objective does not use it.
+
+    Args:
+        dataset: rows with `text`. No more of a stream, which has no length, is read than `max_steps` updates need.
+        student: the model; some families let packed documents attend to each other, and then a block holds one
+            document.
+        tokenizer: the student's tokenizer.
+        objective: the coefficient of the term, and the length of a block.
+        args: seed and number of updates.
+        blocks_per_update: blocks of one update, over all processes.
+    """
+    if dataset is None:
+        return None
+    if not objective.language_model:
+        logger.warning("text_dataset is not used: objective.language_model is 0")
+        return None
+    several = keeps_sequences_apart(student)
+    if not several:
+        logger.warning(
+            "%s lets packed documents attend to each other, so a block of text holds one document.",
+            type(student).__name__,
+        )
+    return TextBlocks(
+        dataset,
+        tokenizer,
+        objective.language_model_block,
+        blocks_per_update,
+        args.seed,
+        updates=args.max_steps,
+        several=several,
+    )

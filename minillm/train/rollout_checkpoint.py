@@ -1,0 +1,69 @@
+"""The part of a checkpoint that continues on-policy training: one file per process, beside the trainer's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.data.rollouts import Rollout
+from minillm.errors import InputError
+
+_FILE = "rollouts-{rank}.pt"
+
+
+@dataclass
+class RolloutCheckpoint:
+    """What continues on-policy training.
+
+    Attributes:
+        number: the number of the current batch of rollouts.
+        rollouts: this process's rollouts of that batch; empty between two batches.
+        replay: this process's rollouts that can be replayed.
+        sampler: the sampler's state.
+    """
+
+    number: int
+    rollouts: list[Rollout]
+    replay: list[Rollout]
+    sampler: Mapping[str, Any]
+
+    def save(self, folder: Path, rank: int) -> None:
+        """Write this process's file. The teacher's targets are left out; the teacher scores again after a resume."""
+        saved = {
+            **self.sampler,
+            "number": self.number,
+            "rollouts": [rollout.to_saved() for rollout in self.rollouts],
+            "earlier": [rollout.to_saved() for rollout in self.replay],
+        }
+        torch.save(saved, folder / _FILE.format(rank=rank))
+
+    @classmethod
+    def load(cls, folder: Path, rank: int, processes: int) -> RolloutCheckpoint | None:
+        """Read this process's file, or process 0's if the run now has more processes.
+
+        Args:
+            folder: the checkpoint.
+            rank: the index of this process.
+            processes: the number of processes.
+
+        Returns:
+            The state, or None if the checkpoint has no such files.
+
+        Raises:
+            InputError: the checkpoint lies within a batch of rollouts, which only as many processes can continue.
+        """
+        files, own = sorted(folder.glob(_FILE.format(rank="*"))), folder / _FILE.format(rank=rank)
+        if not files:
+            return None
+        saved = torch.load(own if own in files else files[0], weights_only=True)
+        if saved["rollouts"] and len(files) != processes:
+            raise InputError(
+                f"{folder}: {len(files)} process(es) saved this checkpoint within a batch of rollouts; "
+                f"resume with as many processes, not {processes}"
+            )
+        rollouts, replay = ([Rollout.from_saved(fields) for fields in saved[key]] for key in ("rollouts", "earlier"))
+        return cls(saved["number"], rollouts, replay, saved)
