@@ -3,9 +3,9 @@
     python eval/memory.py recipes/quickstart.yaml finetune warmup minillm [section.key=value]... [--json]
 
 Each stage runs in a fresh process, on the CPU or a GPU, and makes three updates. The data is made up: prompts have
-`data.max_prompt_tokens` tokens and the answers that a stage trains on have `responses.max_new_tokens`, as the plan assumes.
-The measured number is the largest resident size of the process (Linux). On a GPU it is the most memory that NVML saw the
-process hold, sampled every 5 ms.
+`data.max_prompt_tokens` tokens and the answers that a stage trains on have `responses.max_new_tokens`, as the plan
+assumes. The measured number is the largest resident size of the process (Linux). On a GPU it is the most memory that
+NVML saw the process hold, sampled every 5 ms.
 
 On a GPU the script also compares seconds: of the last update, which no longer compiles anything, and of a batch of
 rollouts, including the teacher's scores. The plan assumes that a rollout is half as long as it may be, so it is too
@@ -139,8 +139,8 @@ def _gpu_peak() -> Iterator[list[int]]:
     """Measure the most memory, in bytes, that this process held of the first GPU.
 
     The context yields a list with one number, which is final once the context ends. Where NVML does not tell processes
-    apart (in a container, for example), it is the growth of the whole card's memory since the start, so the card must be
-    idle otherwise.
+    apart (in a container, for example), it is the growth of the whole card's memory since the start, so the card must
+    be idle otherwise.
     """
     peak = [0]
     if not torch.cuda.is_available():
