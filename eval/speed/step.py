@@ -237,17 +237,17 @@ def same_loss() -> float:
 
     g = torch.Generator().manual_seed(0)
     draw: Any = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
-    hidden, weight = draw(64, 16).requires_grad_(), draw(300, 16)
-    teacher_hidden, teacher_weight = draw(64, 16), draw(300, 16)
+    hidden, weight, teacher_hidden, teacher_weight = (
+        draw(64, 16).requires_grad_(),
+        draw(300, 16),
+        draw(64, 16),
+        draw(300, 16),
+    )
     share = torch.full((64,), 1 / 64)
     mine, _ = token_scores(
-        hidden,
-        Head(weight),
-        torch.zeros(64, dtype=torch.long),
-        teacher_hidden,
-        Head(teacher_weight),
+        hidden, Head(weight), torch.zeros(64, dtype=torch.long), teacher_hidden, Head(teacher_weight),
         loss_fn=lambda part, s: ((share[part] * s.reverse_kl).sum(), ScoreGradients(reverse_kl=share[part])),
-    )
+    )  # fmt: skip
     theirs: Any = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, 1.0)
     grads = [torch.autograd.grad(loss, hidden)[0] for loss in (mine, theirs[0].mean())]
     values = [float(loss.detach()) for loss in (mine, theirs[0].mean())]
