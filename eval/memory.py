@@ -35,14 +35,14 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from minillm.models.device import cpu_multiplies_bfloat16, machine
 from minillm.models.load import load_tokenizer
-from minillm.run import runner as stages
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import Plan, plan
 from minillm.run.plan.work import updates_of_batch
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import load_recipe
+from minillm.run.runner import run_recipe
+from minillm.run.stages import stage_named
 
-_SECTIONS = {"finetune": "finetune", "warmup": "warmup.training", "sft": "sft", "minillm": "training"}
 _UPDATES = 3
 
 
@@ -111,7 +111,7 @@ def measure_stage(recipe: str, overrides: list[str], stage: str) -> dict[str, An
     DEFAULT_CALLBACKS.append(_UpdateClock)  # pyright: ignore[reportArgumentType]
     loaded = load_recipe(recipe, overrides)
     with _gpu_peak() as peak:
-        stages.run(loaded, stage)
+        run_recipe(loaded, stage)
     out: dict[str, Any] = {
         "bytes": peak[0] if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     }
@@ -218,7 +218,8 @@ def short_run(stages: list[str]) -> list[str]:
         'eval_strategy="no"',
         "load_best_model_at_end=false",
     )
-    return [f"{_SECTIONS[stage]}.{setting}" for stage in stages for setting in settings]
+    sections = [stage_named(stage).training for stage in stages]
+    return [f"{section}.{setting}" for section in sections for setting in settings if section]
 
 
 def main() -> None:

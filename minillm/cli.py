@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from minillm.errors import InputError, Interrupted, MinillmError
-from minillm.run.recipe import Stage
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     help="Distil a large language model into a small one on the student's own samples (MiniLLM).",
-)  # fmt: skip
+)
 
-_STAGES = get_args(Stage)
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -32,9 +35,7 @@ Overrides = Annotated[
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    stage: Annotated[
-        str | None, typer.Option(help=f"Do this stage alone: {', '.join(_STAGES)}.", show_default=False)
-    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Do this stage alone, e.g. evaluate.", show_default=False)] = None,
     redo: Annotated[
         bool, typer.Option(help="Make it again, and what builds on it, even if finished or made with other settings.")
     ] = False,
@@ -43,18 +44,22 @@ def run(
 
     Several processes: accelerate launch -m minillm run RECIPE
     """
-    from minillm.run import runner as stages
     from minillm.run.recipe_file import is_comparison, load_recipe
+    from minillm.run.stages import NAMES
 
     if is_comparison(recipe):
         _compare(recipe, overrides or [])
         return
-    if stage is not None and stage not in _STAGES:
-        raise InputError(f"--stage {stage}: no such stage; allowed: {', '.join(_STAGES)}")
-    done = stages.run(load_recipe(recipe, overrides or []), stage, redo)
+    if stage is not None and stage not in NAMES:
+        raise InputError(f"--stage {stage}: no such stage; allowed: {', '.join(NAMES)}")
+    loaded = load_recipe(recipe, overrides or [])
+    from minillm.run.runner import run_recipe  # after the recipe, which is read without torch
+    from minillm.run.stages.report import describe
+
+    done = run_recipe(loaded, stage, redo)
     if int(os.environ.get("RANK", 0)) == 0:
         if stage == "evaluate":
-            stages.describe(done)  # what was written before tells of other answers
+            describe(done)  # the report and the cards that are there describe other answers
         _show_results(done.dir)
 
 
@@ -67,11 +72,11 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[model=FOLDER]... [key=value]...",
-            help="A suite's models (model=NAME:FOLDER names one; the first is what others are compared with), and settings.",
+            help="A suite's models (model=NAME:FOLDER names one; the others are compared with the first), and settings.",
         ),
     ] = None,
 ) -> None:
-    """Answer prompts with several models, and score the answers: a suite's sets, or the held-out prompts of a recipe's run."""
+    """Answer prompts with several models and score the answers: a suite's sets, or a recipe's held-out prompts."""
     from minillm.run.recipe_file import is_suite, load_suite
 
     if not is_suite(file):
@@ -98,14 +103,12 @@ def _compare(file: Path, overrides: list[str]) -> None:
     _show_suite(results["tests"])
     _show_pairs(results["differences"])
     out = comparison.recipe["run_dir"]
-    _console().print(
-        f"Results: {Path(out) / 'compare.json'}, {Path(out) / 'report.html'}, {write_suite_report(Path(out) / 'tests')}",
-        soft_wrap=True,
-    )
+    files = [Path(out) / "compare.json", Path(out) / "report.html", write_suite_report(Path(out) / "tests")]
+    _console().print(f"Results: {', '.join(map(str, files))}", soft_wrap=True)
 
 
 def _models(given: list[str]) -> dict[str, str]:
-    """NAME:FOLDER, or a folder that is called by its own name."""
+    """Folders of models by name, from texts NAME:FOLDER or FOLDER, which is named after its last part."""
     models: dict[str, str] = {}
     for text in given:
         name, colon, folder = text.partition(":")
@@ -230,52 +233,36 @@ def plan(
     ] = None,
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
-    from dataclasses import replace
+    from minillm.run.recipe_file import load_recipe
 
-    from minillm.run.plan.fit import advice, fewest, fitted
-    from minillm.run.plan.machine import machine_for
-    from minillm.run.plan.phases import plan as planned
-    from minillm.run.plan.text import summary, table
-    from minillm.run.plan.work import why_refused
-    from minillm.run.recipe_file import load_recipe, written
+    def overridden(file: Path, changes: list[str]) -> Any:
+        return load_recipe(file, [*(overrides or []), *changes])
 
-    machine, rests_on = machine_for(gpus, None if memory is None else _bytes(memory), flops, utilisation, shard)
-    if recipe.is_dir():
-        files = sorted(
-            path for path in recipe.rglob("*.yaml") if path.parent != recipe and path.parent.name != "accelerate"
-        )
-        plans = []
-        for path in files:
-            loaded = load_recipe(path, overrides or [])
-            whole, sharded = (planned(loaded, replace(machine, shard=shard)) for shard in (False, True))
-            plans.append((str(path.relative_to(recipe).with_suffix("")), whole, sharded, fewest(loaded, machine)))
-        typer.echo(table(plans), nl=False)
+    loaded = None if recipe.is_dir() else overridden(recipe, [])
+    from minillm.run.plan import fit_report, machine_for, plan_report, table_report  # they import torch
+
+    size = None if memory is None else _bytes(memory)
+    machine, source = machine_for(gpus, size, flops, utilisation, shard)
+    if loaded is None:
+        typer.echo(table_report(recipe, machine, lambda file: overridden(file, [])), nl=False)
         return
-
-    def overridden(changes: list[str]) -> Any:
-        return load_recipe(recipe, [*(overrides or []), *changes])
-
-    loaded = overridden([])
-    if fit is not None and (refused := why_refused(loaded, machine)):
-        raise InputError(f"{recipe}: {refused}; then --fit")
-    found, shown = (planned(loaded, machine), loaded) if fit is None else fitted(loaded, machine, overridden)
-    typer.echo(summary(shown, found, rests_on))
+    change = partial(overridden, recipe)
+    if fit is None:
+        typer.echo(plan_report(loaded, machine, source, change))
+        return
+    text, found = fit_report(loaded, machine, source, change)
+    typer.echo(text)
     if not found.fits:
-        largest = max(found.phases, key=lambda phase: phase.peak).name
-        smaller = f"nothing that is a setting: {largest} needs GPUs with more memory, or a smaller model"
-        typer.echo("what would help: " + ("; ".join(advice(loaded, machine, overridden)) or smaller))
-    if fit is not None:
-        if not found.fits:
-            typer.echo(f"no settings make it fit: {fit} is not written")
-            raise typer.Exit(1)
-        fit.write_text(written(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
-        typer.echo(f"wrote {fit}")
+        typer.echo(f"no settings make it fit: {fit} is not written")
+        raise typer.Exit(1)
+    from minillm.run.recipe_file import extending_recipe
+
+    fit.write_text(extending_recipe(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
+    typer.echo(f"wrote {fit}")
 
 
 def _bytes(text: str) -> int:
     """80GiB, 80GB, or a number of GiB."""
-    import re
-
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|)", text.strip())
     if match is None:
         raise InputError(f"--memory {text}: a size such as 80GiB is needed")

@@ -1,77 +1,57 @@
-"""What a run directory holds: which stages are finished, and the settings each was made with."""
+"""The run directory: which stages are finished, and the settings that each was made with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minillm.errors import RunError
 from minillm.redaction import redacted
-from minillm.run.recipe import Recipe
+from minillm.run.stages import STAGES, stage_named
+from minillm.run.training_arguments import decides_nothing
 from minillm.run.tree import flatten
+
+if TYPE_CHECKING:
+    from minillm.run.recipe import Recipe
 
 _FORMAT = 2  # of what is recorded of a stage
 _LONGEST_PATH = 4096  # a template can be a text
-_PROMPTS = ("data.train", "data.template", "data.system", "data.max_prompt_tokens", "data.limit")
-_VALIDATION = (
-    "data.validation", "data.validation_limit", "rollout.max_new_tokens", "rollout.temperature", "rollout.stop",
-)  # fmt: skip
-# The settings that decide what a stage makes, by the beginning of their names; and the stages it builds on.
-_READS: dict[str, tuple[str, ...]] = {
-    "teacher": ("teacher.source", "teacher.adapter"),
-    "finetune": (*_PROMPTS, "finetune", "responses.max_new_tokens", "seed"),
-    "sft": (*_PROMPTS, "sft", "responses.max_new_tokens", "student.lora", "student.dtype", "seed"),
-    "student": (*_PROMPTS, "student.source", "student.keep_layers", "student.probe_prompts"),
-    "responses": (*_PROMPTS, "responses", "rollout.stop", "seed"),
-    "warmup": (*_PROMPTS, "warmup", "responses", "student.lora", "student.dtype", "teacher.quantization", "seed"),
-    "minillm": (
-        *_PROMPTS, "data.text", "objective", "rollout", "training", "student.lora", "student.dtype", "teacher.quantization",
-        "teacher.top_k", "seed",
-    ),
-    "evaluate": (
-        "data.heldout", *_PROMPTS[1:], "evaluate", "rollout.stop", "student.source", "teacher.quantization",
-    ),
-    "report": (),
-}  # fmt: skip
-_NEEDS: dict[str, tuple[str, ...]] = {
-    "teacher": (), "finetune": ("teacher",), "student": ("finetune",), "responses": ("finetune",), "warmup": ("student", "responses"),
-    "sft": ("student",), "minillm": ("warmup",), "evaluate": ("minillm", "sft"), "report": (),
-}  # fmt: skip
-# Where each training stage's `transformers.TrainingArguments` stand.
-_TRAINING = {"finetune": "finetune", "sft": "sft", "warmup": "warmup.training", "minillm": "training"}
-
-# Where and when responses are drawn and scored, not from what. A run may go on with others.
+_VALIDATION_SETTINGS = (
+    "data.validation",
+    "data.validation_limit",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "rollout.stop",
+)
+# Settings of where and when responses are sampled and scored, not from what. A run may continue with others.
 _OPERATIONAL = frozenset(
     f"rollout.{name}"
-    for name in ("servers", "server_patience", "server_timeout", "engine_memory", "engine_options", "overlap", "lora")
-)
-# TrainingArguments that say what is logged, kept and told to whom, and where it is computed; what is trained stays the same.
-_OPERATIONAL_TRAINING = re.compile(
-    r"(logging_|save_|hub_|push_to_hub|dataloader_|ddp_|trackio|project$|report_to$|run_name$|disable_tqdm$|log_level|log_on_each_node$"
-    r"|skip_memory_metrics$|use_cpu$|gradient_checkpointing|torch_empty_cache_steps$|enable_jit_checkpoint$|include_for_metrics$"
-    r"|include_num_input_tokens_seen$|liger_kernel_config$)"
-)
-_VALIDATING = re.compile(
-    r"(eval_|metric_for_best_model$|greater_is_better$|load_best_model_at_end$|per_device_eval_batch_size$)"
+    for name in (
+        "servers",
+        "server_patience",
+        "server_timeout",
+        "engine_memory",
+        "engine_options",
+        "overlap",
+        "lora",
+    )
 )
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's settings with every local path in full: one setting however it is written, and wherever from."""
+    """The recipe's settings with absolute local paths: one setting, however and wherever it was written."""
     tree = recipe.model_dump(mode="json")
     places = [(tree, "run_dir"), (tree["data"], "template"), (tree["teacher"], "source"), (tree["teacher"], "adapter")]
     places += [
         (source, key) for source in tree["data"].values() if isinstance(source, dict) for key in ("file", "dataset")
     ]
-    places += [
-        (tree["responses"], "file"),
-        *([(tree["student"], "source")] if recipe.student.source != "prune" else []),
-    ]
+    places += [(tree["responses"], "file")]
+    if recipe.student.source != "prune":
+        places += [(tree["student"], "source")]
     for section, key in places:
         value = section[key]
         if key == "run_dir" or (isinstance(value, str) and len(value) < _LONGEST_PATH and Path(value).exists()):
@@ -82,11 +62,8 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
 def _by_content(value: Any) -> Any:
     """A data file's digest instead of its name, with the names of its columns where they are given."""
     if isinstance(value, dict) and value.get("file"):
-        return (
-            {"file": _digest(value["file"]), "columns": value["columns"]}
-            if value["columns"]
-            else _digest(value["file"])
-        )
+        digest = _digest(value["file"])
+        return {"file": digest, "columns": value["columns"]} if value["columns"] else digest
     if isinstance(value, str) and value.endswith(".jinja"):
         return _digest(value)
     return value
@@ -96,16 +73,18 @@ def _digest(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-def _is_run_directory(run_dir: Path) -> bool:
-    """Empty, or begun this moment by another process."""
-    names = {file.name for file in run_dir.iterdir()}
+def _is_run_directory(folder: Path) -> bool:
+    """Whether a folder is a run directory, or empty, or was begun this moment by another process."""
+    names = {file.name for file in folder.iterdir()}
     return names <= {"recipe.json", "state.part", "launched"} or "state.json" in names
 
 
-def _in_full(key: str, value: Any) -> Any:
-    """A path that an earlier version wrote down as it was said."""
-    named = key.endswith((".source", ".adapter", ".file", ".dataset")) and isinstance(value, str) and value != "prune"
-    return os.path.abspath(os.path.expanduser(value)) if named and Path(value).expanduser().exists() else value
+def _normalise_path(key: str, value: Any) -> Any:
+    """The absolute form of a local path that an earlier version recorded as it was written."""
+    is_path = key.endswith((".source", ".adapter", ".file", ".dataset")) and isinstance(value, str)
+    if is_path and value != "prune" and Path(value).expanduser().exists():
+        return os.path.abspath(os.path.expanduser(value))
+    return value
 
 
 def _number(value: Any) -> float:
@@ -113,7 +92,11 @@ def _number(value: Any) -> float:
 
 
 class RunState:
-    """`state.json` of a run directory."""
+    """`state.json` of a run directory.
+
+    Raises:
+        RunError: the directory holds something else, or its state cannot be read.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -134,10 +117,8 @@ class RunState:
             raise RunError(f"{recipe.run_dir}: a file, where the run's directory would be; choose another run_dir")
 
     def finished(self, stage: str) -> bool:
+        """Whether a stage has been finished."""
         return bool(self._stages.get(stage, {}).get("finished"))
-
-    def seconds(self) -> dict[str, float]:
-        return {stage: entry["seconds"] for stage, entry in self._stages.items() if "seconds" in entry}
 
     def check(self, stage: str) -> None:
         """Refuse to go on from a stage, or from one it builds on, that was begun or finished with other settings.
@@ -145,58 +126,71 @@ class RunState:
         Raises:
             RunError: naming the settings that differ.
         """
-        for earlier in _NEEDS[stage]:
+        for earlier in stage_named(stage).needs:
             self.check(earlier)
         entry = self._stages.get(stage)
         if entry is None:
             return
         new, old = self.settings(stage), self._recorded(stage, entry)
-        changed = [
-            f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
+        known = entry.get("format") == _FORMAT  # earlier versions recorded fewer settings
+        changed = {
+            key: f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not (entry.get("format") != _FORMAT and key not in old)
-        ]
-        longer = f"{_TRAINING.get(stage)}.max_steps"
-        if not entry["finished"] and 0 < _number(old.get(longer)) < _number(
-            new.get(longer)
-        ):  # it has not come to its end yet
-            changed = [text for text in changed if not text.startswith(f"{longer} (")]
+            if old.get(key) != new.get(key) and (known or key in old)
+        }
+        steps = f"{stage_named(stage).training}.max_steps"
+        if not entry["finished"] and 0 < _number(old.get(steps)) < _number(new.get(steps)):
+            changed.pop(steps, None)  # a stage that has not come to its end may be given a later one
         if changed:
-            shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            texts = list(changed.values())
+            shown = ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
             raise RunError(
                 f"{self._recipe.run_dir}: stage {stage} there was made with other settings: {shown}. Choose another "
                 f"run_dir=…, or add --stage {stage} --redo to make {stage}, and what builds on it, again"
             )
 
     def needs(self, stage: str, planned: Sequence[str]) -> None:
-        """Refuse a stage whose inputs are neither there nor about to be made."""
-        for earlier in _NEEDS[stage]:
+        """Refuse a stage whose inputs are neither there nor about to be made.
+
+        Args:
+            planned: stages that run before it.
+
+        Raises:
+            RunError: naming the stage that has to be run first.
+        """
+        for earlier in stage_named(stage).needs:
             if earlier in self._recipe.stages and not self.finished(earlier) and earlier not in planned:
                 raise RunError(
-                    f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first (--stage {earlier})"
+                    f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first "
+                    f"(--stage {earlier})"
                 )
 
     def forget(self, stage: str) -> list[str]:
-        """Drop a stage and those that build on it; returns their names."""
+        """Drop a stage and those that build on it, and return their names."""
         dropped = [stage]
-        for later, needs in _NEEDS.items():
-            if stage in needs:
-                dropped += self.forget(later)
+        for later in STAGES:
+            if stage in later.needs:
+                dropped += self.forget(later.name)
         if self._stages.pop(stage, None):
             self._write()
         return dropped
 
     def begin(self, stage: str) -> None:
+        """Record that a stage has begun, with its settings."""
         self._stages[stage] = {"finished": False, "format": _FORMAT, "settings": self.settings(stage)}
         self._write()
 
     def finish(self, stage: str, seconds: float, processes: int = 1) -> None:
+        """Record that a stage is finished, after so many seconds and in so many processes."""
         self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1), "processes": processes}
         self._write()
 
     def settings(self, stage: str) -> dict[str, Any]:
-        """What a stage reads of the recipe, itself or through the stages it builds on, flat: data files by their content, without
-        secrets and without what decides nothing that is made."""
+        """The settings that decide a stage's result, its own and those of the stages it builds on.
+
+        Returns:
+            Values by dotted name. A data file stands by the digest of its content; secrets are hidden.
+        """
         tree = absolute_paths(self._recipe)
         tree["data"] = {name: _by_content(value) for name, value in tree["data"].items()}
         if tree["responses"]["file"] is not None:
@@ -204,8 +198,8 @@ class RunState:
         return self._read_by(stage, {".".join(key): value for key, value in flatten(redacted(tree)).items()})
 
     def _recorded(self, stage: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """The settings that a stage was made with, of those that it reads; earlier versions wrote down more."""
-        return self._read_by(stage, {key: _in_full(key, value) for key, value in entry["settings"].items()})
+        """The recorded settings that decide the stage's result; earlier versions recorded more than those."""
+        return self._read_by(stage, {key: _normalise_path(key, value) for key, value in entry["settings"].items()})
 
     def _read_by(self, stage: str, settings: dict[str, Any]) -> dict[str, Any]:
         parts = self._parts(stage)
@@ -214,39 +208,27 @@ class RunState:
             for key, value in settings.items()
             if any(key == part or key.startswith(f"{part}.") for part in parts)
             and value != {}
-            and not self._decides_nothing(key)
+            and not self._is_operational(key)
         }
 
-    def _parts(self, stage: str) -> set[str]:
-        own = set(_READS[stage]) if stage in self._recipe.stages or stage not in ("finetune", "sft") else set()
-        if stage in _TRAINING and own and self._chooses_best(stage):
-            own |= set(_VALIDATION)
-        return own.union(*(self._parts(earlier) for earlier in _NEEDS[stage]))
+    def _parts(self, name: str) -> set[str]:
+        """Beginnings of the names of the settings that a stage reads, itself or through the stages it builds on."""
+        stage = stage_named(name)
+        absent = name not in self._recipe.stages and not stage.default
+        own = set() if absent else set(stage.reads)
+        if own and stage.training and stage.arguments(self._recipe).get("load_best_model_at_end"):
+            own |= set(_VALIDATION_SETTINGS)  # validation decides which model the stage leaves
+        return own.union(*(self._parts(earlier) for earlier in stage.needs))
 
-    def _chooses_best(self, stage: str) -> bool:
-        """Whether validation decides which student a stage leaves, rather than being looked at alone."""
-        return bool(self._training(stage).get("load_best_model_at_end"))
-
-    def _training(self, stage: str) -> dict[str, Any]:
-        recipe = self._recipe
-        return {
-            "finetune": recipe.finetune,
-            "sft": recipe.sft,
-            "warmup": recipe.warmup.training,
-            "minillm": recipe.training,
-        }[stage]
-
-    def _decides_nothing(self, key: str) -> bool:
+    def _is_operational(self, key: str) -> bool:
+        """Whether a setting changes nothing that a stage makes."""
         if key in _OPERATIONAL or any(key.startswith(f"{name}.") for name in _OPERATIONAL):
             return True
         if key == "teacher.top_k":
             return not self._recipe.teacher.servers
-        for stage, section in _TRAINING.items():
-            if key.startswith(f"{section}."):
-                name = key.removeprefix(f"{section}.")
-                schedule = "save_steps" if self._chooses_best(stage) else None  # the best is chosen among what is kept
-                watched = bool(_VALIDATING.match(name)) and not self._chooses_best(stage)
-                return watched or (bool(_OPERATIONAL_TRAINING.match(name)) and name != schedule)
+        for stage in STAGES:
+            if stage.training and key.startswith(f"{stage.training}."):
+                return decides_nothing(key.removeprefix(f"{stage.training}."), stage.arguments(self._recipe))
         return False
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""The README of a student's folder: what it is, what it was made from and how, and what was measured."""
+"""The model card of a trained student: what it is, how it was made, and what was measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import yaml
 
 from minillm.evaluation.results import current_results, with_interval
 from minillm.redaction import redacted
-from minillm.run.recipe import Recipe, Stage
+from minillm.run.recipe import Recipe
+from minillm.run.stages import stage_named
 
 _MEASURED = {
     "rouge_l": "Rouge-L",
@@ -21,32 +22,41 @@ _MEASURED = {
 }
 
 
-def write_card(folder: Path, recipe: Recipe, stage: Stage = "minillm") -> Path:
-    """Write `folder/README.md` from the recipe and, where the evaluate stage has made them, its results.
+def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
+    """Write `folder/README.md` from the recipe and, where the evaluate stage has made them, the results.
+
+    The licence is copied from the teacher's model card, where that lies in a local folder.
 
     Args:
-        stage: the one that trained what is in the folder.
+        folder: the student's folder.
+        stage: the stage that trained it.
 
-    The licence is the teacher's own to tell: it is copied from its model card where that lies in a local folder.
+    Returns:
+        The path of the card.
     """
     teacher, base = recipe.teacher.source, recipe.student.source
     pruned = base == "prune"
     licence = _licence(Path(teacher))
     head: dict[str, Any] = {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["minillm", *_tags(recipe, stage)],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["minillm", *stage_named(stage).tags(recipe)],
         "base_model": teacher if pruned else base,
-    }  # fmt: skip
+    }
     if licence and pruned:
         head["license"] = licence
+    terms = licence or f"see that of `{teacher}`"
     made = f"{recipe.student.keep_layers} layers of its teacher" if pruned else f"`{base}`"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {folder.resolve().parent.name}",
-        f"{made[0].upper()}{made[1:]}, {_how(recipe, stage)}, with minillm {version('minillm')}.",
-        f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {licence or f'see that of `{teacher}`'}."
+        f"{made[0].upper()}{made[1:]}, {stage_named(stage).describe(recipe)}, with minillm {version('minillm')}.",
+        f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {terms}."
         + ("" if pruned else f" That of `{base}` holds too."),
         *_results(current_results(recipe.run_dir)),
-        "## Recipe\n\n```yaml\n" + yaml.safe_dump(_said(recipe), sort_keys=False, allow_unicode=True) + "```",
+        "## Recipe\n\n```yaml\n"
+        + yaml.safe_dump(_non_default_settings(recipe), sort_keys=False, allow_unicode=True)
+        + "```",
         "## Use\n\n```python\nfrom transformers import pipeline\n\n"
         f'ask = pipeline("text-generation", "{folder.name}")\nprint(ask({_question(recipe)}))\n```\n\n'
         f"For llama.cpp: `python convert_hf_to_gguf.py {folder.name} --outfile {folder.name}.gguf` (its own tool).",
@@ -57,7 +67,7 @@ def write_card(folder: Path, recipe: Recipe, stage: Stage = "minillm") -> Path:
 
 
 def _question(recipe: Recipe) -> str:
-    """What a pipeline is asked, in Python: as the model was trained to be asked."""
+    """A prompt for the usage example, as Python source, in the form that the model was trained on."""
     from minillm.data.examples import Example
     from minillm.data.templates import prompt_text
 
@@ -68,37 +78,16 @@ def _question(recipe: Recipe) -> str:
     return json.dumps(prompt_text(example, data.template, data.system), ensure_ascii=False)
 
 
-def _tags(recipe: Recipe, stage: Stage) -> list[str]:
-    if stage == "minillm":
-        return ["distillation", recipe.objective.divergence.name.replace("_", "-")]
-    return (
-        ["sft"]
-        if stage == "sft" or (recipe.warmup.cross_entropy == 1 and recipe.warmup.targets == "references")
-        else ["distillation"]
-    )
-
-
-def _how(recipe: Recipe, stage: Stage) -> str:
-    """What a stage has done to the model."""
-    teacher, warmup = f"`{recipe.teacher.source}`", recipe.warmup
-    if stage == "minillm":
-        name = recipe.objective.divergence.name
-        source = " (MiniLLM, [arXiv 2306.08543](https://arxiv.org/abs/2306.08543))" if name == "reverse_kl" else ""
-        what = "the reverse KL divergence" if name == "reverse_kl" else name.replace("_", " ")
-        return f"distilled from {teacher} by minimising {what} on its own samples{source}"
-    answers = (
-        f"answers of {teacher}"
-        if stage == "warmup" and warmup.targets == "teacher"
-        else "the answers in its training data"
-    )
-    if stage == "sft" or warmup.cross_entropy == 1:
-        return f"fine-tuned on {answers}"
-    share = "" if warmup.cross_entropy == 0 else f" and {warmup.cross_entropy:g} of cross-entropy"
-    return f"distilled from {teacher} by minimising {warmup.divergence.name.replace('_', ' ')}{share} on {answers}"
-
-
 def push(folder: Path, hub_id: str, token: str | None = None) -> str:
-    """Upload a student's folder to the hub, which needs a token (by default that of `hf auth login`); returns its address."""
+    """Upload a student's folder to the hub.
+
+    Args:
+        hub_id: name of the repository, which is created where it does not exist.
+        token: an access token; by default that of `hf auth login`.
+
+    Returns:
+        The address of the repository.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -107,8 +96,8 @@ def push(folder: Path, hub_id: str, token: str | None = None) -> str:
     return address
 
 
-def _said(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without what it leaves to the defaults, without where this machine keeps it, and without secrets."""
+def _non_default_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings that differ from their defaults, without this machine's run directory and without secrets."""
     return redacted(recipe.model_dump(mode="json", exclude_defaults=True, exclude={"run_dir", "push_to_hub"}))
 
 
@@ -119,12 +108,13 @@ def _results(results: dict[str, Any]) -> list[str]:
     for name, scores in results["models"].items():
         rows += f"| {name} | {' | '.join(with_interval(scores.get(key)) for key in _MEASURED)} |\n"
     heads = " | ".join(_MEASURED.values())
-    note = f"{results['prompts']} held-out prompts, sampling seeds {', '.join(map(str, results['seeds']))}; mean [95 % interval]."
+    seeds = ", ".join(map(str, results["seeds"]))
+    note = f"{results['prompts']} held-out prompts, sampling seeds {seeds}; mean [95 % interval]."
     return [f"## Results\n\n| model | {heads} |\n|---{'|---' * len(_MEASURED)}|\n{rows}\n{note}"]
 
 
 def _licence(teacher: Path) -> str | None:
-    """What the front matter of a local model card says."""
+    """The licence that the front matter of a local model card names."""
     card = teacher / "README.md"
     if not card.is_file():
         return None

@@ -1,96 +1,109 @@
-"""A run in several processes (accelerate launch): they share a run directory, and what one of them does the others wait for."""
+"""A run in several processes (`accelerate launch`), which share a run directory and wait there for each other."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
+from os import environ
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minillm.errors import RunError
-from minillm.run.context import Run
 from minillm.run.directory import RunState, absolute_paths
-from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import STANDARD_INPUT
 
-_MEETING = 120  # seconds in which a process has to see what process 0 wrote
+if TYPE_CHECKING:
+    from minillm.run.context import Run
+    from minillm.run.recipe import Recipe
+
+_RENDEZVOUS_TIMEOUT = 120  # seconds in which every process has to see what process 0 wrote
 
 
-def signal_abort(this: Run) -> None:
-    """Others that wait for process 0 to do a stage see it."""
-    _launched(this).unlink(missing_ok=True)
+def print_progress(text: str, rank: int = 0) -> None:
+    """Print a line about the run's progress, in process 0 alone."""
+    if rank == 0:
+        from rich import print as rich_print
+
+        rich_print(f"[bold cyan]{text.replace('[', chr(92) + '[')}[/]", flush=True)
 
 
-def _launched(this: Run) -> Path:
-    return this.dir / "launched"
+def signal_abort(run: Run) -> None:
+    """Let the processes that wait for process 0 know that it has stopped."""
+    _launch_file(run).unlink(missing_ok=True)
 
 
-def rendezvous(this: Run, rank: int) -> None:
-    """Process 0 says in the run directory that it has begun. A process that does not see it has another directory.
+def _launch_file(run: Run) -> Path:
+    return run.dir / "launched"
+
+
+def rendezvous(run: Run, rank: int) -> None:
+    """Process 0 writes to the run directory that it has begun, and the others wait until they see it.
 
     Raises:
-        RunError: in such a process, which would wait for every stage for ever.
+        RunError: in a process that does not see it: it has another directory, and would wait for every stage for ever.
     """
-    file, launch = (
-        _launched(this),
-        ":".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")),
-    )
+    file = _launch_file(run)
+    launch = ":".join(environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
     if rank == 0:
-        this.dir.mkdir(parents=True, exist_ok=True)
+        run.dir.mkdir(parents=True, exist_ok=True)
         file.write_text(launch, encoding="utf-8")
         return
-    until = time.monotonic() + _MEETING
+    deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT
     while not (file.is_file() and file.read_text(encoding="utf-8") == launch):
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise RunError(
-                f"run_dir: process {rank} does not see in {this.dir.absolute()} what process 0 wrote there {_MEETING} s ago: every node "
-                "needs the same folder (a shared file system) at that path"
+                f"run_dir: process {rank} does not see in {run.dir.absolute()} what process 0 wrote there "
+                f"{_RENDEZVOUS_TIMEOUT} s ago: every node needs the same folder (a shared file system) at that path"
             )
         time.sleep(0.1)
-    this.state = RunState(this.recipe)
+    run.state = RunState(run.recipe)
 
 
-def destroy_process_group(this: Run, rank: int) -> None:
-    """Left to the interpreter's exit, the communication threads end in std::terminate now and then."""
+def destroy_process_group(run: Run, rank: int) -> None:
+    """End the process group together: at the interpreter's exit its threads end in std::terminate now and then."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
         if rank == 0:
-            _launched(this).unlink(missing_ok=True)
+            _launch_file(run).unlink(missing_ok=True)
 
 
-def run_in_main_process(this: Run, stage: str, rank: int) -> None:
-    """Process 0 has a process of its own do the stage, outside the process group; the others wait for its file."""
+def run_in_main_process(run: Run, stage: str, rank: int) -> None:
+    """Process 0 runs the stage in a subprocess outside the process group; the others wait for its entry in the state.
+
+    Raises:
+        RunError: the subprocess failed, or process 0 has stopped.
+    """
     if rank == 0:
+        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         kept = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            name: value
+            for name, value in environ.items()
+            if name not in launcher and not name.startswith(("ACCELERATE_", "TORCHELASTIC_"))
         }
-        kept = {k: v for k, v in kept.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_"))}
-        # By a pipe: a recipe may hold secrets, which are written nowhere.
-        words = [sys.executable, "-m", "minillm", "run", str(STANDARD_INPUT), "--stage", stage]
-        done = subprocess.run(words, env=kept, input=_as_piped(this.recipe), text=True)
+        # The recipe goes through a pipe: it may hold secrets, which are written nowhere.
+        command = [sys.executable, "-m", "minillm", "run", str(STANDARD_INPUT), "--stage", stage]
+        done = subprocess.run(command, env=kept, input=_as_piped(run.recipe), text=True)
         if done.returncode:
             raise RunError(
-                f"stage {stage} failed in its own process (exit status {done.returncode}); what it printed above says why"
+                f"stage {stage} failed in its own process (exit status {done.returncode}); see what it printed above"
             )
-        this.state = RunState(this.recipe)
-    else:
-        while not this.state.finished(stage):
-            if not _launched(this).is_file():
-                raise RunError(f"process 0 gave up at stage {stage}; what it printed says why")
-            time.sleep(1)
-            this.state = RunState(this.recipe)
+        run.state = RunState(run.recipe)
+        return
+    while not run.state.finished(stage):
+        if not _launch_file(run).is_file():
+            raise RunError(f"process 0 gave up at stage {stage}; what it printed says why")
+        time.sleep(1)
+        run.state = RunState(run.recipe)
 
 
 def _as_piped(recipe: Recipe) -> str:
-    """The recipe as another process reads it, from wherever: paths in full, a path that starts with a dot would mean another place."""
+    """The recipe as text that means the same to a process with another working directory."""
     tree = absolute_paths(recipe)
     if "max_prompt_tokens" not in recipe.rollout.model_fields_set:
-        del tree["rollout"]["max_prompt_tokens"]  # a recipe says it for every stage in data
+        del tree["rollout"]["max_prompt_tokens"]  # data.max_prompt_tokens is the limit of every stage
     return json.dumps(tree)

@@ -1,99 +1,116 @@
-"""Every setting a recipe can hold, typed; imports nothing else of this package.
+"""A whole recipe: the sections that several stages share, and the fields of the stages.
 
-A section is a pydantic model that refuses unknown keys. The string under a field is its documentation.
+Each section is a pydantic model in the `config.py` of the room that reads it, or in the file of its stage. It refuses
+unknown keys, and the string below a field is the field's documentation.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
-from minillm.config import LocalPath, Positive, Section, Share
+from minillm.config import LocalPath, Section
 from minillm.data.config import DataConfig
 from minillm.errors import InputError
 from minillm.evaluation.config import EvaluateConfig
-from minillm.loss.config import DivergenceConfig, Objective
+from minillm.loss.config import Objective
 from minillm.models.config import StudentConfig
 from minillm.rollout.config import RolloutConfig
+from minillm.run.stages import STAGES, check_stage_name
+from minillm.run.stages.responses import ResponsesConfig
+from minillm.run.stages.stage import Stage
+from minillm.run.stages.warmup import WarmupConfig
 from minillm.teacher.config import TeacherConfig
 from minillm.train.checks import check_off_policy, check_served_teacher, check_sharded_teacher
 
-STAGES = ("teacher", "student", "responses", "warmup", "minillm", "evaluate", "report")
-Stage = Literal["teacher", "finetune", "student", "responses", "warmup", "sft", "minillm", "evaluate", "report"]
+StageName = Annotated[str, AfterValidator(check_stage_name)]
 
 
-class ResponsesConfig(Section):
-    file: LocalPath | None = None
-    """The `responses.jsonl` of another run with the same teacher and prompts, instead of answers of this run's own."""
-    max_new_tokens: Positive = 128
-    samples_per_prompt: Positive = 1
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+class SharedRecipe(Section):
+    """The fields of a recipe that belong to no single stage."""
 
-
-class WarmupConfig(Section):
-    cross_entropy: Share = 0.5
-    """λ in λ·CE + (1−λ)·D on given answers (the paper's word-level KD uses 0.5; 1 is fine-tuning)."""
-    divergence: DivergenceConfig = DivergenceConfig(name="forward_kl")
-    """D; its name alone, or with its parameters."""
-    targets: Literal["teacher", "references"] = "teacher"
-    """Answers of the teacher (SeqKD), or those in the data (SFT, word-level KD)."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits of student and teacher in D."""
-    cross_entropy_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the student's logits in the cross-entropy: at 1 it is the student as it samples that is fitted to the answers."""
-    training: dict[str, Any] = {}
-    """`transformers.TrainingArguments` of this stage."""
-
-
-class Recipe(Section):
     run_dir: LocalPath
-    """Where everything the run makes is kept."""
+    """The folder that keeps everything the run makes."""
     seed: int = 0
-    stages: list[Stage] = list(STAGES)
-    """What `minillm run` does, in this order. Besides those of the default: `finetune`, the teacher on the data's references;
-    `sft`, the student on them."""
+    """Seed of everything random: data order, sampling, adapters."""
+    stages: list[StageName] = [stage.name for stage in STAGES if stage.default]
+    """What `minillm run` does, in this order. Besides the defaults there are `finetune`, which trains the teacher on
+    the references of the data, and `sft`, which trains the student on them."""
     data: DataConfig
+    """Prompts, references and text."""
     teacher: TeacherConfig
+    """The large model."""
     student: StudentConfig = StudentConfig()
-    responses: ResponsesConfig = ResponsesConfig()
-    warmup: WarmupConfig = WarmupConfig()
+    """The small model."""
     objective: Objective = Objective()
+    """What the minillm stage minimises."""
     rollout: RolloutConfig = RolloutConfig()
-    training: dict[str, Any] = {}
-    """`transformers.TrainingArguments` of the minillm stage."""
-    finetune: dict[str, Any] = {}
-    """`transformers.TrainingArguments` of the finetune stage."""
-    sft: dict[str, Any] = {}
-    """`transformers.TrainingArguments` of the sft stage."""
-    evaluate: EvaluateConfig = EvaluateConfig()
-    push_to_hub: str | None = None
-    """A hub id to which the report stage uploads the student."""
+    """How the student's responses are sampled."""
 
-    def trainings(self, *, idle: bool = False) -> list[tuple[Stage, str, dict[str, Any]]]:
-        """(stage, section, training arguments) of every stage that trains; `idle`: of those too that are none of the recipe's."""
-        known: list[tuple[Stage, str, dict[str, Any]]] = [
-            ("finetune", "finetune", self.finetune), ("warmup", "warmup.training", self.warmup.training), ("sft", "sft", self.sft),
-            ("minillm", "training", self.training),
-        ]  # fmt: skip
-        return [each for each in known if idle or each[0] in self.stages]
+    def trainings(self, *, idle: bool = False) -> list[tuple[Stage, dict[str, Any]]]:
+        """Each stage that trains, with its `TrainingArguments` as given.
+
+        Args:
+            idle: also the stages that this recipe does not run.
+        """
+        recipe: Any = self
+        chosen = (stage for stage in STAGES if stage.training and (idle or stage.name in self.stages))
+        return [(stage, stage.arguments(recipe)) for stage in chosen]
 
     @model_validator(mode="after")
-    def _pruning(self) -> Recipe:
+    def _check_template(self) -> SharedRecipe:
         if self.data.system is not None and self.data.template in ("alpaca", "plain"):
             raise InputError(
-                f"data.system: template {self.data.template} has no system message; use chat or a Jinja text, or leave it out"
+                f"data.system: template {self.data.template} has no system message; use chat or a Jinja text, or leave "
+                "it out"
             )
         if (
             "max_prompt_tokens" in self.rollout.model_fields_set
             and self.rollout.max_prompt_tokens != self.data.max_prompt_tokens
         ):
-            raise InputError("rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens says it for every stage")
+            raise InputError(
+                "rollout.max_prompt_tokens: in a recipe data.max_prompt_tokens is the limit of every stage"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rollouts(self) -> SharedRecipe:
         check_off_policy(self.rollout, self.objective)
         if self.teacher.shard:
             check_sharded_teacher(self.rollout, self.objective, self.data.text is not None)
         if self.teacher.servers:
             check_served_teacher(self.rollout, self.objective)
+        return self
+
+    @model_validator(mode="after")
+    def _check_pruning(self) -> SharedRecipe:
         if "student" in self.stages and self.student.source == "prune" and self.student.keep_layers is None:
             raise InputError("student.keep_layers is needed when student.source is prune")
         return self
+
+
+if TYPE_CHECKING:
+
+    class Recipe(SharedRecipe):
+        """For type checkers: the fields that the shipped stages add."""
+
+        responses: ResponsesConfig = ResponsesConfig()
+        warmup: WarmupConfig = WarmupConfig()
+        training: dict[str, Any] = {}
+        finetune: dict[str, Any] = {}
+        sft: dict[str, Any] = {}
+        evaluate: EvaluateConfig = EvaluateConfig()
+        push_to_hub: str | None = None
+else:
+    Recipe = create_model(
+        "Recipe",
+        __base__=SharedRecipe,
+        __module__=__name__,
+        __doc__="A recipe: the shared sections and the fields of every stage.",
+        **{
+            name: (kind, Field(default=default, description=description))
+            for stage in STAGES
+            for name, (kind, default, description) in stage.fields.items()
+        },
+    )

@@ -1,12 +1,11 @@
-"""Reads a recipe: YAML with `extends`, overrides from the command line, errors that name file, line and key.
+"""Reads recipes, suites and comparisons: YAML with `extends` and overrides, and errors that name file, line and key.
 
-A value that starts with `./` or `../` is a path relative to the file that says it. The names of
-`transformers.TrainingArguments` and the existence of files are checked here too, before any model loads.
+A value that starts with `./` or `../` is a path relative to the file that it stands in. The names and values of
+`transformers.TrainingArguments`, and the existence of files, are checked here too, before any model loads.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -19,15 +18,17 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from minillm.data.config import Source
 from minillm.errors import RecipeError
 from minillm.evaluation.config import Suite
 from minillm.run.experiments.config import Comparison
-from minillm.run.recipe import Recipe, Stage
-from minillm.run.tree import Key, merge
+from minillm.run.recipe import Recipe
+from minillm.run.training_arguments import training_faults
+from minillm.run.tree import Key, merge, suggest_names
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, with numbers as everybody writes them: YAML 1.1 takes 1e-6 for text, since it has no point."""
+    """YAML 1.1, which takes 1e-6 for text since it has no point, with such numbers read as numbers."""
 
 
 _Loader.add_implicit_resolver(
@@ -36,11 +37,16 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 Kind = TypeVar("Kind", bound=BaseModel)
-STANDARD_INPUT = Path("-")  # a recipe that is piped in
+STANDARD_INPUT = Path("-")
+"""The path of a recipe that is piped in."""
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read `path`, follow `extends`, apply `section.key=value` overrides and validate.
+    """Read a recipe, follow its `extends`, apply overrides and validate the result.
+
+    Args:
+        path: a YAML file, or `-` for standard input.
+        overrides: texts `section.key=value`, which replace what the file says.
 
     Raises:
         RecipeError: naming the file and line (or the override), the key, the value and what is allowed.
@@ -53,7 +59,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def recipe_of(tree: dict[str, Any], source: str) -> Recipe:
-    """A recipe from settings that another file holds.
+    """Make a recipe of settings that another file holds.
+
+    Args:
+        tree: nested settings, as YAML would give them.
+        source: what error messages call the place they come from.
 
     Raises:
         RecipeError: as `load_recipe`, naming `source` instead of a line.
@@ -68,39 +78,40 @@ def recipe_of(tree: dict[str, Any], source: str) -> Recipe:
 
 
 def load_comparison(path: str | Path, overrides: Iterable[str] = ()) -> Comparison:
-    """A comparison of methods; see `load_recipe`."""
+    """Read a comparison of methods; see `load_recipe`."""
     return _load(Path(path), overrides, Comparison)[0]
 
 
 def is_comparison(path: str | Path) -> bool:
-    """Whether a file, or one that it extends, has methods."""
+    """Whether a file, or one that it extends, describes a comparison (it has `methods`)."""
     return "methods" in _read(Path(path), {}, ())
 
 
 def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: Path) -> list[str]:
+    """Faults that a section cannot find in itself: training arguments, and files that are not there."""
     faults = [
         f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
-        for stage, section, given in recipe.trainings(idle=True)
-        for key, fault in _training_faults(recipe, stage, tuple(section.split(".")), given)
+        for stage, given in recipe.trainings(idle=True)
+        for key, fault in training_faults(recipe, stage, given)
     ]
-    for name in ("train", "heldout", "validation", "text"):
-        source = getattr(recipe.data, name)
-        if source is not None and source.file is not None and not source.file.is_file():
-            faults.append(f"{_place(where, ('data', name), path)}: data.{name}: no such file: {source.file}")
-    if recipe.data.template.endswith(".jinja") and not Path(recipe.data.template).is_file():
-        faults.append(
-            f"{_place(where, ('data', 'template'), path)}: data.template: no such file: {recipe.data.template}"
-        )
+    files = {name: value.file for name, value in recipe.data if isinstance(value, Source)}
+    if recipe.data.template.endswith(".jinja"):
+        files["template"] = Path(recipe.data.template)
+    faults += [
+        f"{_place(where, ('data', name), path)}: data.{name}: no such file: {file}"
+        for name, file in files.items()
+        if file is not None and not file.is_file()
+    ]
     return faults
 
 
 def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
-    """A suite of test sets; see `load_recipe`. Files are looked for when the suite is run."""
+    """Read a suite of test sets; see `load_recipe`. Its data files are looked for when the suite is run."""
     return _load(Path(path), overrides, Suite)[0]
 
 
-def written(parent: Path, target: Path, overrides: Iterable[str]) -> str:
-    """The text of a recipe at `target` that extends `parent` and says what the overrides say."""
+def extending_recipe(parent: Path, target: Path, overrides: Iterable[str]) -> str:
+    """The text of a recipe at `target` that extends the one at `parent` with some overrides."""
     tree: dict[str, Any] = {}
     for text in overrides:
         _override(tree, text, {})
@@ -109,11 +120,12 @@ def written(parent: Path, target: Path, overrides: Iterable[str]) -> str:
 
 
 def is_suite(path: str | Path) -> bool:
-    """Whether a file, or one that it extends, has test sets."""
+    """Whether a file, or one that it extends, describes a suite (it has `sets`)."""
     return "sets" in _read(Path(path), {}, ())
 
 
 def _load(path: Path, overrides: Iterable[str], kind: type[Kind]) -> tuple[Kind, dict[str, Any], dict[Key, str]]:
+    """The validated settings, the settings as given, and the place (`file:line`) of each key."""
     where: dict[Key, str] = {}
     tree = _read(path, where, ())
     for text in overrides:
@@ -125,10 +137,11 @@ def _load(path: Path, overrides: Iterable[str], kind: type[Kind]) -> tuple[Kind,
 
 
 def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The settings of a file and of those that it extends. `where` is filled with the place of each key."""
     if path != STANDARD_INPUT and not path.is_file():
         raise RecipeError(f"{path}: no such recipe")
     if path.resolve() in seen:
-        raise RecipeError(f"{path}: extends itself, by way of {seen[-1].name}")
+        raise RecipeError(f"{path}: extends itself, through {seen[-1].name}")
     try:
         text = _standard_input() if path == STANDARD_INPUT else path.read_text(encoding="utf-8-sig")
         node = yaml.compose(text, _Loader)
@@ -136,6 +149,8 @@ def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str
         raise RecipeError(f"{path}: not UTF-8: byte {error.start + 1}") from None
     except RecursionError:
         raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -159,17 +174,18 @@ def _standard_input() -> str:
 
 
 def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> Any:
+    """The value of a YAML node, with relative paths made relative to the file's folder."""
     where[key] = f"{path}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         out: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, child in node.value:
             name = str(key_node.value)
-            if name == "<<":  # YAML's merge key: an anchored section, of which this one says what differs
+            if name == "<<":  # YAML's merge key: an anchored section, which this one changes
                 merged = merge(merged, _construct(child, path, where, key))
                 continue
             if name in out:
-                raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: said twice")
+                raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: duplicate key")
             out[name] = _construct(child, path, where, (*key, name))
             where[(*key, name)] = f"{path}:{key_node.start_mark.line + 1}"
         return {**merged, **out}
@@ -180,6 +196,7 @@ def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> 
 
 
 def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
+    """Set the value of a text `section.key=value` in the tree."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise RecipeError(f"{text!r}: an override is section.key=value")
@@ -197,36 +214,30 @@ def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
 
 
 def _place(where: dict[Key, str], key: Key, path: Path) -> str:
+    """The place of a key, or of the nearest section around it."""
     while key and key not in where:
         key = key[:-1]
     return where.get(key, str(path))
 
 
 def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel]) -> str:
+    """One line about a fault that pydantic found."""
     key = tuple(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
-        message = "unknown key; " + _allowed(key[-1], _fields(key[:-1], kind))
+        message = "unknown key; " + suggest_names(key[-1], _fields(key[:-1], kind))
     elif fault["type"] == "missing":
         message = "needed, and not given"
     elif not isinstance(fault["input"], dict):
         message += f" (given: {fault['input']!r})"
-    if not key and (
-        named := re.match(r"([\w.]+): (.*)", message, re.S)
-    ):  # a check of several keys says which it is about
+    # A check of several keys begins its message with the key that it is about.
+    if not key and (named := re.match(r"([\w.]+): (.*)", message, re.S)):
         key, message = tuple(named[1].split(".")), named[2]
     return f"{_place(where, key, path)}: {'.'.join(key) or 'recipe'}: {message}"
 
 
-def _allowed(name: str, names: Iterable[str]) -> str:
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    return "allowed: " + (", ".join(names) if len(names) < 40 else "the fields of transformers.TrainingArguments")
-
-
 def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
+    """The keys that are allowed in a section."""
     model: Any = kind
     for part in key:
         # A mapping holds a section for each name.
@@ -237,23 +248,3 @@ def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
                 model,
             )
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _training_faults(recipe: Recipe, stage: Stage, section: Key, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
-    if not given:
-        return
-    from minillm.train.arguments import NAMES, RENAMED, setting_faults  # here: it takes seconds to import
-
-    for name in (name for name in given if name not in NAMES):
-        yield (
-            (*section, name),
-            "unknown key; " + (f"it is now {RENAMED[name]}" if name in RENAMED else _allowed(name, NAMES)),
-        )
-    known = {name: value for name, value in given.items() if name in NAMES}
-    taught = stage != "finetune" and not (stage == "minillm" and recipe.teacher.servers)
-    for name, fault in setting_faults(
-        known, fine_tuning=stage in ("finetune", "sft"), validated=recipe.data.validation is not None, reads_teacher=taught,
-        runs=stage in recipe.stages,
-    ):  # fmt: skip
-        yield (*section, name) if name else section, fault
-    given.update(known)

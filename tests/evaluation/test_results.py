@@ -17,7 +17,7 @@ from minillm.evaluation.report.comparison import write_comparison_report
 from minillm.evaluation.report.run import write_report
 from minillm.evaluation.report.suite import write_suite_report
 from minillm.evaluation.results import current_files, current_results, number, with_interval
-from minillm.run import runner as stages
+from minillm.run import runner
 from minillm.run.directory import RunState
 from minillm.run.recipe_file import load_recipe
 from tests.run.test_stages import RECIPE
@@ -97,7 +97,7 @@ def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
     file = root / "recipe.yaml"
     file.write_text(RECIPE.format(run=root / "run", data=data, teacher=pair[1]))
-    stages.run(load_recipe(file))
+    runner.run_recipe(load_recipe(file))
     return file
 
 

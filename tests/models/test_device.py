@@ -16,7 +16,8 @@ from minillm.loss import token_scores as scores
 from minillm.loss.token_scores import token_scores
 from minillm.models import device as hardware
 from minillm.models.head import Head
-from minillm.run import runner as stages
+from minillm.run.stages import stage_named
+from minillm.run.stages.shared import training_arguments
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -27,7 +28,7 @@ def test_a_recipe_that_asks_for_bfloat16(
     run: Any = SimpleNamespace(dir=tmp_path, recipe=SimpleNamespace(seed=0))
     given = {"bf16": True}
     with caplog.at_level(logging.WARNING):
-        assert stages._training_arguments(run, "warmup", given).bf16 is quick
+        assert training_arguments(run, stage_named("warmup"), given).bf16 is quick
     assert any("stage warmup computes in float32" in record.message for record in caplog.records) is not quick
     assert given == {"bf16": True}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from minillm.errors import Interrupted, RecipeError
-from minillm.run import runner as stages
+from minillm.run import runner
 from minillm.run.experiments import compare as comparison
 from minillm.run.experiments.compare import compare
 from minillm.run.recipe_file import load_comparison
@@ -83,7 +83,7 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    original = stages.run
+    original = runner.run_recipe
 
     def counted(recipe: Any, *rest: Any) -> Any:
         name = str(recipe.run_dir.relative_to(file.parent / "run"))
@@ -93,7 +93,7 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
         done.append(name)
         return original(recipe, *rest)
 
-    monkeypatch.setattr(comparison.stages, "run", counted)
+    monkeypatch.setattr(comparison, "run_recipe", counted)
     with pytest.raises(Interrupted):
         compare(load(file))
     assert done == ["start", "sft/tuning-0", "sft/tuning-1", "kd/tuning-0", "kd/tuning-1"]
@@ -152,7 +152,7 @@ def test_runs_side_by_side_find_what_runs_one_after_another_find(file: Path) -> 
 
 
 def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison.stages, "run", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(comparison, "run_recipe", lambda *_: pytest.fail("something ran"))
     text = file.read_text()
     for before, after, message in (
         ("clip: 0.1", "clip: 7", "methods.minillm: objective.clip: Input should be less than 1"),
@@ -187,7 +187,7 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
 
 
 def test_tests_that_cannot_be_made_are_found_before_anything_runs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison.stages, "run", lambda *_: pytest.fail("something ran"))
+    monkeypatch.setattr(comparison, "run_recipe", lambda *_: pytest.fail("something ran"))
     text = file.read_text()
     other = Path(save(tiny_llama(3), file.parent / "other")) / "tokenizer.json"
     other.write_text(other.read_text().replace('"w8"', '"w99"'))

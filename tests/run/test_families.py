@@ -29,7 +29,7 @@ from minillm.rollout.engines.choose import make_engine
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
 from minillm.rollout.engines.vllm_memory import NOT_ON_CPUS, vllm_is_installed
-from minillm.run import runner as stages
+from minillm.run import runner
 from minillm.run.context import Run
 from minillm.run.recipe_file import load_recipe
 from tests.conftest import CHAT, SPECIAL, save
@@ -144,7 +144,7 @@ def run(
             *(f"{section}.{setting}" for section, settings in sizes.items() for setting in settings), *overrides,
         ],
     )  # fmt: skip
-    return stages.run(loaded)
+    return runner.run_recipe(loaded)
 
 
 def assert_all_stages_ran(run: Run) -> None:

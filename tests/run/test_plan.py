@@ -28,6 +28,7 @@ from minillm.run.plan.machine import Machine, machine_for
 from minillm.run.plan.phases import Phase, plan
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import load_recipe
+from minillm.run.training_arguments import argument
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama
 
@@ -401,7 +402,7 @@ def test_rows_are_those_that_the_run_reads(tmp_path: Path) -> None:
         given = load_recipe(
             on_disk(tmp_path, stages=stages, finetune=training, sft=training, warmup={"training": training}), overrides
         )  # fmt: skip
-        return [work.updates(given, stage, arguments, Machine(3)) for stage, _, arguments in given.trainings()]
+        return [work.updates(given, stage.name, arguments, Machine(3)) for stage, arguments in given.trainings()]
 
     assert supervised() == [2, 1, 2]  # 40 rows of 24: what fills no update is left out by one trainer, not by TRL's
     assert supervised("data.limit=24") == [1, 1, 1]
@@ -454,7 +455,7 @@ def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
         "max_steps",
         "eval_delay",
     ):
-        assert work.argument({}, name) == getattr(arguments, name)
+        assert argument({}, name) == getattr(arguments, name)
 
 
 def test_a_card_that_the_teachers_cache_does_not_fit_on_is_offered_fewer_rollouts() -> None:

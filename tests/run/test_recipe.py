@@ -60,13 +60,13 @@ def test_a_child_says_only_what_differs(recipe: Path) -> None:
         ("rollout:\n  teacher_mx: 0.2\n", "recipe.yaml:12: rollout.teacher_mx: unknown key; did you mean teacher_mix?"),
         ("rollout:\n  teacher_mix: 1.5\n", "recipe.yaml:12: rollout.teacher_mix: Input should be less than 1 (given: 1.5)"),
         ("rollout:\n  num_rollouts: many\n", "recipe.yaml:12: rollout.num_rollouts: Input should be a valid integer"),
-        ("stages: [teacher, sleep]\n", "recipe.yaml:11: stages.1: Input should be 'teacher', 'finetune'"),
+        ("stages: [teacher, sleep]\n", "recipe.yaml:11: stages.1: sleep: no such stage; allowed: teacher, finetune"),
         ("warmup: {training: {learnign_rate: 1}}\n", "warmup.training.learnign_rate: unknown key; did you mean learning_rate?"),
         ("warmup:\n  training:\n    max_steps: lots\n", "recipe.yaml:13: warmup.training.max_steps: Input should be a valid integer"),
         ("warmup:\n  training:\n    learning_rate: -1\n", "must be at least 0.0 (given: -1)"),
         ("warmup:\n  training:\n    output_dir: here\n", "not set here: it follows from run_dir"),
         ("objective:\n  weight_in_clip: true\n  clip: null\n", "recipe.yaml:11: objective: weight_in_clip needs clip"),
-        ("data:\n  train: x\n", "recipe.yaml:11: data: said twice"),
+        ("data:\n  train: x\n", "recipe.yaml:11: data: duplicate key"),
         ("rollout: {teacher_mix: 0.2\n", "not YAML"),
     ],
 )  # fmt: skip
@@ -123,10 +123,10 @@ def test_missing_files_are_named(recipe: Path) -> None:
 
 
 def test_sizes_that_do_not_divide_are_refused_before_any_stage(recipe: Path) -> None:
-    from minillm.run import runner as stages
+    from minillm.run import runner
 
     with pytest.raises(ValueError, match=r"rollout.num_rollouts \(30\) must be a multiple .* \(8 × 2 × 1\)"):
-        stages.run(load_recipe(recipe, ["rollout.num_rollouts=30", "training.gradient_accumulation_steps=2"]))
+        runner.run_recipe(load_recipe(recipe, ["rollout.num_rollouts=30", "training.gradient_accumulation_steps=2"]))
 
 
 def test_a_preset_can_be_changed_piece_by_piece() -> None:

@@ -24,11 +24,12 @@ from minillm.models import load, quantization
 from minillm.models.quantization import is_quantized
 from minillm.rollout.engines import choose as build
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
-from minillm.run import processes
-from minillm.run import runner as stages
+from minillm.run import processes, runner
 from minillm.run.context import Run
 from minillm.run.directory import RunState
 from minillm.run.recipe_file import load_recipe
+from minillm.run.stages import stage_named
+from minillm.run.stages.shared import training_arguments
 from tests.conftest import save, tiny_llama, tiny_tokenizer
 from tests.train.two_processes import deepspeed
 
@@ -52,7 +53,7 @@ def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
     file = root / "recipe.yaml"
     file.write_text(RECIPE.format(run=root / "run", data=data, teacher=pair[1]))
-    stages.run(load_recipe(file))
+    runner.run_recipe(load_recipe(file))
     return file
 
 
@@ -102,7 +103,7 @@ def test_a_lora_student_is_merged_after_every_stage_and_described(
     )
     names = "[teacher, student, responses, warmup, sft, minillm, evaluate, report]"
     training = "{max_steps: 2, per_device_train_batch_size: 4, use_cpu: true, learning_rate: 1e-2}"
-    stages.run(load_recipe(file, [f"stages={names}", f"sft={training}", "push_to_hub=me/student"]))
+    runner.run_recipe(load_recipe(file, [f"stages={names}", f"sft={training}", "push_to_hub=me/student"]))
     run = tmp_path / "run"
     for folder, before in (("warmed", "pruned"), ("sft", "pruned"), ("student", "warmed")):
         plain: Any = AutoModelForCausalLM.from_pretrained(run / folder, dtype=torch.float32)
@@ -141,7 +142,7 @@ def test_a_quantised_teacher_and_a_qlora_student(
     original = quantization.quantization_config
     monkeypatch.setattr(load, "_bits", lambda bits, dtype: asked.append(bits) or original(bits, dtype))
     given = ["teacher.quantization=8bit", "student.lora.rank=4", "student.lora.quantization=4bit"]
-    stages.run(load_recipe(file, given))
+    runner.run_recipe(load_recipe(file, given))
     assert (
         sorted(asked) == ["4bit"] * 2 + ["8bit"] * 3
     )  # the student is trained twice; the teacher also reads in evaluation
@@ -162,7 +163,7 @@ def test_finished_stages_are_skipped_and_an_evaluated_model_is_not_evaluated_aga
 ) -> None:
     weights = recipe.parent / "run" / "student" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    stages.run(load_recipe(recipe))
+    runner.run_recipe(load_recipe(recipe))
     assert capfd.readouterr().out.count("finished before") == 6  # all but the report
     assert weights.stat().st_mtime_ns == before
 
@@ -171,26 +172,26 @@ def test_other_settings_are_refused_and_redo_accepts_them(recipe: Path) -> None:
     with pytest.raises(
         RunError, match=r"stage minillm there was made with other settings: training.max_steps \(there 3, now 2\)"
     ):
-        stages.run(load_recipe(recipe, ["training.max_steps=2"]))
+        runner.run_recipe(load_recipe(recipe, ["training.max_steps=2"]))
     other = recipe.parent / "other.jsonl"
     other.write_text('{"prompt": "w1"}\n' * 10)
     with pytest.raises(RunError, match=r"stage student there was made with other settings: data\.train"):
-        stages.run(load_recipe(recipe, [f"data.train={other}"]))
-    stages.run(load_recipe(recipe, ["training.max_steps=2"]), "minillm", redo=True)
+        runner.run_recipe(load_recipe(recipe, [f"data.train={other}"]))
+    runner.run_recipe(load_recipe(recipe, ["training.max_steps=2"]), "minillm", redo=True)
     state = json.loads((recipe.parent / "run" / "state.json").read_text())["stages"]
     assert state["minillm"]["settings"]["training.max_steps"] == 2
     assert "evaluate" not in state  # it was made from the student that is gone
-    stages.run(load_recipe(recipe), "minillm", redo=True)
+    runner.run_recipe(load_recipe(recipe), "minillm", redo=True)
 
 
 def test_a_stage_needs_what_it_builds_on(recipe: Path) -> None:
     with pytest.raises(RunError, match="stage minillm needs stage warmup, which is not finished"):
-        stages.run(load_recipe(recipe, [f"run_dir={recipe.parent / 'fresh'}"]), "minillm")
+        runner.run_recipe(load_recipe(recipe, [f"run_dir={recipe.parent / 'fresh'}"]), "minillm")
     occupied = recipe.parent / "occupied"
     occupied.mkdir()
     (occupied / "thesis.txt").write_text("mine")
     with pytest.raises(RunError, match="not empty, and not the directory of a minillm run"):
-        stages.run(load_recipe(recipe, [f"run_dir={occupied}"]))
+        runner.run_recipe(load_recipe(recipe, [f"run_dir={occupied}"]))
 
 
 def test_another_tokenizer_is_refused_before_any_stage(recipe: Path, tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_another_tokenizer_is_refused_before_any_stage(recipe: Path, tmp_path: P
     tokenizer.add_tokens(["extra"])
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="id 32 is 'extra' for the student and None for the teacher"):
-        stages.run(load_recipe(recipe, [f"student.source={tmp_path / 'other'}", f"run_dir={tmp_path / 'run'}"]))
+        runner.run_recipe(load_recipe(recipe, [f"student.source={tmp_path / 'other'}", f"run_dir={tmp_path / 'run'}"]))
     assert not (tmp_path / "run").exists()
 
 
@@ -229,9 +230,9 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
             ValueError,
             match=rf"data\.max_prompt_tokens \+ {setting} \(16 \+ 5000\) exceed the teacher's context of \d+",
         ):
-            stages.run(load_recipe(recipe, [f"{setting}=5000"]))
+            runner.run_recipe(load_recipe(recipe, [f"{setting}=5000"]))
     with pytest.raises(ValueError, match=r"objective\.language_model_block: 5000 exceeds the teacher's context of \d+"):
-        stages.run(
+        runner.run_recipe(
             load_recipe(recipe, [f"data.text={recipe.parent / 'prompts.jsonl'}", "objective.language_model_block=5000"])
         )
     sliding = save_sliding(recipe.parent / "sliding")
@@ -239,13 +240,13 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
         ValueError,
         match=r"rollout\.teacher_mix: mixing needs a teacher whose every layer is full attention, and .*sliding",
     ):
-        stages.run(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.teacher_mix=0.2"]))
+        runner.run_recipe(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.teacher_mix=0.2"]))
     config = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=2, eos_token_id=1, pad_token_id=0)
     gpt2 = save(AutoModelForCausalLM.from_config(config), recipe.parent / "gpt2")
     with pytest.raises(
         ValueError, match=r"student\.lora\.quantization: bitsandbytes does not take the layers of GPT-2"
     ):
-        stages.run(
+        runner.run_recipe(
             load_recipe(recipe, [f"student.source={gpt2}", "student.lora.rank=2", "student.lora.quantization=4bit"])
         )
     text = [
@@ -260,18 +261,18 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
     quantised = ["student.lora.rank=2", "student.lora.quantization=4bit"]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
-        stages.run(load_recipe(recipe, quantised))
+        runner.run_recipe(load_recipe(recipe, quantised))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     sharded = recipe.parent / "deepspeed.json"
     sharded.write_text(json.dumps(deepspeed(3)))
     for section in ("sft", "warmup.training", "training"):
         with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
-            stages.run(load_recipe(recipe, [*quantised, f"{section}.deepspeed={sharded}"]))
+            runner.run_recipe(load_recipe(recipe, [*quantised, f"{section}.deepspeed={sharded}"]))
     if importlib.util.find_spec("deepspeed") is None:
         with pytest.raises(
             ValueError, match=r"training\.deepspeed: DeepSpeed is not installed \(pip install deepspeed\)"
         ):
-            stages.run(load_recipe(recipe, [f"training.deepspeed={sharded}"]))
+            runner.run_recipe(load_recipe(recipe, [f"training.deepspeed={sharded}"]))
     with monkeypatch.context() as on_a_cpu:
         on_a_cpu.setattr(torch.cuda, "is_available", lambda: False)
         on_a_cpu.setattr(build, "vllm_is_installed", lambda: True)
@@ -279,7 +280,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
             EngineError,
             match=r"rollout\.engine: vLLM on a CPU has no attention for heads of 4 .*set rollout\.engine=auto",
         ):
-            stages.run(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.engine=vllm"]))
+            runner.run_recipe(load_recipe(recipe, [f"teacher.source={sliding}", "rollout.engine=vllm"]))
     with pytest.raises(
         RecipeError, match=r"an engine in the training process has one GPU; start vllm serve --tensor-parallel-size N"
     ):
@@ -289,7 +290,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
     whole = ["student.source=" + load_recipe(recipe).teacher.source, "student.keep_layers=null"]
     for start in ([], whole):  # a pruned one too
         with pytest.raises(ValueError, match=r"student\.lora: Target modules .*c_attn.* not found"):
-            stages.run(load_recipe(recipe, [*start, "student.lora.targets=[c_attn]"]))
+            runner.run_recipe(load_recipe(recipe, [*start, "student.lora.targets=[c_attn]"]))
     with monkeypatch.context() as bare:
         found = importlib.util.find_spec
         bare.setattr(
@@ -297,9 +298,9 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
         )
         for setting in ("teacher.quantization=4bit", "student.lora={rank: 2, quantization: 4bit}"):
             with pytest.raises(ValueError, match="4bit needs bitsandbytes, which is not installed"):
-                stages.run(load_recipe(recipe, [*whole, setting]))
+                runner.run_recipe(load_recipe(recipe, [*whole, setting]))
     with pytest.raises(DataError, match="nowhere"):  # the corpus too, though only the last stages read it
-        stages.run(
+        runner.run_recipe(
             load_recipe(
                 recipe, [f"data.text={{dataset: {recipe.parent / 'nowhere'}}}", "objective.language_model_block=32"]
             )
@@ -314,15 +315,15 @@ def test_a_node_without_the_run_directory_says_so(
         monkeypatch.setenv(name, value)
     loaded = load_recipe(recipe, [f"run_dir={tmp_path / 'run'}", "training.per_device_train_batch_size=2"])
     with pytest.raises(RunError, match=r"run_dir: process 1 does not see in .*run what process 0 wrote"):
-        stages.run(loaded)
+        runner.run_recipe(loaded)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the stage's own error"))
     with pytest.raises(pytest.fail.Exception, match="the stage's own error"):
-        stages.run(loaded)
+        runner.run_recipe(loaded)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(processes, "meet", lambda *_: None)
     with pytest.raises(RunError, match="process 0 gave up at stage teacher"):  # and does not wait for ever
-        stages.run(loaded)
+        runner.run_recipe(loaded)
 
 
 def test_a_path_is_one_setting_however_it_is_written(
@@ -340,9 +341,9 @@ def test_a_path_is_one_setting_however_it_is_written(
 def test_accelerates_precision_is_a_stages_own(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("minillm.models.device.fast_bfloat16", lambda: True)
     this = Run(load_recipe(recipe, [f"run_dir={tmp_path / 'run'}"]))
-    assert not stages._training_arguments(this, "minillm", {"use_cpu": True}).bf16
+    assert not training_arguments(this, stage_named("minillm"), {"use_cpu": True}).bf16
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert stages._training_arguments(this, "minillm", {"use_cpu": True}).bf16
+    assert training_arguments(this, stage_named("minillm"), {"use_cpu": True}).bf16
 
 
 def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:
@@ -515,7 +516,7 @@ def test_every_training_stage_in_shards_leaves_what_one_process_does(
         assert left == [f"checkpoint-{step}" for step in kept]
         assert ("the same command continues it" in done.stderr) == ("CTRL_C_IN" in dies)
     monkeypatch.chdir(ROOT)
-    stages.run(load_recipe(recipe, sharded_words(recipe, pair, tmp_path / "one", 4, *lora)[2:]))
+    runner.run_recipe(load_recipe(recipe, sharded_words(recipe, pair, tmp_path / "one", 4, *lora)[2:]))
     for folder, start in (
         ("tuned", pair[1]),
         ("warmed", pair[0]),

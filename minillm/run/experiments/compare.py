@@ -28,16 +28,20 @@ from minillm.evaluation.sets import check_suite
 from minillm.evaluation.suite import answer_suite, pooled_differences, run_suite
 from minillm.models.device import machine
 from minillm.redaction import redacted
-from minillm.run import runner as stages
 from minillm.run.context import Run
 from minillm.run.directory import RunState
 from minillm.run.experiments.config import Comparison, Method
 from minillm.run.experiments.jobs import Job, run_jobs
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import recipe_of
+from minillm.run.runner import run_recipe
+from minillm.run.stages import stage_named
 from minillm.run.tree import merge
 
-_FOLDERS = {"warmup": "warmed", "sft": "sft", "minillm": "student"}
+
+def _folder(method: Method) -> str:
+    """The folder of a run directory in which the method leaves its student."""
+    return str(stage_named(method.stage).folder)
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         for name, method in comparison.methods.items()
     }  # fmt: skip
     _check(comparison, start, plans)
-    stages.run(start.recipe)
+    run_recipe(start.recipe)
     methods, tested = comparison.methods, _tested(comparison)
     results: dict[str, Any] = {"tuning": {}}
     seeded: dict[str, dict[int, Recipe]] = {}
@@ -90,7 +94,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     _train(others, comparison.jobs, keep)
     folders = {
         name: {
-            seed: plan.run_dir / _FOLDERS[methods[name].stage]
+            seed: plan.run_dir / _folder(methods[name])
             for seed, plan in {methods[name].seeds[0]: plans[name][chosen[name]], **seeded[name]}.items()
         }
         for name in tested
@@ -126,9 +130,7 @@ def _check(comparison: Comparison, start: Run, plans: dict[str, list[Recipe]]) -
     """
     for name, tried in plans.items():
         for plan in tried if len(tried) > 1 else []:
-            training = {"warmup": plan.warmup.training, "sft": plan.sft, "minillm": plan.training}[
-                comparison.methods[name].stage
-            ]
+            training = stage_named(comparison.methods[name].stage).arguments(plan)
             if plan.data.validation is None or training.get("eval_strategy", "no") == "no":
                 raise RecipeError(
                     f"methods.{name}: the best of {len(tried)} tuning runs is chosen on validation: set recipe.data.validation, and "
@@ -162,7 +164,7 @@ def _recipe(comparison: Comparison, start: Run, name: str, tuning: dict[str, Any
 def _train(runs: Sequence[tuple[str, Recipe, Method]], at_once: int, after: Callable[[], object]) -> None:
     """Do what is left of some runs."""
     left = [
-        Job(name, stages.run, (plan,), plan.run_dir.with_suffix(".log"))
+        Job(name, run_recipe, (plan,), plan.run_dir.with_suffix(".log"))
         for name, plan, method in runs
         if not _finished(plan, method)
     ]
@@ -205,7 +207,7 @@ def _best(tried: Sequence[dict[str, Any]]) -> int:
 
 
 def _outcome(plan: Recipe, method: Method) -> dict[str, Any]:
-    return {"run": str(plan.run_dir), **_validated(plan.run_dir / _FOLDERS[method.stage])}
+    return {"run": str(plan.run_dir), **_validated(plan.run_dir / _folder(method))}
 
 
 def _validated(folder: Path) -> dict[str, Any]:

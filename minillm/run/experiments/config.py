@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
 from minillm.config import Section, different
 from minillm.errors import InputError
 from minillm.evaluation.config import Suite
-from minillm.run.recipe import Stage
+from minillm.run.recipe import StageName
+from minillm.run.stages import STAGES
+
+
+def _trains_the_student(name: str) -> str:
+    allowed = [stage.name for stage in STAGES if stage.trains == "student"]
+    if name not in allowed:
+        raise InputError(f"a stage that trains the student is needed: {', '.join(allowed)}")
+    return name
 
 
 class Method(Section):
     """One way to train the student: a recipe that differs from the shared one."""
 
-    stage: Literal["warmup", "sft", "minillm"]
+    stage: Annotated[str, AfterValidator(_trains_the_student)]
     """The stage that trains; its student is the method's."""
     recipe: dict[str, Any] = {}
     """What differs from the shared recipe."""
@@ -35,7 +43,7 @@ class Comparison(Section):
     """The folder of the files that `recipe.data` and the suite's sets name without a path."""
     recipe: dict[str, Any]
     """The shared recipe: run_dir, data (with validation), teacher, student, and what every method trains with."""
-    start: list[Stage] = ["teacher", "finetune", "student", "responses", "warmup"]
+    start: list[StageName] = ["teacher", "finetune", "student", "responses", "warmup"]
     """Stages that make what all methods share; `warmup` heals the student."""
     methods: Annotated[dict[str, Method], Field(min_length=1)]
     baseline: str

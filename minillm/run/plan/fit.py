@@ -11,8 +11,9 @@ from minillm.models.shape import shape_of
 from minillm.rollout.engines.vllm_memory import GIB, LEAST_CACHE
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import Plan, plan
-from minillm.run.plan.work import argument, update_responses, why_refused
+from minillm.run.plan.work import update_responses, why_refused
 from minillm.run.recipe import Recipe
+from minillm.run.training_arguments import argument
 
 Overridden = Callable[[list[str]], Recipe]
 """Gives the recipe with some `section.key=value` settings changed; refuses (ValueError) what cannot be combined with the rest."""
@@ -69,11 +70,11 @@ def fewest(recipe: Recipe, machine: Machine) -> int | None:
 def _exact(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
     """Settings that cost time alone, and fewer rollouts between two sets of weights, which are then less off policy."""
     out = [
-        [f"{section}.gradient_checkpointing=true"]
-        for _, section, training in recipe.trainings()
+        [f"{stage.training}.gradient_checkpointing=true"]
+        for stage, training in recipe.trainings()
         if not argument(training, "gradient_checkpointing")
     ]
-    for _, section, training in recipe.trainings():
+    for stage, training in recipe.trainings():
         micro, accumulation = (
             argument(training, "per_device_train_batch_size"),
             argument(training, "gradient_accumulation_steps"),
@@ -81,8 +82,8 @@ def _exact(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
         if (part := _divisor(micro)) is not None:  # an update keeps its responses
             out.append(
                 [
-                    f"{section}.per_device_train_batch_size={micro // part}",
-                    f"{section}.gradient_accumulation_steps={accumulation * part}",
+                    f"{stage.training}.per_device_train_batch_size={micro // part}",
+                    f"{stage.training}.gradient_accumulation_steps={accumulation * part}",
                 ]
             )
     if recipe.rollout.engine_memory is not None:

@@ -8,8 +8,9 @@ from minillm.loss.token_scores import CHUNK
 from minillm.models.shape import Shape, kept_bytes
 from minillm.rollout.engines.vllm_memory import GIB, buffer_bytes, cache_needed, cache_wanted, why_not_on_cpus
 from minillm.run.plan.machine import Machine
-from minillm.run.plan.work import argument, item_size
+from minillm.run.plan.work import item_size
 from minillm.run.recipe import Recipe
+from minillm.run.training_arguments import argument
 
 Parts = dict[str, float]
 

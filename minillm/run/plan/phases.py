@@ -14,8 +14,10 @@ from minillm.models.shape import Shape, shape_of
 from minillm.rollout.engines.vllm_memory import GIB
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
-from minillm.run.plan.work import argument, item_size, update_responses
+from minillm.run.plan.work import item_size, update_responses
 from minillm.run.recipe import Recipe
+from minillm.run.stages import STAGES, stage_named
+from minillm.run.training_arguments import argument
 
 # Sampling from the mixture, in rounds, takes so many times as long on a CPU as plain sampling and the teacher's reading (eval/README.md).
 # On a GPU the two have not been measured side by side; the plain ones are counted.
@@ -61,7 +63,8 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     Raises:
         DataError: a data file that is no such file.
     """
-    phases = _Stages(recipe, machine).phases()
+    planner = Planner(recipe, machine)
+    phases = [phase for stage in STAGES if stage.name in recipe.stages for phase in stage.phases(planner)]
     for phase in phases:
         cache = phase.parts.get("vLLM's cache")
         if cache and machine.gpu and recipe.rollout.engine_memory is None:
@@ -75,8 +78,8 @@ def _read(model: Shape, tokens: float, answer: float) -> float:
     return 2 * model.body * tokens + 2 * model.head * answer
 
 
-class _Stages:
-    """The stages of one recipe on one machine."""
+class Planner:
+    """The phases of one recipe on one machine, from which each stage takes its own."""
 
     def __init__(self, recipe: Recipe, machine: Machine) -> None:
         self.recipe, self.machine = recipe, machine
@@ -86,24 +89,15 @@ class _Stages:
             shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
         )
 
-    def phases(self) -> list[Phase]:
-        recipe = self.recipe
-        training = {stage: given for stage, _, given in recipe.trainings()}
-        phases: list[Phase] = []
-        if "finetune" in training:
-            phases += self._supervised("finetune", training["finetune"])
-        if "responses" in recipe.stages:
-            drawn = work.rows(recipe, "train").prompts * recipe.responses.samples_per_prompt
-            phases.append(self._answers("responses", self.teacher, recipe.responses.max_new_tokens, drawn))
-        for stage in ("warmup", "sft"):
-            if stage in training:
-                phases += self._supervised(stage, training[stage])
-        if "minillm" in training:
-            phases += self._on_policy()
-        if "evaluate" in recipe.stages:
-            students = 1 + sum(stage in recipe.stages for stage in ("warmup", "sft", "minillm"))  # and the start
-            phases += [self._evaluated("teacher", self.teacher, 1), self._evaluated("student", self.student, students)]
-        return phases
+    def responses(self) -> list[Phase]:
+        """The teacher answers the training prompts."""
+        drawn = work.rows(self.recipe, "train").prompts * self.recipe.responses.samples_per_prompt
+        return [self._answers("responses", self.teacher, self.recipe.responses.max_new_tokens, drawn)]
+
+    def evaluation(self) -> list[Phase]:
+        """The teacher, the untrained student and what each stage has trained answer the held-out prompts."""
+        students = 1 + sum(stage.trains == "student" and stage.name in self.recipe.stages for stage in STAGES)
+        return [self._evaluated("teacher", self.teacher, 1), self._evaluated("student", self.student, students)]
 
     # Training
 
@@ -112,8 +106,10 @@ class _Stages:
         each = 4 if adapted and self.recipe.student.lora is not None else 6
         return each + 2 * bool(argument(training, "gradient_checkpointing")), each
 
-    def _supervised(self, name: str, training: dict[str, Any]) -> list[Phase]:
+    def supervised(self, name: str) -> list[Phase]:
+        """A stage that trains on given answers, and its validation."""
         recipe, machine = self.recipe, self.machine
+        training = stage_named(name).arguments(recipe)
         model = self.teacher if name == "finetune" else self.student
         size, micro = item_size(training, machine), argument(training, "per_device_train_batch_size")
         longest = recipe.responses.max_new_tokens
@@ -222,7 +218,7 @@ class _Stages:
 
     # MiniLLM
 
-    def _on_policy(self) -> list[Phase]:
+    def on_policy(self) -> list[Phase]:
         recipe, machine, student, teacher = self.recipe, self.machine, self.student, self.teacher
         training, rollout, objective = recipe.training, recipe.rollout, recipe.objective
         size, micro = item_size(training, machine), argument(training, "per_device_train_batch_size")

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
+from minillm.errors import InputError
 from minillm.rollout.engines.vllm_memory import GIB
-from minillm.run.plan.phases import Plan
+from minillm.run.plan.fit import Overridden, advice, fewest, fitted
+from minillm.run.plan.machine import Machine
+from minillm.run.plan.phases import Plan, plan
 from minillm.run.plan.work import update_responses, why_refused
 from minillm.run.recipe import Recipe
+
+
+def plan_report(recipe: Recipe, machine: Machine, source: str, overridden: Overridden) -> str:
+    """What `minillm plan` prints: the plan, and what would help where it does not fit."""
+    return _report(recipe, plan(recipe, machine), source, recipe, overridden)
+
+
+def fit_report(recipe: Recipe, machine: Machine, source: str, overridden: Overridden) -> tuple[str, Plan]:
+    """The same with the settings that make the recipe fit, and the plan with them.
+
+    Raises:
+        InputError: the run would refuse the recipe on this machine whatever its memory.
+    """
+    if refused := why_refused(recipe, machine):
+        raise InputError(f"{refused}; then --fit")
+    found, changed = fitted(recipe, machine, overridden)
+    return _report(changed, found, source, recipe, overridden), found
+
+
+def _report(shown: Recipe, found: Plan, source: str, recipe: Recipe, overridden: Overridden) -> str:
+    text = summary(shown, found, source)
+    if found.fits:
+        return text
+    largest = max(found.phases, key=lambda phase: phase.peak).name
+    nothing = f"nothing that is a setting: {largest} needs GPUs with more memory, or a smaller model"
+    return f"{text}\nwhat would help: " + ("; ".join(advice(recipe, found.machine, overridden)) or nothing)
+
+
+def table_report(folder: Path, machine: Machine, load: Callable[[Path], Recipe]) -> str:
+    """The table of all recipes below a folder; see `table`."""
+    files = sorted(p for p in folder.rglob("*.yaml") if p.parent != folder and p.parent.name != "accelerate")
+    plans = []
+    for path in files:
+        recipe = load(path)
+        whole, sharded = (plan(recipe, replace(machine, shard=shard)) for shard in (False, True))
+        name = str(path.relative_to(folder).with_suffix(""))
+        plans.append((name, whole, sharded, fewest(recipe, machine)))
+    return table(plans)
 
 
 def summary(recipe: Recipe, found: Plan, rests_on: str) -> str:
@@ -27,7 +70,7 @@ def summary(recipe: Recipe, found: Plan, rests_on: str) -> str:
         f"time rests on {rests_on}; prompts as long as the data's (text at 4 bytes a token; of data sets that are not read, half of the "
         "most), sampled answers half as long as they may be; loading models and starting engines, a minute or so a stage, come on top",
     ]
-    if sizes := [f"{stage} {update_responses(training, machine)}" for stage, _, training in recipe.trainings()]:
+    if sizes := [f"{stage.name} {update_responses(training, machine)}" for stage, training in recipe.trainings()]:
         lines.append(f"responses in an update, which grow with the processes: {', '.join(sizes)}")
     if found.overrides:
         lines.append("changed: " + " ".join(found.overrides))
@@ -43,9 +86,9 @@ def _time(seconds: float) -> str:
 def table(plans: Sequence[tuple[str, Plan, Plan, int | None]]) -> str:
     """Markdown: one row a recipe, its plan with the student whole in each process and in shards, and the fewest GPUs that it fits on."""
 
-    def cell(plan: Plan) -> str:
-        fits = "" if plan.fits else ", **does not fit**"
-        return f"{plan.peak / GIB:.0f} GiB ({max(plan.phases, key=lambda phase: phase.peak).name}){fits}"
+    def cell(found: Plan) -> str:
+        fits = "" if found.fits else ", **does not fit**"
+        return f"{found.peak / GIB:.0f} GiB ({max(found.phases, key=lambda phase: phase.peak).name}){fits}"
 
     rows = "".join(
         f"| {name} | {cell(whole)} | {cell(sharded)} | {least or 'more'} | {whole.hours:.1f} |\n"

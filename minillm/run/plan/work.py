@@ -9,17 +9,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
-from transformers import TrainingArguments
-
 from minillm.data.config import Source
 from minillm.data.examples import Example, read_examples
 from minillm.data.files import read_jsonl
 from minillm.data.templates import prompt_text
 from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
+from minillm.run.training_arguments import argument
 
-# Where a recipe says nothing; a stage logs after each update (`minillm.run.runner`).
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | {"logging_steps": 1}
 _UNREAD = 11_435  # rows of a data set that is not read: Dolly's without those that the paper keeps apart
 _BYTES = 4  # of text in a token
 _TURN = 6  # tokens by which a chat template marks a message
@@ -37,11 +34,6 @@ class Rows:
     """Tokens of one, on average."""
     answer: float
     """Tokens of a reference."""
-
-
-def argument(training: dict[str, Any], name: str) -> Any:
-    """One of a stage's `TrainingArguments`, whether it is given or not."""
-    return training.get(name, _DEFAULTS[name])
 
 
 def item_size(training: dict[str, Any], machine: Machine) -> int:

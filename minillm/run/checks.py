@@ -1,0 +1,190 @@
+"""Checks of a whole recipe before anything is trained or sampled, and before any weights load."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minillm.data.config import Source
+from minillm.data.examples import read_texts
+from minillm.errors import DataError, InputError
+from minillm.models.adapters import check_adapter_files
+from minillm.models.configs import attends_fully, context_length, text_config
+from minillm.models.conventions import Conventions
+from minillm.models.lora import check_student
+from minillm.models.pruning.depth import check_keep_layers
+from minillm.models.quantization import check_quantization
+from minillm.models.sources import check_source, find_gguf
+from minillm.models.vocabulary import check_tokenizer_fits, token_count
+from minillm.rollout.engines.base import padding_bias
+from minillm.rollout.engines.choose import choose_engine
+from minillm.run.stages import STAGES
+from minillm.run.training_arguments import argument
+
+if TYPE_CHECKING:
+    from minillm.run.context import Run
+    from minillm.run.recipe import Recipe
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """Refuse sizes that do not divide, engines and packages that are missing, and students that cannot be sharded.
+
+    Raises:
+        EngineError: `rollout.engine` is not available.
+        InputError: naming the setting.
+    """
+    if _samples(recipe):
+        choose_engine(recipe.rollout.engine)
+    lora = recipe.student.lora
+    arguments = [stage.arguments(recipe) for stage in STAGES if stage.trains == "student"]
+    if lora is not None and lora.quantization and any(map(_shards_the_student, arguments)):
+        raise InputError(
+            "student.lora.quantization: a quantised student cannot be sharded over processes (FSDP, ZeRO-3): use "
+            "recipes/accelerate/8-gpus.yaml"
+        )
+    sizes = [argument(recipe.training, "per_device_train_batch_size")]
+    sizes += [argument(recipe.training, "gradient_accumulation_steps"), int(os.environ.get("WORLD_SIZE", 1))]
+    rollouts = recipe.rollout.num_rollouts
+    if "minillm" in recipe.stages and rollouts % (sizes[0] * sizes[1] * sizes[2]):
+        raise InputError(
+            f"rollout.num_rollouts ({rollouts}) must be a multiple of the responses of one update: "
+            f"per_device_train_batch_size × gradient_accumulation_steps × processes ({' × '.join(map(str, sizes))})"
+        )
+    for stage, given in recipe.trainings():
+        if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+            raise InputError(
+                f"{stage.training}.deepspeed: DeepSpeed is not installed (pip install deepspeed): leave it out, or use "
+                "FSDP2"
+            )
+
+
+def check_models(recipe: Recipe, conventions: Conventions) -> None:
+    """Refuse models that are not there or not whole, or that cannot do what the recipe asks of them.
+
+    Raises:
+        MinillmError: naming the model, and the setting to change.
+    """
+    teacher, student = recipe.teacher.source, recipe.student.source
+    pruned = student == "prune"
+    for source in [teacher] if pruned else [teacher, student]:
+        check_source(source)
+    if not pruned:
+        _check_model(recipe, conventions, student, "student")
+        _check_student(recipe, student)
+    elif recipe.student.lora is not None and not find_gguf(teacher):
+        check_student(teacher, recipe.student.lora)
+    _check_model(recipe, conventions, teacher, "teacher")
+    _check_teacher(recipe, teacher)
+    if recipe.teacher.adapter and "teacher" in recipe.stages:
+        check_adapter_files(teacher, recipe.teacher.adapter)
+
+
+def _samples(recipe: Recipe) -> bool:
+    return any(stage.engine and stage.name in recipe.stages for stage in STAGES)
+
+
+def _check_model(recipe: Recipe, conventions: Conventions, source: str, role: str) -> None:
+    """What is asked of student and teacher alike: the tokenizer, the engine, the context."""
+    config = text_config(source)
+    check_tokenizer_fits(conventions.tokenizer, config, role)
+    if _samples(recipe):
+        chosen = choose_engine(recipe.rollout.engine, config)
+        if chosen == "vllm" and torch.cuda.is_available():
+            padding_bias(token_count(conventions.tokenizer), config.vocab_size)  # raises where vLLM has no room for it
+    limit = context_length(config)
+    if limit is None:
+        return
+    supervised = {stage.name for stage in STAGES if stage.references}
+    for section, stages in (("rollout", {"minillm"}), ("responses", supervised), ("evaluate", {"evaluate"})):
+        prompt, new = recipe.data.max_prompt_tokens, getattr(recipe, section).max_new_tokens
+        if stages & set(recipe.stages) and prompt + new > limit:
+            raise InputError(
+                f"data.max_prompt_tokens + {section}.max_new_tokens ({prompt} + {new}) exceed the {role}'s context of "
+                f"{limit} tokens ({source})"
+            )
+    block = recipe.objective.language_model_block
+    if recipe.data.text is not None and "minillm" in recipe.stages and block > limit:
+        raise InputError(
+            f"objective.language_model_block: {block} exceeds the {role}'s context of {limit} tokens ({source})"
+        )
+
+
+def _check_student(recipe: Recipe, source: str) -> None:
+    lora = recipe.student.lora
+    if lora is None:
+        return
+    if lora.quantization and text_config(source).model_type == "gpt2":
+        raise InputError(
+            f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out"
+        )
+    check_student(source, lora)
+
+
+def _check_teacher(recipe: Recipe, source: str) -> None:
+    config, keep = text_config(source), recipe.student.keep_layers
+    if "student" in recipe.stages and recipe.student.source == "prune" and keep is not None:
+        check_keep_layers(config.num_hidden_layers, keep)
+    if recipe.teacher.quantization:
+        check_quantization(recipe.teacher.quantization)
+        if find_gguf(source):
+            raise InputError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
+    if "minillm" in recipe.stages and recipe.rollout.teacher_mix and not attends_fully(config):
+        raise InputError(
+            f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has "
+            "sliding windows: set rollout.teacher_mix: 0"
+        )
+
+
+def check_rows(run: Run) -> None:
+    """Render everything that the stages will read, so that no row fails after the stages before, which take hours.
+
+    Raises:
+        DataError, InputError: naming the file and the row.
+    """
+    recipe, stages = run.recipe, set(run.recipe.stages)
+    if stages - {"teacher", "report"}:
+        _ = run.train_prompts
+    if "evaluate" in stages:
+        _ = run.heldout_prompts
+    if (
+        {"finetune", "sft"} & stages
+        or ("warmup" in stages and recipe.warmup.targets == "references")
+        or ("minillm" in stages and recipe.rollout.on_policy < 1)
+    ):
+        _ = run.references
+    if recipe.trainings():
+        _ = run.validation
+    if recipe.data.text is not None and "minillm" in stages:
+        _check_texts(recipe.data.text)
+    if recipe.responses.file is not None and "warmup" in stages and recipe.warmup.targets == "teacher":
+        run.given_responses(recipe.responses.file)
+
+
+def _check_texts(source: Source) -> None:
+    """A file is checked whole, a data set, which is streamed, by its first row."""
+    rows = read_texts(source, seed=None)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{source.name}: empty; rows of text are needed")
+    if source.file is not None:
+        for _ in rows:
+            pass
+
+
+def _shards_the_student(training: dict[str, Any]) -> bool:
+    """Whether training arguments, or accelerate's variables, shard the student over processes: FSDP or ZeRO-3."""
+    zero = training.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if isinstance(zero, str | Path) and Path(zero).is_file():
+        zero = json.loads(Path(zero).read_text(encoding="utf-8"))
+    if isinstance(zero, dict) and zero.get("zero_optimization", {}).get("stage") == 3:
+        return True
+    return (
+        bool(training.get("fsdp"))
+        or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    )

@@ -1,0 +1,39 @@
+"""Stage `finetune`: the teacher is fine-tuned on the references of the data before it teaches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
+
+if TYPE_CHECKING:
+    from minillm.run.context import Run
+    from minillm.run.plan.phases import Phase, Planner
+
+SFT_CURVES = (
+    ("Cross-entropy, nats a token", {"loss": "training"}),
+    ("Token accuracy", {"mean_token_accuracy": "training"}),
+    ("Gradient norm", {"grad_norm": "before clipping"}),
+)
+
+
+class FineTune(Stage):
+    name = "finetune"
+    fields = {"finetune": (dict[str, Any], {}, "`transformers.TrainingArguments` of the finetune stage.")}
+    needs = ("teacher",)
+    reads = (*PROMPT_SETTINGS, "finetune", "responses.max_new_tokens", "seed")
+    default = False
+    training = "finetune"
+    trains = "teacher"
+    folder = "tuned"
+    references = True
+    curve_title = "Fine-tuning of the teacher"
+    curves = SFT_CURVES
+
+    def run(self, run: Run) -> None:
+        from minillm.run.stages.shared import fine_tune
+
+        fine_tune(run, self, source=run.untuned, target=run.teacher)
+
+    def phases(self, planner: Planner) -> list[Phase]:
+        return planner.supervised(self.name)

@@ -1,0 +1,99 @@
+"""What the stages that train have in common: arguments, the models that trainers get, and how they are run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from minillm.models.configs import text_config
+from minillm.models.device import fast_bfloat16, keep_freed_memory
+from minillm.models.load import load_model
+from minillm.models.lora import load_student
+from minillm.run.context import Run
+from minillm.run.stages.stage import Stage
+from minillm.train.best_checkpoint import with_given
+from minillm.train.resume import train as train_resumably
+
+logger = logging.getLogger(__name__)
+
+
+def training_arguments(run: Run, stage: Stage, given: dict[str, Any] | None = None) -> TrainingArguments:
+    """The `TrainingArguments` of a stage, with defaults that suit a stage of a run.
+
+    Args:
+        given: instead of those in the recipe.
+    """
+    given = stage.arguments(run.recipe) if given is None else given
+    if given.get("bf16") and not fast_bfloat16():
+        logger.warning(
+            "This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage.name
+        )
+        given = {**given, "bf16": False}
+    defaults: dict[str, Any] = {
+        "use_cpu": not torch.accelerator.is_available(),
+        "report_to": "none",
+        "logging_steps": 1,
+        # With a single one, the last checkpoint would be deleted for the best when training stops.
+        "save_total_limit": 2 if given.get("load_best_model_at_end") else 1,
+        "logging_first_step": True,
+        "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not given.get("fp16"),
+    }
+    folder = str(run.dir / "work" / stage.name)
+    return with_given(TrainingArguments(output_dir=folder, seed=run.recipe.seed, **(defaults | given)), given)
+
+
+def student_arguments(run: Run, folder: str, arguments: TrainingArguments) -> dict[str, Any]:
+    """Keyword arguments that give a trainer its student: a folder's name, or a loaded model with a LoRA adapter."""
+    lora = run.recipe.student.lora
+    model = folder if lora is None else load_student(folder, lora, _compute_dtype(arguments))
+    return {"model": model, "processing_class": run.conventions.tokenizer, "conventions": run.conventions}
+
+
+def load_scoring_teacher(run: Run, arguments: TrainingArguments) -> Any:
+    """The teacher as a trainer takes it: its folder's name, or the loaded model where it is quantised."""
+    bits = run.recipe.teacher.quantization
+    return run.teacher if bits is None else load_model(run.teacher, _compute_dtype(arguments), bits)
+
+
+def fine_tune(run: Run, stage: Stage, source: str, target: str) -> None:
+    """Fine-tune the model in `source` on the references of the data, and leave it in `target`."""
+    from minillm.train.finetune import FineTuner
+
+    arguments, validation, of_student = training_arguments(run, stage), run.validation, stage.trains == "student"
+    model = {"model": source, "conventions": run.conventions}
+    trainer = FineTuner(
+        args=arguments,
+        train_dataset=run.references,
+        rollout=run.rollout(),
+        eval_dataset=validation,
+        teacher=load_scoring_teacher(run, arguments) if of_student and validation is not None else None,
+        **(student_arguments(run, source, arguments) if of_student else model),
+    )
+    with keep_freed_memory():
+        train(run, stage, trainer, target, final=of_student)
+
+
+def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> None:
+    """Train a stage, or continue from its last checkpoint, and leave the model in `folder`.
+
+    Args:
+        final: no later stage continues from this folder, so that it is saved in the dtype that the recipe wants.
+    """
+    run.processes = trainer.accelerator.num_processes
+    train_resumably(trainer, folder, stage.name, _saved_dtype(run) if final else None)
+
+
+def _compute_dtype(arguments: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
+
+
+def _saved_dtype(run: Run) -> torch.dtype:
+    """The dtype that the finished student is saved in."""
+    name = run.recipe.student.dtype
+    if name == "auto":
+        name = str(getattr(text_config(run.teacher), "dtype", None) or "float32").removeprefix("torch.")
+    return getattr(torch, name)

@@ -1,0 +1,100 @@
+"""Stage `warmup`: the student is trained on given answers, with cross-entropy, a divergence to the teacher, or both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from minillm.config import Section, Share
+from minillm.loss.config import DivergenceConfig
+from minillm.run.stages.stage import PROMPT_SETTINGS, Stage, describe_supervised
+
+if TYPE_CHECKING:
+    from minillm.run.context import Run
+    from minillm.run.plan.phases import Phase, Planner
+    from minillm.run.recipe import Recipe
+
+
+class WarmupConfig(Section):
+    """Supervised distillation on given answers, before the student's own samples are good enough to learn from."""
+
+    cross_entropy: Share = 0.5
+    """λ in λ·CE + (1−λ)·D on given answers. The word-level KD of the paper uses 0.5; 1 is fine-tuning."""
+    divergence: DivergenceConfig = DivergenceConfig(name="forward_kl")
+    """D: the name of a divergence, or a section with its name and parameters."""
+    targets: Literal["teacher", "references"] = "teacher"
+    """`teacher`: answers of the teacher (SeqKD). `references`: the answers in the data (SFT, word-level KD)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits of student and teacher in D."""
+    cross_entropy_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the student's logits in the cross-entropy. At 1 the student is fitted as it is sampled."""
+    training: dict[str, Any] = {}
+    """`transformers.TrainingArguments` of this stage."""
+
+
+class Warmup(Stage):
+    name = "warmup"
+    fields = {"warmup": (WarmupConfig, WarmupConfig(), "Supervised distillation before the minillm stage.")}
+    needs = ("student", "responses")
+    reads = (
+        *PROMPT_SETTINGS,
+        "warmup",
+        "responses",
+        "student.lora",
+        "student.dtype",
+        "teacher.quantization",
+        "seed",
+    )
+    training = "warmup.training"
+    trains = "student"
+    folder = "warmed"
+    label = "warmed"
+    references = True
+    curve_title = "Warm-up"
+    curves = (
+        ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
+        ("Gradient norm", {"grad_norm": "before clipping"}),
+    )
+
+    def run(self, run: Run) -> None:
+        from minillm.run.stages.shared import load_scoring_teacher, student_arguments, train, training_arguments
+        from minillm.train.supervised import SupervisedTrainer
+
+        settings, recipe = run.recipe.warmup, run.recipe
+        arguments = training_arguments(run, self)
+        trainer = SupervisedTrainer(
+            **student_arguments(run, run.start, arguments),
+            teacher=load_scoring_teacher(run, arguments),
+            args=arguments,
+            shard_teacher=recipe.teacher.shard,
+            train_dataset=_rows(run),
+            cross_entropy=settings.cross_entropy,
+            divergence=settings.divergence,
+            temperature=settings.temperature,
+            rollout=run.rollout(),
+            cross_entropy_temperature=settings.cross_entropy_temperature,
+            eval_dataset=run.validation,
+        )
+        train(run, self, trainer, run.warmed, final="minillm" not in recipe.stages)
+
+    def phases(self, planner: Planner) -> list[Phase]:
+        return planner.supervised(self.name)
+
+    def describe(self, recipe: Recipe) -> str:
+        return describe_supervised(recipe, self.name)
+
+    def tags(self, recipe: Recipe) -> list[str]:
+        fine_tuned = recipe.warmup.cross_entropy == 1 and recipe.warmup.targets == "references"
+        return ["sft"] if fine_tuned else ["distillation"]
+
+
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """The answers that the recipe wants the student to be trained on."""
+    from minillm.data.files import read_jsonl
+
+    given = run.recipe.responses.file
+    if run.recipe.warmup.targets == "references":
+        return run.references
+    return read_jsonl(Path(run.answers)) if given is None else run.given_responses(given)

@@ -1,0 +1,78 @@
+"""What a recipe's `transformers.TrainingArguments` mean to a run: their faults, and which of them decide a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from minillm.run.stages.stage import Stage
+from minillm.run.tree import Key, suggest_names
+
+if TYPE_CHECKING:
+    from minillm.run.recipe import Recipe
+
+# What is logged, kept and reported, and where it is computed; the weights stay the same.
+_OPERATIONAL = re.compile(
+    r"(logging_|save_|hub_|push_to_hub|dataloader_|ddp_|trackio|project$|report_to$|run_name$|disable_tqdm$|log_level"
+    r"|log_on_each_node$|skip_memory_metrics$|use_cpu$|gradient_checkpointing|torch_empty_cache_steps$"
+    r"|enable_jit_checkpoint$|include_for_metrics$|include_num_input_tokens_seen$|liger_kernel_config$)"
+)
+_VALIDATING = re.compile(
+    r"(eval_|metric_for_best_model$|greater_is_better$|load_best_model_at_end$|per_device_eval_batch_size$)"
+)
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """The defaults of transformers, but for what a stage sets where the recipe says nothing."""
+    from transformers import TrainingArguments  # here: it takes seconds to import
+
+    return {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | {"logging_steps": 1}
+
+
+def argument(given: dict[str, Any], name: str) -> Any:
+    """One of a stage's `TrainingArguments`, as given or by default."""
+    return given[name] if name in given else _defaults()[name]
+
+
+def decides_nothing(name: str, given: dict[str, Any]) -> bool:
+    """Whether a training argument leaves the trained weights as they are.
+
+    Args:
+        given: the `TrainingArguments` of the stage. Where they choose the best checkpoint, what validates decides,
+            and so does `save_steps`: the best is chosen among the checkpoints that are kept.
+    """
+    chooses_best = bool(given.get("load_best_model_at_end"))
+    if _VALIDATING.match(name) and not chooses_best:
+        return True
+    return bool(_OPERATIONAL.match(name)) and not (chooses_best and name == "save_steps")
+
+
+def training_faults(recipe: Recipe, stage: Stage, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
+    """What is wrong with the `TrainingArguments` of a stage: (key, fault) of each.
+
+    Values in `given` get the types of their fields.
+    """
+    if not given:
+        return
+    from minillm.train.arguments import NAMES, RENAMED, setting_faults  # here: it takes seconds to import
+
+    section = tuple(str(stage.training).split("."))
+    for name in (name for name in given if name not in NAMES):
+        known = f"it is now {RENAMED[name]}" if name in RENAMED else suggest_names(name, NAMES)
+        yield (*section, name), f"unknown key; {known}"
+    known_values = {name: value for name, value in given.items() if name in NAMES}
+    has_teacher = stage.trains == "student" and not (stage.name == "minillm" and recipe.teacher.servers)
+    faults = setting_faults(
+        known_values,
+        fine_tuning=stage.name in ("finetune", "sft"),
+        validated=recipe.data.validation is not None,
+        reads_teacher=has_teacher,
+        runs=stage.name in recipe.stages,
+    )
+    for name, fault in faults:
+        yield (*section, name) if name else section, fault
+    given.update(known_values)
