@@ -1,8 +1,11 @@
-"""The head: reverse KL and its gradient from hidden states, ours against full logits, TRL's chunked kernel and, on a
-GPU, Liger's; same inputs, in turns, gradients compared. The floor is the four matmuls that nobody can do without.
+"""Benchmark of the output head: reverse KL and its gradient from hidden states.
 
     python eval/speed/head.py [--json]
-    python eval/speed/head.py --tokens 8192 --vocab 151936 --width 1536 --teacher-width 3584   # a GPU's shape
+    python eval/speed/head.py --tokens 8192 --vocab 151936 --width 1536 --teacher-width 3584   # a size for GPUs
+
+Ours is compared with full logits, with TRL's chunked kernel and, on a GPU, with Liger's kernel. All contenders have the
+same inputs and take turns, and their gradients are compared. The lower bound (`floor`) is the four matmuls that no
+implementation can avoid.
 """
 
 from __future__ import annotations
@@ -40,11 +43,14 @@ class Problem:
             return (torch.randn(*shape, generator=g, device=device) * scale).to(getattr(torch, options.dtype))
 
         n, v, h, hp = options.tokens, options.vocab, options.width, options.teacher_width
-        # Logits of spread 3: entropies and divergences of the size that language models have.
+        # Logits with a standard deviation of 3 give entropies and divergences as large as those of language models.
         return cls(
-            draw(n, h, scale=1.0).requires_grad_(), draw(v, h, scale=3 * h**-0.5).requires_grad_(), draw(n, hp, scale=1.0),
-            draw(v, hp, scale=3 * hp**-0.5), torch.randint(v, (n,), generator=g, device=device),
-        )  # fmt: skip
+            hidden=draw(n, h, scale=1.0).requires_grad_(),
+            weight=draw(v, h, scale=3 * h**-0.5).requires_grad_(),
+            teacher_hidden=draw(n, hp, scale=1.0),
+            teacher_weight=draw(v, hp, scale=3 * hp**-0.5),
+            targets=torch.randint(v, (n,), generator=g, device=device),
+        )
 
     def forget(self) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -63,7 +69,10 @@ def ours(p: Problem) -> None:
 
 
 def multiplied(tensor: Tensor) -> Tensor:
-    """In the dtype that this machine multiplies: ours, and TRL's kernel on any CPU, go to float32 where bfloat16 is emulated."""
+    """Convert a tensor to the dtype of the matmuls: float32 on a CPU that emulates bfloat16, otherwise unchanged.
+
+    Ours does the same. TRL's kernel multiplies in float32 on every CPU.
+    """
     return tensor.float() if not tensor.is_cuda and not cpu_multiplies_bfloat16() else tensor
 
 
@@ -90,7 +99,7 @@ def liger(p: Problem) -> None:
 
 
 def floor(p: Problem) -> None:
-    """Student logits, teacher logits, and the two matmuls of the gradient, in the chunks that ours takes."""
+    """Compute the logits of both models and the two matmuls of the gradient, in chunks of the size that ours uses."""
     weight, teacher_weight = multiplied(p.weight.detach()), multiplied(p.teacher_weight)
     hidden, teacher_hidden = multiplied(p.hidden.detach()), multiplied(p.teacher_hidden)
     for states, teacher_states in zip(hidden.split(512), teacher_hidden.split(512), strict=True):
@@ -108,11 +117,14 @@ def contenders() -> dict[str, Callable[[Problem], None]]:
 
 
 def gradient_errors(p: Problem) -> dict[str, float]:
-    """Error of each contender's head gradient relative to float32 full logits of the same inputs."""
+    """Compute the relative error of each contender's gradient of the head, against full logits in float32."""
     exact = Problem(
-        p.hidden.detach().float().requires_grad_(), p.weight.detach().float().requires_grad_(), p.teacher_hidden.float(),
-        p.teacher_weight.float(), p.targets,
-    )  # fmt: skip
+        hidden=p.hidden.detach().float().requires_grad_(),
+        weight=p.weight.detach().float().requires_grad_(),
+        teacher_hidden=p.teacher_hidden.float(),
+        teacher_weight=p.teacher_weight.float(),
+        targets=p.targets,
+    )
     full(exact)
     want = exact.weight.grad
     assert want is not None
@@ -158,20 +170,28 @@ def main() -> None:
     ]
     memory = {name: in_fresh_process(__file__, *shape, f"--memory-of={name}") for name in times if name != "floor"}
     result = {
-        "vs_trl": times["trl"] / times["ours"], "vs_full": times["full"] / times["ours"], "vs_floor": times["ours"] / times["floor"],
-        "memory_vs_trl": memory["ours"] / memory["trl"], "memory_vs_full": memory["ours"] / memory["full"],
-        "seconds": times, "peak_extra_bytes": memory, "gradient_error": errors,
-        "tokens": options.tokens, "vocab": options.vocab, "widths": [options.width, options.teacher_width], "dtype": options.dtype,
-        "machine": machine(), "torch": torch.__version__,
-    }  # fmt: skip
+        "vs_trl": times["trl"] / times["ours"],
+        "vs_full": times["full"] / times["ours"],
+        "vs_floor": times["ours"] / times["floor"],
+        "memory_vs_trl": memory["ours"] / memory["trl"],
+        "memory_vs_full": memory["ours"] / memory["full"],
+        "seconds": times,
+        "peak_extra_bytes": memory,
+        "gradient_error": errors,
+        "tokens": options.tokens,
+        "vocab": options.vocab,
+        "widths": [options.width, options.teacher_width],
+        "dtype": options.dtype,
+        "machine": machine(),
+        "torch": torch.__version__,
+    }
     if "liger" in times:
         result |= {"vs_liger": times["liger"] / times["ours"], "memory_vs_liger": memory["ours"] / memory["liger"]}
     if options.json:
         print(json.dumps(result))
         return
-    print(
-        f"{options.tokens} tokens × {options.vocab}, widths {options.width} and {options.teacher_width}, {options.dtype}, {machine()}"
-    )
+    widths = f"widths {options.width} and {options.teacher_width}"
+    print(f"{options.tokens} tokens × {options.vocab}, {widths}, {options.dtype}, {machine()}")
     print(f"{'':8}{'seconds':>10}{'ours is':>12}{'peak MB':>10}{'gradient error':>16}")
     for name, taken in times.items():
         peak = f"{memory[name] / 1e6:.0f}" if name in memory else ""

@@ -1,4 +1,4 @@
-"""Timing side by side and memory in fresh processes, shared by the benchmarks of this folder."""
+"""Timing side by side, and memory in fresh processes, for the benchmarks in this folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def alternate(runs: dict[str, Callable[[], Any]], repeats: int = 5, warm_ups: int = 1) -> dict[str, list[float]]:
-    """Seconds of each, taken in turns so that a slow minute of the machine falls on all of them."""
+    """Measure the seconds of each function. They take turns, so that a slow minute of the machine affects all of them.
+
+    Args:
+        runs: the functions, by name.
+        repeats: how many times each is measured.
+        warm_ups: how many times each runs before that, without being measured.
+
+    Returns:
+        The seconds of every repeat, by name.
+    """
     for run in runs.values():
         for _ in range(warm_ups):
             run()
@@ -46,7 +55,10 @@ def median(values: list[float]) -> float:
 
 
 def peak_extra_bytes(run: Callable[[], Any]) -> int:
-    """Most memory that a warmed-up `run` holds at once beyond what was held before it, what it leaves included."""
+    """Measure the peak memory of `run` in bytes, above what the process held before it.
+
+    `run` is called twice and the second call is measured. Memory that the call leaves allocated is included.
+    """
     run()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -55,7 +67,7 @@ def peak_extra_bytes(run: Callable[[], Any]) -> int:
         synchronise()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _resident("VmRSS")
     run()
     return _resident("VmHWM") - before
@@ -67,7 +79,11 @@ def _resident(field: str) -> int:
 
 
 def in_fresh_process(script: str, *arguments: str) -> Any:
-    """The JSON that a script prints last, run by itself; large blocks go back to the system as soon as they are freed."""
+    """Run a script in a process of its own and return the JSON on the last line of its output.
+
+    glibc returns large blocks to the system as soon as they are freed, so that the peak is not that of a
+    fragmented heap.
+    """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode:

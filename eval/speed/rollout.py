@@ -1,9 +1,11 @@
-"""Sampling: vLLM against transformers' generate, and teacher-mixed sampling against mixing two models token by token, as
-the authors' code does it, and against plain sampling followed by the teacher's reading, which mixing makes needless.
+"""Benchmark of sampling.
 
     python eval/speed/rollout.py --student runs/quickstart/student --teacher runs/quickstart/teacher [--json]
 
-Every number is seconds per token drawn, because lengths differ from draw to draw; contenders take turns.
+vLLM is compared with the `generate` of transformers. Teacher-mixed sampling is compared with mixing two models token by
+token, as LMOps does it, and with plain sampling followed by scoring with the teacher, which mixing makes unnecessary.
+Every number is in seconds per sampled token, because the lengths differ from sample to sample. The contenders take
+turns.
 """
 
 from __future__ import annotations
@@ -40,21 +42,31 @@ def left_pad(prompts: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def generate_with_transformers(model: Any, prompts: Sequence[list[int]], sampling: Sampling) -> int:
-    """Tokens drawn by `generate`, one batch."""
+    """Sample one batch with `generate` and return the number of sampled tokens."""
     ids, mask = left_pad(prompts)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=True, temperature=sampling.temperature, top_k=0, top_p=1.0,
-        max_new_tokens=sampling.max_new_tokens, eos_token_id=list(sampling.eos_ids), pad_token_id=sampling.eos_ids[0],
-    )[:, ids.shape[1] :]  # fmt: skip
-    return sum(_length(row, sampling) for row in out.tolist())
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(sampling.eos_ids),
+        pad_token_id=sampling.eos_ids[0],
+    )
+    return sum(_length(row, sampling) for row in out[:, ids.shape[1] :].tolist())
 
 
 def mix_per_token(student: Any, teacher: Any, alpha: float, prompts: Sequence[list[int]], sampling: Sampling) -> int:
-    """Both models take every step, each with its cache; rows that have ended leave the batch."""
+    """Sample one batch from the mixture token by token and return the number of sampled tokens.
+
+    Both models make every step, each with its own cache. Rows that have ended leave the batch.
+    """
     feed, mask = left_pad(prompts)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     caches: list[Any] = [None, None]
-    last = torch.tensor([-1], device=feed.device)  # a slice (1) would copy the head for each row, on a CPU in bfloat16
+    last = torch.tensor([-1], device=feed.device)  # a slice (1) would copy the head once per row, on a CPU in bfloat16
     drawn = 0
     for _ in range(sampling.max_new_tokens):
         rows = []
@@ -96,7 +108,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--alpha", type=float, default=0.2)
-    parser.add_argument("--draft-tokens", type=int, nargs="*", default=[8, 12], help="each is a contender")
+    parser.add_argument(
+        "--draft-tokens", type=int, nargs="*", default=[8, 12], help="draft lengths; each is a contender"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args()
@@ -158,12 +172,18 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
-        "vs_transformers": per_token["transformers"] / per_token["plain"], "mixed_vs_per_token": per_token["per_token"] / per_token[best],
-        "mixed_vs_plain": per_token[best] / per_token["plain_and_scored"], "acceptance": acceptance[int(best.removeprefix("mixed_"))],
-        "tokens_per_second": {name: 1 / value for name, value in per_token.items()}, "draft_tokens": best,
-        "peak_bytes": peak, "sequences": len(prompts), "alpha": options.alpha,
-        "machine": machine(), "torch": torch.__version__,
-    }  # fmt: skip
+        "vs_transformers": per_token["transformers"] / per_token["plain"],
+        "mixed_vs_per_token": per_token["per_token"] / per_token[best],
+        "mixed_vs_plain": per_token[best] / per_token["plain_and_scored"],
+        "acceptance": acceptance[int(best.removeprefix("mixed_"))],
+        "tokens_per_second": {name: 1 / value for name, value in per_token.items()},
+        "draft_tokens": best,
+        "peak_bytes": peak,
+        "sequences": len(prompts),
+        "alpha": options.alpha,
+        "machine": machine(),
+        "torch": torch.__version__,
+    }
     engine.close()
     if options.json:
         print(json.dumps(result))

@@ -1,11 +1,12 @@
-"""One whole update (sampling, teacher, training, new weights to the engine), ours against TRL's DistillationTrainer: same
-pair, prompts, tokens, loss (on-policy reverse KL, no long term) and optimiser; and against the floor of its parts.
+"""Benchmark of a whole update: sampling, teacher, training, and new weights for the engine.
 
     python eval/speed/step.py --student runs/quickstart/student --teacher runs/quickstart/teacher [--json]
 
-Each contender is a process of its own that makes one update when it is told to, so that they take turns and the memory
-of each is its own. The floor is the sum of plain vLLM sampling, the teacher's forward, the student's forward and
-backward, and four head matmuls, each measured alone.
+Ours is compared with TRL's `DistillationTrainer`. Both have the same pair of models, prompts, tokens, loss (on-policy
+reverse KL, no long-term term) and optimiser. Each contender is a process of its own that makes one update on request,
+so that they take turns and their memory is separate. The lower bound (`floor`) is the sum of plain vLLM sampling, the
+forward pass of the teacher, the forward and backward pass of the student, and four matmuls of the head, each measured
+alone.
 """
 
 from __future__ import annotations
@@ -39,22 +40,33 @@ PHASES = ("rollout_seconds", "teacher_seconds", "update_seconds", "sync_seconds"
 
 
 def messages(options: argparse.Namespace) -> list[list[dict[str, str]]]:
-    """As many prompts as responses in an update, so that every update has all of them."""
+    """Read as many prompts as an update has responses, so that every update trains on all of them."""
     return [[{"role": "user", "content": e.text}] for e in read_examples(options.prompts, limit=options.sequences)]
 
 
 def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     micro = min(options.sequences, options.micro_batch)
     return {
-        "output_dir": folder, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "optim": "adamw_torch", "max_steps": 1000,
-        "per_device_train_batch_size": micro, "gradient_accumulation_steps": options.sequences // micro, "bf16": fast_bfloat16(),
-        "use_cpu": not torch.cuda.is_available(), "report_to": "none", "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
-        "max_grad_norm": 1.0, "gradient_checkpointing": False,
-    }  # fmt: skip
+        "output_dir": folder,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "max_steps": 1000,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": options.sequences // micro,
+        "bf16": fast_bfloat16(),
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": False,
+    }
 
 
-class Obey(TrainerCallback):
-    """An update when told, then a line of what it took; the end when the orders end."""
+class UpdateOnRequest(TrainerCallback):
+    """Makes one update per line of standard input and reports what it took; training stops when the input ends."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._log = model, {}
@@ -64,7 +76,7 @@ class Obey(TrainerCallback):
         self._wait(control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:  # and not the totals of the whole run
+        if logs and "loss" in logs:  # the log of an update, not the totals of the whole run
             self._log = logs
             self._wait(control, self._report())
 
@@ -80,13 +92,14 @@ class Obey(TrainerCallback):
 
     def _wait(self, control: Any, report: dict[str, Any] | None = None) -> None:
         if report is not None:
-            say(report)
+            print_report(report)
         if not sys.stdin.readline():
             control.should_training_stop = True
         self._started = time.perf_counter()
 
 
-def say(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
+    """Print a report, with the peak memory of this process, for `Worker` to read."""
     resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else int(resident.split()[1]) * 1024
     print("REPORT " + json.dumps(report | {"peak_bytes": peak}), file=sys.__stdout__, flush=True)
@@ -114,14 +127,18 @@ def ours(options: argparse.Namespace) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = MiniLLMTrainer(
-            options.student, options.teacher, TrainingArguments(**settings(options, folder)), rollout=rollout,
-            objective=Objective.recommended(long_term=0.0), train_dataset=[{"prompt": m} for m in messages(options)],
-        )  # fmt: skip
+            options.student,
+            options.teacher,
+            TrainingArguments(**settings(options, folder)),
+            rollout=rollout,
+            objective=Objective.recommended(long_term=0.0),
+            train_dataset=[{"prompt": m} for m in messages(options)],
+        )
         trainer.sampling = replace(trainer.sampling, eos_ids=())  # every response has all its tokens
-        trainer.add_callback(Obey(trainer.model))
+        trainer.add_callback(UpdateOnRequest(trainer.model))
         trainer.train()
         lengths = {len(r.response_ids) for r in trainer.rollouts}
-        say({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
+        print_report({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
         trainer.close()
 
 
@@ -134,14 +151,20 @@ def trl(options: argparse.Namespace) -> None:
     teacher: Any = load_model(options.teacher, working_dtype())
     with tempfile.TemporaryDirectory() as folder:
         config = DistillationConfig(
-            **settings(options, folder), max_completion_length=options.tokens, temperature=1.0, beta=1.0,
+            **settings(options, folder),
+            max_completion_length=options.tokens,
+            temperature=1.0,
+            beta=1.0,
             generation_kwargs={"min_new_tokens": options.tokens},
-        )  # fmt: skip
+        )
         trainer = DistillationTrainer(
-            model=student, teacher_model=teacher, args=config, processing_class=load_tokenizer(options.student),
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            processing_class=load_tokenizer(options.student),
             train_dataset=Dataset.from_list([{"prompt": m} for m in messages(options)]),
-        )  # fmt: skip
-        trainer.add_callback(Obey(student))
+        )
+        trainer.add_callback(UpdateOnRequest(student))
         lengths: set[int] = set()
         original = trainer._compute_loss
 
@@ -151,7 +174,7 @@ def trl(options: argparse.Namespace) -> None:
 
         trainer._compute_loss = keep  # pyright: ignore[reportAttributeAccessIssue]
         trainer.train()
-        say({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
+        print_report({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
 
 
 def floor(options: argparse.Namespace) -> None:
@@ -195,17 +218,19 @@ def floor(options: argparse.Namespace) -> None:
 
     parts: dict[str, Callable[[], Any]] = {
         "sampling": lambda: engine.generate(prompts, sampling, list(range(len(prompts)))),
-        "teacher": lambda: teacher.hidden(prompts, responses), "student": train, "head": heads,
-    }  # fmt: skip
+        "teacher": lambda: teacher.hidden(prompts, responses),
+        "student": train,
+        "head": heads,
+    }
     while sys.stdin.readline():
         taken = {name: seconds(part) for name, part in parts.items()}
-        say({"seconds": sum(taken.values()), "phases": taken, "moved": True})
-    say({})
+        print_report({"seconds": sum(taken.values()), "phases": taken, "moved": True})
+    print_report({})
     engine.close()
 
 
 def same_loss() -> float:
-    """Relative difference of the two losses' values and gradients on the same states."""
+    """Compute the relative difference of the values and gradients of the two losses on the same hidden states."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     from minillm.loss.token_scores import ScoreGradients, token_scores
@@ -231,14 +256,20 @@ def same_loss() -> float:
 
 
 class Worker:
+    """A contender in a process of its own, which makes an update whenever it is asked to."""
+
     def __init__(self, name: str, options: list[str]) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, *options, "--worker", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-            text=True, env=environment,
-        )  # fmt: skip
+            [sys.executable, __file__, *options, "--worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
 
     def update(self) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -263,7 +294,11 @@ class Worker:
 
 
 def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
-    """Medians of each contender at one batch size."""
+    """Measure every contender at one batch size.
+
+    Returns:
+        Medians of the seconds of an update and of its phases, and the peak memory in bytes, by contender.
+    """
     given = [
         f"--{name}={getattr(options, name.replace('-', '_'))}"
         for name in ("student", "teacher", "prompts", "tokens", "micro-batch")
@@ -287,8 +322,9 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
     taken = {name: median([report["seconds"] for report in some]) for name, some in reports.items()}
     phases = {
         name: {phase: median([report["phases"][phase] or 0.0 for report in some]) for phase in some[0]["phases"]}
-        for name, some in reports.items() if name != "trl"
-    }  # fmt: skip
+        for name, some in reports.items()
+        if name != "trl"
+    }
     return {"seconds": taken, "phases": phases, "peak_bytes": {name: end["peak_bytes"] for name, end in ends.items()}}
 
 
@@ -300,13 +336,16 @@ def main() -> None:
     parser.add_argument(
         "--sequences", type=int, nargs="+", default=[16, 64], help="responses in an update; each is a comparison"
     )
-    parser.add_argument("--tokens", type=int, default=128, help="of each response")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of each response")
     parser.add_argument(
-        "--micro-batch", type=int, default=8, help="three processes are held at once: 16 takes 9 GB each in float32"
+        "--micro-batch",
+        type=int,
+        default=8,
+        help="three processes are alive at once: with 16, each takes 9 GB in float32",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--warm-up", type=int, default=1, help="rounds before; with 0 what ours compiles counts against it"
+        "--warm-up", type=int, default=1, help="rounds before; with 0, the time that ours needs to compile is included"
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--worker", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
@@ -324,11 +363,17 @@ def main() -> None:
     result |= {
         "vs_floor": max(f["seconds"]["ours"] / f["seconds"]["floor"] for f in found.values()),
         "memory_vs_trl": first["peak_bytes"]["ours"] / first["peak_bytes"]["trl"],
-        "phases": {str(n): f["phases"] for n, f in found.items()}, "seconds": {str(n): f["seconds"] for n, f in found.items()},
-        "peak_bytes": {str(n): f["peak_bytes"] for n, f in found.items()}, "loss_difference": difference, "tokens": options.tokens,
-        "warm_up": options.warm_up, "repeats": options.repeats,
-        "dtype": str(working_dtype()), "machine": machine(), "torch": torch.__version__,
-    }  # fmt: skip
+        "phases": {str(n): f["phases"] for n, f in found.items()},
+        "seconds": {str(n): f["seconds"] for n, f in found.items()},
+        "peak_bytes": {str(n): f["peak_bytes"] for n, f in found.items()},
+        "loss_difference": difference,
+        "tokens": options.tokens,
+        "warm_up": options.warm_up,
+        "repeats": options.repeats,
+        "dtype": str(working_dtype()),
+        "machine": machine(),
+        "torch": torch.__version__,
+    }
     if options.json:
         print(json.dumps(result))
         return
