@@ -161,7 +161,11 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
         ("clip: 0.1", "clip: 7", "methods.minillm: objective.clip: Input should be less than 1"),
         ("baseline: kd", "baseline: kt", "baseline: kt is none of the methods"),
         ("cross_entropy: 0.1}}]", "cross_entropy: 0.1}}, {}]", "every tested method gets as many tuning runs"),
-        ("stage: sft", "stage: sftt", "methods.sft.stage: Input should be 'warmup', 'sft' or 'minillm'"),
+        (
+            "stage: sft",
+            "stage: sftt",
+            "methods.sft.stage: a stage that trains the student is needed: warmup, sft, minillm",
+        ),
         ("seeds: [0, 1]}", "seeds: [1, 1]}", "methods.minillm.seeds: 1 is there more than once; name each once"),
         ("seeds: [0, 1]}", "seeds: [0, -1]}", "methods.minillm.seeds.1: Input should be greater than or equal to 0"),
         ("seeds: [1, 2]", "seeds: [2, 2]", "suite.seeds: 2 is there more than once; name each once"),

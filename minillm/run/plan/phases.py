@@ -83,7 +83,8 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
 
     Raises:
         DataError: a data file cannot be used.
-        InputError: a model cannot be described, or cannot be pruned as the recipe says.
+        MissingError, SourceError: the config of a model cannot be read.
+        InputError: the teacher has too few layers for `student.keep_layers`.
     """
     planner = Planner(recipe, machine)
     phases = [phase for stage in STAGES if stage.name in recipe.stages for phase in stage.phases(planner)]
@@ -122,7 +123,7 @@ def _layers_per_update(training: StageTraining, model: Shape, scoring: Shape | N
 
 
 class Planner:
-    """The phases of one recipe on one machine. Each stage takes its own from here, by `Stage.phases`.
+    """The phases of one recipe on one machine. `Stage.phases` of each stage calls the method for its own phases.
 
     Args:
         recipe: the recipe.
