@@ -151,7 +151,7 @@ MUTATIONS = [
     Mutation(
         "small models planned as fast as large ones",
         "run/plan/machine.py",
-        "layers * _LAYER if self.gpu else 0.0",
+        "layers * _LAYER_SECONDS if self.gpu else 0.0",
         "0.0",
     ),
     Mutation("padded vocabulary rows drawn", "data/logprobs.py", "logits[..., : sampling.vocab_size]", "logits"),
@@ -376,7 +376,7 @@ MUTATIONS = [
     Mutation(
         "all processes of a comparison on the same cores",
         "run/experiments/jobs.py",
-        "cores[place * each : (place + 1) * each]",
+        "cores[slot * each : (slot + 1) * each]",
         "cores[:each]",
     ),
     Mutation(

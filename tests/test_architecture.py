@@ -265,7 +265,7 @@ def test_every_stage_is_documented_and_tested(stage: object) -> None:
 
 
 def test_files_that_texts_name_are_there() -> None:
-    texts = [path for path in ROOT.glob("*.md")] + [ROOT / "recipes" / "README.md", ROOT / "eval" / "README.md"]
+    texts = list(ROOT.glob("*.md")) + [ROOT / "recipes" / "README.md", ROOT / "eval" / "README.md"]
     texts += list((ROOT / "minillm").rglob("*.py"))
     lost = []
     for path in texts:

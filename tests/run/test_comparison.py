@@ -1,4 +1,4 @@
-"""A comparison over tiny models: every method's run from one start, the best on validation, tests read once; restarted amid it."""
+"""A comparison of methods with tiny models: tuning on validation, tests at the end, and its continuation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ TRAINING = """
 TEXT = f"""
 recipe:
   run_dir: RUN
-  data: {{train: train.jsonl, heldout: dev.jsonl, validation: dev.jsonl, validation_limit: 6, template: plain, max_prompt_tokens: 8}}
+  data:
+    {{train: train.jsonl, heldout: dev.jsonl, validation: dev.jsonl, validation_limit: 6, template: plain,
+      max_prompt_tokens: 8}}
   teacher: {{source: TEACHER}}
   student: {{source: STUDENT}}
   responses: {{max_new_tokens: 8}}
@@ -48,7 +50,9 @@ methods:
   minillm: {{stage: minillm, tuning: [{{}}, {{objective: {{clip: 0.1}}}}], seeds: [0, 1]}}
   distillm:
     stage: minillm
-    recipe: {{objective: {{long_term: 0, divergence: skew_reverse_kl}}, rollout: {{on_policy: 0.5, replay: 0.5, teacher_mix: 0}}}}
+    recipe:
+      objective: {{long_term: 0, divergence: skew_reverse_kl}}
+      rollout: {{on_policy: 0.5, replay: 0.5, teacher_mix: 0}}
     tested: false
 suite:
   template: plain
@@ -102,7 +106,7 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
     assert len(partial["tuning"]["sft"]["tried"]) == 2
     started = {path: path.stat().st_mtime_ns for path in (file.parent / "run").rglob("*.safetensors")}
     results = compare(load(file))
-    assert all(path.stat().st_mtime_ns == before for path, before in started.items())  # what was done is not done again
+    assert all(path.stat().st_mtime_ns == before for path, before in started.items())  # nothing is trained twice
     assert results == json.loads((file.parent / "run" / "compare.json").read_text())
     for name, method in results["tuning"].items():
         scores = [tried["rouge_l"] for tried in method["tried"]]
@@ -114,19 +118,18 @@ def test_methods_are_tuned_alike_and_tested_once_and_an_interrupted_comparison_g
             assert "entropy" in tried["while_training"]
             assert ("response_length" in tried["while_training"]) == (name in ("minillm", "distillm"))
     assert len(results["start"]["curve"]) == 2
-    # The baseline comes first, then every tested method with its seeds, and where all began.
     report = (file.parent / "run" / "report.html").read_text()
-    assert all(
-        f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm")
-    )  # the curves' legends: text stays text
+    # The legends of the curves stay text in the SVG.
+    assert all(f">{name}<" in report for name in ("sft", "kd", "minillm", "distillm"))
     titles = ("Validation while training", "KL(q‖p), nats a token", "training seed 1", "<h2>average", "<th>− kd")
     assert all(title in report for title in titles)
+    # The baseline comes first, then every tested method with its seeds, and then the student that all start from.
     assert list(results["tests"]["models"]) == ["kd-0", "sft-0", "minillm-0", "minillm-1", "start", "teacher"]
     seeds = [results["tests"]["models"][f"minillm-{seed}"]["average"]["rouge_l"]["mean"] for seed in (0, 1)]
     assert results["methods"]["minillm"]["by_training_seed"] == seeds
     assert results["methods"]["minillm"]["mean"] == pytest.approx(sum(seeds) / 2)
     assert "distillm" not in results["methods"]
-    # Pairs of methods: the seeds of one together, both ways round, as the answers' scores have it.
+    # The differences of each pair of methods, in both directions, pool the seeds of a method.
     pairs = results["differences"]
     assert list(pairs) == ["kd", "sft", "minillm"]
     average = [results["tests"]["models"][f"{name}-0"]["average"]["rouge_l"]["mean"] for name in ("kd", "sft")]
@@ -144,7 +147,7 @@ def test_runs_side_by_side_find_what_runs_one_after_another_find(file: Path) -> 
     file.write_text(text.replace(f"{file.parent}/run", f"{file.parent}/beside"))
     beside = compare(load_comparison(file, [f"data_dir={file.parent / 'data'}", "jobs=2"]))
     root = file.parent / "beside"
-    assert len(list(root.glob("*/*.log"))) == 7 + 1 + 6  # tuning, another seed, tests
+    assert len(list(root.glob("*/*.log"))) == 7 + 1 + 6  # tuning runs, another seed, tests
     for name, method in alone["tuning"].items():
         pairs = zip(method["tried"], beside["tuning"][name]["tried"], strict=True)
         assert all(one["rouge_l"] == pytest.approx(other["rouge_l"], abs=0.5) for one, other in pairs)
@@ -158,7 +161,11 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
         ("clip: 0.1", "clip: 7", "methods.minillm: objective.clip: Input should be less than 1"),
         ("baseline: kd", "baseline: kt", "baseline: kt is none of the methods"),
         ("cross_entropy: 0.1}}]", "cross_entropy: 0.1}}, {}]", "every tested method gets as many tuning runs"),
-        ("stage: sft", "stage: sftt", "methods.sft.stage: Input should be 'warmup', 'sft' or 'minillm'"),
+        (
+            "stage: sft",
+            "stage: sftt",
+            "methods.sft.stage: a stage that trains the student is needed: warmup, sft, minillm",
+        ),
         ("seeds: [0, 1]}", "seeds: [1, 1]}", "methods.minillm.seeds: 1 is there more than once; name each once"),
         ("seeds: [0, 1]}", "seeds: [0, -1]}", "methods.minillm.seeds.1: Input should be greater than or equal to 0"),
         ("seeds: [1, 2]", "seeds: [2, 2]", "suite.seeds: 2 is there more than once; name each once"),

@@ -1,4 +1,4 @@
-"""Pieces of work in processes of their own."""
+"""Jobs in processes of their own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from minillm.run.experiments.jobs import Job, run_jobs
 
 
 def note(folder: Path, name: str, others: int) -> None:
-    """Ends once `others` have begun too, so that only processes side by side get through."""
-    print(f"{name} speaks, {torch.get_num_threads()} threads, GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}", flush=True)
+    """End once `others` jobs have begun, so that only jobs that run at the same time end."""
+    threads, gpu = torch.get_num_threads(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    print(f"{name} runs with {threads} threads, GPU {gpu}", flush=True)
     (folder / f"{name}.begun").write_text(str(os.getpid()))
     until = time.monotonic() + 120
     while len(list(folder.glob("*.begun"))) < others:
@@ -33,7 +34,7 @@ def make(folder: Path, names: list[str], others: int = 1) -> list[Job]:
 def test_jobs_run_side_by_side_and_one_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "_gpu", lambda place: f"gpu-{place}")
+    monkeypatch.setattr(jobs, "_gpu", lambda slot: f"gpu-{slot}")
     ended: list[int] = []
     with pytest.raises(JobError, match=r"1 of 3 failed.*bad \(.*bad\.log\)"):
         run_jobs(make(tmp_path, ["bad", "one", "two"], others=2), 2, lambda: ended.append(len(ended)))
@@ -46,7 +47,8 @@ def test_jobs_run_side_by_side_and_one_that_fails_stops_no_other(
     assert f"{max(1, (os.cpu_count() or 1) // 2)} threads" in logs["two"]
 
 
-def cores(folder: Path, name: str, others: int) -> None:
+def note_with_cores(folder: Path, name: str, others: int) -> None:
+    """The same, and write down the cores that the process may use."""
     (folder / f"{name}.cores").write_text(",".join(map(str, sorted(os.sched_getaffinity(0)))))
     note(folder, name, others)
 
@@ -54,13 +56,13 @@ def cores(folder: Path, name: str, others: int) -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or (os.cpu_count() or 1) < 2, reason="no cores to share out")
 def test_without_gpus_each_has_cores_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_gpu", lambda _: None)
-    run_jobs([Job(name, cores, (tmp_path, name, 2), tmp_path / f"{name}.log") for name in ("one", "two")], 2)
+    run_jobs([Job(name, note_with_cores, (tmp_path, name, 2), tmp_path / f"{name}.log") for name in ("one", "two")], 2)
     one, two = (set((tmp_path / f"{name}.cores").read_text().split(",")) for name in ("one", "two"))
     assert not one & two
     assert len(one) == len(two) == len(os.sched_getaffinity(0)) // 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    assert [jobs._cores(place, 2) for place in range(2)] == [[0], [1]]
-    assert [jobs._cores(place, 4) for place in range(4)] == [[0], [1], [2], [0]]
+    assert [jobs._cores(slot, 2) for slot in range(2)] == [[0], [1]]
+    assert [jobs._cores(slot, 4) for slot in range(4)] == [[0], [1], [2], [0]]
 
 
 def test_one_at_a_time_is_here(tmp_path: Path) -> None:
@@ -71,6 +73,6 @@ def test_one_at_a_time_is_here(tmp_path: Path) -> None:
 def test_gpus_are_given_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [jobs._gpu(place) for place in range(3)] == ["0", "1", "0"]
+    assert [jobs._gpu(slot) for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [jobs._gpu(place) for place in range(3)] == ["4", "6", "4"]
+    assert [jobs._gpu(slot) for slot in range(3)] == ["4", "6", "4"]

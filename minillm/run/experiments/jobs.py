@@ -1,14 +1,16 @@
-"""Independent pieces of work, several at a time, each in a process of its own."""
+"""Independent jobs, several at a time, each in a process of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +22,30 @@ from minillm.errors import JobError
 
 @dataclass(frozen=True)
 class Job:
-    """A call to make, by a function that another process can import."""
+    """A call of a function that another process can import."""
 
     name: str
+    """The name of the job in messages, and of its process."""
     function: Callable[..., object]
+    """The function to call."""
     arguments: tuple[Any, ...]
+    """Its positional arguments."""
     log: Path
-    """Where what it prints goes, in a process of its own."""
+    """The file that gets the output of the job, where it has a process of its own."""
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = lambda: None) -> None:
-    """Make every call; `after` is called here whenever one has ended well.
+    """Run all jobs.
 
     Args:
-        at_once: 1 makes them here, in order. More start so many processes, which share the processor's cores alike; of
-            several GPUs each process gets one, in turns.
+        jobs: the jobs.
+        at_once: how many run at the same time. With 1 they run in this process, in order. With more, each has a process
+            of its own with an equal share of the CPU's cores, or with one of the GPUs, which are given out in turns.
+        after: called in this process after every job that succeeds.
 
     Raises:
-        JobError: some failed, in processes of their own; all others are done.
-        KeyboardInterrupt: after the processes that ran (Ctrl-C reaches them too) have ended; no further one was started.
+        JobError: jobs failed in processes of their own; all others are done.
+        KeyboardInterrupt: Ctrl-C, which the running processes get as well. They have ended, and no other was started.
     """
     if at_once == 1 or not jobs:
         for job in jobs:
@@ -46,23 +53,22 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
             after()
         return
     context = multiprocessing.get_context("spawn")
-    waiting, places, failed = deque(jobs), deque(range(at_once)), []
-    running: dict[int, tuple[Any, Job, int]] = {}
+    waiting, free_slots, failed = deque(jobs), deque(range(at_once)), []
+    running: dict[int, tuple[SpawnProcess, Job, int]] = {}
     try:
         with tqdm(total=len(jobs), desc=f"{at_once} at a time") as bar:
             while waiting or running:
-                while waiting and places:
-                    job, place = waiting.popleft(), places.popleft()
-                    process = context.Process(
-                        target=_work, args=(job, _gpu(place), _cores(place, at_once)), name=job.name
-                    )
+                while waiting and free_slots:
+                    job, slot = waiting.popleft(), free_slots.popleft()
+                    arguments = (job, _gpu(slot), _cores(slot, at_once))
+                    process = context.Process(target=_run_in_process, args=arguments, name=job.name)
                     process.start()
-                    running[process.sentinel] = (process, job, place)
+                    running[process.sentinel] = (process, job, slot)
                 for sentinel in wait(list(running)):
                     assert isinstance(sentinel, int)
-                    process, job, place = running.pop(sentinel)
+                    process, job, slot = running.pop(sentinel)
                     process.join()
-                    places.append(place)
+                    free_slots.append(slot)
                     if process.exitcode:
                         failed.append(job)
                     else:
@@ -74,31 +80,34 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
     if failed:
         names = ", ".join(f"{job.name} ({job.log})" for job in failed)
         raise JobError(
-            f"{len(failed)} of {len(jobs)} failed, and their logs say why: {names}. The others are done; the same command goes on"
+            f"{len(failed)} of {len(jobs)} failed, and their logs say why: {names}. The others are done; the same "
+            "command continues"
         )
 
 
-def _gpu(place: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of a process, where there are GPUs."""
+def _gpu(slot: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES for the process in a slot; None where there are no GPUs."""
     count = torch.cuda.device_count()
     if not count:
         return None
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (named.split(",") if named else [str(i) for i in range(count)])[place % count]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(i) for i in range(count)])[slot % count]
 
 
-def _cores(place: int, at_once: int) -> list[int]:
-    """The cores of a process, by number."""
+def _cores(slot: int, at_once: int) -> list[int]:
+    """The numbers of the CPU cores for the process in a slot; processes share cores only where there are too few."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     each = len(cores) // at_once
-    return cores[place * each : (place + 1) * each] if each else [cores[place % len(cores)]]
+    return cores[slot * each : (slot + 1) * each] if each else [cores[slot % len(cores)]]
 
 
-def _work(job: Job, gpu: str | None, cores: list[int]) -> None:
+def _run_in_process(job: Job, gpu: str | None, cores: list[int]) -> None:
+    """Run a job in the process that was started for it, and exit with 1 where it fails."""
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is first used below
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # nothing has used CUDA in this process before
     elif hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # else the threads of two wait for each other on one core while another idles
+        # Otherwise the threads of two processes wait for each other on one core while another core is idle.
+        os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a", encoding="utf-8") as log:
@@ -107,7 +116,5 @@ def _work(job: Job, gpu: str | None, cores: list[int]) -> None:
     try:
         job.function(*job.arguments)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Settings that make a recipe fit, the least costly first."""
+"""Search for settings that make a recipe fit into memory, the least costly ones first."""
 
 from __future__ import annotations
 
@@ -7,104 +7,169 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from minillm.models.families import trains_quantized
 from minillm.models.shape import shape_of
 from minillm.rollout.engines.vllm_memory import GIB, LEAST_CACHE
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import Plan, plan
-from minillm.run.plan.work import update_responses, why_refused
+from minillm.run.plan.work import StageTraining, why_refused
 from minillm.run.recipe import Recipe
 from minillm.run.training_arguments import argument
 
-Overridden = Callable[[list[str]], Recipe]
-"""Gives the recipe with some `section.key=value` settings changed; refuses (ValueError) what cannot be combined with the rest."""
+Override = Callable[[list[str]], Recipe]
+"""Loads the recipe with some `section.key=value` settings changed. It raises an InputError (a ValueError) where they
+cannot be combined with the other settings."""
 
 
-def fitted(recipe: Recipe, machine: Machine, overridden: Overridden) -> tuple[Plan, Recipe]:
-    """The plan of a recipe with changes that make it fit: again and again the least costly of those that make its largest phase smaller."""
+def fit_recipe(recipe: Recipe, machine: Machine, override: Override) -> tuple[Plan, Recipe]:
+    """Change settings of a recipe, one after another, until it fits.
+
+    Each step takes the least costly change that makes the largest phase smaller.
+
+    Args:
+        recipe: the recipe.
+        machine: the machine that it is planned for.
+        override: loads the recipe with changes.
+
+    Returns:
+        The plan with the changed settings as its `overrides`, and the changed recipe. They do not fit where no change
+        makes the largest phase smaller any more.
+    """
     changes: dict[str, str] = {}
     current = plan(recipe, machine)
     while not current.fits:
-        smaller = _smaller(recipe, current, machine, overridden, changes)
+        smaller = _next_change(recipe, current, machine, override, changes)
         if smaller is None:
             break
         changes, recipe, current = smaller
     return replace(current, overrides=[f"{name}={value}" for name, value in changes.items()]), recipe
 
 
-def _smaller(
-    recipe: Recipe, current: Plan, machine: Machine, overridden: Overridden, changes: dict[str, str]
+def _next_change(
+    recipe: Recipe, current: Plan, machine: Machine, override: Override, changes: dict[str, str]
 ) -> tuple[dict[str, str], Recipe, Plan] | None:
-    for settings in _exact(recipe, current, machine) + _costly(recipe, machine):
-        more = changes | dict(setting.split("=", 1) for setting in settings)  # a batch that is halved again
+    """The changes so far with the least costly one that reduces the peak; their recipe and their plan."""
+    for settings in _candidates(recipe, current, machine):
+        more = changes | dict(setting.split("=", 1) for setting in settings)  # a setting may be changed again
         with suppress(ValueError):
-            changed = overridden([f"{name}={value}" for name, value in more.items()])
+            changed = override([f"{name}={value}" for name, value in more.items()])
             found = plan(changed, machine)
             if found.peak < current.peak and why_refused(changed, machine) in (None, why_refused(recipe, machine)):
                 return more, changed, found
     return None
 
 
-def advice(recipe: Recipe, machine: Machine, overridden: Overridden) -> list[str]:
-    """What would make the largest phase smaller; see `fitted`."""
+def advice(recipe: Recipe, machine: Machine, override: Override) -> list[str]:
+    """List the single changes that would make the largest phase smaller.
+
+    Args:
+        recipe: the recipe.
+        machine: the machine that it is planned for.
+        override: loads the recipe with changes.
+
+    Returns:
+        Settings as they are written on the command line, and sharding where that would help.
+    """
     current, out = plan(recipe, machine), []
     if machine.processes > 1 and not machine.shard and plan(recipe, replace(machine, shard=True)).peak < current.peak:
         out.append(
-            "what is trained in shards: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml (plan with --shard)"
+            "sharding what is trained: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml "
+            "(plan with --shard)"
         )
-    for settings in _exact(recipe, current, machine) + _costly(recipe, machine):
-        with suppress(ValueError):  # what cannot be combined with the rest is no advice
-            if plan(overridden(settings), machine).peak < current.peak:
+    for settings in _candidates(recipe, current, machine):
+        with suppress(ValueError):  # settings that cannot be combined with the others are not advised
+            if plan(override(settings), machine).peak < current.peak:
                 out.append(" ".join(settings))
     return out
 
 
-def fewest(recipe: Recipe, machine: Machine) -> int | None:
-    """The fewest of 1, 2, 4 … and all of the machine's GPUs that the recipe fits on as it is, the student whole or in shards."""
+def fewest_gpus(recipe: Recipe, machine: Machine) -> int | None:
+    """The smallest number of GPUs that the recipe fits on without changes, with or without sharding.
+
+    Args:
+        recipe: the recipe.
+        machine: the machine, with all its processes.
+
+    Returns:
+        A power of two below the number of the machine's processes, or that number itself; None where it fits on none.
+    """
     counts = sorted({1 << power for power in range(machine.processes.bit_length())} | {machine.processes})
-    plans = ((count, shard) for count in counts for shard in (False, True))
-    return next(
-        (n for n, shard in plans if plan(recipe, replace(machine, processes=n, shard=shard and n > 1)).fits), None
-    )
+    for count in counts:
+        for shard in (False, True):
+            if plan(recipe, replace(machine, processes=count, shard=shard and count > 1)).fits:
+                return count
+    return None
 
 
-def _exact(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
-    """Settings that cost time alone, and fewer rollouts between two sets of weights, which are then less off policy."""
-    out = [
-        [f"{stage.training}.gradient_checkpointing=true"]
-        for stage, training in recipe.trainings()
-        if not argument(training, "gradient_checkpointing")
+def _candidates(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
+    """Settings to try in turn, the least costly first; each entry is changed together."""
+    return [
+        *_checkpointing(recipe),
+        *_smaller_micro_batches(recipe),
+        *_less_engine_memory(recipe, current, machine),
+        *_fewer_rollouts(recipe, machine),
+        *_other_training(recipe, machine),
     ]
-    for stage, training in recipe.trainings():
-        micro, accumulation = (
-            argument(training, "per_device_train_batch_size"),
-            argument(training, "gradient_accumulation_steps"),
-        )
-        if (part := _divisor(micro)) is not None:  # an update keeps its responses
+
+
+# Changes that cost only time, or that sample fewer rollouts with one set of weights, which are then less off-policy.
+
+
+def _checkpointing(recipe: Recipe) -> list[list[str]]:
+    return [
+        [f"{stage.training}.gradient_checkpointing=true"]
+        for stage, given in recipe.trainings()
+        if not argument(given, "gradient_checkpointing")
+    ]
+
+
+def _smaller_micro_batches(recipe: Recipe) -> list[list[str]]:
+    """Micro-batches divided by their smallest factor; a weight update keeps its number of responses."""
+    out: list[list[str]] = []
+    for stage, given in recipe.trainings():
+        micro = argument(given, "per_device_train_batch_size")
+        if (factor := _smallest_factor(micro)) is not None:
+            accumulation = argument(given, "gradient_accumulation_steps") * factor
             out.append(
                 [
-                    f"{stage.training}.per_device_train_batch_size={micro // part}",
-                    f"{stage.training}.gradient_accumulation_steps={accumulation * part}",
+                    f"{stage.training}.per_device_train_batch_size={micro // factor}",
+                    f"{stage.training}.gradient_accumulation_steps={accumulation}",
                 ]
             )
-    if recipe.rollout.engine_memory is not None:
-        out.append(["rollout.engine_memory=null"])
-    elif not machine.gpu:
-        cache = max((phase.parts.get("vLLM's cache", 0.0) for phase in current.phases), default=0.0)
-        if cache > LEAST_CACHE:  # sequences wait for each other
-            out.append([f"rollout.engine_memory={max(cache / 2, LEAST_CACHE) / GIB:.3g}"])
-    if "minillm" in recipe.stages:
-        unit = math.lcm(update_responses(recipe.training, machine), recipe.rollout.samples_per_prompt)
-        batches, rest = divmod(recipe.rollout.num_rollouts, unit)
-        if not rest and (part := _divisor(batches)) is not None:
-            out.append([f"rollout.num_rollouts={batches // part * unit}"])
     return out
 
 
-def _costly(recipe: Recipe, machine: Machine) -> list[list[str]]:
-    """Settings that train something else than the recipe, but nearly so."""
+def _less_engine_memory(recipe: Recipe, current: Plan, machine: Machine) -> list[list[str]]:
+    """The engine's own choice of its memory instead of the recipe's; on a CPU then a smaller cache."""
+    if recipe.rollout.engine_memory is not None:
+        return [["rollout.engine_memory=null"]]
+    cache = max((phase.parts.get("vLLM's cache", 0.0) for phase in current.phases), default=0.0)
+    if machine.gpu or cache <= LEAST_CACHE:
+        return []
+    # With half of the cache, sequences wait for each other.
+    return [[f"rollout.engine_memory={max(cache / 2, LEAST_CACHE) / GIB:.3g}"]]
+
+
+def _fewer_rollouts(recipe: Recipe, machine: Machine) -> list[list[str]]:
+    """Fewer rollouts in a batch, which stay a multiple of a weight update and of the samples of a prompt."""
+    if "minillm" not in recipe.stages:
+        return []
+    update = StageTraining(recipe, machine, "minillm").responses_per_update
+    unit = math.lcm(update, recipe.rollout.samples_per_prompt)
+    units, remainder = divmod(recipe.rollout.num_rollouts, unit)
+    if remainder or (factor := _smallest_factor(units)) is None:
+        return []
+    return [[f"rollout.num_rollouts={units // factor * unit}"]]
+
+
+# Changes that change what is trained, but only a little.
+
+
+def _other_training(recipe: Recipe, machine: Machine) -> list[list[str]]:
     teacher, lora = recipe.teacher, recipe.student.lora
     source = teacher.source if recipe.student.source == "prune" else recipe.student.source
-    quantizable = not machine.shard and shape_of(source).config.model_type != "gpt2"  # else the run refuses it
+    # The run refuses a quantised student that is sharded, or of GPT-2.
+    quantizable = not machine.shard and trains_quantized(shape_of(source).config)
     out: list[list[str]] = []
     unmixed = ["rollout.teacher_mix=0"] if "minillm" in recipe.stages and recipe.rollout.teacher_mix else []
     if unmixed:
@@ -123,6 +188,6 @@ def _fewer_bits(quantization: str | None) -> Sequence[str]:
     return {None: ("8bit", "4bit"), "8bit": ("4bit",)}.get(quantization, ())
 
 
-def _divisor(number: int) -> int | None:
-    """The smallest above 1."""
-    return next((part for part in range(2, number + 1) if number % part == 0), None)
+def _smallest_factor(number: int) -> int | None:
+    """The smallest factor of a number above 1; None where there is none."""
+    return next((factor for factor in range(2, number + 1) if number % factor == 0), None)

@@ -1,4 +1,7 @@
-"""What a recipe is launched on, and how fast that is: by the name of the GPU that is there, or as measured of this CPU."""
+"""The hardware that a recipe is planned for, and its speed.
+
+The speed of a GPU is looked up by its name; the speed of this machine's CPU is measured.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,66 +23,127 @@ from minillm.rollout.engines.vllm_memory import GIB, sequences_at_once, vllm_is_
 
 __all__ = ["GIB", "Machine", "machine_for"]
 
-# Seconds however few the numbers, as measured on an H100: of a layer's forward and backward (PyTorch's launches), and of a step of vLLM.
-_LAYER, _STEP = 4e-3, 12e-3
-# Of what a CPU reaches in one product of matrices, the share that updates, sampling and scoring reach: that of the quickstart's student in
-# float32, and the quickstart's phases as they were timed (README.md) against eval/speed/head.py's products in bfloat16.
-_OF_A_CPU = 0.6
-# By name: operations a second in bfloat16 without sparsity (float16 where a card has no bfloat16), in float32, bytes a second from its
-# memory; the makers' numbers. The first that a name has in it counts.
+# Lower bounds in seconds, however small the model is, as measured on an H100: the forward and backward of one layer
+# (limited by PyTorch's kernel launches), and one decoding step of vLLM.
+_LAYER_SECONDS, _DECODING_STEP_SECONDS = 4e-3, 12e-3
+# The share of a CPU's matrix multiplication speed that weight updates, sampling and scoring reach. It was measured on
+# the student of the quickstart in float32, and by timing the phases of the quickstart (README.md) against the bfloat16
+# products of eval/speed/head.py.
+_CPU_UTILISATION = 0.6
+
+
+class _Card(NamedTuple):
+    """The speed of a GPU as its maker states it."""
+
+    flops: float
+    """Operations per second in bfloat16 without sparsity (in float16 for a card that has no bfloat16)."""
+    float32: float
+    """Operations per second in float32."""
+    bandwidth: float
+    """Bytes per second that are read from the card's memory."""
+
+
+# The keys are regular expressions; the first one that occurs in the name of a card applies.
 _CARDS = {
-    "B200": (2250e12, 80e12, 8.0e12), "GH200": (989e12, 67e12, 4.0e12), "H200": (989e12, 67e12, 4.8e12),
-    "H100 NVL": (835e12, 60e12, 3.9e12), "H100 PCIe": (756e12, 51e12, 2.0e12), "H100": (989e12, 67e12, 3.35e12),
-    "H20": (148e12, 44e12, 4.0e12), "A100.*40GB": (312e12, 19.5e12, 1.56e12), "A100": (312e12, 19.5e12, 2.0e12),
-    "L40S": (362e12, 92e12, 0.86e12), "L40": (181e12, 90e12, 0.86e12), "L4": (121e12, 30e12, 0.3e12), "A10G": (70e12, 31e12, 0.6e12),
-    "A10": (125e12, 31e12, 0.6e12), "RTX A6000": (155e12, 39e12, 0.77e12), "RTX 6000 Ada": (364e12, 91e12, 0.96e12),
-    "RTX 5090": (210e12, 105e12, 1.79e12), "RTX 4090": (165e12, 83e12, 1.01e12), "RTX 3090": (71e12, 36e12, 0.94e12),
-    "V100": (125e12, 16e12, 0.9e12), "T4": (65e12, 8e12, 0.32e12), "MI300X": (1307e12, 163e12, 5.3e12),
-}  # fmt: skip
+    "B200": _Card(2250e12, 80e12, 8.0e12),
+    "GH200": _Card(989e12, 67e12, 4.0e12),
+    "H200": _Card(989e12, 67e12, 4.8e12),
+    "H100 NVL": _Card(835e12, 60e12, 3.9e12),
+    "H100 PCIe": _Card(756e12, 51e12, 2.0e12),
+    "H100": _Card(989e12, 67e12, 3.35e12),
+    "H20": _Card(148e12, 44e12, 4.0e12),
+    "A100.*40GB": _Card(312e12, 19.5e12, 1.56e12),
+    "A100": _Card(312e12, 19.5e12, 2.0e12),
+    "L40S": _Card(362e12, 92e12, 0.86e12),
+    "L40": _Card(181e12, 90e12, 0.86e12),
+    "L4": _Card(121e12, 30e12, 0.3e12),
+    "A10G": _Card(70e12, 31e12, 0.6e12),
+    "A10": _Card(125e12, 31e12, 0.6e12),
+    "RTX A6000": _Card(155e12, 39e12, 0.77e12),
+    "RTX 6000 Ada": _Card(364e12, 91e12, 0.96e12),
+    "RTX 5090": _Card(210e12, 105e12, 1.79e12),
+    "RTX 4090": _Card(165e12, 83e12, 1.01e12),
+    "RTX 3090": _Card(71e12, 36e12, 0.94e12),
+    "V100": _Card(125e12, 16e12, 0.9e12),
+    "T4": _Card(65e12, 8e12, 0.32e12),
+    "MI300X": _Card(1307e12, 163e12, 5.3e12),
+}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a recipe is launched on; each process has a GPU, or all have this machine's CPU."""
+    """The hardware that a recipe is launched on: one GPU for each process, or this machine's CPU for all of them."""
 
     processes: int = 1
+    """How many processes are launched."""
     memory: int = 80 * GIB
+    """Bytes of memory that one process may use: of its GPU, or of the machine."""
     gpu: bool = True
+    """Whether the processes use GPUs."""
     bf16: bool = True
-    """Whether it multiplies bfloat16; a CPU that does not computes in float32 whatever the recipe says."""
+    """Whether the hardware multiplies bfloat16. A CPU that does not computes in float32, whatever the recipe says."""
     shard: bool = False
-    """The student in shards (FSDP2, ZeRO-3)."""
+    """Whether the student is sharded (FSDP2, ZeRO-3)."""
     flops: float = 989e12
-    """Of one GPU in bfloat16 (an H100)."""
+    """Operations per second of one GPU in bfloat16; the default is an H100."""
     utilisation: float = 0.35
-    """Share of them that training and scoring reach (MFU)."""
+    """The share of these operations that training and scoring reach (model FLOPs utilisation, MFU)."""
     bandwidth: float = 3.35e12
-    """Bytes a second from its memory, which bound decoding, of which it reaches half."""
+    """Bytes per second that are read from memory. This bounds decoding, which reaches half of it."""
     float32: float = 67e12
-    """Operations a second of one GPU in float32."""
+    """Operations per second of one GPU in float32."""
     vllm: bool = True
-    """Whether vLLM is there for `rollout.engine: auto`."""
+    """Whether vLLM is installed, for `rollout.engine: auto`."""
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight where no training setting says otherwise."""
+        """Bytes of a weight that no training setting gives a dtype."""
         return 2 if self.bf16 else 4
 
     def seconds(self, flops: float, size: int) -> float:
-        """Of so many operations of all processes on numbers of `size` bytes."""
+        """The time for a number of operations that all processes share.
+
+        Args:
+            flops: operations of all processes together.
+            size: bytes of the numbers that are computed with: 2 for bfloat16 and float16, 4 for float32.
+
+        Returns:
+            The time in seconds.
+        """
         return flops / (self.processes * (self.flops if size == 2 else self.float32) * self.utilisation)
 
     def training_seconds(self, flops: float, size: int, layers: float) -> float:
-        """The same, in so many forwards and backwards of a layer in each process."""
-        return max(self.seconds(flops, size), layers * _LAYER if self.gpu else 0.0)
+        """The time for a number of training operations, which kernel launches bound from below on a GPU.
+
+        Args:
+            flops: operations of all processes together.
+            size: bytes of the numbers that are computed with.
+            layers: how many times each process runs the forward and backward of one layer.
+
+        Returns:
+            The time in seconds.
+        """
+        return max(self.seconds(flops, size), layers * _LAYER_SECONDS if self.gpu else 0.0)
 
     def decoding_seconds(self, model: Shape, size: int, sequences: int, new_tokens: int, length: float) -> float:
-        """Of a batch of answers, beside its arithmetic: weights and cache are read once a token, by half of the memory's bandwidth."""
+        """The time to decode a batch of responses, without its arithmetic.
+
+        Weights and cache are read once per token, at half of the memory's bandwidth.
+
+        Args:
+            model: the model that is sampled.
+            size: bytes of a weight and of a number in the cache.
+            sequences: responses in the batch. Those that the engine has no room for wait for the others.
+            new_tokens: decoding steps, which the longest response needs.
+            length: tokens of prompt and response when the response is finished.
+
+        Returns:
+            The time in seconds.
+        """
         at_once = min(sequences, sequences_at_once(sequences, self.gpu))
-        read = model.parameters * size + at_once * length / 2 * model.cached(size)
-        return (
-            new_tokens * -(-sequences // max(at_once, 1)) * max(2 * read / self.bandwidth, _STEP if self.gpu else 0.0)
-        )
+        bytes_read = model.parameters * size + at_once * length / 2 * model.cached(size)
+        step = max(2 * bytes_read / self.bandwidth, _DECODING_STEP_SECONDS if self.gpu else 0.0)
+        return new_tokens * -(-sequences // max(at_once, 1)) * step
 
 
 def machine_for(
@@ -88,65 +153,93 @@ def machine_for(
     utilisation: float | None = None,
     shard: bool = False,
 ) -> tuple[Machine, str]:
-    """A machine by what a person said of it, the rest by what is here; and in words what its speed rests on.
+    """Describe the machine to plan for; what the arguments leave out is taken from the hardware of this machine.
 
     Args:
-        gpus: processes, a GPU each; 0 is this machine's CPU; None all GPUs of this machine, or eight H100 where it has none.
-        memory: bytes of a GPU, or of the machine.
-        flops: operations a second of a GPU, or of the CPU, in whatever dtype.
+        gpus: number of processes with a GPU each; 0 plans for this machine's CPU; None for all GPUs of this machine, or
+            for eight H100 where it has none.
+        memory: bytes of memory of one GPU, or of the machine.
+        flops: operations per second of one GPU, or of the CPU, in every dtype.
+        utilisation: the share of `flops` that is reached.
+        shard: whether the student is sharded.
+
+    Returns:
+        The machine, and a phrase that says where the numbers of its speed come from.
     """
     if gpus == 0:
-        bf16 = cpu_multiplies_bfloat16()
-        in_float32 = flops or _multiplied(torch.float32)
-        fast = flops or (_multiplied(torch.bfloat16) if bf16 else in_float32)
-        said = f"this CPU ({torch.get_num_threads()} threads): {fast:.1e} operations a second in {'bfloat16' if bf16 else 'float32'}"
-        machine = Machine(
-            1, memory or _ram(), False, bf16, shard, fast, utilisation or _OF_A_CPU, _read(), in_float32, vllm_is_installed()
-        )  # fmt: skip
-        return machine, said + (", as given" if flops else ", as measured just now")
-    default, cards = Machine(), torch.cuda.device_count() if torch.cuda.is_available() else 0
-    here = [torch.cuda.get_device_properties(number) for number in range(cards)]
-    name = here[0].name if here else "H100"
-    known = next((speed for kind, speed in _CARDS.items() if re.search(rf"\b{kind}\b", name)), None)
-    fast, in_float32, bandwidth = known or (default.flops, default.float32, default.bandwidth)
+        return _cpu_machine(memory, flops, utilisation, shard)
+    default, count = Machine(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cards = [torch.cuda.get_device_properties(number) for number in range(count)]
+    name = cards[0].name if cards else "H100"
+    known = next((card for pattern, card in _CARDS.items() if re.search(rf"\b{pattern}\b", name)), None)
+    speed = known or _Card(default.flops, default.float32, default.bandwidth)
     machine = Machine(
-        gpus or len(here) or 8, memory or min((card.total_memory for card in here), default=default.memory), True, True, shard,
-        flops or fast, utilisation or default.utilisation, bandwidth, flops or in_float32,
-    )  # fmt: skip
-    if not here:
-        return machine, "an H100's speed: no GPU is here to look at (--gpus 0 plans for this machine's CPU)"
+        processes=gpus or len(cards) or 8,
+        memory=memory or min((card.total_memory for card in cards), default=default.memory),
+        shard=shard,
+        flops=flops or speed.flops,
+        utilisation=utilisation or default.utilisation,
+        bandwidth=speed.bandwidth,
+        float32=flops or speed.float32,
+    )
+    if not cards:
+        return machine, "the speed of an H100: no GPU is here to look at (--gpus 0 plans for this machine's CPU)"
     if known is None:
-        return machine, f"an H100's speed: that of {name}, which is here, is not known: say --flops"
-    return machine, f"the makers' numbers of {name}, which is here"
+        return machine, f"the speed of an H100: the speed of {name}, which is here, is not known; give it as --flops"
+    return machine, f"the maker's numbers for {name}, which is here"
 
 
-def _ram() -> int:
-    """Bytes of this machine's memory, or what its container may have of it."""
+def _cpu_machine(
+    memory: int | None, flops: float | None, utilisation: float | None, shard: bool
+) -> tuple[Machine, str]:
+    """This machine's CPU as one process, and where the numbers of its speed come from; see `machine_for`."""
+    bf16 = cpu_multiplies_bfloat16()
+    float32 = flops or _multiplication_speed(torch.float32)
+    fastest = flops or (_multiplication_speed(torch.bfloat16) if bf16 else float32)
+    machine = Machine(
+        memory=memory or _machine_memory(),
+        gpu=False,
+        bf16=bf16,
+        shard=shard,
+        flops=fastest,
+        utilisation=utilisation or _CPU_UTILISATION,
+        bandwidth=_reading_speed(),
+        float32=float32,
+        vllm=vllm_is_installed(),
+    )
+    threads, dtype = torch.get_num_threads(), "bfloat16" if bf16 else "float32"
+    speed = f"this CPU ({threads} threads): {fastest:.1e} operations a second in {dtype}"
+    return machine, speed + (", as given" if flops else ", as measured just now")
+
+
+def _machine_memory() -> int:
+    """Bytes of this machine's memory, or the limit of its container where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no limit reads "max"
+        with suppress(OSError, ValueError):  # a container without a limit says "max"
             total = min(total, int(Path(file).read_text()))
     return total
 
 
 @cache
-def _multiplied(dtype: torch.dtype) -> float:
-    """Operations a second that all threads of this CPU did in the best of some products of 1,024 × 1,024."""
+def _multiplication_speed(dtype: torch.dtype) -> float:
+    """Operations per second of this CPU's threads, in the fastest of several products of 1,024 × 1,024 matrices."""
     left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    return 2 * 1024**3 / _best(lambda: torch.nn.functional.linear(left, right))
+    return 2 * 1024**3 / _fastest_seconds(lambda: torch.nn.functional.linear(left, right))
 
 
 @cache
-def _read() -> float:
-    """Bytes a second that all threads of this CPU read."""
+def _reading_speed() -> float:
+    """Bytes per second that all threads of this CPU read from memory."""
     numbers = torch.ones(1 << 26)
-    return numbers.nbytes / _best(numbers.sum)
+    return numbers.nbytes / _fastest_seconds(numbers.sum)
 
 
-def _best(run: Callable[[], object]) -> float:
-    """Seconds of the fastest run, of as many as a third of a second takes, after one that warms up.
+def _fastest_seconds(run: Callable[[], object]) -> float:
+    """The time in seconds of the fastest call among those that fit into 0.3 seconds, after one warm-up call.
 
-    What other processes take of the CPU meanwhile does not count: time of the threads is divided by their number.
+    Time that other processes take from the CPU meanwhile does not count: where the CPU time of the threads divided by
+    their number is shorter than the elapsed time of a call, it is taken instead.
     """
     run()
     taken: list[float] = []

@@ -1,121 +1,213 @@
-"""Bytes in one process by what they are for. What autograd keeps is counted (`models.shape`), the rest is sums of sizes."""
+"""Memory of one process, in bytes by purpose.
+
+What autograd keeps is counted on fake tensors (`minillm.models.shape`); everything else is a sum of sizes.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from minillm.loss.token_scores import CHUNK
 from minillm.models.shape import Shape, kept_bytes
 from minillm.rollout.engines.vllm_memory import GIB, buffer_bytes, cache_needed, cache_wanted, why_not_on_cpus
 from minillm.run.plan.machine import Machine
-from minillm.run.plan.work import item_size
+from minillm.run.plan.work import StageTraining
 from minillm.run.recipe import Recipe
-from minillm.run.training_arguments import argument
 
 Parts = dict[str, float]
+"""Bytes by purpose."""
 
-PROCESS = 1.0 * GIB  # libraries; on a GPU its context and communication buffers
-AT_ONCE = 64  # sequences that an engine makes room for where nothing is trained; the transformers engine's batch
-_QUANTIZED = {"8bit": 1.0, "4bit": 0.516}  # bytes a weight: NF4's scales, themselves in 8 bits, take an eighth of a bit
-_TRL_TILE = (4096, 32768)  # tokens, entries of the vocabulary
-_WIDE = 4  # bytes of float32: masters, their gradients, two moments, sums over the vocabulary
+PROCESS = 1.0 * GIB  # the libraries; on a GPU its context and communication buffers
+BATCH_SIZE = 64  # sequences that are sampled together where nothing is trained; also the transformers engine's batch
+# Bytes of a quantised weight. The scales of NF4, which are stored in 8 bits themselves, add an eighth of a bit.
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.516}
+_TRL_TILE = (4096, 32768)  # tokens, and entries of the vocabulary, of a tile of TRL's loss
+_FLOAT32 = 4  # bytes: master weights, their gradients, each of two moments, sums over the vocabulary
 
 
-def held(model: Shape, size: int, quantization: str | None) -> float:
-    """A frozen model's weights: quantised layers are all but the embeddings and the head."""
+def frozen_weights(model: Shape, itemsize: int, quantization: str | None) -> float:
+    """Bytes of a frozen model's weights. All layers but the embeddings and the head are quantised.
+
+    Args:
+        model: the model.
+        itemsize: bytes of a weight that is not quantised.
+        quantization: `8bit`, `4bit` or None.
+
+    Returns:
+        The bytes of the whole model.
+    """
     if quantization is None:
-        return model.parameters * size
-    return model.body * _QUANTIZED[quantization] + (model.parameters - model.body) * size
+        return model.parameters * itemsize
+    return model.body * _QUANTIZED_BYTES[quantization] + (model.parameters - model.body) * itemsize
 
 
-def reading_teacher(recipe: Recipe, machine: Machine, teacher: Shape, size: int) -> float:
-    """The teacher in the warm-up and minillm stages, which may have it in shards."""
-    whole = held(teacher, size, recipe.teacher.quantization)
+def scoring_teacher(recipe: Recipe, machine: Machine, teacher: Shape, itemsize: int) -> float:
+    """Bytes of the teacher in the warmup and minillm stages, which shard it where the recipe says so.
+
+    Args:
+        recipe: the recipe.
+        machine: the machine that it is planned for.
+        teacher: the teacher.
+        itemsize: bytes of a weight that is not quantised.
+
+    Returns:
+        The bytes in one process.
+    """
+    whole = frozen_weights(teacher, itemsize, recipe.teacher.quantization)
     return whole / machine.processes if recipe.teacher.shard else whole
 
 
-def trained(recipe: Recipe, machine: Machine, model: Shape, training: dict[str, Any], name: str) -> Parts:
-    """Weights, their gradients and moments. `name`: of what is trained; the student's adapter, where it has one."""
-    shards, size, lora = machine.processes if machine.shard else 1, item_size(training, machine), recipe.student.lora
-    # What belongs to no block stays gathered through an update; of the blocks the one at work, the next, and a gradient on its way.
-    gathered = (
-        {"gathered weights": size * (model.parameters - model.body + 3 * model.body / model.layers)}
-        if shards > 1
-        else {}
-    )
-    if name == "student" and lora is not None:
+def trained_weights(training: StageTraining, model: Shape) -> Parts:
+    """Memory of a model that is trained: its weights, their gradients and moments.
+
+    Args:
+        training: the stage that trains it.
+        model: the model.
+
+    Returns:
+        The bytes in one process by purpose. The weights are named `student` or `teacher`.
+    """
+    machine, lora = training.machine, training.recipe.student.lora
+    shards = machine.processes if machine.shard else 1
+    gathered: Parts = {}
+    if shards > 1:
+        # Weights outside the blocks stay gathered through an update. Of the blocks, the one that is computed and the
+        # next one are gathered, and the gradient of a third is being reduced.
+        weights = model.parameters - model.body + 3 * model.body / model.layers
+        gathered["gathered weights"] = training.itemsize * weights
+    if training.has_adapter and lora is not None:
         adapter = lora.rank * model.layers * (11 * model.hidden + 3 * model.inner)
-        whole = held(model, size, lora.quantization)
-        return gathered | {"student": whole / shards, "adapter, gradients, moments": 4 * _WIDE * adapter}
-    sizes = {name: _WIDE, "gradients": _WIDE, "moments": 2 * _WIDE}
+        whole = frozen_weights(model, training.itemsize, lora.quantization)
+        return gathered | {"student": whole / shards, "adapter with gradients and moments": 4 * _FLOAT32 * adapter}
+    sizes = {training.trains: _FLOAT32, "gradients": _FLOAT32, "moments": 2 * _FLOAT32}
     if machine.processes > 1 and not machine.shard:
-        sizes["gradients on their way"] = _WIDE  # DDP's buckets, a copy of all
-    return gathered | {part: model.parameters * bytes_each / shards for part, bytes_each in sizes.items()}
+        sizes["gradient buckets"] = _FLOAT32  # DDP's, which hold a copy of all gradients
+    return gathered | {part: model.parameters * itemsize / shards for part, itemsize in sizes.items()}
 
 
-def activations(machine: Machine, model: Shape, training: dict[str, Any], length: int) -> float:
-    """What autograd keeps of a micro-batch of sequences of `length` tokens."""
+def activations(training: StageTraining, model: Shape, length: int) -> float:
+    """What autograd keeps of the forward over one micro-batch.
+
+    Args:
+        training: the stage that trains the model.
+        model: the model.
+        length: tokens of each sequence.
+
+    Returns:
+        The bytes in one process.
+    """
     return kept_bytes(
-        model, argument(training, "per_device_train_batch_size"), length, half=item_size(training, machine) == 2,
-        checkpointing=argument(training, "gradient_checkpointing"), sharded=machine.shard,
-    )  # fmt: skip
+        model,
+        training.micro_batch_size,
+        length,
+        half=training.itemsize == 2,
+        checkpointing=training.argument("gradient_checkpointing"),
+        sharded=training.machine.shard,
+    )
 
 
-def scoring_head(model: Shape, other: Shape | None, tokens: int, size: int) -> float:
-    """The head's chunk of logits with what is summed over it, its gradient, and the states'."""
-    width = model.head // model.hidden
-    logits = min(CHUNK, tokens) * width * _WIDE * (4 if other is not None else 3)
-    return logits + (model.head * 2 if size == 2 else 0) + model.head * _WIDE + 2 * tokens * model.hidden * _WIDE
+def scoring_head(model: Shape, tokens: int, itemsize: int, *, with_teacher: bool) -> float:
+    """Memory of the output head in this library's losses.
+
+    It consists of the logits of one chunk of tokens with the sums over the vocabulary, of the head's copy in the dtype
+    that is computed with, of the head's gradient, and of the hidden states with their gradient.
+
+    Args:
+        model: the model that is trained.
+        tokens: tokens of a micro-batch that have a loss.
+        itemsize: bytes of the numbers that the stage computes with.
+        with_teacher: whether the logits of the teacher are computed beside those of the model.
+
+    Returns:
+        The bytes in one process.
+    """
+    vocabulary = model.head // model.hidden
+    logits = min(CHUNK, tokens) * vocabulary * _FLOAT32 * (4 if with_teacher else 3)
+    copy = model.head * 2 if itemsize == 2 else 0
+    return logits + copy + model.head * _FLOAT32 + 2 * tokens * model.hidden * _FLOAT32
 
 
 def trl_head(model: Shape, tokens: int, gpu: bool) -> float:
-    """What TRL's head takes, in tiles: on a GPU of the tokens that count, in bfloat16, and the gradient of the weights; elsewhere of all of
-    them, in float32, eight times over (as seen in its backward)."""
-    width = model.head // model.hidden
-    tile = min(tokens, _TRL_TILE[0]) * min(width, _TRL_TILE[1])
-    return tile * 2 + model.head * _WIDE if gpu else 8 * tile * _WIDE
+    """Memory of the output head in TRL's loss, which is computed in tiles.
 
-
-def sampled_by_transformers(recipe: Recipe, machine: Machine, model: Shape) -> bool:
-    """Whether no vLLM samples the model in this process."""
-    if recipe.rollout.engine == "transformers" or not machine.vllm:
-        return True
-    return not machine.gpu and why_not_on_cpus(model.config) is not None
-
-
-def engine(
-    recipe: Recipe, machine: Machine, model: Shape, size: int, sequences: int, length: int, *, copied: bool = False
-) -> Parts:  # fmt: skip
-    """What an engine holds: its copy of the weights and its cache; where the model at hand is sampled, the cache and its forward alone.
+    On a GPU it is one tile in bfloat16 and the gradient of the head's weights. On a CPU it is eight times a tile in
+    float32, as observed in its backward.
 
     Args:
-        size: bytes of a weight.
-        sequences: drawn together, of `length` tokens.
-        copied: the model at hand is in shards, of which no process can sample alone.
+        model: the model that is trained.
+        tokens: tokens of a micro-batch that the head reads: on a GPU those that have a loss, on a CPU all of them.
+        gpu: whether the stage runs on a GPU.
+
+    Returns:
+        The bytes in one process.
     """
-    if sampled_by_transformers(recipe, machine, model):
-        rows = min(sequences, AT_ONCE)
-        reading = rows * recipe.data.max_prompt_tokens * (4 * model.hidden + 3 * model.inner) * size
-        copy: Parts = {"a whole copy to sample": model.parameters * size} if copied else {}
-        return copy | {
-            "the sampled model's cache": rows * length * model.cached(size),
-            "its reading of prompts": reading,
-        }
-    needed = cache_needed(model.config, max_length=length, sequences=sequences, itemsize=size)
-    cache = cache_wanted(needed, recipe.rollout.engine_memory, machine.gpu)
-    parts: Parts = {"vLLM's weights": model.parameters * size, "vLLM's cache": cache}
-    if machine.gpu:
-        parts["vLLM's buffers"] = buffer_bytes(model.head // model.hidden, sequences)
-    return parts
+    vocabulary = model.head // model.hidden
+    tile = min(tokens, _TRL_TILE[0]) * min(vocabulary, _TRL_TILE[1])
+    return tile * 2 + model.head * _FLOAT32 if gpu else 8 * tile * _FLOAT32
 
 
-def rollout_engine(recipe: Recipe, machine: Machine, student: Shape, size: int) -> tuple[Parts, bool]:
-    """What samples the student while it is trained, and whether it holds that through the updates too."""
-    rollout, length = recipe.rollout, recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
-    if rollout.engine == "server" and rollout.servers != "auto":
-        return {}, False
-    own = rollout.engine == "server"  # one for all processes, on the GPU of the first
-    sequences = rollout.num_rollouts if own else max(rollout.num_rollouts // machine.processes, 1)
-    parts = engine(recipe, machine, student, size, sequences, length, copied=machine.shard)
-    # In its process vLLM sleeps through the updates, on GPUs alone.
-    return parts, own or (not machine.gpu and not sampled_by_transformers(recipe, machine, student))
+@dataclass(frozen=True)
+class SampledModel:
+    """A model that the recipe's engine samples, and the memory that this takes."""
+
+    recipe: Recipe
+    """The recipe, whose rollout settings apply."""
+    machine: Machine
+    """The machine that it is planned for."""
+    model: Shape
+    """The model that is sampled."""
+    itemsize: int
+    """Bytes of a weight in the engine."""
+
+    @property
+    def by_transformers(self) -> bool:
+        """Whether transformers samples the model in this process, rather than vLLM."""
+        if self.recipe.rollout.engine == "transformers" or not self.machine.vllm:
+            return True
+        return not self.machine.gpu and why_not_on_cpus(self.model.config) is not None
+
+    def engine(self, sequences: int, length: int, *, copied: bool = False) -> Parts:
+        """Memory of the engine.
+
+        vLLM holds its own copy of the weights and a cache. The transformers engine samples the model that is there: it
+        adds the cache and the forward over the prompts.
+
+        Args:
+            sequences: responses that are sampled together.
+            length: tokens of the longest prompt with the longest response.
+            copied: whether the model that is there is sharded, so that the transformers engine samples a whole copy.
+
+        Returns:
+            The bytes in one process by purpose.
+        """
+        model, itemsize, machine = self.model, self.itemsize, self.machine
+        if self.by_transformers:
+            rows = min(sequences, BATCH_SIZE)
+            numbers = rows * self.recipe.data.max_prompt_tokens * (4 * model.hidden + 3 * model.inner)
+            copy: Parts = {"whole copy for sampling": model.parameters * itemsize} if copied else {}
+            return copy | {
+                "the sampled model's cache": rows * length * model.cached(itemsize),
+                "activations of the prompts": numbers * itemsize,
+            }
+        needed = cache_needed(model.config, max_length=length, sequences=sequences, itemsize=itemsize)
+        cache = cache_wanted(needed, self.recipe.rollout.engine_memory, machine.gpu)
+        parts: Parts = {"vLLM's weights": model.parameters * itemsize, "vLLM's cache": cache}
+        if machine.gpu:
+            parts["vLLM's buffers"] = buffer_bytes(model.head // model.hidden, sequences)
+        return parts
+
+    def engine_while_training(self) -> tuple[Parts, bool]:
+        """Memory of the engine that samples rollouts of a model while it is trained.
+
+        Returns:
+            The bytes in one process by purpose, and whether the engine holds them during weight updates as well. There
+            are none where the recipe names servers that the run does not start itself.
+        """
+        rollout, data = self.recipe.rollout, self.recipe.data
+        if rollout.engine == "server" and rollout.servers != "auto":
+            return {}, False
+        own_server = rollout.engine == "server"  # one for all processes, on the GPU of the first
+        sequences = rollout.num_rollouts if own_server else max(rollout.num_rollouts // self.machine.processes, 1)
+        parts = self.engine(sequences, data.max_prompt_tokens + rollout.max_new_tokens, copied=self.machine.shard)
+        # vLLM in the trainer's process frees its memory during updates, but on GPUs only.
+        return parts, own_server or (not self.machine.gpu and not self.by_transformers)

@@ -1,298 +1,393 @@
-"""The plan of a recipe: memory of each phase in one process, arithmetic and seconds.
+"""The plan of a recipe: the memory of each phase in one process, its operations and its time.
 
-Memory is that of prompts and answers of full length, which some batch will have. Seconds are those of average ones: prompts as long as
-the data's are by their text, answers of references as long as those, and others half as long as they may be.
+Memory is that of prompts and responses of full length, which some batch will have. Operations and time are those of
+average ones: prompts and references are as long as the text of the data says, and sampled responses are half as long as
+the longest ones that are allowed.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from minillm.models.shape import Shape, shape_of
 from minillm.rollout.engines.vllm_memory import GIB
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
-from minillm.run.plan.work import item_size, update_responses
+from minillm.run.plan.memory import Parts, SampledModel
+from minillm.run.plan.work import StageTraining
 from minillm.run.recipe import Recipe
-from minillm.run.stages import STAGES, stage_named
-from minillm.run.training_arguments import argument
+from minillm.run.stages import STAGES
 
-# Sampling from the mixture, in rounds, takes so many times as long on a CPU as plain sampling and the teacher's reading (eval/README.md).
-# On a GPU the two have not been measured side by side; the plain ones are counted.
+# On a CPU, sampling from the mixture of student and teacher goes in rounds, and takes this many times as long as plain
+# sampling from the student and scoring by the teacher (eval/README.md). On a GPU the two have not been measured side
+# by side; the time of plain sampling is counted there.
 _MIXING_ON_A_CPU = 1.8
 
 
 @dataclass
 class Phase:
-    """Bytes in one process by what they are for, and what the phase costs in all."""
+    """One phase of a run: its memory in one process, and its cost in all processes together."""
 
     name: str
-    parts: dict[str, float] = field(default_factory=dict)
+    """The stage, with the part of it that the phase is."""
+    parts: Parts = field(default_factory=dict)
+    """Bytes in one process by purpose."""
     flops: float = 0.0
+    """Floating-point operations of all processes."""
     seconds: float = 0.0
+    """The time that the phase takes."""
 
     @property
     def peak(self) -> float:
+        """Bytes of memory in one process."""
         return sum(self.parts.values())
 
 
 @dataclass
 class Plan:
+    """The phases of a recipe on a machine."""
+
     phases: list[Phase]
+    """In the order of the stages."""
     machine: Machine
-    overrides: list[str] = field(default_factory=list)  # that `fitted` made
+    """The machine that the recipe is planned for."""
+    overrides: list[str] = field(default_factory=list)
+    """The `section.key=value` settings that `fit_recipe` changed."""
 
     @property
     def peak(self) -> float:
+        """Bytes of memory in one process, in the phase that needs most."""
         return max((phase.peak for phase in self.phases), default=0.0)
 
     @property
     def fits(self) -> bool:
+        """Whether every phase fits into the machine's memory."""
         return self.peak <= self.machine.memory
 
     @property
     def hours(self) -> float:
+        """The time of all phases, in hours."""
         return sum(phase.seconds for phase in self.phases) / 3600
 
 
 def plan(recipe: Recipe, machine: Machine) -> Plan:
-    """Peak memory of a process, floating-point operations and seconds of each phase.
+    """Plan the stages of a recipe.
+
+    Args:
+        recipe: the recipe.
+        machine: the machine to plan for.
+
+    Returns:
+        The memory, operations and time of each phase.
 
     Raises:
-        DataError: a data file that is no such file.
+        DataError: a data file cannot be used.
+        MissingError, SourceError: the config of a model cannot be read.
+        InputError: the teacher has too few layers for `student.keep_layers`.
     """
     planner = Planner(recipe, machine)
     phases = [phase for stage in STAGES if stage.name in recipe.stages for phase in stage.phases(planner)]
     for phase in phases:
         cache = phase.parts.get("vLLM's cache")
         if cache and machine.gpu and recipe.rollout.engine_memory is None:
-            # Where there is no room for all sequences at once, vLLM makes do with a smaller cache.
+            # Where there is no room for all sequences at once, vLLM works with a smaller cache.
             phase.parts["vLLM's cache"] = max(cache - max(phase.peak - machine.memory, 0), min(cache, GIB / 8))
     return Plan(phases, machine)
 
 
-def _read(model: Shape, tokens: float, answer: float) -> float:
-    """Operations of a forward over so many tokens, of which the answer's have logits."""
-    return 2 * model.body * tokens + 2 * model.head * answer
+def _scoring_flops(model: Shape, prompt: float, response: float) -> float:
+    """Operations of one forward over a prompt and a response of so many tokens, with logits for the response only."""
+    return 2 * model.body * (prompt + response) + 2 * model.head * response
+
+
+def _training_flops(training: StageTraining) -> tuple[float, float]:
+    """Operations per parameter and token of a forward and backward: of the body, and of the head.
+
+    Frozen weights beside an adapter have no gradient. Gradient checkpointing computes the body's forward again.
+    """
+    each = 4 if training.has_adapter else 6
+    return each + 2 * bool(training.argument("gradient_checkpointing")), each
+
+
+def _layers_per_update(training: StageTraining, model: Shape, scoring: Shape | None = None) -> float:
+    """Forwards and backwards of one layer in a weight update; a forward without a backward counts as a third of one.
+
+    Args:
+        training: the stage.
+        model: the model that it trains.
+        scoring: a model that scores the same sequences, if there is one.
+    """
+    layers = model.layers * (4 / 3 if training.argument("gradient_checkpointing") else 1)
+    return training.accumulation_steps * (layers + (0 if scoring is None else scoring.layers / 3))
 
 
 class Planner:
-    """The phases of one recipe on one machine, from which each stage takes its own."""
+    """The phases of one recipe on one machine. `Stage.phases` of each stage calls the method for its own phases.
+
+    Args:
+        recipe: the recipe.
+        machine: the machine to plan for.
+
+    Attributes:
+        teacher: the sizes of the teacher.
+        student: the sizes of the student, after pruning.
+    """
 
     def __init__(self, recipe: Recipe, machine: Machine) -> None:
         self.recipe, self.machine = recipe, machine
         self.teacher = shape_of(recipe.teacher.source)
-        pruned = recipe.student.source == "prune"
-        self.student = (
-            shape_of(recipe.teacher.source, recipe.student.keep_layers) if pruned else shape_of(recipe.student.source)
-        )
+        if recipe.student.source == "prune":
+            self.student = shape_of(recipe.teacher.source, recipe.student.keep_layers)
+        else:
+            self.student = shape_of(recipe.student.source)
+
+    # Stages that sample from models without training them, in one process
 
     def responses(self) -> list[Phase]:
-        """The teacher answers the training prompts."""
-        drawn = work.rows(self.recipe, "train").prompts * self.recipe.responses.samples_per_prompt
-        return [self._answers("responses", self.teacher, self.recipe.responses.max_new_tokens, drawn)]
+        """The phase in which the teacher answers the training prompts."""
+        train, settings = work.rows(self.recipe, "train"), self.recipe.responses
+        samples = train.prompts * settings.samples_per_prompt
+        return [self._sampling("responses", self.teacher, samples, train.prompt_tokens, settings.max_new_tokens)]
 
     def evaluation(self) -> list[Phase]:
-        """The teacher, the untrained student and what each stage has trained answer the held-out prompts."""
+        """The phases in which the teacher, the untrained student and all trained ones answer the held-out prompts."""
         students = 1 + sum(stage.trains == "student" and stage.name in self.recipe.stages for stage in STAGES)
-        return [self._evaluated("teacher", self.teacher, 1), self._evaluated("student", self.student, students)]
+        return [self._evaluation("teacher", self.teacher, 1), self._evaluation("student", self.student, students)]
 
-    # Training
+    def _evaluation(self, name: str, model: Shape, models: int) -> Phase:
+        """The answers of one or several models of one size, with every seed.
 
-    def _backward(self, training: dict[str, Any], adapted: bool) -> tuple[float, float]:
-        """Operations for each parameter and token in training: of the body, of the head. Frozen weights have no gradient."""
-        each = 4 if adapted and self.recipe.student.lora is not None else 6
-        return each + 2 * bool(argument(training, "gradient_checkpointing")), each
+        The answers of a student are scored by the student and by the teacher.
+        """
+        recipe, itemsize = self.recipe, self.machine.itemsize
+        heldout, longest = work.rows(recipe, "heldout"), recipe.evaluate.max_new_tokens
+        samples = models * heldout.prompts * len(recipe.evaluate.seeds)
+        phase = self._sampling(f"evaluate: {name}", model, samples, heldout.prompt_tokens, longest)
+        phase.parts[name] = model.parameters * itemsize
+        if name == "student":
+            # One process scores the answers, so that the teacher is not sharded.
+            phase.parts["teacher"] = memory.frozen_weights(self.teacher, itemsize, recipe.teacher.quantization)
+            prompt, response = heldout.prompt_tokens, longest / 2
+            scoring = samples * sum(_scoring_flops(each, prompt, response) for each in (model, self.teacher))
+            phase.flops += scoring
+            phase.seconds += replace(self.machine, processes=1).seconds(scoring, itemsize)
+        return phase
+
+    def _sampling(self, name: str, model: Shape, samples: int, prompt: float, longest: int) -> Phase:
+        """The phase in which one process samples from a model that is not trained.
+
+        Args:
+            name: the name of the phase.
+            model: the model that is sampled.
+            samples: responses in all.
+            prompt: tokens of a prompt, on average.
+            longest: tokens of the longest response.
+        """
+        alone, itemsize = replace(self.machine, processes=1), self.machine.itemsize
+        sampled = SampledModel(self.recipe, self.machine, model, itemsize)
+        length = self.recipe.data.max_prompt_tokens + longest
+        parts = {"process": memory.PROCESS, **sampled.engine(memory.BATCH_SIZE, length)}
+        if sampled.by_transformers:
+            parts["the sampled model"] = model.parameters * itemsize
+        flops = samples * _scoring_flops(model, prompt, longest / 2)
+        decoding = alone.decoding_seconds(model, itemsize, memory.BATCH_SIZE, longest, prompt + longest)
+        return Phase(name, parts, flops, alone.seconds(flops, itemsize) + samples / memory.BATCH_SIZE * decoding)
+
+    # Supervised stages
 
     def supervised(self, name: str) -> list[Phase]:
-        """A stage that trains on given answers, and its validation."""
-        recipe, machine = self.recipe, self.machine
-        training = stage_named(name).arguments(recipe)
-        model = self.teacher if name == "finetune" else self.student
-        size, micro = item_size(training, machine), argument(training, "per_device_train_batch_size")
-        longest = recipe.responses.max_new_tokens
-        length = recipe.data.max_prompt_tokens + longest
-        idle = {
-            "process": memory.PROCESS,
-            **memory.trained(recipe, machine, model, training, "teacher" if name == "finetune" else "student"),
-        }
-        # Warm-up always holds the teacher, fine-tuning for the KL of its validation; beside TRL's trainer it is whole in every process.
+        """The phases of a stage that trains on given responses: its training, and its validation where it has one.
+
+        Args:
+            name: the name of the stage: `finetune`, `warmup` or `sft`.
+        """
+        training = StageTraining(self.recipe, self.machine, name)
+        model = self._trained_model(training)
+        scoring = self.teacher if name == "warmup" and self.recipe.warmup.cross_entropy < 1 else None
+        idle = {"process": memory.PROCESS, **memory.trained_weights(training, model)}
+        # The warm-up always holds the teacher; sft holds it for the KL of its validation. Beside TRL's trainer the
+        # teacher is not sharded.
         if name == "warmup":
-            idle["teacher"] = memory.reading_teacher(recipe, machine, self.teacher, size)
-        elif name == "sft" and recipe.data.validation is not None:
-            idle["teacher"] = memory.held(self.teacher, size, recipe.teacher.quantization)
-        parts = idle | {"activations": memory.activations(machine, model, training, length)}
-        reads = self.teacher if name == "warmup" and recipe.warmup.cross_entropy < 1 else None
-        if name == "warmup":
-            parts["head"] = memory.scoring_head(model, reads, micro * longest, size)
+            idle["teacher"] = memory.scoring_teacher(self.recipe, self.machine, self.teacher, training.itemsize)
+        elif name == "sft" and self.recipe.data.validation is not None:
+            quantization = self.recipe.teacher.quantization
+            idle["teacher"] = memory.frozen_weights(self.teacher, training.itemsize, quantization)
+        phase = Phase(name, idle | self._supervised_buffers(training, model, scoring))
+        phase.flops = training.updates * self._supervised_flops(training, model, scoring)
+        layers = training.updates * _layers_per_update(training, model, scoring)
+        phase.seconds = self.machine.training_seconds(phase.flops, training.itemsize, layers)
+        return [phase, *self._validation_phases(training, idle, phase)]
+
+    def _trained_model(self, training: StageTraining) -> Shape:
+        return self.teacher if training.trains == "teacher" else self.student
+
+    def _supervised_buffers(self, training: StageTraining, model: Shape, scoring: Shape | None) -> Parts:
+        """Memory that a weight update takes beside the weights; `scoring` is the teacher, where the loss reads it."""
+        micro, longest, gpu = training.micro_batch_size, self.recipe.responses.max_new_tokens, self.machine.gpu
+        length = self.recipe.data.max_prompt_tokens + longest
+        parts: Parts = {"activations": memory.activations(training, model, length)}
+        if training.stage == "warmup":
+            tokens, with_teacher = micro * longest, scoring is not None
+            parts["head"] = memory.scoring_head(model, tokens, training.itemsize, with_teacher=with_teacher)
         else:
-            parts["head"] = memory.trl_head(model, micro * (longest if machine.gpu else length), machine.gpu)
-        if reads is not None:
-            parts["teacher's states"] = micro * longest * reads.hidden * size
-        rows = work.trained_rows(recipe, name)
-        updates, tokens = work.updates(recipe, name, training, machine), rows.prompt + rows.answer
-        scored = tokens if name != "warmup" and not machine.gpu else rows.answer  # TRL's head there: prompts too
-        of_body, of_head = self._backward(training, adapted=name != "finetune")
-        flops = of_body * model.body * tokens + of_head * model.head * scored
-        flops = (
-            updates
-            * update_responses(training, machine)
-            * (flops + (0 if reads is None else _read(reads, tokens, rows.answer)))
-        )
-        phase = Phase(name, parts, flops)
-        phase.seconds = machine.training_seconds(flops, size, updates * self._layers(training, model, reads))
-        return [phase, *self._validation(name, training, updates, idle, phase)]
+            parts["head"] = memory.trl_head(model, micro * (longest if gpu else length), gpu)
+        if scoring is not None:
+            parts["teacher's hidden states"] = micro * longest * scoring.hidden * training.itemsize
+        return parts
 
-    @staticmethod
-    def _layers(training: dict[str, Any], model: Shape, reads: Shape | None = None) -> float:
-        """Forwards and backwards of a layer in an update; of another model that is read, which is a third of that."""
-        once = model.layers * (4 / 3 if argument(training, "gradient_checkpointing") else 1) + (
-            0 if reads is None else reads.layers / 3
-        )
-        return argument(training, "gradient_accumulation_steps") * once
+    def _supervised_flops(self, training: StageTraining, model: Shape, scoring: Shape | None) -> float:
+        """Operations of a weight update; `scoring` is the teacher, where the loss reads it."""
+        rows = work.trained_rows(self.recipe, training.stage)
+        prompt, response = rows.prompt_tokens, rows.answer_tokens
+        # On a CPU the head of TRL's loss reads the prompts as well.
+        all_tokens = training.stage != "warmup" and not self.machine.gpu
+        body, head = _training_flops(training)
+        flops = body * model.body * (prompt + response)
+        flops += head * model.head * (prompt + response if all_tokens else response)
+        flops += 0 if scoring is None else _scoring_flops(scoring, prompt, response)
+        return training.responses_per_update * flops
 
-    def _validation(
-        self, name: str, training: dict[str, Any], updates: int, idle: dict[str, float], trained: Phase
-    ) -> list[Phase]:
-        """What sampling adds where a supervised stage is validated; an engine that does not sleep stays while the stage trains."""
-        flops, seconds = self._validating(name, training, updates)
+    # Validation
+
+    def _validation_phases(self, training: StageTraining, idle: Parts, trained: Phase) -> list[Phase]:
+        """The validation of a supervised stage, if it has one.
+
+        Args:
+            training: the stage.
+            idle: memory of the stage between two weight updates, with gradients.
+            trained: the phase of its training. An engine that does not free its memory between validations is added.
+        """
+        flops, seconds = self._validation_cost(training)
         if not seconds:
             return []
-        model = self.teacher if name == "finetune" else self.student
-        engine, stays = memory.rollout_engine(self.recipe, self.machine, model, item_size(training, self.machine))
+        model = self._trained_model(training)
+        sampled = SampledModel(self.recipe, self.machine, model, training.itemsize)
+        engine, stays = sampled.engine_while_training()
         if stays:
             trained.parts |= engine
-        without = {part: of for part, of in idle.items() if part != "gradients"}
-        return [Phase(f"{name}: validation", without | engine, flops, seconds)]
+        without = {part: size for part, size in idle.items() if part != "gradients"}
+        return [Phase(f"{training.stage}: validation", without | engine, flops, seconds)]
 
-    def _validating(self, name: str, training: dict[str, Any], updates: int) -> tuple[float, float]:
-        """Operations and seconds of all validations of a stage: one answer to each row, read once by the model and the teacher."""
-        recipe, machine = self.recipe, self.machine
+    def _validation_cost(self, training: StageTraining) -> tuple[float, float]:
+        """Operations and seconds of all validations of a stage.
+
+        One response is sampled for each row that has a reference. The model and the teacher score it, if there is a
+        teacher in the process.
+        """
+        recipe, machine, itemsize = self.recipe, self.machine, training.itemsize
         if recipe.data.validation is None:
             return 0.0, 0.0
-        times = work.validations(training, updates, work.updates_per_epoch(recipe, name, training, machine))
-        model, rows = (self.teacher if name == "finetune" else self.student), work.rows(recipe, "validation")
-        answer, size = recipe.rollout.max_new_tokens / 2, item_size(training, machine)
-        each = _read(model, rows.prompt + answer, answer)
-        if name != "finetune" and not (name == "minillm" and recipe.teacher.servers):
-            each += _read(model, rows.prompt + answer, answer) + _read(self.teacher, rows.prompt + answer, answer)
+        model, rows, times = self._trained_model(training), work.rows(recipe, "validation"), training.validations
+        prompt, longest = rows.prompt_tokens, recipe.rollout.max_new_tokens
+        each = _scoring_flops(model, prompt, longest / 2)
+        if training.stage != "finetune" and not (training.stage == "minillm" and recipe.teacher.servers):
+            each += sum(_scoring_flops(scoring, prompt, longest / 2) for scoring in (model, self.teacher))
         flops = times * rows.referenced * each
-        own = -(-rows.referenced // machine.processes)
-        decoding = machine.decoding_seconds(model, size, own, recipe.rollout.max_new_tokens, rows.prompt + 2 * answer)
-        return flops, machine.seconds(flops, size) + times * decoding
-
-    # Answers of models that nothing trains, by one process
-
-    def _answers(self, name: str, model: Shape, longest: int, drawn: int) -> Phase:
-        recipe, machine, size = self.recipe, self.machine, self.machine.itemsize
-        length = recipe.data.max_prompt_tokens + longest
-        parts = {"process": memory.PROCESS, **memory.engine(recipe, machine, model, size, memory.AT_ONCE, length)}
-        if memory.sampled_by_transformers(recipe, machine, model):
-            parts["the sampled model"] = model.parameters * size
-        prompt = work.rows(recipe, "train" if name == "responses" else "heldout").prompt
-        phase, alone = (
-            Phase(name, parts, flops=drawn * _read(model, prompt + longest / 2, longest / 2)),
-            replace(machine, processes=1),
-        )
-        decoding = alone.decoding_seconds(model, size, memory.AT_ONCE, longest, prompt + longest)
-        phase.seconds = alone.seconds(phase.flops, size) + drawn / memory.AT_ONCE * decoding
-        return phase
-
-    def _evaluated(self, name: str, model: Shape, models: int) -> Phase:
-        """Answers with every seed; a student's are read by it and by the teacher."""
-        recipe, size, heldout = self.recipe, self.machine.itemsize, work.rows(self.recipe, "heldout")
-        longest = recipe.evaluate.max_new_tokens
-        drawn = models * heldout.prompts * len(recipe.evaluate.seeds)
-        phase = self._answers(f"evaluate: {name}", model, longest, drawn)
-        phase.parts[name] = model.parameters * size
-        if name == "student":  # one process reads it, so there are no shards
-            phase.parts["teacher"] = memory.held(self.teacher, size, recipe.teacher.quantization)
-            scored = drawn * sum(
-                _read(each, heldout.prompt + longest / 2, longest / 2) for each in (model, self.teacher)
-            )
-            phase.flops += scored
-            phase.seconds += replace(self.machine, processes=1).seconds(scored, size)
-        return phase
+        in_one_process = -(-rows.referenced // machine.processes)
+        decoding = machine.decoding_seconds(model, itemsize, in_one_process, longest, prompt + longest)
+        return flops, machine.seconds(flops, itemsize) + times * decoding
 
     # MiniLLM
 
     def on_policy(self) -> list[Phase]:
-        recipe, machine, student, teacher = self.recipe, self.machine, self.student, self.teacher
-        training, rollout, objective = recipe.training, recipe.rollout, recipe.objective
-        size, micro = item_size(training, machine), argument(training, "per_device_train_batch_size")
-        served, own = bool(recipe.teacher.servers), max(rollout.num_rollouts // machine.processes, 1)
+        """The phases of the minillm stage: its rollouts, with validation, and its weight updates."""
+        training = StageTraining(self.recipe, self.machine, "minillm")
+        rollouts, update = self._on_policy_memory(training)
+        updating = Phase("minillm: update", update, training.updates * self._on_policy_flops(training))
+        layers = training.updates * _layers_per_update(training, self.student) * (2 if self._trains_on_text else 1)
+        updating.seconds = self.machine.training_seconds(updating.flops, training.itemsize, layers)
+        flops, seconds = self._rollout_cost(training, updating.seconds)
+        return [Phase("minillm: rollouts", rollouts, flops, seconds), updating]
+
+    @property
+    def _trains_on_text(self) -> bool:
+        """Whether the objective has its language-model term."""
+        return self.recipe.data.text is not None and self.recipe.objective.language_model > 0
+
+    def _on_policy_memory(self, training: StageTraining) -> tuple[Parts, Parts]:
+        """Memory of the minillm stage: while it samples rollouts, and during a weight update."""
+        recipe, machine, teacher, itemsize = self.recipe, self.machine, self.teacher, training.itemsize
+        rollout, served = recipe.rollout, bool(recipe.teacher.servers)
+        own_rollouts = max(rollout.num_rollouts // machine.processes, 1)
         length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
-        update = {"process": memory.PROCESS, **memory.trained(recipe, machine, student, training, "student")}
-        mixing: dict[str, float] = {}
+        update: Parts = {"process": memory.PROCESS, **memory.trained_weights(training, self.student)}
+        mixing: Parts = {}
         if not served:
-            update["teacher"] = memory.reading_teacher(recipe, machine, teacher, size)
-            update["teacher's states"] = own * rollout.max_new_tokens * teacher.hidden * size
+            update["teacher"] = memory.scoring_teacher(recipe, machine, teacher, itemsize)
+            update["teacher's hidden states"] = own_rollouts * rollout.max_new_tokens * teacher.hidden * itemsize
             if rollout.teacher_mix:
-                mixing["teacher's cache"] = own * length * teacher.cached(size)
-        engine, stays = memory.rollout_engine(recipe, machine, student, size)
-        idle = {name: value for name, value in update.items() if name != "gradients"}  # freed after each update
-        drawing = Phase("minillm: rollouts", idle | engine | mixing)
+                mixing["teacher's cache"] = own_rollouts * length * teacher.cached(itemsize)
+        engine, stays = SampledModel(recipe, machine, self.student, itemsize).engine_while_training()
+        without_gradients = {
+            part: size for part, size in update.items() if part != "gradients"
+        }  # freed after an update
+        sampling = without_gradients | engine | mixing
         if stays:
             update |= engine
-        if rollout.overlap:  # the next batch is drawn meanwhile
+        if rollout.overlap:  # the next batch is sampled during the updates on this one
             update |= mixing
             if mixing:
-                update["teacher's states"] *= 2
-        update["activations"] = memory.activations(machine, student, training, length)
-        tokens, block = micro * rollout.max_new_tokens, objective.language_model_block
-        text = recipe.data.text is not None and objective.language_model > 0
-        if text:
-            update["activations"] += memory.activations(machine, student, training, block)
-            tokens += micro * block
-        update["head"] = memory.scoring_head(student, None if served else teacher, tokens, size)
-        updates = work.updates(recipe, "minillm", training, machine)
-        prompt, answer = work.rows(recipe, "train").prompt, rollout.max_new_tokens / 2
-        of_body, of_head = self._backward(training, adapted=True)
-        each = (
-            of_body * student.body * (prompt + answer)
-            + (of_head * student.head + (0 if served else 2 * teacher.head)) * answer
-        )
-        if text:
-            each += block * (of_body * student.body + of_head * student.head)
-            each += _read(teacher, block, block) * (objective.language_model_distill > 0)
-        updating = Phase("minillm: update", update, updates * update_responses(training, machine) * each)
-        layers = updates * self._layers(training, student) * (2 if text else 1)
-        updating.seconds = machine.training_seconds(updating.flops, size, layers)
-        self._draw(drawing, updates, prompt, answer, updating.seconds)
-        return [drawing, updating]
+                update["teacher's hidden states"] *= 2
+        update["activations"] = memory.activations(training, self.student, length)
+        tokens = training.micro_batch_size * rollout.max_new_tokens
+        if self._trains_on_text:
+            block = recipe.objective.language_model_block
+            update["activations"] += memory.activations(training, self.student, block)
+            tokens += training.micro_batch_size * block
+        update["head"] = memory.scoring_head(self.student, tokens, itemsize, with_teacher=not served)
+        return sampling, update
 
-    def _draw(self, phase: Phase, updates: int, prompt: float, answer: float, training_seconds: float) -> None:
-        """Operations and seconds of all batches of rollouts, the teacher's reading and validations included."""
+    def _on_policy_flops(self, training: StageTraining) -> float:
+        """Operations of a weight update of the minillm stage."""
+        student, teacher, objective = self.student, self.teacher, self.recipe.objective
+        prompt, response = work.rows(self.recipe, "train").prompt_tokens, self.recipe.rollout.max_new_tokens / 2
+        body, head = _training_flops(training)
+        # The teacher's hidden states are kept from the rollouts; only its head is computed again.
+        heads = head * student.head + (0 if self.recipe.teacher.servers else 2 * teacher.head)
+        each = body * student.body * (prompt + response) + heads * response
+        if self._trains_on_text:
+            block = objective.language_model_block
+            each += block * (body * student.body + head * student.head)
+            each += _scoring_flops(teacher, 0, block) * (objective.language_model_distill > 0)
+        return training.responses_per_update * each
+
+    def _rollout_cost(self, training: StageTraining, training_seconds: float) -> tuple[float, float]:
+        """Operations and seconds of all batches of rollouts, with the teacher's scoring and with validations.
+
+        Args:
+            training: the minillm stage.
+            training_seconds: the time of all weight updates, during which rollouts are sampled where they overlap.
+        """
         recipe, machine, student, teacher = self.recipe, self.machine, self.student, self.teacher
-        rollout, size = recipe.rollout, item_size(recipe.training, self.machine)
-        batches = math.ceil(updates / work.updates_of_batch(recipe, machine))
+        rollout, itemsize = recipe.rollout, training.itemsize
+        prompt, response = work.rows(recipe, "train").prompt_tokens, rollout.max_new_tokens / 2
+        batches = math.ceil(training.updates / work.updates_of_batch(recipe, machine))
         given = round((1 - rollout.on_policy) * rollout.num_rollouts)
-        drawn = rollout.num_rollouts - given - round(rollout.replay * (rollout.num_rollouts - given))
-        sampling = batches * drawn * _read(student, prompt + answer, answer)
-        reading = (
-            0.0 if recipe.teacher.servers else batches * rollout.num_rollouts * _read(teacher, prompt + answer, answer)
-        )
-        again = (
-            rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
-        )  # log q by the trainer's own forward
-        rescoring = batches * again * _read(student, prompt + answer, answer)
-        # Servers are taken to be as fast as a GPU here, each.
-        engines = machine.processes
-        if rollout.engine == "server":
-            engines = 1 if rollout.servers == "auto" else max(len(rollout.servers), 1)
-        decoding = machine.decoding_seconds(
-            student, size, -(-drawn // engines), rollout.max_new_tokens, prompt + 2 * answer
-        )
-        seconds = replace(machine, processes=engines).seconds(sampling, size) + batches * decoding
-        read_seconds = machine.seconds(reading, size)
+        sampled = rollout.num_rollouts - given - round(rollout.replay * (rollout.num_rollouts - given))
+        sampling = batches * sampled * _scoring_flops(student, prompt, response)
+        scoring = 0.0
+        if not recipe.teacher.servers:
+            scoring = batches * rollout.num_rollouts * _scoring_flops(teacher, prompt, response)
+        # Responses whose log-probabilities under the student come from a forward of the trainer.
+        rescored = rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
+        rescoring = batches * rescored * _scoring_flops(student, prompt, response)
+        engines = self._engines()
+        longest, in_one_engine = rollout.max_new_tokens, -(-sampled // engines)
+        decoding = machine.decoding_seconds(student, itemsize, in_one_engine, longest, prompt + longest)
+        seconds = replace(machine, processes=engines).seconds(sampling, itemsize) + batches * decoding
+        scoring_seconds = machine.seconds(scoring, itemsize)
         if rollout.teacher_mix and not machine.gpu:
-            seconds, read_seconds = seconds * _MIXING_ON_A_CPU, read_seconds * _MIXING_ON_A_CPU
-        if rollout.overlap:
-            seconds = max(
-                seconds - training_seconds, seconds / batches
-            )  # but for the first batch it is hidden by the updates
-        flops, validating = self._validating("minillm", recipe.training, updates)
-        phase.flops = sampling + reading + rescoring + flops
-        phase.seconds = seconds + read_seconds + machine.seconds(rescoring, size) + validating
+            seconds, scoring_seconds = seconds * _MIXING_ON_A_CPU, scoring_seconds * _MIXING_ON_A_CPU
+        if rollout.overlap:  # all batches but the first are sampled during the weight updates
+            seconds = max(seconds - training_seconds, seconds / batches)
+        validation_flops, validation_seconds = self._validation_cost(training)
+        seconds += scoring_seconds + machine.seconds(rescoring, itemsize) + validation_seconds
+        return sampling + scoring + rescoring + validation_flops, seconds
+
+    def _engines(self) -> int:
+        """How many engines sample rollouts at once. A server is taken to be as fast as a GPU of this machine."""
+        rollout = self.recipe.rollout
+        if rollout.engine != "server":
+            return self.machine.processes
+        return 1 if rollout.servers == "auto" else max(len(rollout.servers), 1)

@@ -1,4 +1,7 @@
-"""What a recipe's stages read, draw and train on: rows, tokens, updates, validations. Text is measured, not tokenised."""
+"""How much the stages of a recipe read, sample and train on: rows, tokens, weight updates and validations.
+
+No tokenizer is loaded. The number of tokens is estimated from the length of the text.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal
 
 from minillm.data.config import Source
@@ -15,85 +18,152 @@ from minillm.data.files import read_jsonl
 from minillm.data.templates import prompt_text
 from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
+from minillm.run.stages import stage_named
 from minillm.run.training_arguments import argument
 
-_UNREAD = 11_435  # rows of a data set that is not read: Dolly's without those that the paper keeps apart
-_BYTES = 4  # of text in a token
-_TURN = 6  # tokens by which a chat template marks a message
-_SAMPLE = 1000  # rows whose text is measured
+_UNREAD_ROWS = 11_435  # assumed of a data set that is not read: Dolly's rows without those that the paper holds out
+_BYTES_PER_TOKEN = 4  # of text in UTF-8
+_MESSAGE_TOKENS = 6  # that a chat template adds to mark a message
+_MEASURED_ROWS = 1000  # about as many rows of a file have the length of their text measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Of a data source."""
+    """How many rows a data source has, and how long they are."""
 
     prompts: int
+    """Rows in all; each has a prompt."""
     referenced: int
-    """Those with a reference."""
-    prompt: float
-    """Tokens of one, on average."""
-    answer: float
-    """Tokens of a reference."""
+    """Rows with an answer to train on or to compare with."""
+    prompt_tokens: float
+    """Tokens of a prompt, on average."""
+    answer_tokens: float
+    """Tokens of an answer, on average."""
 
 
-def item_size(training: dict[str, Any], machine: Machine) -> int:
-    """Bytes of the numbers that a stage computes with."""
-    return 2 if machine.bf16 and (argument(training, "bf16") or argument(training, "fp16")) else 4
+@dataclasses.dataclass(frozen=True)
+class StageTraining:
+    """The training of one stage of a recipe on a machine: batch sizes and numbers of updates."""
 
+    recipe: Recipe
+    """The recipe."""
+    machine: Machine
+    """The machine that it is planned for."""
+    stage: str
+    """The name of a stage that trains."""
 
-def update_responses(training: dict[str, Any], machine: Machine) -> int:
-    """Responses that an update trains on, in all processes."""
-    micro, accumulation = (
-        argument(training, "per_device_train_batch_size"),
-        argument(training, "gradient_accumulation_steps"),
-    )
-    return micro * accumulation * machine.processes
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The stage's `TrainingArguments` as the recipe gives them."""
+        return stage_named(self.stage).arguments(self.recipe)
+
+    def argument(self, name: str) -> Any:
+        """One of the stage's `TrainingArguments`, as given or by default."""
+        return argument(self.arguments, name)
+
+    @property
+    def trains(self) -> str:
+        """Which model the stage trains: `student` or `teacher`."""
+        return stage_named(self.stage).trains or "student"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the stage trains a LoRA adapter instead of the weights."""
+        return self.trains == "student" and self.recipe.student.lora is not None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of the numbers that the stage computes with."""
+        return 2 if self.machine.bf16 and (self.argument("bf16") or self.argument("fp16")) else 4
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Responses in one forward and backward of one process."""
+        return self.argument("per_device_train_batch_size")
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one process in one weight update."""
+        return self.argument("gradient_accumulation_steps")
+
+    @property
+    def responses_per_update(self) -> int:
+        """Responses of all processes in one weight update."""
+        return self.micro_batch_size * self.accumulation_steps * self.machine.processes
+
+    @cached_property
+    def updates_per_epoch(self) -> int:
+        """Weight updates in one pass over the data, as the trainer of the stage counts them."""
+        if self.stage == "minillm":
+            samples = rows(self.recipe, "train").prompts * self.recipe.rollout.samples_per_prompt
+            return max(samples // self.recipe.rollout.num_rollouts, 1) * updates_of_batch(self.recipe, self.machine)
+        count = trained_rows(self.recipe, self.stage).referenced
+        if self.stage == "warmup":  # its trainer leaves out the rows that do not fill a last update
+            return max(count // self.responses_per_update, 1)
+        batches = -(-count // (self.micro_batch_size * self.machine.processes))
+        return max(-(-batches // self.accumulation_steps), 1)
+
+    @cached_property
+    def updates(self) -> int:
+        """Weight updates of the stage: `max_steps`, or where that is not given those of `num_train_epochs`."""
+        steps = self.argument("max_steps")
+        if steps >= 0:
+            return max(steps, 1)
+        return max(math.ceil(self.argument("num_train_epochs") * self.updates_per_epoch), 1)
+
+    @property
+    def validations(self) -> int:
+        """How many times the stage is validated, where the recipe has validation data."""
+        return validations(self.arguments, self.updates, self.updates_per_epoch)
 
 
 def why_refused(recipe: Recipe, machine: Machine) -> str | None:
-    """Why the run would refuse a recipe on as many processes, if it would."""
-    update, rollouts = update_responses(recipe.training, machine), recipe.rollout.num_rollouts
+    """The reason why a run would refuse the recipe on this number of processes.
+
+    Args:
+        recipe: the recipe.
+        machine: the machine that it is planned for.
+
+    Returns:
+        The reason with its remedy, or None where the run would not refuse.
+    """
+    update, rollouts = StageTraining(recipe, machine, "minillm").responses_per_update, recipe.rollout.num_rollouts
     if "minillm" in recipe.stages and rollouts % update:
         return (
-            f"rollout.num_rollouts ({rollouts}) is no multiple of the {update} responses of an update on {machine.processes} process(es): "
-            "change it, or training.per_device_train_batch_size or training.gradient_accumulation_steps"
+            f"rollout.num_rollouts ({rollouts}) is not a multiple of the {update} responses of an update on "
+            f"{machine.processes} process(es): change it, or training.per_device_train_batch_size or "
+            "training.gradient_accumulation_steps"
         )
     if machine.shard and recipe.student.lora is not None and recipe.student.lora.quantization:
-        return "student.lora.quantization: a quantised student is not dealt out over processes: leave it out, or plan without --shard"
+        return "student.lora.quantization: a quantised student cannot be sharded: leave it out, or plan without --shard"
     return None
 
 
 def updates_of_batch(recipe: Recipe, machine: Machine) -> int:
-    """Updates between two draws of rollouts."""
-    return (
-        max(recipe.rollout.num_rollouts // update_responses(recipe.training, machine), 1) * recipe.rollout.inner_epochs
-    )
+    """Weight updates of the minillm stage on one batch of rollouts, over all its inner epochs.
 
+    Args:
+        recipe: the recipe.
+        machine: the machine that it is planned for.
 
-def updates_per_epoch(recipe: Recipe, stage: str, training: dict[str, Any], machine: Machine) -> int:
-    """As the stage's trainer counts them."""
-    if stage == "minillm":
-        drawn = rows(recipe, "train").prompts * recipe.rollout.samples_per_prompt
-        return max(drawn // recipe.rollout.num_rollouts, 1) * updates_of_batch(recipe, machine)
-    count = trained_rows(recipe, stage).referenced
-    if stage == "warmup":  # what does not fill a last update is left out
-        return max(count // update_responses(training, machine), 1)
-    batches = -(-count // (argument(training, "per_device_train_batch_size") * machine.processes))
-    return max(-(-batches // argument(training, "gradient_accumulation_steps")), 1)
-
-
-def updates(recipe: Recipe, stage: str, training: dict[str, Any], machine: Machine) -> int:
-    """`max_steps`, or without it as many as `num_train_epochs` have."""
-    steps = argument(training, "max_steps")
-    if steps >= 0:
-        return max(steps, 1)
-    return max(
-        math.ceil(argument(training, "num_train_epochs") * updates_per_epoch(recipe, stage, training, machine)), 1
-    )
+    Returns:
+        The number of updates.
+    """
+    update = StageTraining(recipe, machine, "minillm").responses_per_update
+    return max(recipe.rollout.num_rollouts // update, 1) * recipe.rollout.inner_epochs
 
 
 def validations(training: dict[str, Any], updates: int, per_epoch: int) -> int:
-    """Times that a stage of so many updates is validated, as transformers' `DefaultFlowCallback` has it."""
+    """How many times a stage is validated, by the rules of transformers' `DefaultFlowCallback`.
+
+    Args:
+        training: the stage's `TrainingArguments` as given.
+        updates: weight updates of the stage.
+        per_epoch: weight updates in one pass over the data.
+
+    Returns:
+        The number of validations.
+    """
     strategy, delay = argument(training, "eval_strategy"), argument(training, "eval_delay")
     at_start = int(argument(training, "eval_on_start"))
     if strategy == "epoch":
@@ -108,85 +178,115 @@ def validations(training: dict[str, Any], updates: int, per_epoch: int) -> int:
 
 
 def trained_rows(recipe: Recipe, stage: str) -> Rows:
-    """What a supervised stage trains on: rows with a reference, or with the teacher's answer, where no file says half as long as may be."""
+    """The rows that a supervised stage trains on.
+
+    They are the rows with a reference; in the warm-up they are the responses of the teacher, unless its targets are the
+    references. Where no file of responses is there yet, a response is taken to be half as long as the longest one.
+
+    Args:
+        recipe: the recipe.
+        stage: the name of the stage: `finetune`, `warmup` or `sft`.
+
+    Returns:
+        The rows, of which the `referenced` ones are trained on.
+    """
     train = rows(recipe, "train")
     if stage != "warmup" or recipe.warmup.targets == "references":
         return train
-    file, drawn, answer = (
-        recipe.responses.file,
-        train.prompts * recipe.responses.samples_per_prompt,
-        recipe.responses.max_new_tokens / 2,
-    )
+    file = recipe.responses.file
+    count = train.prompts * recipe.responses.samples_per_prompt
+    tokens = recipe.responses.max_new_tokens / 2
     if file is not None and file.is_file():
         given = read_jsonl(file)
-        drawn = len(given)
-        answer = _mean([len(row["response_ids"]) for row in given if "response_ids" in row]) or answer
-    return dataclasses.replace(train, referenced=drawn, answer=answer)
+        count = len(given)
+        tokens = _mean([len(row["response_ids"]) for row in given if "response_ids" in row]) or tokens
+    return dataclasses.replace(train, referenced=count, answer_tokens=tokens)
 
 
 def rows(recipe: Recipe, name: Literal["train", "heldout", "validation"]) -> Rows:
-    """Of a file what is in it; of a data set, which is not read, what its split says, and half of the longest prompt and answer."""
-    data, answer = recipe.data, recipe.responses.max_new_tokens
+    """The rows of a data source.
+
+    A file is read. A data set of the hub is not: its rows are counted by the slice of its split, and its prompts and
+    answers are taken to be half as long as the longest ones that the recipe allows.
+
+    Args:
+        recipe: the recipe.
+        name: which of the recipe's data sources, which must be given.
+
+    Returns:
+        The rows within the recipe's limit.
+    """
+    data, longest_answer = recipe.data, recipe.responses.max_new_tokens
     source: Source = getattr(data, name)
     limit = data.validation_limit if name == "validation" else data.limit
     if source.file is None or not source.file.is_file():
-        count = sum(map(_declared, source.split.split("+")))
+        count = sum(map(_rows_of_split, source.split.split("+")))
         count = min(count, limit or count)
-        return Rows(count, count, data.max_prompt_tokens / 2, answer / 2)
-    stamp = source.file.stat()
-    return _measured(
-        source.model_dump_json(), (stamp.st_mtime_ns, stamp.st_size), limit, data.template, data.system, data.max_prompt_tokens, answer
-    )  # fmt: skip
+        return Rows(count, count, data.max_prompt_tokens / 2, longest_answer / 2)
+    status = source.file.stat()
+    return _rows_of_file(
+        source.model_dump_json(),
+        (status.st_mtime_ns, status.st_size),
+        limit,
+        data.template,
+        data.system,
+        data.max_prompt_tokens,
+        longest_answer,
+    )
 
 
 @cache
-def _measured(
+def _rows_of_file(
     source: str,
-    stamp: tuple[int, int],
+    version: tuple[int, int],
     limit: int | None,
     template: str,
     system: str | None,
-    longest: int,
+    longest_prompt: int,
     longest_answer: int,
 ) -> Rows:
-    """`stamp`: by which a file that has changed is read again."""
+    """The rows of a file, measured; `version` has the cache read a file again when it has changed."""
     examples = read_examples(Source.model_validate_json(source), limit)
-    some = examples[:: max(len(examples) // _SAMPLE, 1)]
-    prompts = [min(_prompt_tokens(example, template, system), longest) for example in some]
-    answers = [min(_tokens(example.output) + 1, longest_answer) for example in some if example.references]
+    measured = examples[:: max(len(examples) // _MEASURED_ROWS, 1)]
+    prompts = [min(_prompt_tokens(example, template, system), longest_prompt) for example in measured]
+    answers = [min(_tokens(example.output) + 1, longest_answer) for example in measured if example.references]
     referenced = sum(bool(example.references) for example in examples)
     return Rows(len(examples), referenced, _mean(prompts), _mean(answers))
 
 
 def _mean(values: Sequence[float]) -> float:
+    """The mean; 0 where there are no values."""
     return sum(values) / max(len(values), 1)
 
 
 def _tokens(text: str) -> float:
-    return len(text.encode(errors="replace")) / _BYTES
+    return len(text.encode(errors="replace")) / _BYTES_PER_TOKEN
 
 
 def _prompt_tokens(example: Example, template: str, system: str | None) -> float:
     if template != "chat":
         return _tokens(prompt_text(example, template, system))
-    said = [text for _, text in example.chat or (("user", example.text),)]
+    texts = [text for _, text in example.chat or (("user", example.text),)]
     if system is not None and (not example.chat or example.chat[0][0] != "system"):
-        said.append(system)
-    return sum(map(_tokens, said)) + _TURN * (len(said) + 1)  # one turn opens the answer
+        texts.append(system)
+    return sum(map(_tokens, texts)) + _MESSAGE_TOKENS * (len(texts) + 1)  # one more opens the answer
 
 
-def _declared(split: str) -> int:
-    """Rows of one split by its slice; in percent of, or without an end as, a data set that is not read."""
+def _rows_of_split(split: str) -> int:
+    """The rows of one split of a data set that is not read, such as `train[:1000]`.
+
+    Percentages are taken of the assumed number of rows, to which a slice without an end extends as well.
+    """
     found = re.search(r"\[(-?\d+)?(%?):(-?\d+)?(%?)\]", split)
     if found is None:
-        return _UNREAD
+        return _UNREAD_ROWS
     start, end = (
-        None if number is None else int(number) * _UNREAD // 100 if percent else int(number)
+        None if number is None else int(number) * _UNREAD_ROWS // 100 if percent else int(number)
         for number, percent in ((found[1], found[2]), (found[3], found[4]))
     )
-    if (
-        end is None and not found[2]
-    ):  # from a row on, of nobody knows how many: as many; the last rows, counted from the end
-        return -start if start is not None and start < 0 else _UNREAD
-    first, last = (place + _UNREAD if place < 0 else place for place in (start or 0, _UNREAD if end is None else end))
+    if end is None and not found[2]:
+        # A negative start counts from the end. An unknown number of rows follows a positive one: the assumed number.
+        return -start if start is not None and start < 0 else _UNREAD_ROWS
+    limits = (start or 0, _UNREAD_ROWS if end is None else end)
+    first, last = (number + _UNREAD_ROWS if number < 0 else number for number in limits)
     return max(last - first, 0)
