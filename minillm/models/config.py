@@ -14,9 +14,11 @@ class AdapterConfig(Section):
     """A LoRA adapter. It has no dropout, because the student that is scored must be the student that sampled."""
 
     rank: Positive = 16
+    """r: the adapter of a layer has rank r."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The adapter is scaled by alpha/rank, or by alpha/√rank with `rslora`."""
     rslora: bool = False
+    """Scale the adapter by alpha/√rank (rank-stabilised LoRA)."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the layers that get an adapter. `all-linear` means every linear layer except the output head."""
     quantization: Literal["4bit"] | None = None
