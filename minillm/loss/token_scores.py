@@ -175,8 +175,7 @@ class _GradientInForward(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             scorer = _ChunkedScorer(hidden, head, arguments, precision, ctx.needs_input_grad[:3])
             loss = scorer.run()
-        arguments.scores = scorer.scores
-        gradients = scorer.gradients
+        arguments.scores, gradients = scorer.scores, scorer.gradients
         ctx.grads = [
             (grad, None if tensor is None else tensor.dtype)
             for grad, tensor in ((gradients.hidden, hidden), (gradients.weight, weight), (gradients.bias, bias))
@@ -277,24 +276,24 @@ class _ChunkedScorer:
 
     def _transforms_of_text(self) -> Transforms | None:
         """Return the transforms at the temperature of text; None if it is the temperature of the other scores."""
-        temperature = self._arguments.settings.text_temperature
-        if temperature is None or temperature == self._arguments.settings.temperature:
+        settings, teacher = self._arguments.settings, self._arguments.teacher
+        if settings.text_temperature is None or settings.text_temperature == settings.temperature:
             return None
-        text = self._transforms.student._replace(temperature=float(temperature))
-        teacher = self._arguments.teacher
+        temperature = float(settings.text_temperature)
+        text = self._transforms.student._replace(temperature=temperature)
         if teacher is None:  # one object, as in `_transforms`: torch.compile would compile once more for two equal ones
             return Transforms(text, text)
         if isinstance(teacher, TeacherRows):
             return Transforms(text, self._transforms.teacher)
-        return Transforms(text, self._transforms.teacher._replace(temperature=float(temperature)))
+        return Transforms(text, self._transforms.teacher._replace(temperature=temperature))
 
     def _empty_scores(self, hidden: Tensor) -> TokenScores:
         left_out = {"divergence"} if self._arguments.divergence is None else set()
         if self._text_transforms is None:
             left_out |= {"text_logq", "text_forward_kl"}
         self._score_names = [field.name for field in fields(TokenScores) if field.name not in left_out]
-        wide = self._precision.wide
-        return TokenScores(**{name: hidden.new_zeros(self._num_tokens, dtype=wide) for name in self._score_names})
+        shape, wide = (self._num_tokens,), self._precision.wide
+        return TokenScores(**{name: hidden.new_zeros(shape, dtype=wide) for name in self._score_names})
 
     def run(self) -> Float[Tensor, ""]:
         """Process all chunks from the last to the first, and return the loss."""

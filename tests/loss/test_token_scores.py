@@ -1,4 +1,4 @@
-"""The one-pass head against autograd over full logits in float64."""
+"""`token_scores`, compared with autograd through full logits in float64."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ MASKED = {"student": [3], "teacher": [5, 6], "both": [30, 31]}
 
 
 def masked_problem(dtype: torch.dtype, least: float):
-    """Heads that exclude some tokens by their bias; targets that only the student, or only the teacher, excludes among them."""
+    """Heads whose bias excludes some tokens. Some targets are excluded by the student only, or by the teacher only."""
     hidden, head, targets, teacher_states, weights = problem(torch.float64, bias=True)
     assert head.bias is not None
     bias, teacher_bias = head.bias.detach().clone(), torch.zeros(V, dtype=torch.float64)
@@ -120,7 +120,7 @@ def masked_problem(dtype: torch.dtype, least: float):
 
 
 def floored(hidden: Tensor, head: Head) -> Tensor:
-    """Log-probabilities with the floor, by hand, from logits that are low but numbers; their gradient is that without the floor."""
+    """Log-probabilities with the lower limit, from low but finite logits. The gradient ignores the limit."""
     assert head.bias is not None
     logs = torch.log_softmax(hidden @ head.weight.t() + head.bias.clamp(min=-300.0), -1)
     return logs + (logs.clamp(min=-80.0) - logs).detach()
@@ -151,7 +151,7 @@ def test_what_a_model_excludes_has_the_least_log_probability(least: float, compi
     torch.testing.assert_close(scores.logq, logq.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(scores.logp, p.gather(1, targets[:, None])[:, 0], rtol=1e-9, atol=1e-9)
     assert float(scores.logq[0]) == float(scores.logp[1]) == -80.0
-    # What the teacher alone excludes costs the student 80 nats for each unit of its mass, at least nearly.
+    # A token that only the teacher excludes costs the student almost 80 nats per unit of probability.
     mass = q.detach().exp()[:, MASKED["teacher"]].sum(-1)
     assert (scores.reverse_kl > 60 * mass - 1).all()
     for ours, theirs in zip(got, want, strict=True):
@@ -183,14 +183,14 @@ def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, na
 @pytest.mark.parametrize("least", [-torch.inf, -9999.0])
 @pytest.mark.parametrize("name", [None, "Jensen-Shannon", "adaptive"])
 def test_a_served_teachers_zero_is_a_mass_of_zero(least: float, name: str | None) -> None:
-    """−9999 is what vLLM writes for −inf: both are the floor, and the others keep the mass that is left."""
+    """vLLM writes −9999 for −∞. Both become the lower limit, and the other tokens share the probability that is left."""
     hidden, head, targets, teacher_states, (_, b, c) = problem()
     rows = known_rows(full_logits(teacher_states.hidden, teacher_states.head), targets, 6)
     found = []
     for value in (least, -80.0):
         logprobs = rows.logprobs.clone()
         logprobs[:, 2] = torch.where(rows.ids[:, 2] == targets, logprobs[:, 2], value)
-        logprobs[:2] = logprobs[:2].masked_fill(rows.ids[:2] == targets[:2, None], value)  # the drawn token itself
+        logprobs[:2] = logprobs[:2].masked_fill(rows.ids[:2] == targets[:2, None], value)  # the sampled token itself
         loss, scores = token_scores(
             hidden, head, targets, TeacherRows(rows.ids, logprobs), settings=ScoringSettings(chunk=5),
             divergence=None if name is None else DIVERGENCES[name],
@@ -238,7 +238,7 @@ def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -
 
 
 def known_rows(teacher: Tensor, targets: Tensor, k: int) -> TeacherRows:
-    """Log p [N, 1+k] of the drawn token and of k others, some of which repeat it."""
+    """Return log p [N, 1+k] of the sampled token and of k others, some of which repeat it."""
     g = torch.Generator().manual_seed(1)
     others = torch.stack([torch.randperm(V, generator=g)[:k] for _ in targets])
     ids = torch.cat([targets[:, None], others], 1)
@@ -246,7 +246,7 @@ def known_rows(teacher: Tensor, targets: Tensor, k: int) -> TeacherRows:
 
 
 def partition(log_probs: Tensor, ids: Tensor) -> list[Tensor]:
-    """For each place, the masses of the tokens named there and of all others."""
+    """Return, for each position, the probabilities of the tokens in `ids` and of all others together."""
     cells = []
     for row, named in zip(log_probs.exp(), ids, strict=True):
         named = sorted(set(named.tolist()))
@@ -278,7 +278,7 @@ def test_of_a_teacher_that_tells_some_tokens_the_others_are_one_event(kind: str,
     torch.testing.assert_close(scores.logp, rows.logprobs[:, 0])
     for ours, theirs in zip([hidden.grad, head.weight.grad], want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
-    # What the partition misses, as the docstring has it: q(others) · KL within the others.
+    # The docstring says how much lower KL(q‖p) of the partition is: q(others) · KL within the others.
     whole = divergences.reverse_kl(student, teacher)
     within = torch.zeros(N, dtype=torch.float64)
     for i, named in enumerate(rows.ids):
@@ -377,7 +377,7 @@ def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -
 
 
 def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
-    """Weights of 1e-5 times probabilities of 1e-3 are nothing in float16 unless they are scaled first."""
+    """Weights of 1e-5 times probabilities of 1e-3 become 0 in float16 unless they are scaled first."""
     errors = {}
     for dtype in (torch.float16, torch.float64):
         hidden, head, targets, teacher_states, _ = problem(torch.float64)
@@ -388,7 +388,7 @@ def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
             hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=5),
             loss_fn=lambda part, s, share=share: ((share[part] * s.reverse_kl).sum(), ScoreGradients(None, share[part])),
         )  # fmt: skip
-        (loss * 65536).backward()  # a loss scaler's
+        (loss * 65536).backward()  # what a loss scaler does
         assert head.weight.grad is not None
         errors[dtype] = head.weight.grad.double()
     assert (errors[torch.float16] - errors[torch.float64]).norm() < 0.01 * errors[torch.float64].norm()
@@ -396,7 +396,7 @@ def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_matmuls_and_live_memory(frozen: bool) -> None:
-    """Four matmuls a chunk, three with a frozen head, and nothing as large as [N, V]."""
+    """There are four matrix products per chunk, three with a frozen head, and no tensor as large as [N, V]."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     g = torch.Generator().manual_seed(0)
@@ -427,7 +427,7 @@ def test_matmuls_and_live_memory(frozen: bool) -> None:
 
 
 def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
-    """At the quickstart's vocabulary, through the compiled elementwise part."""
+    """With the vocabulary size of the quickstart, and the compiled elementwise part."""
     g = torch.Generator().manual_seed(2)
     n, v, h = 96, 49152, 64
     hidden, teacher_hidden = torch.randn(n, h, generator=g).bfloat16(), torch.randn(n, h, generator=g).bfloat16()
@@ -452,7 +452,7 @@ def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
 
 
 def test_the_heads_gradient_accumulates_in_place() -> None:
-    """What the backward hands over becomes the gradient itself, and the next micro-batch is added to it."""
+    """The tensor that the backward pass returns becomes the gradient itself, and later micro-batches are added to it."""
     hidden, head, targets, teacher_states, (a, _, _) = problem(torch.float32)
     places, sums = [], []
     for _ in range(3):
