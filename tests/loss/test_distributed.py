@@ -61,7 +61,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def adapter_error() -> float:
-    """Return the largest difference between merged weights of a sharded LoRA student and of the same student unsharded."""
+    """Return the largest difference of merged weights between a LoRA student with and without shards."""
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(5)
     whole: Any = get_peft_model(tiny_llama(1), config)  # pyright: ignore[reportArgumentType]
@@ -148,7 +148,8 @@ def worker(rank: int, world: int, folder: str) -> None:
         Path(folder, "report.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()
-    # The wrapped models still hold the process group, whose threads sometimes call std::terminate at the interpreter's exit.
+    # The wrapped models still hold the process group, whose threads sometimes call std::terminate at the
+    # interpreter's exit.
     os._exit(0)
 
 

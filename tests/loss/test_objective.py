@@ -41,9 +41,12 @@ class World:
         prefixes = [p for n in range(LENGTH) for p in itertools.product(range(V), repeat=n) if EOS not in p]
         make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
         return cls(
-            make(len(prefixes), H).requires_grad_(), make(V, H).requires_grad_(), make(len(prefixes), H), make(V, H),
+            make(len(prefixes), H).requires_grad_(),
+            make(V, H).requires_grad_(),
+            make(len(prefixes), H),
+            make(V, H),
             {p: i for i, p in enumerate(prefixes)},
-        )  # fmt: skip
+        )
 
     def responses(self) -> list[tuple[int, ...]]:
         """Return all responses: those that end with EOS, and those cut off at LENGTH tokens."""
@@ -156,8 +159,8 @@ def test_the_paper_without_norm_and_clip_is_unbiased_on_policy() -> None:
 
 
 BARE = {"length_norm": False, "baseline": "none", "clip": None}
-# Median relative bias over 20 worlds, with responses of up to 3 tokens, at α = 0.2 and 0.5; part of a table in the README.
-# Each micro-batch has one response, so whitening is over the tokens of one response.
+# Median relative bias over 20 worlds, with responses of up to 3 tokens, at α = 0.2 and 0.5; part of a table in the
+# README. Each micro-batch has one response, so whitening is over the tokens of one response.
 BIASES: dict[str, tuple[Objective, float, float]] = {
     "recommended": (Objective.recommended(), 0.420, 0.426),
     "recommended, uncentred": (Objective.recommended(baseline="none"), 0.191, 0.341),
@@ -205,7 +208,7 @@ def test_a_baseline_of_the_recommended_kind_does_not_bias_on_policy() -> None:
 
 
 def test_gradients_match_a_plain_loop_response_by_response() -> None:
-    """A missing detach of the reward adds a gradient with mean zero, which the expectation does not show but this does."""
+    """A missing detach of the reward adds a gradient with mean zero, which the expectation does not show."""
     world = World.random(5)
     for y in world.responses():
         rows, ids = torch.tensor(world.rows(y)), torch.tensor(y)
@@ -335,11 +338,19 @@ def test_the_metrics_are_what_their_names_say() -> None:
     rho = (old - behaviour).exp()
     advantage = torch.stack([(p - old)[t + 1 :].sum() for t in range(3)])
     want = {
-        "tokens": 3.0, "reverse_kl": (logq.exp() * (logq - logp)).sum(), "forward_kl": (logp.exp() * (logp - logq)).sum(),
-        "entropy": -(logq.exp() * logq).sum(), "sampled_reverse_kl": (rho * (old - p)).sum(), "importance_weight": rho.sum(),
-        "advantage": advantage.sum(), "advantage_squared": (advantage**2).sum(), "clipped": 0.0, "log_ratio": 0.0,
-        "single_step_loss": (rho * (logq.exp() * (logq - logp)).sum(-1)).sum(), "policy_loss": -(rho * advantage).sum(),
-    }  # fmt: skip
+        "tokens": 3.0,
+        "reverse_kl": (logq.exp() * (logq - logp)).sum(),
+        "forward_kl": (logp.exp() * (logp - logq)).sum(),
+        "entropy": -(logq.exp() * logq).sum(),
+        "sampled_reverse_kl": (rho * (old - p)).sum(),
+        "importance_weight": rho.sum(),
+        "advantage": advantage.sum(),
+        "advantage_squared": (advantage**2).sum(),
+        "clipped": 0.0,
+        "log_ratio": 0.0,
+        "single_step_loss": (rho * (logq.exp() * (logq - logp)).sum(-1)).sum(),
+        "policy_loss": -(rho * advantage).sum(),
+    }
     assert loss_of.tally.sums.keys() == want.keys()
     for name, value in want.items():
         assert float(loss_of.tally.sums[name]) == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
@@ -484,7 +495,7 @@ def weight_at(objective: Objective, gap: float, advantage: float) -> float:
 
 
 def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
-    """min(ρA, clip(ρ)A) does not limit ρ where A < 0. There `dual_clip` does, and the gradient is not zero beyond it."""
+    """min(ρA, clip(ρ)A) does not limit ρ where A < 0. `dual_clip` does, and keeps a gradient beyond the limit."""
     recommended, paper = Objective.recommended(), Objective.paper()
     for objective in (
         recommended,
@@ -548,7 +559,7 @@ def test_returns_are_centred_on_those_of_the_other_responses_and_nothing_is_bias
 
 @pytest.mark.parametrize("reward", ["expected", "sampled"])
 def test_advantages_have_no_mean_and_do_not_depend_on_the_split(reward: str) -> None:
-    """The mean is zero if each response is weighted by the share of tokens of the others, as its baseline is of them."""
+    """The mean is zero if each response is weighted by the share of tokens that the other responses have."""
     g = torch.Generator().manual_seed(2)
     lengths = torch.tensor([5, 1, 64, 9, 30])
     n = int(lengths.sum())
@@ -556,7 +567,9 @@ def test_advantages_have_no_mean_and_do_not_depend_on_the_split(reward: str) -> 
     sampled = SampledTokens(old, old, teacher, lengths, -kl)
     objective = Objective.recommended(reward=reward)
     baseline = credit.baselines(sampled, objective)
-    values = credit.returns(-sampled.reverse_kl if reward == "expected" else teacher - old, sampled, objective)  # pyright: ignore
+    rewards = credit.precomputed_rewards(sampled, objective)
+    assert rewards is not None
+    values = credit.returns(rewards, sampled, objective)
     future = sampled.remaining > 0
     counts = (lengths - 1).double()
     advantages = (values - baseline[sampled.segments]) * future

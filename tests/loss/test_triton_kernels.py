@@ -75,7 +75,7 @@ def test_kernels_are_the_plain_functions(
 
 @pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min, -9999.0])
 def test_excluded_tokens_are_the_plain_functions_too(kernels: ModuleType, least: float) -> None:
-    """The student excludes a whole block, the first one. The teacher excludes some tokens, and some targets are excluded."""
+    """The student excludes the whole first block, and the teacher some tokens. Some targets are excluded."""
     g = torch.Generator().manual_seed(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, teacher = (4 * torch.randn(N, V, generator=g).to(device) for _ in range(2))
