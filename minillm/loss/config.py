@@ -21,9 +21,9 @@ DIVERGENCE_PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 """Name of every divergence and names of its parameters.
 
-`minillm.loss.divergences` registers one function for each, and checks its signature against this table. Recipes are read
-without importing torch, so the names cannot be taken from there. A divergence with a new parameter also needs a field of
-`DivergenceConfig`, which documents that parameter.
+`minillm.loss.divergences` registers one function for each, and checks its signature against this table. Recipes are
+read without importing torch, so the names cannot be taken from there. A divergence with a new parameter also needs a
+field of `DivergenceConfig`, which documents that parameter.
 """
 
 
@@ -40,14 +40,14 @@ class DivergenceConfig(Section):
     alpha: float | None = None
     """α of `alpha_beta`, the exponent of p. Default 0.2."""
     beta: float | None = None
-    """For `jensen_shannon`, β of GKD, between 0 and 1: small values come close to the forward KL, large ones to the reverse
-    KL; default 0.5. For `alpha_beta`, the exponent of q; default 0.7."""
+    """For `jensen_shannon`, β of GKD, between 0 and 1: small values come close to the forward KL, large ones to the
+    reverse KL; default 0.5. For `alpha_beta`, the exponent of q; default 0.7."""
     skew: float | None = None
-    """λ of `skew_forward_kl` and `skew_reverse_kl`, at least 0 and below 1: the share of the KL's first distribution that is
-    mixed into its second. 0 gives the plain KL. Default 0.1, as in DistiLLM."""
+    """λ of `skew_forward_kl` and `skew_reverse_kl`, at least 0 and below 1: the share of the KL's first distribution
+    that is mixed into its second. 0 gives the plain KL. Default 0.1, as in DistiLLM."""
     head_mass: float | None = None
-    """For `adaptive_kl`, the probability, between 0 and 1, that the most likely tokens of p must reach together to count as
-    its head. Default 0.5."""
+    """For `adaptive_kl`, the probability, between 0 and 1, that the most likely tokens of p must reach together to
+    count as its head. Default 0.5."""
 
     @model_validator(mode="before")
     @classmethod
@@ -79,71 +79,77 @@ class Objective(Section):
     - the long-term term, a policy gradient that credits each token with the rewards of the tokens after it;
     - the language-model term, on ordinary text, if there is any.
 
-    The docstring of `minillm.loss.credit` has the equations (A) and (B). q is the student, q_old the student that sampled
-    the responses, p the teacher. p̃ is the distribution that the tokens were really sampled from, which with
-    `rollout.teacher_mix` is a mixture of q_old and p. A response y has tokens y_1 … y_T, and ρ_t = q_old(y_t)/p̃(y_t).
+    The docstring of `minillm.loss.credit` has the equations (A) and (B). q is the student, q_old the student that
+    sampled the responses, p the teacher. p̃ is the distribution that the tokens were really sampled from, which with
+    `rollout.teacher_mix` is a mixture of q_old and p. A response y has tokens y_1 … y_T, and
+    ρ_t = q_old(y_t)/p̃(y_t).
     """
 
     preset: Literal["paper", "reference", "recommended", "exact"] = "recommended"
     """Values that the other fields start from. `recommended`: expected rewards, centred. `paper`: equations 5 to 8 of
     arXiv 2306.08543. `reference`: what the LMOps code computes. `exact`: the unbiased gradient of KL(q‖p)."""
     reward: Literal["sampled", "expected"] = "expected"
-    """Reward r_k of a token. `sampled`: log p(y_k) − log q_old(y_k). `expected`: its expectation −KL_k, the negative reverse
-    KL at that token. It is computed when a response is first trained on, and kept for later epochs over the same response."""
+    """Reward r_k of a token. `sampled`: log p(y_k) − log q_old(y_k). `expected`: its expectation −KL_k, the negative
+    reverse KL at that token. It is computed when a response is first trained on, and kept for later epochs over the
+    same response."""
     reward_scale: Annotated[float, Field(gt=0)] = 1.0
     """Divides sampled rewards (LMOps: 0.5). It changes the size of the long-term term only, relative to the others."""
     reward_clip: Annotated[float, Field(gt=0)] | None = None
-    """Limits sampled rewards to ± this value after scaling (LMOps: 100), so that one token to which the teacher gives almost
-    no probability cannot outweigh all others. null: no limit."""
+    """Limits sampled rewards to ± this value after scaling (LMOps: 100), so that one token to which the teacher gives
+    almost no probability cannot outweigh all others. null: no limit."""
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """γ in the return R_t = Σ_k γ^(k−s) r_k over the tokens k ≥ s (see `return_from`). 1, as in the paper, gives the gradient
-    of the KL. Smaller values reduce variance and add bias (LMOps: 0.95)."""
+    """γ in the return R_t = Σ_k γ^(k−s) r_k over the tokens k ≥ s (see `return_from`). 1, as in the paper, gives the
+    gradient of the KL. Smaller values reduce variance and add bias (LMOps: 0.95)."""
     return_from: Literal["next", "current"] = "next"
-    """First reward in a token's return. `next`: s = t+1, as in the paper, where the single-step term contains the immediate
-    reward. `current`: s = t, as in LMOps."""
+    """First reward in a token's return. `next`: s = t+1, as in the paper, where the single-step term contains the
+    immediate reward. `current`: s = t, as in LMOps."""
     length_norm: bool = True
-    """Divide each return by the number of rewards in it (equation 6 of the paper). Sums without it favour short responses."""
+    """Divide each return by the number of rewards in it (equation 6 of the paper). Sums without it favour short
+    responses."""
     baseline: Literal["none", "centre", "whiten", "whiten_padded"] = "centre"
-    """What is subtracted from returns to reduce variance. `centre`: the mean return per token of the batch's other responses
-    (leave-one-out); with expected rewards this takes one more forward pass of the student over the rollouts before it
-    trains on them. `whiten`: normalise to mean 0 and standard deviation 1 in each micro-batch, over all
+    """What is subtracted from returns to reduce variance. `centre`: the mean return per token of the batch's other
+    responses (leave-one-out); with expected rewards this takes one more forward pass of the student over the rollouts
+    before it trains on them. `whiten`: normalise to mean 0 and standard deviation 1 in each micro-batch, over all
     processes; needs `reward: sampled`. `whiten_padded`: the same with padding counted as zeros, as in LMOps."""
     importance: Literal["none", "token", "prefix"] = "token"
     """Importance weight in the long-term term, which corrects for sampling from p̃ instead of q_old. `token`: ρ_t.
     `prefix`: the product ρ_1 … ρ_k for each sampled reward r_k, or ρ_1 … ρ_(k−1) for an expected one, which is unbiased
     (equations (A) and (B)); needs `baseline: none` and `length_norm: false`. `none`: no weight."""
     old_logprobs: Literal["engine", "trainer"] = "engine"
-    """Where log q_old comes from. `engine`: from the engine that sampled the tokens. `trainer`: from one more forward pass of
-    the student, as in LMOps; importance weights then use these numbers too."""
+    """Where log q_old comes from. `engine`: from the engine that sampled the tokens. `trainer`: from one more forward
+    pass of the student, as in LMOps; importance weights then use these numbers too."""
     importance_truncation: Annotated[float, Field(ge=1)] | None = None
-    """Upper limit of importance weights. Without `clip` it also limits the ratio q/q_old, in which the numbers of the engine
-    and of the trainer may differ. null: no limit but e^20."""
+    """Upper limit of importance weights. Without `clip` it also limits the ratio q/q_old, in which the numbers of the
+    engine and of the trainer may differ. null: no limit but e^20."""
     clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
-    """ε in min(ρ̂·A, clip(ρ̂, 1−ε, 1+ε)·A), where ρ̂ = q/q_old and A is the advantage (the paper, after PPO). It limits the
-    ratio where A > 0. null: use the ratio without clipping."""
+    """ε in min(ρ̂·A, clip(ρ̂, 1−ε, 1+ε)·A), where ρ̂ = q/q_old and A is the advantage (the paper, after PPO). It
+    limits the ratio where A > 0. null: use the ratio without clipping."""
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
-    """With `clip`, the upper limit of the ratio where A < 0 (after arXiv 1912.09729); it must be above 1 + `clip`. A token
-    above the limit still counts, with the limit as its ratio. Without it, a token to which the engine gives a probability
-    e^5 times lower than the trainer would count e^5 times. null, no limit, in the presets `paper` and `reference`, because
-    neither the paper nor LMOps has one."""
+    """With `clip`, the upper limit of the ratio where A < 0 (after arXiv 1912.09729); it must be above 1 + `clip`. A
+    token above the limit still counts, with the limit as its ratio. Without it, a token to which the engine gives a
+    probability e^5 times lower than the trainer would count e^5 times. null, no limit, in the presets `paper` and
+    `reference`, because neither the paper nor LMOps has one."""
     weight_in_clip: bool = False
-    """Clip the product of importance weight and ratio, as in LMOps, instead of the ratio alone, as in the paper. Needs `clip`
-    and `importance: token`."""
+    """Clip the product of importance weight and ratio, as in LMOps, instead of the ratio alone, as in the paper.
+    Needs `clip` and `importance: token`."""
     divergence: DivergenceConfig = DivergenceConfig(name="reverse_kl")
-    """Divergence of the single-step term, whose gradient is exact. The long-term term exists for the reverse KL only: any
-    other divergence needs `long_term: 0`."""
+    """Divergence of the single-step term, whose gradient is exact. The long-term term exists for the reverse KL only:
+    any other divergence needs `long_term: 0`."""
     single_step: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of the single-step term, the first sum of equation (B) and the first part of the paper's equation 7."""
+    """Coefficient of the single-step term: the first sum of equation (B), and the first part of equation 7 of the
+    paper."""
     single_step_weight: Literal["none", "token", "prefix"] = "none"
-    """Importance weight of the single-step term. `none`: 1. `token`: ρ_t, as in the paper. `prefix`: ρ_1 … ρ_(t−1), which is
-    unbiased."""
+    """Importance weight of the single-step term. `none`: 1. `token`: ρ_t, as in the paper. `prefix`: ρ_1 … ρ_(t−1),
+    which is unbiased."""
     long_term: Annotated[float, Field(ge=0)] = 1.0
-    """Coefficient of the long-term term, the second sum of equation (B) and the second part of the paper's equation 7."""
+    """Coefficient of the long-term term: the second sum of equation (B), and the second part of equation 7 of the
+    paper."""
     language_model: Annotated[float, Field(ge=0)] = 1.0
     """Coefficient of the language-model term, −log q on ordinary text (L_PT in algorithm 1 of the paper). It keeps the
     student from forgetting what it learnt in pre-training. Used only if a text dataset is given."""
     language_model_distill: Share = 0.0
-    """Part of the language-model term, from 0 to 1, that is the forward KL to the teacher instead of −log q (LMOps: 0.5)."""
+    """Part of the language-model term, from 0 to 1, that is the forward KL to the teacher instead of −log q. LMOps uses
+    0.5."""
     language_model_temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits in the language-model term. The other terms use `rollout.temperature`."""
     language_model_block: Annotated[int, Field(ge=2)] = 512
@@ -204,7 +210,7 @@ class Objective(Section):
             )
         if self.importance == "prefix" and self.length_norm:
             raise InputError(
-                "importance: prefix weights each future reward and has no length-normalised form: set length_norm: false"
+                "importance: prefix weights each reward and has no length-normalised form: set length_norm: false"
             )
         return self
 
@@ -243,8 +249,8 @@ class Objective(Section):
         """Return the objective with the unbiased gradient of KL(q‖p), equation (B) of `minillm.loss.credit`.
 
         The gradient is unbiased at the first update on a batch, and its variance grows with the length of responses. At
-        later updates on the same batch the student differs from q_old, and the weights do not take that into account. For
-        an exact gradient at every update, use one rollout batch per update and one inner epoch.
+        later updates on the same batch the student differs from q_old, and the weights do not take that into account.
+        For an exact gradient at every update, use one rollout batch per update and one inner epoch.
 
         Args:
             **changes: Fields that should differ from the preset.

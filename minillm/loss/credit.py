@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 _WALK = 512  # tokens that `returns` handles at a time
-# Logarithm of the largest importance weight. Products of such a weight with rewards and hidden states, and the squares of
-# those, are far below the largest float32.
+# Logarithm of the largest importance weight. Products of such a weight with rewards and hidden states, and the
+# squares of those, are far below the largest float32.
 _MAX_LOG_WEIGHT = 20.0
 
 
@@ -43,14 +43,16 @@ _MAX_LOG_WEIGHT = 20.0
 class SampledTokens:
     """The sampled tokens of a batch of responses, with log-probabilities from the time of sampling.
 
-    Log-probabilities below `LOG_ZERO` are raised to it, because a token that the teacher excludes may have been sampled.
+    Log-probabilities below `LOG_ZERO` are raised to it, because a token that the teacher excludes may have been
+    sampled.
 
     Attributes:
         student_logprobs: log q_old(y), float32.
         behaviour_logprobs: log p̃(y), of the distribution that y was sampled from, float32.
         teacher_logprobs: log p(y), float32.
         lengths: Number of tokens of each response.
-        reverse_kl: KL(q_old‖p) of the next-token distributions at each token. None until the tokens have been scored once.
+        reverse_kl: KL(q_old‖p) of the next-token distributions at each token. None until the tokens have been scored
+        once.
     """
 
     student_logprobs: Float[Tensor, " tokens"]
@@ -110,8 +112,8 @@ def importance_weights(logs: Float[Tensor, " tokens"], truncation: float | None 
 
     Args:
         logs: Logarithms of the weights.
-        truncation: Upper limit of a weight. A weight is at most e^20 in any case: two models may differ by hundreds of nats,
-            and infinity times an advantage of 0 is not a number.
+        truncation: Upper limit of a weight. A weight is at most e^20 in any case: two models may differ by hundreds
+            of nats, and infinity times an advantage of 0 is not a number.
     """
     weights = logs.clamp(max=_MAX_LOG_WEIGHT).exp()
     return weights if truncation is None else weights.clamp(max=truncation)
@@ -138,7 +140,8 @@ class ReturnWalk:
     """Computes returns part by part, from the last tokens of a batch to the first.
 
     The return of token t is R_t = Σ_{k≥s} γ^{k−s} r_k over the tokens of its response, with s = t+1 (`next`) or s = t
-    (`current`). Because the parts come from the end, the rewards of a part need to be known only when the part is given.
+    (`current`). Because the parts come from the end, the rewards of a part need to be known only when the part is
+    given.
 
     Args:
         segments: Index of the response that each token belongs to.
@@ -200,9 +203,9 @@ def return_sum(
 ) -> tuple[Float[Tensor, " responses"], Float[Tensor, " responses"]]:
     """Return the sum and the number of the returns of each response that a baseline averages, in float64.
 
-    Returns that contain no reward, such as that of a last token, are not counted. Expected rewards of tokens that have not
-    been scored yet are estimated by ρ_k r_k: the tokens are sampled from p̃, and the mean of ρ_k r_k under p̃ is −KL_k, while
-    that of r_k is not.
+    Returns that contain no reward, such as that of a last token, are not counted. Expected rewards of tokens that
+    have not been scored yet are estimated by ρ_k r_k: the tokens are sampled from p̃, and the mean of ρ_k r_k under
+    p̃ is −KL_k, while that of r_k is not.
     """
     rewards = precomputed_rewards(tokens, objective)
     if rewards is None:
@@ -242,8 +245,8 @@ def whiten(
 
     Args:
         values: The values of this process.
-        slots: Number of values to assume; the missing ones count as zeros. LMOps normalises over padding in this way. By
-            default the number of values.
+        slots: Number of values to assume; the missing ones count as zeros. LMOps normalises over padding in this way.
+            By default the number of values.
         total: Sums a scalar over all processes.
 
     Raises:

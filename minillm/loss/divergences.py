@@ -1,13 +1,13 @@
 """Divergences between next-token distributions, written as their definitions.
 
-Every function takes the logits [tokens, vocab] of student and teacher, and returns one value per token [tokens], in nats.
-Autograd differentiates it, in the dtype of the logits (16-bit logits are converted to float32). q is the student's
-softmax(logits / temperature) and p the teacher's; no value is multiplied by temperature². A token that either model
-excludes (a logit of −∞) has the log-probability `LOG_ZERO`, see `minillm.data.logprobs`. `token_scores` computes the two KL
-divergences without these functions, and uses them for the others, one chunk of tokens at a time.
+Every function takes the logits [tokens, vocab] of student and teacher, and returns one value per token [tokens], in
+nats. Autograd differentiates it, in the dtype of the logits (16-bit logits are converted to float32). q is the
+student's softmax(logits / temperature) and p the teacher's; no value is multiplied by temperature². A token that
+either model excludes (a logit of −∞) has the log-probability `LOG_ZERO`, see `minillm.data.logprobs`. `token_scores`
+computes the two KL divergences without these functions, and uses them for the others, one chunk of tokens at a time.
 
-To add a divergence, write its function here with the decorator `_register`, and add its name to `DIVERGENCE_PARAMETERS` in
-`minillm/loss/config.py`.
+To add a divergence, write its function here with the decorator `_register`, and add its name to
+`DIVERGENCE_PARAMETERS` in `minillm/loss/config.py`.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def jensen_shannon(
 ) -> Float[Tensor, " tokens"]:
     """Return β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q (GKD, arXiv 2306.13649).
 
-    As β → 0 the value divided by β approaches the forward KL, and as β → 1 the value divided by 1−β approaches the reverse
-    KL. At 0 and at 1 the value itself is 0 everywhere, so these two are not allowed.
+    As β → 0 the value divided by β approaches the forward KL, and as β → 1 the value divided by 1−β approaches the
+    reverse KL. At 0 and at 1 the value itself is 0 everywhere, so these two are not allowed.
 
     Args:
         student_logits: Logits of the student.

@@ -1,10 +1,10 @@
 """Scoring as part of a model's own forward.
 
-DDP and FSDP2 gather the head's weights, and register the hooks of their gradients, in the forward of the module that they
-wrap. Code outside that forward would see only a shard of the weights. (ZeRO-3 gathers a module's weights when that module
-itself is called, which does not happen to the head; see `gather_head`.) `bind_scoring` therefore adds a keyword argument
-`scoring` to a model's forward, with which it returns a loss. Without it the forward is unchanged. The model is not
-wrapped, and no name in its state dict changes.
+DDP and FSDP2 gather the head's weights, and register the hooks of their gradients, in the forward of the module that
+they wrap. Code outside that forward would see only a shard of the weights. (ZeRO-3 gathers a module's weights when
+that module itself is called, which does not happen to the head; see `gather_head`.) `bind_scoring` therefore adds a
+keyword argument `scoring` to a model's forward, with which it returns a loss. Without it the forward is unchanged.
+The model is not wrapped, and no name in its state dict changes.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Scoring:
 class _ScoringCall:
     """A scoring and its results, in an object that FSDP2 does not look into.
 
-    With bf16 mixed precision FSDP2 rounds every tensor that it finds in the arguments and results of a forward, which would
-    leave log-probabilities with an error of a hundredth.
+    With bf16 mixed precision FSDP2 rounds every tensor that it finds in the arguments and results of a forward, which
+    would leave log-probabilities with an error of a hundredth.
     """
 
     loss: Tensor
@@ -115,7 +115,8 @@ def score(model: Any, scoring: Scoring) -> tuple[Float[Tensor, ""], TokenScores]
         The loss, which backpropagates to the model's weights, and the scores of the batch's response tokens.
     """
     call = _ScoringCall(scoring)
-    # A wrapper registers the backward pass on the loss that it returns. It may have rounded it: the exact value replaces it.
+    # A wrapper registers the backward pass on the loss that it returns. It may have rounded it: the exact value
+    # replaces it.
     through = model(scoring=call)["loss"].float()
     return through + (call.loss - through).detach(), call.scores
 

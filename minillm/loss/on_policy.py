@@ -3,8 +3,8 @@
     L = single_step · Σ_t v_t KL_t  −  long_term · Σ_t w_t min(ρ̂_t A_t, clip(ρ̂_t, 1±ε) A_t)  +  language model
 
 Sums over tokens are divided by a token count. ρ̂ = q/q_old is the ratio of the student to the student that sampled. The
-advantages A and the importance weights w and v come from `minillm.loss.credit`. Where A < 0 the minimum does not limit ρ̂
-from above; `dual_clip` does.
+advantages A and the importance weights w and v come from `minillm.loss.credit`. Where A < 0 the minimum does not
+limit ρ̂ from above; `dual_clip` does.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class OnPolicyLoss:
     Args:
         objective: The loss.
         tokens: The sampled responses, which are the first N tokens of the batch.
-        baseline: Subtracted from the returns with `baseline: centre`, one value for all tokens or one per token [N]; see
-            `credit.baselines`.
+        baseline: Subtracted from the returns with `baseline: centre`, one value for all tokens or one per token [N];
+            see `credit.baselines`.
         count: Divisor of the sums over sampled tokens.
         text_count: Divisor of the sums over tokens of text.
         slots: Number of responses × `max_new_tokens`, for `whiten_padded`.
@@ -68,7 +68,8 @@ class OnPolicyLoss:
         kinds = {"none": ones, "token": token}
         self._weights = kinds.get(objective.importance, ones)
         self._single_weights = {**kinds, "prefix": before}[objective.single_step_weight]
-        # With prefix products each future reward has its own weight: W_{k−1} for an expected reward, W_k for a sampled one.
+        # With prefix products each future reward has its own weight: W_{k−1} for an expected reward, W_k for a
+        # sampled one.
         by_reward = before if objective.reward == "expected" else including
         self._reward_weights = by_reward if objective.importance == "prefix" else ones
         self._walk = credit.ReturnWalk(tokens.segments, objective.discount, objective.return_from)
@@ -165,8 +166,8 @@ class OnPolicyLoss:
             value = value / num_rewards.clamp(min=1)
         centred = value - self._baseline[part]
         if self._objective.length_norm:
-            # The mean of no rewards is undefined. Such a token has only the single-step term, so that ending a response is
-            # neither rewarded nor penalised for having no tokens after it.
+            # The mean of no rewards is undefined. Such a token has only the single-step term, so that ending a
+            # response is neither rewarded nor penalised for having no tokens after it.
             centred = torch.where(num_rewards > 0, centred, torch.zeros_like(centred))
         return centred
 

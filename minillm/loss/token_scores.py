@@ -4,8 +4,8 @@ The logits of all tokens never exist at once: those of a chunk are freed before 
 student's hidden states and head are computed in the forward pass, because everything they depend on is available there.
 That takes four matrix products per chunk (student logits, teacher logits, two for the gradients; three with a frozen
 head), where autograd with recomputed chunks takes six. Two things are kept until the backward pass: one gradient of the
-hidden states and, for a trained head, one float32 gradient of its weight. The backward pass returns the latter without a
-copy, and autograd adds it in place to the gradient of earlier micro-batches.
+hidden states and, for a trained head, one float32 gradient of its weight. The backward pass returns the latter
+without a copy, and autograd adds it in place to the gradient of earlier micro-batches.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ Teacher = TeacherStates | TeacherRows
 LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
 """Computes the loss of a chunk and its derivatives, given the positions of the chunk's tokens and their scores.
 
-It is called from the last chunk to the first. A return, which sums over later tokens, is then complete when its token is
-reached."""
+It is called from the last chunk to the first. A return, which sums over later tokens, is then complete when its token
+is reached."""
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Maps logits of student and teacher [chunk, vocab], divided by the temperature, to one value per token [chunk].
@@ -99,10 +99,10 @@ class ScoringSettings:
 
     Attributes:
         temperature: Divides the logits of student and teacher.
-        text_temperature: Divides the logits for `text_logq` and `text_forward_kl`. None means `temperature`. A different
-            value costs two more passes over the logits of a chunk, and no matrix product.
-        width: Size of the vocabulary: the first rows of both heads; the other rows are padding. None means all rows, and
-            then both heads must have the same number.
+        text_temperature: Divides the logits for `text_logq` and `text_forward_kl`. None means `temperature`. A
+            different value costs two more passes over the logits of a chunk, and no matrix product.
+        width: Size of the vocabulary: the first rows of both heads; the other rows are padding. None means all rows,
+            and then both heads must have the same number.
         chunk: Number of tokens in a chunk.
     """
 
@@ -141,10 +141,10 @@ def token_scores(
         hidden: Final hidden states of the student that predict the targets.
         head: Output head of the student.
         targets: Token ids of the responses.
-        teacher: States (without gradient) and head of the teacher, or rows of log-probabilities at the same temperature.
-            Rows contain only some tokens. All others count as one event, so both divergences are those of a coarser
-            partition of the vocabulary: they are at most the true ones, and KL(q‖p) is lower than the true one by
-            q(others) · KL within the others. The gradients are exactly those of the coarser divergences.
+        teacher: States (without gradient) and head of the teacher, or rows of log-probabilities at the same
+            temperature. Rows contain only some tokens. All others count as one event, so both divergences are those
+            of a coarser partition of the vocabulary: they are at most the true ones, and KL(q‖p) is lower than the
+            true one by q(others) · KL within the others. The gradients are exactly those of the coarser divergences.
         loss_fn: Computes the loss chunk by chunk. None only computes scores, and the returned loss is 0.
         divergence: An additional divergence to compute: any function that autograd can differentiate. It costs some
             passes over the logits of a chunk, and no matrix product.
@@ -175,8 +175,7 @@ class _GradientInForward(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             scorer = _ChunkedScorer(hidden, head, arguments, precision, ctx.needs_input_grad[:3])
             loss = scorer.run()
-        arguments.scores = scorer.scores
-        gradients = scorer.gradients
+        arguments.scores, gradients = scorer.scores, scorer.gradients
         ctx.grads = [
             (grad, None if tensor is None else tensor.dtype)
             for grad, tensor in ((gradients.hidden, hidden), (gradients.weight, weight), (gradients.bias, bias))
@@ -184,7 +183,7 @@ class _GradientInForward(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
         return *grads, None
@@ -277,24 +276,24 @@ class _ChunkedScorer:
 
     def _transforms_of_text(self) -> Transforms | None:
         """Return the transforms at the temperature of text; None if it is the temperature of the other scores."""
-        temperature = self._arguments.settings.text_temperature
-        if temperature is None or temperature == self._arguments.settings.temperature:
+        settings, teacher = self._arguments.settings, self._arguments.teacher
+        if settings.text_temperature is None or settings.text_temperature == settings.temperature:
             return None
-        text = self._transforms.student._replace(temperature=float(temperature))
-        teacher = self._arguments.teacher
+        temperature = float(settings.text_temperature)
+        text = self._transforms.student._replace(temperature=temperature)
         if teacher is None:  # one object, as in `_transforms`: torch.compile would compile once more for two equal ones
             return Transforms(text, text)
         if isinstance(teacher, TeacherRows):
             return Transforms(text, self._transforms.teacher)
-        return Transforms(text, self._transforms.teacher._replace(temperature=float(temperature)))
+        return Transforms(text, self._transforms.teacher._replace(temperature=temperature))
 
     def _empty_scores(self, hidden: Tensor) -> TokenScores:
         left_out = {"divergence"} if self._arguments.divergence is None else set()
         if self._text_transforms is None:
             left_out |= {"text_logq", "text_forward_kl"}
         self._score_names = [field.name for field in fields(TokenScores) if field.name not in left_out]
-        wide = self._precision.wide
-        return TokenScores(**{name: hidden.new_zeros(self._num_tokens, dtype=wide) for name in self._score_names})
+        shape, wide = (self._num_tokens,), self._precision.wide
+        return TokenScores(**{name: hidden.new_zeros(shape, dtype=wide) for name in self._score_names})
 
     def run(self) -> Float[Tensor, ""]:
         """Process all chunks from the last to the first, and return the loss."""
@@ -355,8 +354,8 @@ class _ChunkedScorer:
     def _in_units(self, by_scores: ScoreGradients, zero: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the derivatives by each score, with zeros for None, and the unit that they are multiples of.
 
-        The unit is None, for 1, unless matrices are multiplied in float16. Derivatives are shares of a token count, which
-        are too small for float16, and the loss has not been scaled up at this point.
+        The unit is None, for 1, unless matrices are multiplied in float16. Derivatives are shares of a token count,
+        which are too small for float16, and the loss has not been scaled up at this point.
         """
         wide = self._precision.wide
         by_score = {name: zero if value is None else value.to(wide) for name, value in vars(by_scores).items()}

@@ -197,8 +197,8 @@ def differentiate(
 def _launch_arguments(transforms: Transforms, width: int) -> tuple[list[float], dict[str, Any]]:
     """Numbers and compile-time flags that the kernels take for two transforms and a vocabulary of size `width`."""
     q, p = transforms
-    # The kernels take one temperature. That of both transforms is the same: a served teacher's rows, whose own transform
-    # has temperature 1, come only with rollouts of temperature 1.
+    # The kernels take one temperature. That of both transforms is the same: a served teacher's rows, whose own
+    # transform has temperature 1, come only with rollouts of temperature 1.
     numbers = [q.scale, q.softcap or 1.0, p.scale, p.softcap or 1.0, q.temperature]
     flags = {
         "CAPPED_S": q.softcap is not None,

@@ -1,4 +1,4 @@
-"""Returns and weights against loops that follow the equations letter by letter."""
+"""Returns and importance weights, compared with loops that follow the equations literally."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_long_responses_stay_finite(gamma: float) -> None:
     assert values[0] == pytest.approx(4095 if gamma == 1 else (1 - gamma**4095) / (1 - gamma), rel=1e-5)
 
 
-def test_length_norm_divides_by_the_summands() -> None:
+def test_length_norm_divides_by_the_number_of_rewards() -> None:
     data = tokens([3])
     values = credit.returns(torch.tensor([1.0, 2.0, 4.0]), data, Objective.paper())
-    assert values.tolist() == [3.0, 4.0, 0.0]  # (2+4)/2, 4/1, nothing to come
+    assert values.tolist() == [3.0, 4.0, 0.0]  # (2+4)/2, 4/1, no reward after the last token
     current = credit.returns(torch.tensor([1.0, 2.0, 4.0]), data, Objective.paper(return_from="current"))
     assert current.tolist() == pytest.approx([7 / 3, 3.0, 4.0])
 

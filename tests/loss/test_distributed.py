@@ -1,4 +1,4 @@
-"""The same update from one process and from two: DDP, and FSDP2 with the head's weights in shards."""
+"""One process and two processes compute the same update: with DDP, and with FSDP2 and a sharded head."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OBJECTIVES = {"exact": Objective.exact(), "paper": Objective.paper(), "recommend
 
 
 def update(model: Any, teacher: LocalTeacher, objective: Objective, mine: list[int], scale: float) -> float:
-    """Backward of the responses `mine`, which are a part of the update over all of them."""
+    """Backpropagate the loss of the responses `mine`, which are a part of an update over all responses."""
     prompts, responses = [PROMPTS[i] for i in mine], [RESPONSES[i] for i in mine]
     g = torch.Generator().manual_seed(0)
     drawn = [[-4 * torch.rand(len(r), generator=g) for _ in range(3)] for r in RESPONSES]
@@ -61,7 +61,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def adapter_error() -> float:
-    """Merged weights of a LoRA student in shards, against those of the same student whole."""
+    """Return the largest difference of merged weights between a LoRA student with and without shards."""
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(5)
     whole: Any = get_peft_model(tiny_llama(1), config)  # pyright: ignore[reportArgumentType]
@@ -75,7 +75,7 @@ def adapter_error() -> float:
 
 
 def rounded(teacher: LocalTeacher) -> list[str]:
-    """Which of the scores and the loss FSDP2 rounds to bfloat16 under accelerate's policy for it."""
+    """Return which of loss and scores FSDP2 rounds to bfloat16 with the mixed-precision policy of accelerate."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
     model: Any = bind_scoring(tiny_llama(1))
     for layer in model.model.layers:
@@ -115,7 +115,7 @@ def worker(rank: int, world: int, folder: str) -> None:
                 else:
                     for layer in model.model.layers:
                         fully_shard(layer)
-                    if "apart" in kind and tied:  # as accelerate groups them
+                    if "apart" in kind and tied:  # the groups that accelerate makes
                         fully_shard([model.model.norm, model.lm_head, model.model.embed_tokens])
                     elif "apart" in kind:
                         fully_shard(model.lm_head)
@@ -133,28 +133,29 @@ def worker(rank: int, world: int, folder: str) -> None:
     report["adapter"] = adapter_error()
     report["rounded"] = rounded(teacher)
     prompts, responses = [[PROMPTS[i] for i in (rank, rank + 2)], [RESPONSES[i] for i in (rank, rank + 2)]]
-    whole = teacher.hidden(prompts, responses)  # another batch in each process
-    dealt = LocalTeacher(shard(tiny_llama(2, layers=3), torch.device("cpu")), batch_size=1)
-    assert dealt.sharded
-    kinds = {name: isinstance(p, DTensor) for name, p in dealt.model.named_parameters()}
+    whole = teacher.hidden(prompts, responses)  # each process has another batch
+    sharded = LocalTeacher(shard(tiny_llama(2, layers=3), torch.device("cpu")), batch_size=1)
+    assert sharded.sharded
+    kinds = {name: isinstance(p, DTensor) for name, p in sharded.model.named_parameters()}
     assert all(kind == (".layers." in name) for name, kind in kinds.items()), kinds
     for _ in range(2):
-        got = dealt.hidden(prompts, responses)
+        got = sharded.hidden(prompts, responses)
         report.setdefault("teacher", []).append(
             max(float((a - b).abs().max()) for a, b in zip(got, whole, strict=True))
         )
-    assert head_of(dealt.model).weight.shape == (32, 64)
+    assert head_of(sharded.model).weight.shape == (32, 64)
     if rank == 0:
         Path(folder, "report.json").write_text(json.dumps(report))
     dist.barrier()
     dist.destroy_process_group()
-    # The wrapped models still hold the group, and its threads end in std::terminate now and then at the interpreter's exit.
+    # The wrapped models still hold the process group, whose threads sometimes call std::terminate at the
+    # interpreter's exit.
     os._exit(0)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no distributed package")
 def test_two_processes_compute_the_gradient_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is a GPU, shards would go there
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # with a GPU the shards would be put there
     torch.multiprocessing.spawn(worker, args=(2, str(tmp_path)), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["world"] == 2

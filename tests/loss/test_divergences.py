@@ -1,4 +1,4 @@
-"""Each divergence against a loop over the vocabulary that spells its definition out, and its limits."""
+"""Each divergence, compared with a loop over the vocabulary that spells out its definition, and its limits."""
 
 from __future__ import annotations
 
@@ -89,18 +89,18 @@ def test_gradients_are_finite_differences_and_equal_models_have_none(
     function: Callable[..., Tensor], definition: object
 ) -> None:
     student, teacher = logits(1)
-    if function is not d.adaptive_kl:  # its weight is held still, which a difference is not
+    if function is not d.adaptive_kl:  # its weight is a constant for the gradient, but not for finite differences
         assert torch.autograd.gradcheck(lambda x: function(x, teacher), student.requires_grad_())
     same = teacher.clone().requires_grad_()
     value = function(same, teacher)
     assert value.abs().max() < 1e-12
     assert (value >= -1e-12).all()
     (grad,) = torch.autograd.grad(value.sum(), same)
-    if function is not d.total_variation:  # which has a corner there
+    if function is not d.total_variation:  # it is not differentiable there
         assert grad.abs().max() < 1e-12
 
 
-def test_adaptive_kl_holds_its_weight_still() -> None:
+def test_adaptive_kl_does_not_differentiate_its_weight() -> None:
     student, teacher = logits(2)
     student.requires_grad_()
     forward, reverse = d.forward_kl(student, teacher), d.reverse_kl(student, teacher)
@@ -119,7 +119,7 @@ def test_limits_of_the_families() -> None:
     close(d.jensen_shannon(student, teacher, 1 - 1e-7) / 1e-7, reverse)
     close(d.skew_forward_kl(student, teacher, 0.0), forward)
     close(d.skew_reverse_kl(student, teacher, 0.0), reverse)
-    step = 1e-5  # every removable point of the α–β plane is where its neighbours go
+    step = 1e-5  # at its removable singularities the α–β divergence is continuous
     for a, b in ((0.0, 0.6), (0.6, 0.0), (0.5, -0.5), (0.0, 0.0)):
         around = d.alpha_beta(student, teacher, a + step, b + 2 * step)
         torch.testing.assert_close(d.alpha_beta(student, teacher, a, b), around, rtol=5e-3, atol=1e-3)
@@ -171,7 +171,7 @@ def test_very_unlike_distributions_stay_finite() -> None:
 def test_excluded_tokens_leave_values_and_gradients_finite(
     function: Callable[..., Tensor], definition: object, dtype: torch.dtype
 ) -> None:
-    """Excluded by the student, by the teacher, by both; by −inf and by the least number of the dtype."""
+    """Tokens are excluded by the student, the teacher or both, with a logit of −∞ or the lowest number of the dtype."""
     student, teacher = (x.to(dtype) for x in logits(5))
     for least in (-torch.inf, torch.finfo(dtype).min):
         q, p = student.clone(), teacher.clone()
@@ -187,7 +187,7 @@ def test_excluded_tokens_leave_values_and_gradients_finite(
     assert torch.isfinite(d.entropy(q.detach())).all()
 
 
-def test_what_both_exclude_has_no_part() -> None:
+def test_a_token_that_both_exclude_contributes_nothing() -> None:
     student, teacher = logits(6)
     kept = [i for i in range(student.shape[-1]) if i != 2]
     q, p = student.clone(), teacher.clone()
@@ -197,7 +197,7 @@ def test_what_both_exclude_has_no_part() -> None:
             function(q, p), function(student[..., kept], teacher[..., kept]), rtol=1e-9, atol=1e-9
         )
     p, q = teacher.clone(), student
-    p[..., 2] = -torch.inf  # of the teacher alone: KL(p‖q) has nothing there, KL(q‖p) 80 nats for each unit of q's mass
+    p[..., 2] = -torch.inf  # excluded by the teacher only: adds 0 to KL(p‖q), and 80 nats per unit of q to KL(q‖p)
     without = torch.log_softmax(teacher[..., kept], -1)
     own = torch.log_softmax(q, -1)
     torch.testing.assert_close(d.forward_kl(q, p), (without.exp() * (without - own[..., kept])).sum(-1))

@@ -1,5 +1,8 @@
-"""The oracle: every response of a toy world is enumerated in float64, and the estimator's expectation under the
-distribution that draws it is held against the exact gradient of KL(q‖p)."""
+"""The objective in toy worlds that are small enough to enumerate every response in float64.
+
+The expectation of the estimated gradient, under the distribution that responses are sampled from, is compared with the
+exact gradient of KL(q‖p).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ V, LENGTH, H, EOS = 3, 3, 4, 0
 class World:
     """Student and teacher states for every prefix of a three-token vocabulary, up to LENGTH tokens."""
 
-    states: Tensor  # [prefixes, H], the student's parameters
+    states: Tensor  # [prefixes, H], parameters of the student
     head: Tensor
     teacher_states: Tensor
     teacher_head: Tensor
@@ -38,12 +41,15 @@ class World:
         prefixes = [p for n in range(LENGTH) for p in itertools.product(range(V), repeat=n) if EOS not in p]
         make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
         return cls(
-            make(len(prefixes), H).requires_grad_(), make(V, H).requires_grad_(), make(len(prefixes), H), make(V, H),
+            make(len(prefixes), H).requires_grad_(),
+            make(V, H).requires_grad_(),
+            make(len(prefixes), H),
+            make(V, H),
             {p: i for i, p in enumerate(prefixes)},
-        )  # fmt: skip
+        )
 
     def responses(self) -> list[tuple[int, ...]]:
-        """Finished ones, and those cut at LENGTH."""
+        """Return all responses: those that end with EOS, and those cut off at LENGTH tokens."""
         found = []
         for n in range(1, LENGTH + 1):
             for y in itertools.product(range(V), repeat=n):
@@ -61,7 +67,7 @@ class World:
         return torch.log_softmax(self.teacher_states @ self.teacher_head.t(), -1)
 
     def exact(self) -> list[Tensor]:
-        """Gradient of Σ_y q(y) log q(y)/p(y)."""
+        """Return the gradient of Σ_y q(y) log q(y)/p(y)."""
         logq, logp = self.logq(), self.logp()
         total = torch.zeros((), dtype=torch.float64)
         for y in self.responses():
@@ -72,8 +78,15 @@ class World:
     def one(
         self, y: tuple[int, ...], objective: Objective, alpha: float, logq_old: Tensor | None = None, **settings: Any
     ) -> tuple[float, list[Tensor]]:
-        """Probability of a response under the mixture, and the estimator's gradient on it. `logq_old`: of the student that
-        sampled, [prefixes, V], where it is not the one that is trained."""
+        """Return the probability of a response under the mixture, and the estimated gradient for this response.
+
+        Args:
+            y: The response.
+            objective: The loss.
+            alpha: Share of the teacher in the mixture.
+            logq_old: log q_old [prefixes, V] of the student that sampled. By default the student that is trained.
+            **settings: Other arguments of `OnPolicyLoss`.
+        """
         rows, ids = torch.tensor(self.rows(y)), torch.tensor(y)
         q, p = (self.logq().detach() if logq_old is None else logq_old)[rows, ids], self.logp()[rows, ids]
         behaviour = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
@@ -102,7 +115,7 @@ class World:
         return float((got - exact).norm() / exact.norm())
 
     def mean_return(self, objective: Objective, alpha: float) -> float:
-        """The baseline that a large batch of rollouts would have."""
+        """Return the baseline that a large batch of rollouts would have."""
         total, count = 0.0, 0.0
         logq, logp = self.logq().detach(), self.logp()
         kl = (logq.exp() * (logq - logp)).sum(-1)
@@ -146,8 +159,8 @@ def test_the_paper_without_norm_and_clip_is_unbiased_on_policy() -> None:
 
 
 BARE = {"length_norm": False, "baseline": "none", "clip": None}
-# Median relative bias over 20 worlds, lengths up to 3, at α = 0.2 and 0.5; the README's table. A world is one response a
-# micro-batch, which is what whitening sees here.
+# Median relative bias over 20 worlds, with responses of up to 3 tokens, at α = 0.2 and 0.5; part of a table in the
+# README. Each micro-batch has one response, so whitening is over the tokens of one response.
 BIASES: dict[str, tuple[Objective, float, float]] = {
     "recommended": (Objective.recommended(), 0.420, 0.426),
     "recommended, uncentred": (Objective.recommended(baseline="none"), 0.191, 0.341),
@@ -183,7 +196,7 @@ def test_the_bias_of_each_preset_and_approximation_is_a_known_number(name: str) 
 
 
 def test_a_baseline_of_the_recommended_kind_does_not_bias_on_policy() -> None:
-    """E[∇log q(y_t)] is 0, so a constant costs nothing; off policy its weight ρ_t keeps it so."""
+    """A constant does not bias because E[∇log q(y_t)] is 0. Off policy this holds because of the weight ρ_t."""
     world = World.random(4)
     for alpha in (0.0, 0.5):
         plain, centred = (
@@ -195,7 +208,7 @@ def test_a_baseline_of_the_recommended_kind_does_not_bias_on_policy() -> None:
 
 
 def test_gradients_match_a_plain_loop_response_by_response() -> None:
-    """A reward that is not detached has mean zero and passes the expectation; it does not pass this."""
+    """A missing detach of the reward adds a gradient with mean zero, which the expectation does not show."""
     world = World.random(5)
     for y in world.responses():
         rows, ids = torch.tensor(world.rows(y)), torch.tensor(y)
@@ -226,7 +239,7 @@ OFF_POLICY = {
 
 @pytest.mark.parametrize("name", OFF_POLICY)
 def test_after_the_student_has_moved_each_response_counts_as_written(name: str) -> None:
-    """ρ, ρ̂ and A apart, at α = 0.3: every factor in its place, on tokens clipped from above, from below, and not."""
+    """At α = 0.3 ρ, ρ̂ and A all differ. Some tokens are clipped from above, some from below, and some not."""
     objective, world, alpha, baseline = OFF_POLICY[name], World.random(8), 0.3, -0.4
     g = torch.Generator().manual_seed(1)
     moved = world.states + 0.4 * torch.randn(world.states.shape, generator=g, dtype=torch.float64)
@@ -255,7 +268,7 @@ def test_after_the_student_has_moved_each_response_counts_as_written(name: str) 
             if objective.weight_in_clip:
                 ratio, weight = ratio * weight, 1.0
             if objective.clip is None:
-                # A truncated ratio is a constant in front of ∇log q.
+                # A truncated ratio is a constant factor of ∇log q.
                 term = ratio * advantage if float(ratio.detach()) <= limit else drawn[t] * limit * advantage
                 cases.add((float(ratio.detach()) > limit, advantage > 0))
             else:
@@ -271,8 +284,8 @@ def test_after_the_student_has_moved_each_response_counts_as_written(name: str) 
     sides = {(0 if size == 0 else 1 if size > 0 else -1, positive) for size, positive in cases}
     assert {(0, True), (0, False)} <= sides  # both signs of A
     if objective.clip is not None or objective.importance_truncation is not None:
-        assert (1, True) in sides  # a bound that binds, from above
-    assert objective.clip is None or (-1, False) in sides  # and from below
+        assert (1, True) in sides  # the upper limit applies to some token
+    assert objective.clip is None or (-1, False) in sides  # and so does the lower one
 
 
 def test_the_presets_are_what_their_sources_say() -> None:
@@ -293,7 +306,7 @@ def test_the_presets_are_what_their_sources_say() -> None:
     )
     assert (paper.single_step, paper.single_step_weight, paper.long_term, paper.language_model) == (1, "token", 1, 1)
     assert (paper.language_model_distill, paper.old_logprobs, paper.normalise) == (0, "engine", "update_tokens")
-    # REFERENCE sections 1.4 to 1.9.
+    # Sections 1.4 to 1.9 of the notes on the LMOps code.
     assert (reference.reward, reference.reward_scale, reference.reward_clip) == ("sampled", 0.5, 100)
     assert (reference.discount, reference.return_from, reference.length_norm) == (0.95, "current", True)
     assert (reference.baseline, reference.importance, reference.clip, reference.weight_in_clip) == (
@@ -325,11 +338,19 @@ def test_the_metrics_are_what_their_names_say() -> None:
     rho = (old - behaviour).exp()
     advantage = torch.stack([(p - old)[t + 1 :].sum() for t in range(3)])
     want = {
-        "tokens": 3.0, "reverse_kl": (logq.exp() * (logq - logp)).sum(), "forward_kl": (logp.exp() * (logp - logq)).sum(),
-        "entropy": -(logq.exp() * logq).sum(), "sampled_reverse_kl": (rho * (old - p)).sum(), "importance_weight": rho.sum(),
-        "advantage": advantage.sum(), "advantage_squared": (advantage**2).sum(), "clipped": 0.0, "log_ratio": 0.0,
-        "single_step_loss": (rho * (logq.exp() * (logq - logp)).sum(-1)).sum(), "policy_loss": -(rho * advantage).sum(),
-    }  # fmt: skip
+        "tokens": 3.0,
+        "reverse_kl": (logq.exp() * (logq - logp)).sum(),
+        "forward_kl": (logp.exp() * (logp - logq)).sum(),
+        "entropy": -(logq.exp() * logq).sum(),
+        "sampled_reverse_kl": (rho * (old - p)).sum(),
+        "importance_weight": rho.sum(),
+        "advantage": advantage.sum(),
+        "advantage_squared": (advantage**2).sum(),
+        "clipped": 0.0,
+        "log_ratio": 0.0,
+        "single_step_loss": (rho * (logq.exp() * (logq - logp)).sum(-1)).sum(),
+        "policy_loss": -(rho * advantage).sum(),
+    }
     assert loss_of.tally.sums.keys() == want.keys()
     for name, value in want.items():
         assert float(loss_of.tally.sums[name]) == pytest.approx(float(value), rel=1e-9, abs=1e-12), name
@@ -348,7 +369,7 @@ def test_the_clip_stops_the_gradient_of_a_token_that_moved_far_enough() -> None:
         assert (float(weights.logq[0]) != 0) is active  # its advantage is +1
 
 
-def test_what_cannot_be_combined_cannot_be_written() -> None:
+def test_settings_that_cannot_be_combined_are_refused() -> None:
     for bad in (
         {"preset": "recommended", "weight_in_clip": True, "clip": None},
         {"reward_scale": 2.0},
@@ -360,7 +381,7 @@ def test_what_cannot_be_combined_cannot_be_written() -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_returns_before_the_first_scoring_have_the_mean_of_the_expected_ones(alpha: float) -> None:
-    """Tokens come from the mixture, so sampled rewards need their weights before their mean is that of −KL."""
+    """Tokens come from the mixture, so the mean of sampled rewards is that of −KL only with importance weights."""
     world, objective = World.random(2), Objective.recommended(length_norm=False)
     logq, logp = world.logq().detach(), world.logp()
     kl = (logq.exp() * (logq - logp)).sum(-1)
@@ -379,7 +400,7 @@ def test_returns_before_the_first_scoring_have_the_mean_of_the_expected_ones(alp
 @pytest.mark.parametrize("preset", ["exact", "paper", "reference", "recommended"])
 @pytest.mark.parametrize("discount", [1.0, 0.99, 0.9, 0.5])
 def test_long_responses_and_single_tokens_have_finite_gradients(preset: str, discount: float) -> None:
-    """4,096 tokens (TRL's port was NaN from token 987 on at γ = 0.9), beside a response of one token."""
+    """4,096 tokens (TRL's implementation was NaN from token 987 on at γ = 0.9) and a response of one token."""
     g = torch.Generator().manual_seed(0)
     n = 4097
     hidden, weight = torch.randn(n, 8, generator=g).requires_grad_(), torch.randn(12, 8, generator=g).requires_grad_()
@@ -437,7 +458,7 @@ GAPS = [100.0, 30.0, -30.0, -100.0, float("inf"), -float("inf")]
 @pytest.mark.parametrize("preset", ["paper", "reference", "recommended", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_engine_and_trainer_may_differ_by_any_gap(preset: str, dtype: torch.dtype) -> None:
-    """Whatever the sign of the advantage, 0 among them, and of the gap: weights are numbers, and bounded."""
+    """Weights are finite and limited for positive, negative and zero advantages and gaps."""
     n = len(GAPS)
     now = torch.full((3 * n,), -120.0, dtype=dtype)
     old = now - torch.tensor(GAPS, dtype=dtype).repeat_interleave(3)
@@ -455,23 +476,26 @@ def test_engine_and_trainer_may_differ_by_any_gap(preset: str, dtype: torch.dtyp
         assert torch.isfinite(loss)
         assert torch.isfinite(weights.logq).all()
         assert all(torch.isfinite(value) for value in loss_of.tally.sums.values())
-        assert float((weights.logq.double() ** 2).sum()) < 1e30  # as far from the end of float32
+        assert float((weights.logq.double() ** 2).sum()) < 1e30  # far below the largest float32
 
 
 def weight_at(objective: Objective, gap: float, advantage: float) -> float:
-    """What ∇log q of a token is multiplied by: the engine's log q is `gap` below the trainer's, its single reward `advantage`."""
+    """Return the factor of ∇log q of a token whose log q is `gap` lower in the engine than in the trainer.
+
+    The token has one reward, `advantage`.
+    """
     now = torch.tensor([-30.0, -30.0], dtype=torch.float64)
     old = now - torch.tensor([gap, 0.0], dtype=torch.float64)
     sampled = SampledTokens(old, old, old + torch.tensor([0.0, advantage], dtype=torch.float64), torch.tensor([2]))
     zeros = torch.zeros_like(now)
-    kl = torch.tensor([0.0, -advantage], dtype=torch.float64)  # the expected reward is the same
+    kl = torch.tensor([0.0, -advantage], dtype=torch.float64)  # the expected reward has the same value
     _, weights = OnPolicyLoss(objective, sampled)(slice(0, 2), TokenScores(now, now, kl, zeros, zeros))
     assert weights.logq is not None
     return -float(weights.logq[0])
 
 
 def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
-    """min(ρA, clip(ρ)A) leaves ρ as it is where A < 0; there it counts up to `dual_clip`, and goes on counting."""
+    """min(ρA, clip(ρ)A) does not limit ρ where A < 0. `dual_clip` does, and keeps a gradient beyond the limit."""
     recommended, paper = Objective.recommended(), Objective.paper()
     for objective in (
         recommended,
@@ -480,11 +504,11 @@ def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
     ):
         scale = 1.0 / objective.reward_scale
         for gap in (2.0, 5.0, 12.0, 29.0):
-            assert weight_at(objective, gap, 1.0) == 0.0  # cut off by the clip
+            assert weight_at(objective, gap, 1.0) == 0.0  # clipped, so without gradient
             assert weight_at(objective, gap, -1.0) == pytest.approx(-3.0 * scale)
-        for gap in (0.0, 0.1, -0.1, 1.0, -3.0):  # within the bound nothing changes
+        for gap in (0.0, 0.1, -0.1, 1.0, -3.0):  # below the limit nothing changes
             assert weight_at(objective, gap, -1.0) == pytest.approx((0.0 if gap < -0.2 else -math.exp(gap)) * scale)
-    for gap in (2.0, 5.0):  # as the paper has it, and the authors' code
+    for gap in (2.0, 5.0):  # as in the paper and in LMOps
         assert weight_at(paper, gap, -1.0) == pytest.approx(-math.exp(gap))
     assert weight_at(paper, 29.0, -1.0) == pytest.approx(-math.exp(20.0))
     assert weight_at(Objective.exact(importance_truncation=2.0), 5.0, -1.0) == pytest.approx(-2.0)
@@ -495,7 +519,7 @@ def test_the_clip_bounds_a_mismatch_on_both_sides() -> None:
 @pytest.mark.parametrize("reward", ["expected", "sampled"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_returns_are_centred_on_those_of_the_other_responses_and_nothing_is_biased(reward: str, alpha: float) -> None:
-    """Every pair of responses, with the probability that both are drawn."""
+    """The expectation is over every pair of responses, with the probability that both are sampled."""
     world = World.random(7)
     objective = Objective.recommended(reward=reward, length_norm=False, single_step=0.0)
     plain = objective.model_copy(update={"baseline": "none"})
@@ -535,7 +559,7 @@ def test_returns_are_centred_on_those_of_the_other_responses_and_nothing_is_bias
 
 @pytest.mark.parametrize("reward", ["expected", "sampled"])
 def test_advantages_have_no_mean_and_do_not_depend_on_the_split(reward: str) -> None:
-    """Leaving a response out shifts its advantages by the share of tokens that it has, which is what they are weighed by here."""
+    """The mean is zero if each response is weighted by the share of tokens that the other responses have."""
     g = torch.Generator().manual_seed(2)
     lengths = torch.tensor([5, 1, 64, 9, 30])
     n = int(lengths.sum())
@@ -543,13 +567,15 @@ def test_advantages_have_no_mean_and_do_not_depend_on_the_split(reward: str) -> 
     sampled = SampledTokens(old, old, teacher, lengths, -kl)
     objective = Objective.recommended(reward=reward)
     baseline = credit.baselines(sampled, objective)
-    values = credit.returns(-sampled.reverse_kl if reward == "expected" else teacher - old, sampled, objective)  # pyright: ignore
+    rewards = credit.precomputed_rewards(sampled, objective)
+    assert rewards is not None
+    values = credit.returns(rewards, sampled, objective)
     future = sampled.remaining > 0
     counts = (lengths - 1).double()
     advantages = (values - baseline[sampled.segments]) * future
     share = ((counts.sum() - counts) / counts.sum())[sampled.segments]
     assert abs(float((advantages * share).sum() / future.sum())) < 1e-12
-    # Two processes, each with some of the responses.
+    # Two processes, each with a part of the responses.
     sums, numbers = credit.return_sum(sampled, objective)
     parts = []
     for chosen in ([0, 1, 2], [3, 4]):

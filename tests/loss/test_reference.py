@@ -1,4 +1,4 @@
-"""Preset `reference` against the authors' formulas, written out as they compute them: padded [B, S] blocks, one micro-batch."""
+"""Preset `reference`, compared with the formulas of the LMOps code on padded [B, S] blocks of one micro-batch."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def mean_over(values: Tensor, mask: Tensor) -> Tensor:
 def plain(
     logits: Tensor, ids: Tensor, logq_old: Tensor, logp: Tensor, teacher: Tensor, behaviour: Tensor, mask: Tensor
 ) -> Tensor:
-    """Sections 1.4 to 1.8 of the reference figures: everything [B, S] or [B, S, V], zero where nothing was drawn."""
+    """Sections 1.4 to 1.8 of the notes on LMOps. All tensors are [B, S] or [B, S, V], and zero in the padding."""
     reward = ((logp - logq_old) / 0.5).clamp(-100, 100) * mask
     advantage = torch.zeros_like(reward)
     for b, n in enumerate(LENGTHS):
         for t in range(n):
             total = sum(0.95 ** (k - t) * float(reward[b, k]) for k in range(t, n))
             advantage[b, t] = total / (n - t)  # the paper counts from 1: T − t + 1
-    mean, var = advantage.mean(), advantage.var(unbiased=False)  # over the padding too
+    mean, var = advantage.mean(), advantage.var(unbiased=False)  # including the padding
     advantage = (advantage - mean) * torch.rsqrt(var + 1e-8) * mask
     weight = (logq_old - behaviour).exp()
     logq = torch.log_softmax(logits, -1)
@@ -43,7 +43,7 @@ def plain(
 
 
 def plain_text(logits: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-    """Section 1.9: half cross-entropy, half soft cross-entropy; the teacher's entropy is a constant."""
+    """Section 1.9: half cross-entropy and half soft cross-entropy. The teacher's entropy is a constant."""
     logq, p = torch.log_softmax(logits, -1), torch.softmax(teacher, -1)
     return (0.5 * -logq.gather(-1, ids[:, None])[:, 0] + 0.5 * -(p * logq).sum(-1)).mean()
 
@@ -94,22 +94,22 @@ def test_the_micro_batch_gradient_is_the_authors(chunk: int) -> None:
 
 
 def test_hand_worked_advantages() -> None:
-    """Two responses in blocks of four: rewards 1, 2 and 4 before scaling."""
+    """Two responses in blocks of four tokens, with rewards 1, 2 and 4 before scaling."""
     data = SampledTokens(torch.zeros(3), torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 1]))
     objective = Objective.reference()
     assert credit.sampled_rewards(data, objective).tolist() == [2.0, 4.0, 8.0]
     values = credit.returns(credit.sampled_rewards(data, objective), data, objective)
     assert values.tolist() == pytest.approx([(2 + 0.95 * 4) / 2, 4.0, 8.0])  # 2.9, 4, 8
-    # Over eight slots: mean 14.9/8, mean square (2.9² + 4² + 8²)/8.
+    # Over eight slots the mean is 14.9/8, and the mean square (2.9² + 4² + 8²)/8.
     mean, square = 14.9 / 8, (2.9**2 + 16 + 64) / 8
-    spread = (square - mean**2 + 1e-8) ** 0.5
+    deviation = (square - mean**2 + 1e-8) ** 0.5
     assert credit.whiten(values, slots=8).tolist() == pytest.approx(
-        [(v - mean) / spread for v in (2.9, 4.0, 8.0)], rel=1e-5
+        [(v - mean) / deviation for v in (2.9, 4.0, 8.0)], rel=1e-5
     )
 
 
 def test_whitening_is_over_all_processes() -> None:
-    """Two micro-batches of two processes, whitened as one."""
+    """The micro-batches of two processes are whitened as one."""
     parts = [torch.tensor([1.0, 5.0]), torch.tensor([-2.0, 0.5, 3.0])]
     want = credit.whiten(torch.cat(parts), slots=8 + 12)
     joined = []
@@ -119,7 +119,7 @@ def test_whitening_is_over_all_processes() -> None:
         def total(
             value: Tensor, other: Tensor = other, other_slots: int = other_slots, sums: list[float] = sums
         ) -> float:
-            """What an all-reduce gives: the other process has reached the same call."""
+            """Return the result of an all-reduce, in which the other process makes the same call."""
             place = len(sums)
             sums.append(float(value))
             count = 20.0

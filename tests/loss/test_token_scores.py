@@ -1,4 +1,4 @@
-"""The one-pass head against autograd over full logits in float64."""
+"""`token_scores`, compared with autograd through full logits in float64."""
 
 from __future__ import annotations
 
@@ -86,11 +86,17 @@ DIVERGENCES: dict[str, Divergence] = {
 def test_any_divergence_can_join(name: str, kind: str) -> None:
     hidden, head, targets, teacher_states, (a, b, _) = problem(softcap=3.0 if kind == "softcap" else None)
     loss, scores = token_scores(
-        hidden, head, targets, teacher_states, divergence=DIVERGENCES[name], settings=ScoringSettings(0.6, chunk=7),
+        hidden,
+        head,
+        targets,
+        teacher_states,
+        divergence=DIVERGENCES[name],
+        settings=ScoringSettings(0.6, chunk=7),
         loss_fn=lambda part, s: (
-            (a[part] * s.logq + b[part] * s.divergence).sum(), ScoreGradients(a[part], divergence=b[part])  # pyright: ignore
+            (a[part] * s.logq + b[part] * s.divergence).sum(),
+            ScoreGradients(a[part], divergence=b[part]),  # pyright: ignore
         ),
-    )  # fmt: skip
+    )
     got = torch.autograd.grad(3 * loss, [hidden, head.weight])
     student, teacher = full_logits(hidden, head), full_logits(teacher_states.hidden, teacher_states.head)
     values = DIVERGENCES[name](student / 0.6, teacher / 0.6)
@@ -105,7 +111,7 @@ MASKED = {"student": [3], "teacher": [5, 6], "both": [30, 31]}
 
 
 def masked_problem(dtype: torch.dtype, least: float):
-    """Heads that exclude some tokens by their bias; targets that only the student, or only the teacher, excludes among them."""
+    """Heads whose bias excludes some tokens. Some targets are excluded by the student only, or by the teacher only."""
     hidden, head, targets, teacher_states, weights = problem(torch.float64, bias=True)
     assert head.bias is not None
     bias, teacher_bias = head.bias.detach().clone(), torch.zeros(V, dtype=torch.float64)
@@ -120,7 +126,7 @@ def masked_problem(dtype: torch.dtype, least: float):
 
 
 def floored(hidden: Tensor, head: Head) -> Tensor:
-    """Log-probabilities with the floor, by hand, from logits that are low but numbers; their gradient is that without the floor."""
+    """Log-probabilities with the lower limit, from low but finite logits. The gradient ignores the limit."""
     assert head.bias is not None
     logs = torch.log_softmax(hidden @ head.weight.t() + head.bias.clamp(min=-300.0), -1)
     return logs + (logs.clamp(min=-80.0) - logs).detach()
@@ -136,11 +142,16 @@ def test_what_a_model_excludes_has_the_least_log_probability(least: float, compi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "elementwise_functions", lambda *_: functions)
         loss, scores = token_scores(
-            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=7),
+            hidden,
+            head,
+            targets,
+            teacher_states,
+            settings=ScoringSettings(chunk=7),
             loss_fn=lambda part, s: (
-                (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
+                (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(),
+                ScoreGradients(a[part], b[part], c[part]),
             ),
-        )  # fmt: skip
+        )
     got = torch.autograd.grad(loss, [hidden, head.weight])
     q, p = floored(hidden, head), floored(teacher_states.hidden, teacher_states.head)
     reverse, forward = (q.exp() * (q - p)).sum(-1), (p.exp() * (p - q)).sum(-1)
@@ -151,7 +162,7 @@ def test_what_a_model_excludes_has_the_least_log_probability(least: float, compi
     torch.testing.assert_close(scores.logq, logq.detach(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(scores.logp, p.gather(1, targets[:, None])[:, 0], rtol=1e-9, atol=1e-9)
     assert float(scores.logq[0]) == float(scores.logp[1]) == -80.0
-    # What the teacher alone excludes costs the student 80 nats for each unit of its mass, at least nearly.
+    # A token that only the teacher excludes costs the student almost 80 nats per unit of probability.
     mass = q.detach().exp()[:, MASKED["teacher"]].sum(-1)
     assert (scores.reverse_kl > 60 * mass - 1).all()
     for ours, theirs in zip(got, want, strict=True):
@@ -167,13 +178,17 @@ def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, na
     hidden, head, targets, teacher_states, (a, b, c) = masked_problem(dtype, -torch.inf)
     a, b, c = (w.float() if dtype.itemsize < 8 else w for w in (a, b, c))
     loss, scores = token_scores(
-        hidden, head, targets, teacher_states, divergence=None if name is None else known[name],
+        hidden,
+        head,
+        targets,
+        teacher_states,
+        divergence=None if name is None else known[name],
         settings=ScoringSettings(temperature=0.7, text_temperature=1.0, chunk=7),
         loss_fn=lambda part, s: (
             (s.text_logq + s.reverse_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
             ScoreGradients(a[part], b[part], c[part], None if name is None else c[part], a[part], b[part]),
         ),
-    )  # fmt: skip
+    )
     loss.backward()
     for value in (hidden.grad, head.weight.grad, loss.detach(), *(v for v in vars(scores).values() if v is not None)):
         assert value is not None
@@ -183,22 +198,27 @@ def test_exclusion_leaves_every_score_and_gradient_finite(dtype: torch.dtype, na
 @pytest.mark.parametrize("least", [-torch.inf, -9999.0])
 @pytest.mark.parametrize("name", [None, "Jensen-Shannon", "adaptive"])
 def test_a_served_teachers_zero_is_a_mass_of_zero(least: float, name: str | None) -> None:
-    """−9999 is what vLLM writes for −inf: both are the floor, and the others keep the mass that is left."""
+    """vLLM writes −9999 for −∞. Both become the lower limit; the others share the remaining probability."""
     hidden, head, targets, teacher_states, (_, b, c) = problem()
     rows = known_rows(full_logits(teacher_states.hidden, teacher_states.head), targets, 6)
     found = []
     for value in (least, -80.0):
         logprobs = rows.logprobs.clone()
         logprobs[:, 2] = torch.where(rows.ids[:, 2] == targets, logprobs[:, 2], value)
-        logprobs[:2] = logprobs[:2].masked_fill(rows.ids[:2] == targets[:2, None], value)  # the drawn token itself
+        logprobs[:2] = logprobs[:2].masked_fill(rows.ids[:2] == targets[:2, None], value)  # the sampled token itself
         loss, scores = token_scores(
-            hidden, head, targets, TeacherRows(rows.ids, logprobs), settings=ScoringSettings(chunk=5),
+            hidden,
+            head,
+            targets,
+            TeacherRows(rows.ids, logprobs),
+            settings=ScoringSettings(chunk=5),
             divergence=None if name is None else DIVERGENCES[name],
             loss_fn=lambda part, s: (
-                (b[part] * s.reverse_kl + c[part] * s.forward_kl).sum() + (0 if s.divergence is None else s.divergence.sum()),
+                (b[part] * s.reverse_kl + c[part] * s.forward_kl).sum()
+                + (0 if s.divergence is None else s.divergence.sum()),
                 ScoreGradients(None, b[part], c[part], None if name is None else torch.ones_like(b[part])),
             ),
-        )  # fmt: skip
+        )
         grads = torch.autograd.grad(loss, [hidden, head.weight])
         found.append([*grads, *(v for v in vars(scores).values() if v is not None)])
     for ours, theirs in zip(*found, strict=True):
@@ -213,13 +233,19 @@ def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -
         bias=kind == "bias", softcap=3.0 if kind == "softcap" else None
     )
     loss, scores = token_scores(
-        hidden, head, targets, teacher_states, settings=ScoringSettings(0.6, text_temperature, chunk=7),
+        hidden,
+        head,
+        targets,
+        teacher_states,
+        settings=ScoringSettings(0.6, text_temperature, chunk=7),
         divergence=divergences.total_variation,
         loss_fn=lambda part, s: (
-            (a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)).sum(),  # pyright: ignore
+            (
+                a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)
+            ).sum(),  # pyright: ignore
             ScoreGradients(c[part], c[part], None, c[part], a[part], b[part]),
         ),
-    )  # fmt: skip
+    )
     leaves = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
     got = torch.autograd.grad(loss, leaves)
     student, teacher = full_logits(hidden, head), full_logits(teacher_states.hidden, teacher_states.head)
@@ -238,7 +264,7 @@ def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -
 
 
 def known_rows(teacher: Tensor, targets: Tensor, k: int) -> TeacherRows:
-    """Log p [N, 1+k] of the drawn token and of k others, some of which repeat it."""
+    """Return log p [N, 1+k] of the sampled token and of k others, some of which repeat it."""
     g = torch.Generator().manual_seed(1)
     others = torch.stack([torch.randperm(V, generator=g)[:k] for _ in targets])
     ids = torch.cat([targets[:, None], others], 1)
@@ -246,7 +272,7 @@ def known_rows(teacher: Tensor, targets: Tensor, k: int) -> TeacherRows:
 
 
 def partition(log_probs: Tensor, ids: Tensor) -> list[Tensor]:
-    """For each place, the masses of the tokens named there and of all others."""
+    """Return, for each position, the probabilities of the tokens in `ids` and of all others together."""
     cells = []
     for row, named in zip(log_probs.exp(), ids, strict=True):
         named = sorted(set(named.tolist()))
@@ -262,11 +288,16 @@ def test_of_a_teacher_that_tells_some_tokens_the_others_are_one_event(kind: str,
     student, teacher = full_logits(hidden, head), full_logits(teacher_states.hidden, teacher_states.head)
     rows = known_rows(teacher, targets, 6)
     loss, scores = token_scores(
-        hidden, head, targets, rows, settings=ScoringSettings(chunk=chunk),
+        hidden,
+        head,
+        targets,
+        rows,
+        settings=ScoringSettings(chunk=chunk),
         loss_fn=lambda part, s: (
-            (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
+            (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(),
+            ScoreGradients(a[part], b[part], c[part]),
         ),
-    )  # fmt: skip
+    )
     loss.backward()
     q, p = partition(torch.log_softmax(student, -1), rows.ids), partition(torch.log_softmax(teacher, -1), rows.ids)
     reverse = torch.stack([(x * (x.log() - y.log())).sum() for x, y in zip(q, p, strict=True)])
@@ -278,7 +309,7 @@ def test_of_a_teacher_that_tells_some_tokens_the_others_are_one_event(kind: str,
     torch.testing.assert_close(scores.logp, rows.logprobs[:, 0])
     for ours, theirs in zip([hidden.grad, head.weight.grad], want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
-    # What the partition misses, as the docstring has it: q(others) · KL within the others.
+    # The docstring says how much lower KL(q‖p) of the partition is: q(others) · KL within the others.
     whole = divergences.reverse_kl(student, teacher)
     within = torch.zeros(N, dtype=torch.float64)
     for i, named in enumerate(rows.ids):
@@ -337,9 +368,16 @@ def test_float32_is_within_1e_5_of_float64() -> None:
     for dtype in (torch.float64, torch.float32):
         hidden, head, targets, teacher_states, (a, b, _) = problem(dtype)
         loss, _ = token_scores(
-            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=5),
-            loss_fn=lambda part, s, a=a, b=b: ((a[part] * s.logq + b[part] * s.reverse_kl).sum(), ScoreGradients(a[part], b[part])),
-        )  # fmt: skip
+            hidden,
+            head,
+            targets,
+            teacher_states,
+            settings=ScoringSettings(chunk=5),
+            loss_fn=lambda part, s, a=a, b=b: (
+                (a[part] * s.logq + b[part] * s.reverse_kl).sum(),
+                ScoreGradients(a[part], b[part]),
+            ),
+        )
         loss.backward()
         assert head.weight.grad is not None
         assert hidden.grad is not None
@@ -361,11 +399,15 @@ def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -
         try:
             states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
             loss, scores = token_scores(
-                states, Head(head, bias, 1.0, softcap), targets, TeacherStates(teacher_hidden, Head(teacher_weight, bias)),
+                states,
+                Head(head, bias, 1.0, softcap),
+                targets,
+                TeacherStates(teacher_hidden, Head(teacher_weight, bias)),
                 loss_fn=lambda part, s: (
-                    (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(), ScoreGradients(a[part], b[part], c[part])
+                    (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(),
+                    ScoreGradients(a[part], b[part], c[part]),
                 ),
-            )  # fmt: skip
+            )
             loss.backward()
         finally:
             elementwise._COMPILE_FROM = before
@@ -377,7 +419,7 @@ def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -
 
 
 def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
-    """Weights of 1e-5 times probabilities of 1e-3 are nothing in float16 unless they are scaled first."""
+    """Weights of 1e-5 times probabilities of 1e-3 become 0 in float16 unless they are scaled first."""
     errors = {}
     for dtype in (torch.float16, torch.float64):
         hidden, head, targets, teacher_states, _ = problem(torch.float64)
@@ -385,10 +427,17 @@ def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
         teacher_states = TeacherStates(teacher_states.hidden.to(dtype), Head(teacher_states.head.weight.to(dtype)))
         share = torch.full((N,), 1e-5, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         loss, _ = token_scores(
-            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=5),
-            loss_fn=lambda part, s, share=share: ((share[part] * s.reverse_kl).sum(), ScoreGradients(None, share[part])),
-        )  # fmt: skip
-        (loss * 65536).backward()  # a loss scaler's
+            hidden,
+            head,
+            targets,
+            teacher_states,
+            settings=ScoringSettings(chunk=5),
+            loss_fn=lambda part, s, share=share: (
+                (share[part] * s.reverse_kl).sum(),
+                ScoreGradients(None, share[part]),
+            ),
+        )
+        (loss * 65536).backward()  # what a loss scaler does
         assert head.weight.grad is not None
         errors[dtype] = head.weight.grad.double()
     assert (errors[torch.float16] - errors[torch.float64]).norm() < 0.01 * errors[torch.float64].norm()
@@ -396,7 +445,7 @@ def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_matmuls_and_live_memory(frozen: bool) -> None:
-    """Four matmuls a chunk, three with a frozen head, and nothing as large as [N, V]."""
+    """There are four matrix products per chunk, three with a frozen head, and no tensor as large as [N, V]."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     g = torch.Generator().manual_seed(0)
@@ -418,16 +467,20 @@ def test_matmuls_and_live_memory(frozen: bool) -> None:
 
     with Watch() as watch:
         loss, _ = token_scores(
-            hidden, head, targets, teacher_states, settings=ScoringSettings(chunk=16),
+            hidden,
+            head,
+            targets,
+            teacher_states,
+            settings=ScoringSettings(chunk=16),
             loss_fn=lambda part, s: (s.reverse_kl.sum(), ScoreGradients(None, one[part])),
-        )  # fmt: skip
+        )
         loss.backward()
     assert watch.matmuls == (3 if frozen else 4) * n // 16
     assert watch.largest == 16 * v
 
 
 def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
-    """At the quickstart's vocabulary, through the compiled elementwise part."""
+    """With the vocabulary size of the quickstart, and the compiled elementwise part."""
     g = torch.Generator().manual_seed(2)
     n, v, h = 96, 49152, 64
     hidden, teacher_hidden = torch.randn(n, h, generator=g).bfloat16(), torch.randn(n, h, generator=g).bfloat16()
@@ -443,23 +496,30 @@ def test_bfloat16_is_no_worse_than_full_logits_in_bfloat16() -> None:
 
     states, head = hidden.clone().requires_grad_(), Head(weight.clone().requires_grad_())
     loss, _ = token_scores(
-        states, head, targets, TeacherStates(teacher_hidden, Head(teacher_weight)),
+        states,
+        head,
+        targets,
+        TeacherStates(teacher_hidden, Head(teacher_weight)),
         loss_fn=lambda part, s: ((share[part] * s.reverse_kl).sum(), ScoreGradients(None, share[part])),
-    )  # fmt: skip
+    )
     ours = torch.autograd.grad(loss, [states, head.weight])
     for got, rounded, exact in zip(ours, full(torch.bfloat16), full(torch.float64), strict=True):
         assert (got.double() - exact).norm() <= 1.05 * (rounded - exact).norm()
 
 
 def test_the_heads_gradient_accumulates_in_place() -> None:
-    """What the backward hands over becomes the gradient itself, and the next micro-batch is added to it."""
+    """The tensor that the backward pass returns becomes the gradient, and later ones are added to it."""
     hidden, head, targets, teacher_states, (a, _, _) = problem(torch.float32)
     places, sums = [], []
     for _ in range(3):
         loss, _ = token_scores(
-            hidden, head, targets, teacher_states, settings=ScoringSettings(width=30, chunk=7),
+            hidden,
+            head,
+            targets,
+            teacher_states,
+            settings=ScoringSettings(width=30, chunk=7),
             loss_fn=lambda part, s: ((a[part] * s.reverse_kl).sum(), ScoreGradients(None, a[part])),
-        )  # fmt: skip
+        )
         loss.backward()
         assert head.weight.grad is not None
         places.append(head.weight.grad.data_ptr())

@@ -1,4 +1,4 @@
-"""The GPU kernels' arithmetic, run by Triton's interpreter on the CPU, against the functions they stand for."""
+"""The Triton kernels, run by Triton's interpreter on the CPU, compared with the plain functions that they implement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minillm.loss import elementwise as plain
 from minillm.loss.elementwise import Derivatives, Transforms
 from minillm.models.head import Head, LogitTransform
 
-N, V = 5, 300  # three blocks of 128, the last one part empty
+N, V = 5, 300  # three blocks of 128 columns, the last of them not full
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")
 def test_the_kernels_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads the variable when it is first imported, and torch.compile imports it."""
+    """A new process is needed: Triton reads the variable when it is first imported, and torch.compile imports it."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
@@ -36,7 +36,7 @@ def test_the_kernels_in_the_interpreter() -> None:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if not (INTERPRETED or torch.cuda.is_available()):
-        pytest.skip("runs in the interpreter's process")
+        pytest.skip("runs in the process with Triton's interpreter")
     from minillm.loss import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "_BLOCK", 128)
@@ -54,7 +54,7 @@ def test_kernels_are_the_plain_functions(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     draw: Any = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
     student, teacher = (4 * draw(N, V)).to(storage), (4 * draw(N, V)).to(storage)
-    student[0] += 60.0  # far from zero, in rising order, so that the running maximum moves in every block
+    student[0] += 60.0  # far from zero and ascending, so that the running maximum changes in every block
     student[0] = student[0].sort().values
     targets = torch.tensor([0, 127, 128, 299, 5], device=device)
 
@@ -75,7 +75,7 @@ def test_kernels_are_the_plain_functions(
 
 @pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min, -9999.0])
 def test_excluded_tokens_are_the_plain_functions_too(kernels: ModuleType, least: float) -> None:
-    """A whole block of them among the student's, the first one; some of the teacher's, some of both; targets among them."""
+    """The student excludes the whole first block, and the teacher some tokens. Some targets are excluded."""
     g = torch.Generator().manual_seed(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, teacher = (4 * torch.randn(N, V, generator=g).to(device) for _ in range(2))
