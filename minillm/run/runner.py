@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ from minillm.data.examples import read_texts
 from minillm.data.files import read_jsonl, write_jsonl
 from minillm.errors import Interrupted
 from minillm.models.device import keep_freed_memory, release_memory
-from minillm.rollout.engines.choose import choose_engine
 from minillm.run import processes
 from minillm.run.context import Run
 from minillm.run.recipe import Recipe
@@ -318,90 +316,15 @@ def _texts(recipe: Recipe) -> Iterable[dict[str, Any]] | None:
 
 
 def _evaluate(this: Run) -> None:
-    from minillm.data.files import write_json
-    from minillm.evaluation import answers as evaluation
-    from minillm.evaluation import scores, verdict
-    from minillm.models.device import device, working_dtype
-    from minillm.models.load import load_model
-    from minillm.rollout.engines.choose import ReusableEngine
-    from minillm.teacher.local import LocalTeacher
+    from minillm.evaluation.heldout import evaluate_heldout
 
-    settings = this.recipe.evaluate
     start = "pruned" if this.recipe.student.source == "prune" else "student"
-    names = {"warmup": "warmed"}
-    folders = {
-        "teacher": this.teacher,
-        start: this.start,
-        **{names.get(stage, stage): folder for stage, folder in this.trained().items()},
-    }
-    prompts = this.heldout_prompts
-    sampling = _sampling(this, settings.max_new_tokens, settings.temperature)
-    tokenizer = this.conventions.tokenizer
-    teacher: LocalTeacher | None = None
-    engines = ReusableEngine(this.recipe.rollout, this.max_length(settings.max_new_tokens))
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for name, folder in folders.items():
-        file = this.dir / "evaluate" / f"{name}.jsonl"
-        made_from = _made_from(this, folder)
-        note = file.with_suffix(".json")
-        if file.is_file() and note.is_file() and json.loads(note.read_text(encoding="utf-8")) == made_from:
-            rows[name] = read_jsonl(file)
-            continue
-        _say(0, f"  {name}")
-        model: Any = load_model(folder, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-        engine = engines.of(model, folder)
-        by_seed = evaluation.answer(engine, prompts, sampling, settings.seeds, tokenizer)
-        engines.sleep()
-        rows[name] = [row for some in by_seed.values() for row in some]
-        if name != "teacher":
-            teacher = teacher or LocalTeacher(
-                load_model(this.teacher, working_dtype(), this.recipe.teacher.quantization).to(device())
-            )  # pyright: ignore[reportArgumentType]
-            evaluation.add_reverse_kl(rows[name], prompts, model, teacher, sampling.vocab_size, settings.temperature)
-        else:
-            for row in rows[name]:
-                row["reverse_kl"] = 0.0  # of a model to itself
-            if this.recipe.teacher.quantization is None:
-                teacher = LocalTeacher(model)
-        write_jsonl(file, rows[name])
-        note.write_text(json.dumps(made_from), encoding="utf-8")
-    engines.close()
-    scored = {name: scores.collect(some, rows["teacher"]) for name, some in rows.items()}
-    results: dict[str, Any] = {
-        "models": {name: scores.summarise(some, settings.bootstrap) for name, some in scored.items()},
-        "prompts": len(prompts),
-        "seeds": settings.seeds,
-    }
-    if "warmed" in scored and "minillm" in scored:
-        changes = scores.compare(scored["warmed"], scored["minillm"], settings.bootstrap)
-        results |= {"minillm_against_warmed": changes, "check": verdict.check(changes, settings)}
-    write_json(this.dir / "evaluate" / "prompts.json", {prompt.example.row: prompt.example.text for prompt in prompts})
-    write_json(this.dir / "results.json", results)
-
-
-def _made_from(this: Run, folder: str) -> dict[str, Any]:
-    """What a model's answers depend on: if it is the same, they need not be made again."""
-    from minillm.models.configs import text_config
-
-    weights: Any = {file.name: file.stat().st_mtime_ns for file in sorted(Path(folder).glob("*.safetensors"))}
-    settings = this.state.settings("evaluate")
-    own = {
-        key: value
-        for key, value in settings.items()
-        if key.startswith(("evaluate.", "data.", "rollout.stop", "teacher."))
-    }
-    return {
-        "weights": weights or folder,
-        "settings": own,
-        "prompts": _digest_of(this),
-        "engine": choose_engine(this.recipe.rollout.engine, text_config(folder)),
-    }
-
-
-def _digest_of(this: Run) -> str:
-    """Of the held-out prompts as they are drawn from, and of where answers end."""
-    seen = [prompt.ids for prompt in this.heldout_prompts], this.conventions.eos_ids, this.conventions.vocab_size
-    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
+    models = {"teacher": this.teacher, start: this.start}
+    models |= {"warmed" if stage == "warmup" else stage: folder for stage, folder in this.trained().items()}
+    evaluate_heldout(
+        this.dir, models, this.heldout_prompts, this.conventions, this.rollout(), this.recipe.evaluate,
+        recorded=this.state.settings("evaluate"), quantization=this.recipe.teacher.quantization,
+    )  # fmt: skip
 
 
 def describe(this: Run) -> None:

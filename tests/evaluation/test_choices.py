@@ -13,7 +13,7 @@ from minillm.data.examples import Example, Prompt
 from minillm.data.files import read_jsonl
 from minillm.data.sampling import Sampling
 from minillm.errors import DataError, VocabularyError
-from minillm.evaluation import suite
+from minillm.evaluation import evaluator, suite
 from minillm.evaluation.choices import choice_ids, choice_logprobs, right_choices
 from minillm.evaluation.config import Suite
 from minillm.teacher.local import LocalTeacher
@@ -102,7 +102,7 @@ def test_what_is_no_choice_is_refused_before_anything_is_sampled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = {"one": save(tiny_llama(1), tmp_path / "model")}
-    monkeypatch.setattr(suite, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluator, "load_model", lambda *_: pytest.fail("a model was loaded"))
     row = {"instruction": "w1", "output": "w3"}
     for choices, rows, message in (
         (
@@ -120,7 +120,7 @@ def test_what_is_no_choice_is_refused_before_anything_is_sampled(
 def test_a_choice_that_begins_like_another_does_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After w3 this model always says w4, and ends after that: w3 alone is never the answer."""
     model: Any = tiny_llama(1)
-    monkeypatch.setattr(suite, "working_dtype", lambda: torch.float32)
+    monkeypatch.setattr(evaluator, "working_dtype", lambda: torch.float32)
     folder = save(model, tmp_path / "model")
 
     def told(self: Any, hidden: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -75,8 +75,8 @@ def test_scores_by_hand() -> None:
     ]
     found = scores.collect(answers, references)
     # Seed 1 meets the reference of seed 2, and the other way round.
-    assert found.rouge_l.tolist() == [50.0, 50.0]
-    assert found.finished.tolist() == [50.0, 100.0]
+    assert found.means["rouge_l"].tolist() == [50.0, 50.0]
+    assert found.means["finished"].tolist() == [50.0, 100.0]
     summary = scores.summarise(found, 200)
     assert summary["reverse_kl"]["mean"] == pytest.approx(8 / 8)
     assert summary["length"]["mean"] == pytest.approx(2.0)
@@ -85,7 +85,8 @@ def test_scores_by_hand() -> None:
 
 def test_a_student_that_did_not_move_is_no_better() -> None:
     rng = np.random.default_rng(0)
-    still = scores.Scores(rng.random(80) * 50, np.full(80, 90.0), np.full(80, 100.0), 3, rng.random(80) * 70)
+    means = {"rouge_l": rng.random(80) * 50, "finished": np.full(80, 90.0)}
+    still = scores.Scores(means, {"reverse_kl": rng.random(80) * 70}, np.full(80, 100.0))
     found = verdict.check(scores.compare(still, still, 200), EvaluateConfig())
     assert (found["verdict"], found["passed"]) == ("no clear difference", False)
 
@@ -95,10 +96,12 @@ def test_a_kl_that_is_no_number_is_left_out_of_the_results(monkeypatch: pytest.M
         evaluation, "token_divergences", lambda *_, **__: [(torch.tensor([1.0, torch.inf]), torch.zeros(2))]
     )
     rows = [row(0, 1, "one", 2, 0.0)]
-    evaluation.add_reverse_kl(rows, [Prompt(Example(0, "x"), [2])], tiny_llama(1), LocalTeacher(tiny_llama(2)), 32, 1.0)
+    evaluation.add_divergences(
+        rows, [Prompt(Example(0, "x"), [2])], tiny_llama(1), LocalTeacher(tiny_llama(2)), 32, 1.0
+    )
     assert rows[0]["reverse_kl"] is None
     found = scores.collect(rows, [row(0, 2, "one", 1, 0.0)])
-    assert found.reverse_kl is None
+    assert found.totals == {}
     assert "reverse_kl" not in scores.summarise(found, 100)
     assert "reverse_kl_reduction" not in scores.compare(found, found, 100)
 
@@ -125,5 +128,5 @@ def test_reverse_kl_of_answers_is_that_of_full_distributions() -> None:
             ids, start = torch.tensor([prompt.ids + answer["ids"]]), len(prompt.ids) - 1
             logits = [model(ids).logits[0, start:-1] for model in (student, teacher)]
             want.append(float(divergences.reverse_kl(logits[0], logits[1], 0.7).sum()))
-    evaluation.add_reverse_kl(rows, prompts, student, LocalTeacher(teacher), 32, 0.7)
+    evaluation.add_divergences(rows, prompts, student, LocalTeacher(teacher), 32, 0.7)
     assert [r["reverse_kl"] for r in rows] == pytest.approx(want, rel=1e-4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from minillm.evaluation import metrics, statistics
+from minillm.evaluation import metrics, statistics, text_metrics
 
 
 def test_latin_text_gets_the_package_s_own_numbers() -> None:
@@ -56,16 +56,21 @@ def test_latin_text_gets_the_package_s_own_numbers() -> None:
         prediction, *references = (
             rng.choice(" \n").join(rng.choices(words, k=rng.randint(0, 12))) for _ in range(rng.randint(2, 5))
         )
-        got = metrics.rouge_l(prediction, references)
+        got = text_metrics.rouge_l(prediction, references)
         assert got == 100 * max(scorer.score(reference, prediction)["rougeL"].fmeasure for reference in references)
         above += got > 0
     assert above > 700
-    assert metrics.rouge_l("", ["", "cat"]) == metrics.rouge_l("cat", [""]) == metrics.rouge_l("?!", ["?!"]) == 0
+    assert (
+        text_metrics.rouge_l("", ["", "cat"])
+        == text_metrics.rouge_l("cat", [""])
+        == text_metrics.rouge_l("?!", ["?!"])
+        == 0
+    )
 
 
 def test_what_counts_as_latin() -> None:
     for text in ("", "42 + ?", "The cat", "“it’s” – 20° … ½ m² ™ 😀 ❤\ufe0f 1\ufe0f\u20e3 👍🏽"):
-        assert metrics.is_latin(text), text
+        assert text_metrics.is_latin(text), text
     for text in (
         "naïve café",
         "cafe\u0301",
@@ -78,9 +83,9 @@ def test_what_counts_as_latin() -> None:
         "猫在窗上",
         "кошка",
     ):
-        assert not metrics.is_latin(text), text
+        assert not text_metrics.is_latin(text), text
     for text in ("القط", "แมว", "ねこ", "고양이", "é", "٤٢", "４２"):
-        assert not metrics.is_latin(text), text
+        assert not text_metrics.is_latin(text), text
 
 
 @pytest.mark.parametrize(
@@ -98,8 +103,8 @@ def test_a_word_with_accents_is_one_word(text: str, mangled: str) -> None:
     """The package reads both alike."""
     package = RougeScorer(["rougeL"], use_stemmer=True)
     assert package.score(f"the {text}", f"the {mangled}")["rougeL"].fmeasure == 1
-    assert metrics.rouge_l(f"the {mangled}", [f"the {text}"]) < 70
-    assert metrics.rouge_l(f"the {text}", [f"THE {unicodedata.normalize('NFD', text)}"]) == 100
+    assert text_metrics.rouge_l(f"the {mangled}", [f"the {text}"]) < 70
+    assert text_metrics.rouge_l(f"the {text}", [f"THE {unicodedata.normalize('NFD', text)}"]) == 100
 
 
 @pytest.mark.parametrize(
@@ -119,36 +124,38 @@ def test_text_that_the_package_would_drop(
     reference: str, near: str, common: int, tokens: tuple[int, int], other: str
 ) -> None:
     assert RougeScorer(["rougeL"], use_stemmer=True).score(reference, reference)["rougeL"].fmeasure == 0
-    assert metrics.rouge_l(reference, [reference]) == metrics.rouge_l(reference, [other, reference]) == 100
-    assert metrics.rouge_l(other, [reference]) == 0
+    assert text_metrics.rouge_l(reference, [reference]) == text_metrics.rouge_l(reference, [other, reference]) == 100
+    assert text_metrics.rouge_l(other, [reference]) == 0
     # F1 = 2PR / (P + R) = 2 · common / (tokens of both)
-    assert metrics.rouge_l(near, [reference]) == pytest.approx(100 * 2 * common / sum(tokens))
+    assert text_metrics.rouge_l(near, [reference]) == pytest.approx(100 * 2 * common / sum(tokens))
 
 
 def test_words_among_other_scripts() -> None:
     text = "Кошка, пьёт CAFÉ_2: 第３章"
-    assert metrics.UnicodeTokenizer().tokenize(text) == ["кошка", "пьёт", "café", "2", "第", "3", "章"]
-    assert metrics.rouge_l(unicodedata.normalize("NFD", text).upper(), [text]) == 100
-    assert metrics.rouge_l("\u2764\ufe0f 猫\ufe0f", ["猫"]) == 100  # an emoji and its variation selector are no words
+    assert text_metrics.UnicodeTokenizer().tokenize(text) == ["кошка", "пьёт", "café", "2", "第", "3", "章"]
+    assert text_metrics.rouge_l(unicodedata.normalize("NFD", text).upper(), [text]) == 100
+    assert (
+        text_metrics.rouge_l("\u2764\ufe0f 猫\ufe0f", ["猫"]) == 100
+    )  # an emoji and its variation selector are no words
     # Two tokens of four and of three in common: caf and é are no café.
-    assert metrics.rouge_l("кошка пьёт caf é", ["кошка пьёт café"]) == pytest.approx(100 * 2 * 2 / (4 + 3))
-    assert metrics.rouge_l("кошки любят cats", ["кошки любят cat"]) == 100  # stemmed as in Latin text
+    assert text_metrics.rouge_l("кошка пьёт caf é", ["кошка пьёт café"]) == pytest.approx(100 * 2 * 2 / (4 + 3))
+    assert text_metrics.rouge_l("кошки любят cats", ["кошки любят cat"]) == 100  # stemmed as in Latin text
 
 
 def test_one_text_that_is_not_latin_is_enough() -> None:
-    assert metrics.rouge_l("кошка", ["cat", "кошка"]) == 100
-    assert metrics.rouge_l("cat", ["кошка", "cats"]) == 100
-    assert metrics.rouge_l("cat", ["кошка"]) == metrics.rouge_l("кошка", ["cat"]) == 0
-    assert metrics.rouge_l("cat кошка собака", ["cat"]) == pytest.approx(100 * 2 * 1 / (3 + 1))  # the package: 100
+    assert text_metrics.rouge_l("кошка", ["cat", "кошка"]) == 100
+    assert text_metrics.rouge_l("cat", ["кошка", "cats"]) == 100
+    assert text_metrics.rouge_l("cat", ["кошка"]) == text_metrics.rouge_l("кошка", ["cat"]) == 0
+    assert text_metrics.rouge_l("cat кошка собака", ["cat"]) == pytest.approx(100 * 2 * 1 / (3 + 1))  # the package: 100
     # The package reads `yes` alone on both sides, and would say 100.
-    assert metrics.rouge_l("yes кошка", ["yes собака"]) == pytest.approx(50)
+    assert text_metrics.rouge_l("yes кошка", ["yes собака"]) == pytest.approx(50)
 
 
 def test_exact_match() -> None:
-    assert metrics.exact_match(" The\n Cat! ", ["the cat"]) == 100
-    assert metrics.exact_match("ice-cream", ["soup", "icecream"]) == 100
-    assert metrics.exact_match("cat", ["the cat", "a cat"]) == 0  # articles are kept
-    assert metrics.exact_match("the cat", ["cat the"]) == 0
+    assert text_metrics.exact_match(" The\n Cat! ", ["the cat"]) == 100
+    assert text_metrics.exact_match("ice-cream", ["soup", "icecream"]) == 100
+    assert text_metrics.exact_match("cat", ["the cat", "a cat"]) == 0  # articles are kept
+    assert text_metrics.exact_match("the cat", ["cat the"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +171,7 @@ def test_exact_match() -> None:
     ],
 )  # fmt: skip
 def test_what_means_the_same_matches(one: str, other: str) -> None:
-    assert metrics.exact_match(one, [other]) == metrics.exact_match(other, [one]) == 100
+    assert text_metrics.exact_match(one, [other]) == text_metrics.exact_match(other, [one]) == 100
 
 
 @pytest.mark.parametrize(
@@ -182,13 +189,13 @@ def test_what_means_the_same_matches(one: str, other: str) -> None:
     ],
 )  # fmt: skip
 def test_what_means_something_else_does_not_match(one: str, other: str) -> None:
-    assert metrics.exact_match(one, [other]) == metrics.exact_match(other, [one]) == 0
-    assert metrics.exact_match(one, [other, one]) == 100
+    assert text_metrics.exact_match(one, [other]) == text_metrics.exact_match(other, [one]) == 0
+    assert text_metrics.exact_match(one, [other, one]) == 100
 
 
 def test_an_answer_of_nothing_but_marks_takes_no_time() -> None:
     for text in ("*" * 20_000, "a 'b" * 5_000, '" "' * 5_000, "1," * 10_000):
-        assert metrics.exact_match(text, [f"{text} not"]) == 0
+        assert text_metrics.exact_match(text, [f"{text} not"]) == 0
 
 
 def test_distinct_n() -> None:
@@ -224,21 +231,21 @@ def errors(rng: np.random.Generator, n: int, mean: float) -> list[list[float]]:
 def test_the_spread_of_the_excess_error() -> None:
     rng = np.random.default_rng(0)
     double, oracle = errors(rng, 100, 2.0), errors(rng, 150, 1.0)
-    spread, curve = (f(double, oracle, 5) for f in (metrics.excess_error_spread, metrics.excess_error))
+    spread, curve = (f(double, oracle, 5) for f in (metrics.excess_error_interval, metrics.excess_error))
     assert spread.shape == (5, 2)
     assert ((spread[:, 0] > 50) & (spread[:, 0] < curve) & (curve < spread[:, 1]) & (spread[:, 1] < 150)).all()
-    assert (spread == metrics.excess_error_spread(double, oracle, 5)).all()
-    assert (spread != metrics.excess_error_spread(double, oracle, 5, seed=1)).any()
+    assert (spread == metrics.excess_error_interval(double, oracle, 5)).all()
+    assert (spread != metrics.excess_error_interval(double, oracle, 5, seed=1)).any()
     # The very same samples on both sides: were the draws the same too, every difference would be 0.
-    assert (np.diff(metrics.excess_error_spread(oracle, oracle, 5)) > 1).all()
+    assert (np.diff(metrics.excess_error_interval(oracle, oracle, 5)) > 1).all()
     # Samples that do not differ leave nothing to spread.
-    assert metrics.excess_error_spread([[2.0]] * 3, [[1.0]] * 4, 2, times=20) == pytest.approx(np.full((2, 2), 100))
+    assert metrics.excess_error_interval([[2.0]] * 3, [[1.0]] * 4, 2, times=20) == pytest.approx(np.full((2, 2), 100))
 
 
 def test_the_spread_covers_as_often_as_it_says() -> None:
     rng, hits = np.random.default_rng(1), np.zeros(4)
     for _ in range(200):
-        low, high = metrics.excess_error_spread(errors(rng, 60, 2.0), errors(rng, 60, 1.0), 4, times=300).T
+        low, high = metrics.excess_error_interval(errors(rng, 60, 2.0), errors(rng, 60, 1.0), 4, times=300).T
         hits += (low <= 100) & (high >= 100)  # lengths are drawn alike, so every R(l) is twice lε(l)
     assert ((hits >= 178) & (hits <= 198)).all()
 
@@ -249,7 +256,7 @@ def test_the_spread_is_as_wide_as_theory_says() -> None:
     own, oracle = (rng.gamma(16, 1 / 16, size=n) for n in (400, 200))
     relative = [values.std() / values.mean() / math.sqrt(len(values)) for values in (own, oracle)]
     width = 2 * 1.96 * math.hypot(*relative) * 100 * own.mean() / oracle.mean()
-    low, high = metrics.excess_error_spread(own[:, None].tolist(), oracle[:, None].tolist(), 1, times=4000)[0]
+    low, high = metrics.excess_error_interval(own[:, None].tolist(), oracle[:, None].tolist(), 1, times=4000)[0]
     assert high - low == pytest.approx(width, rel=0.06)
 
 
@@ -321,15 +328,15 @@ def test_paired_bootstrap_agrees_with_the_plain_interval_and_depends_on_its_seed
 def test_what_cannot_be_scored_says_why() -> None:
     one = np.ones(1)
     for call, message in [
-        (lambda: metrics.rouge_l("cat", []), "references is empty"),
-        (lambda: metrics.exact_match("cat", []), "references is empty"),
+        (lambda: text_metrics.rouge_l("cat", []), "references is empty"),
+        (lambda: text_metrics.exact_match("cat", []), "references is empty"),
         (lambda: metrics.distinct_n([[1]], 0), "n must be at least 1"),
         (lambda: metrics.excess_error([], ORACLE, 1), "own is empty"),
         (lambda: metrics.excess_error(OWN, [], 1), "oracle is empty"),
         (lambda: metrics.excess_error(OWN, ORACLE, 0), "length must be at least 1"),
-        (lambda: metrics.excess_error_spread(OWN, [], 1), "oracle is empty"),
-        (lambda: metrics.excess_error_spread(OWN, ORACLE, 0), "length must be at least 1"),
-        (lambda: metrics.excess_error_spread(OWN, ORACLE, 1, times=0), "at least one unit and one resample"),
+        (lambda: metrics.excess_error_interval(OWN, [], 1), "oracle is empty"),
+        (lambda: metrics.excess_error_interval(OWN, ORACLE, 0), "length must be at least 1"),
+        (lambda: metrics.excess_error_interval(OWN, ORACLE, 1, times=0), "at least one unit and one resample"),
         (lambda: metrics.calibration_error([], []), "confidences is empty"),
         (lambda: metrics.calibration_error([0.5, 0.5], [True]), "2 confidences but 1 answers"),
         (lambda: metrics.calibration_error([1.5], [True]), "between 0 and 1"),

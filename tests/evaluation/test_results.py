@@ -14,6 +14,7 @@ import pytest
 from minillm import cli
 from minillm.data.files import finite, write_json
 from minillm.evaluation.report.comparison import write_comparison_report
+from minillm.evaluation.report.console import show_results, show_suite
 from minillm.evaluation.report.run import write_report
 from minillm.evaluation.report.suite import write_suite_report
 from minillm.evaluation.results import current_files, current_results, number, with_interval
@@ -60,7 +61,7 @@ def test_reports_show_what_has_no_number(tmp_path: Path) -> None:
     page = write_suite_report(tmp_path).read_text()
     assert "<td class=n>–</td>" in page
     assert "<td class=n>3.00 <span class=small>± 1.00</span></td>" in page
-    cli._show_suite(found)
+    show_suite(found)
     tried = [
         {
             "settings": {},
@@ -133,7 +134,7 @@ def test_only_what_still_holds_is_shown(recipe: Path, capsys: pytest.CaptureFixt
     RunState(load_recipe(recipe)).forget("minillm")
     assert current_files(run) == []
     capsys.readouterr()
-    cli._show_results(run)
+    show_results(run)
     shown = capsys.readouterr().out
     assert shown.strip() == f"Results: {run}"
     assert "Not evaluated yet" in write_report(run).read_text()

@@ -14,11 +14,12 @@ import torch
 from minillm import cli
 from minillm.data.files import read_jsonl
 from minillm.errors import DataError, RecipeError, VocabularyError
-from minillm.evaluation import suite
+from minillm.evaluation import evaluator, suite
 from minillm.evaluation.config import Suite, TestSet
 from minillm.evaluation.metrics import calibration_error, excess_error, rouge_l
+from minillm.evaluation.report.console import show_suite
 from minillm.evaluation.report.suite import write_suite_report
-from minillm.evaluation.sets import read_set
+from minillm.evaluation.sets import check_suite, read_set
 from minillm.models.load import load_model
 from minillm.run.recipe_file import load_recipe, load_suite
 from tests.conftest import save, tiny_llama
@@ -100,9 +101,9 @@ def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
 ) -> None:
     out = tmp_path / "out"
     made: list[tuple[int, list[int]]] = []
-    original = suite.answer
+    original = evaluator.answer
     monkeypatch.setattr(
-        suite,
+        evaluator,
         "answer",
         lambda engine, prompts, *rest: made.append((len(prompts), rest[1])) or original(engine, prompts, *rest),
     )
@@ -135,7 +136,7 @@ def test_an_interruption_loses_one_set_of_one_model_at_most(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    original = suite.answer
+    original = evaluator.answer
 
     def fail_at_the_third(*given: Any) -> Any:
         nonlocal calls
@@ -144,7 +145,7 @@ def test_an_interruption_loses_one_set_of_one_model_at_most(
             raise KeyboardInterrupt
         return original(*given)
 
-    monkeypatch.setattr(suite, "answer", fail_at_the_third)
+    monkeypatch.setattr(evaluator, "answer", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         suite.run_suite(make(data, tmp_path / "out"), models)
     suite.run_suite(make(data, tmp_path / "out"), models)
@@ -167,7 +168,7 @@ def test_a_sample_is_spread_over_the_file_and_always_the_same(tmp_path: Path) ->
 def test_calibration_and_exposure_bias_come_from_the_models_themselves(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite, "working_dtype", lambda: torch.float32)  # whatever this machine is quick in
+    monkeypatch.setattr(evaluator, "working_dtype", lambda: torch.float32)  # whatever this machine is quick in
     sets = {"classes": {"file": "some.jsonl", "choices": ["w3", "w5 w6"]}}
     config = make(data, tmp_path / "out", sets=sets, teacher=models["teacher"], exposure_bias=True, seeds=[1])
     results = suite.run_suite(config, {"student": models["student"]})
@@ -208,7 +209,7 @@ def test_every_model_shares_the_teacher_s_vocabulary_or_nothing_is_sampled(
 ) -> None:
     other = with_other_words(Path(save(tiny_llama(3), tmp_path / "other")), "w8", "w9")
     for name in ("load_model", "answer"):
-        monkeypatch.setattr(suite, name, lambda *_, **__: pytest.fail("something was loaded or sampled"))
+        monkeypatch.setattr(evaluator, name, lambda *_, **__: pytest.fail("something was loaded or sampled"))
     for given in ({**models, "third": other}, {"third": other, **models}):
         with pytest.raises(VocabularyError) as caught:
             suite.run_suite(make(data, tmp_path / "out", teacher=models["teacher"]), given)
@@ -217,7 +218,7 @@ def test_every_model_shares_the_teacher_s_vocabulary_or_nothing_is_sampled(
             "the teacher. KL needs one vocabulary: leave out the teacher, or this model"
         )
     assert not (tmp_path / "out").exists()
-    suite.check_suite(make(data, tmp_path / "out"), {**models, "third": other})  # answers alone need none in common
+    check_suite(make(data, tmp_path / "out"), {**models, "third": other})  # answers alone need none in common
 
 
 def test_answers_of_another_tokenizer_are_made_again(
@@ -229,8 +230,8 @@ def test_answers_of_another_tokenizer_are_made_again(
     suite.run_suite(config, {"one": str(folder)})
     with_other_words(folder, "w20", "w99")
     calls: list[Any] = []
-    original = suite.answer
-    monkeypatch.setattr(suite, "answer", lambda *given: calls.append(given) or original(*given))
+    original = evaluator.answer
+    monkeypatch.setattr(evaluator, "answer", lambda *given: calls.append(given) or original(*given))
     for _ in range(2):
         suite.run_suite(config, {"one": str(folder)})
         assert len(calls) == 1
@@ -264,7 +265,7 @@ def test_results_hold_no_number_that_json_lacks(data: str, models: dict[str, str
     assert found["rouge_l"]["spread"] is None
     text = (tmp_path / "out" / "results.json").read_text()
     assert results == json.loads(text, parse_constant=lambda word: pytest.fail(word))
-    cli._show_suite(results)
+    show_suite(results)
     write_suite_report(tmp_path / "out")
 
 

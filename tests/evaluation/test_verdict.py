@@ -126,14 +126,16 @@ def test_noise_does_not_decide() -> None:
 
 def test_compare_gives_levels_and_survives_a_student_without_kl() -> None:
     rng = np.random.default_rng(1)
-    before = Scores(rng.random(80) * 50, np.full(80, 90.0), np.full(80, 100.0), 3, rng.random(80) * 70)
-    after = Scores(before.rouge_l + 1, before.finished, before.tokens, 3, before.reverse_kl * 0.8)  # pyright: ignore[reportOptionalOperand]
+    rouge_l, finished, tokens = rng.random(80) * 50, np.full(80, 90.0), np.full(80, 100.0)
+    reverse_kl = rng.random(80) * 70
+    before = Scores({"rouge_l": rouge_l, "finished": finished}, {"reverse_kl": reverse_kl}, tokens)
+    after = Scores({"rouge_l": rouge_l + 1, "finished": finished}, {"reverse_kl": reverse_kl * 0.8}, tokens)
     found = compare(before, after, 200)
     kl = found["reverse_kl_reduction"]
     assert (kl["mean"], kl["after"]) == (pytest.approx(0.2), pytest.approx(0.8 * kl["before"]))
     assert found["rouge_l_change"]["after"] - found["rouge_l_change"]["before"] == pytest.approx(1)
     assert check(found, EvaluateConfig())["verdict"] == "better"
-    nothing = Scores(before.rouge_l, before.finished, before.tokens, 3, np.zeros(80))
+    nothing = Scores(before.means, {"reverse_kl": np.zeros(80)}, tokens)
     with np.errstate(all="raise"):
         still = compare(nothing, nothing, 200)
     assert check(still, EvaluateConfig())["verdict"] == "no clear difference"
