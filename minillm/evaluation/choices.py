@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 
 def choice_ids(choices: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenise each choice as a response is tokenised after its prompt. Text that looks like a special token stays
-    text.
+    """Tokenise each choice as a response is tokenised after its prompt.
+
+    Text that looks like a special token stays text.
 
     Args:
         choices: The answers to choose from.

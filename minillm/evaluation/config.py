@@ -26,12 +26,12 @@ class EvaluateConfig(Section):
     bootstrap: Annotated[int, Field(ge=100)] = 2000
     """Number of bootstrap samples of the prompts behind each 95 % interval."""
     min_reverse_kl_reduction: Annotated[float, Field(le=1)] | None = None
-    """The relative reduction of KL(q‖p) from the warm-up to the minillm stage that is expected of this recipe (0.15 is
-    15 %). If it is set, the sentence of the verdict says whether it was reached, judged by the whole paired 95 %
+    """The relative reduction of KL(q‖p) from the warm-up to the minillm stage that is expected of this recipe (0.15
+    means 15 %). If it is set, the sentence of the verdict says whether it was reached, judged by the whole paired 95 %
     interval. The verdict itself does not depend on it."""
     max_rouge_l_loss: Annotated[float, Field(ge=0)] = 1.0
-    """Rouge-L points that minillm may lose against the warmed-up student. The verdict is `worse` if the whole paired 95
-    % interval of the change lies below minus this value."""
+    """Rouge-L points that minillm may lose against the warmed-up student. The verdict is `worse` if the whole paired
+    95 % interval of the change lies below minus this value."""
     max_finished_loss: Annotated[float, Field(ge=0)] = 2.0
     """Percentage points by which the share of finished answers may fall, judged in the same way."""
 
@@ -56,8 +56,7 @@ class TestSet(Source):
     split: str = "test"
     """Split of `dataset`."""
     min_reference_words: Positive | None = None
-    """Use only rows whose longest reference has at least this many words. The paper splits S-NI and UnNI in this
-    way."""
+    """Use only rows whose longest reference has at least this many words, as the paper splits S-NI and UnNI."""
     max_reference_words: Positive | None = None
     """Use only rows whose longest reference has at most this many words."""
     sample: Positive | None = None

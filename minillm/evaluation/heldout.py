@@ -1,5 +1,7 @@
-"""The evaluation of a run on its held-out prompts: a test set whose references are the teacher's answers of other
-seeds."""
+"""The evaluation of a run on its held-out prompts.
+
+It is a test set whose references are the teacher's answers of the other seeds.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,7 @@ def evaluate_heldout(
     recorded: Mapping[str, Any],
     quantization: str | None = None,
 ) -> dict[str, Any]:
-    """Have every model of a run answer the held-out prompts, score the answers, and give the verdict on the minillm
-    stage.
+    """Have every model of a run answer the held-out prompts, score the answers, and judge the minillm stage.
 
     An answer's references are the teacher's answers to the same prompt with the other seeds. A model's answers are kept
     in `evaluate/NAME.jsonl`, with what they depend on in `evaluate/NAME.json`, and are not sampled again while that
@@ -64,6 +65,7 @@ def evaluate_heldout(
     depends_on = {
         name: _dependencies(folder, prompts, conventions, rollout, recorded) for name, folder in models.items()
     }
+    divergences = [metric.key for metric in HELD_OUT if metric.key in DIVERGENCES]
     max_length = rollout.max_prompt_tokens + config.max_new_tokens
     rows: dict[str, list[Row]] = {}
     with Evaluator(rollout, max_length, teacher=models[TEACHER], quantization=quantization) as evaluator:
@@ -77,7 +79,6 @@ def evaluate_heldout(
             answers = evaluator.answer(model, folder, prompts, sampling, config.seeds, conventions.tokenizer)
             evaluator.sleep()
             rows[name] = [row for some in answers.values() for row in some]
-            divergences = [metric.key for metric in HELD_OUT if metric.key in DIVERGENCES]
             if name == TEACHER:
                 evaluator.score_with(model)
                 for row in rows[name]:

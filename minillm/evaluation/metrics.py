@@ -33,7 +33,8 @@ class Metric:
         value: For metrics per `answer` that need no references: computes an answer's value from its row; by default the
             row's entry `key`. For metrics per `seed` and per `choice`: computes the number from a list of rows.
         scale: Factor from an answer's value to `unit`, for metrics per `answer`.
-        held_out: Whether the evaluation of a run's held-out prompts reports it, beside the suites of test sets.
+        held_out: Whether the evaluation of a run's held-out prompts reports it too, beside suites of test sets. This is
+            possible for metrics per `answer` and per `token`.
         compared: Whether a run's results compare two models by it: a metric per `answer` by its difference
             (`KEY_change` in `results.json`), a metric per `token` by its relative reduction (`KEY_reduction`).
     """
@@ -175,8 +176,7 @@ def calibration_error(confidences: Sequence[float] | Floats, correct: Sequence[b
     confidence = np.asarray(confidences, np.float64)
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise InputError("confidences must lie between 0 and 1")
-    # k / bins is the float that is nearest to the edge, so a confidence of 5/6 lies on it; linspace's edge is a little
-    # lower.
+    # k / bins is the float nearest to the edge, so a confidence of 5/6 lies on it; linspace's edge is a little lower.
     bin_of = np.searchsorted(np.arange(1, bins) / bins, confidence)
     gaps = np.bincount(bin_of, np.asarray(correct, np.float64) - confidence)
     return float(np.abs(gaps).sum() / len(confidence))

@@ -56,6 +56,26 @@ class AnswerStore:
         return self.file(part).with_suffix(self._note_suffix)
 
 
+def suite_store(out: Path, model: str) -> AnswerStore:
+    """The answers of one model to the sets of a suite that is kept in `out`; its parts are named as follows."""
+    return AnswerStore(out / model, ".made_from")
+
+
+def seed_part(key: str, seed: int) -> str:
+    """The part of a `suite_store` that has the answers to set `key` with one seed."""
+    return f"{key}-{seed}"
+
+
+def choices_part(key: str) -> str:
+    """The part of a `suite_store` that has the probabilities of the choices of set `key`."""
+    return f"{key}-choices"
+
+
+def exposure_part(key: str) -> str:
+    """The part of a `suite_store` that has the divergences from which the exposure bias on set `key` is computed."""
+    return f"{key}-exposure"
+
+
 def digest(*parts: Any) -> str:
     """SHA-256 of the representation of the parts, in hexadecimal."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()

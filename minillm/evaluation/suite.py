@@ -15,15 +15,8 @@ from minillm.evaluation.config import Suite
 from minillm.evaluation.metrics import HEADLINE, METRICS, Metric, excess_error, excess_error_interval
 from minillm.evaluation.results import AVERAGE
 from minillm.evaluation.statistics import Floats
-from minillm.evaluation.store import AnswerStore, Row
-from minillm.evaluation.suite_answers import (
-    answer_suite,
-    choices_part,
-    exposure_part,
-    model_store,
-    seed_part,
-    superset_of,
-)
+from minillm.evaluation.store import AnswerStore, Row, choices_part, exposure_part, seed_part, suite_store
+from minillm.evaluation.suite_answers import answer_suite, superset_of
 from minillm.evaluation.text_metrics import is_latin
 
 _LENGTH_BINS = ((1, 5), (6, 10), (11, None))  # words of the longest reference, as the paper bins S-NI and UnNI
@@ -78,7 +71,7 @@ def pooled_differences(suite: Suite, groups: Mapping[str, Sequence[str]]) -> dic
 
 
 def _read_seeds(suite: Suite, name: str, key: str) -> Groups:
-    store = model_store(suite, name)
+    store = suite_store(suite.out, name)
     return [store.read(seed_part(key, seed)) for seed in suite.seeds]
 
 
@@ -86,7 +79,7 @@ def _results(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
     answers = {name: {key: _read_seeds(suite, name, key) for key in sets} for name in names}
     models: dict[str, Any] = {}
     for name in names:
-        store = model_store(suite, name)
+        store = suite_store(suite.out, name)
         models[name] = {key: _set_scores(suite, key, answers[name][key], store) for key in sets}
         scored = [found[HEADLINE.key]["by_seed"] for found in models[name].values() if HEADLINE.key in found]
         if scored:
@@ -104,7 +97,7 @@ def _set_scores(suite: Suite, key: str, groups: Groups, store: AnswerStore) -> d
     """The scores of one model on one set."""
     choices = store.file(choices_part(key))
     choice_rows = store.read(choices_part(key)) if suite.sets[key].choices and choices.is_file() else []
-    out = {
+    out: dict[str, Any] = {
         metric.key: found
         for metric in METRICS
         if (found := _reduced(metric, groups, choice_rows, suite.bootstrap)) is not None

@@ -20,7 +20,15 @@ from minillm.evaluation.config import Suite
 from minillm.evaluation.evaluator import Evaluator
 from minillm.evaluation.scores import score_text
 from minillm.evaluation.sets import SuiteModel, check_suite
-from minillm.evaluation.store import AnswerStore, Row, digest, file_times
+from minillm.evaluation.store import (
+    Row,
+    choices_part,
+    digest,
+    exposure_part,
+    file_times,
+    seed_part,
+    suite_store,
+)
 from minillm.loss.in_forward import bind_scoring
 from minillm.models.configs import text_config
 from minillm.models.conventions import settle
@@ -58,29 +66,18 @@ def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Exam
     return sets
 
 
-def model_store(suite: Suite, name: str) -> AnswerStore:
-    """The answers of one model; see `seed_part`, `choices_part` and `exposure_part` for the names of its parts."""
-    return AnswerStore(suite.out / name, ".made_from")
-
-
-def seed_part(key: str, seed: int) -> str:
-    """The part of a store that has the answers to set `key` with one seed."""
-    return f"{key}-{seed}"
-
-
-def choices_part(key: str) -> str:
-    """The part of a store that has the probabilities of the choices of set `key`."""
-    return f"{key}-choices"
-
-
-def exposure_part(key: str) -> str:
-    """The part of a store that has the divergences of set `key` from which the exposure bias is computed."""
-    return f"{key}-exposure"
-
-
 def superset_of(suite: Suite, key: str) -> str | None:
-    """The set of which set `key` is the rows whose references have some length, if the suite has it: its answers are
-    used."""
+    """Find the set that has the same rows as set `key`, and those with shorter or longer references too.
+
+    Set `key` then takes its answers from that set.
+
+    Args:
+        suite: The test sets.
+        key: The name of a set.
+
+    Returns:
+        The name of the other set; None if the suite has no such set.
+    """
     test = suite.sets[key]
     if test.limit is not None or not (test.min_reference_words or test.max_reference_words):
         return None
@@ -94,7 +91,7 @@ def _engine_setting(suite: Suite) -> Literal["auto", "vllm", "transformers"]:
 
 def _answer_all(suite: Suite, model: SuiteModel, evaluator: Evaluator) -> None:
     """Make every part of a model that is missing; its weights are loaded only if there is one."""
-    store, digests = model_store(suite, model.name), _dependencies(suite, model)
+    store, digests = suite_store(suite.out, model.name), _dependencies(suite, model)
     seeds = {
         key: missing
         for key in model.prompts
@@ -149,8 +146,11 @@ class _Answering:
         return answers
 
     def choices(self, key: str) -> list[Row]:
-        """The most probable choice for every prompt with a reference: `confidence`, its share of the probability of all
-        choices; whether it is `correct`; and the `logprobs` of all."""
+        """The most probable choice for every prompt with a reference.
+
+        `confidence` is its share of the probability of all choices; `correct`, whether it is right; `logprobs`, those of
+        all choices.
+        """
         prompts = [prompt for prompt in self._model.prompts[key] if prompt.example.references]
         sampling = replace(self._sampling, temperature=1.0)
         found = choice_logprobs(LocalTeacher(self._loaded), prompts, self._model.options[key], sampling)

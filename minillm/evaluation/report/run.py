@@ -61,7 +61,7 @@ SUPERVISED_PANELS: Sequence[LogPanel] = (
 FINE_TUNING_PANELS: Sequence[LogPanel] = (
     ("Loss, nats a token", {"loss": "cross-entropy"}),
     _GRADIENT_NORM,
-    ("Learning rate", {"learning_rate": "at the update"}),
+    ("Entropy, nats a token", {"entropy": "of the model"}),
 )
 """Panels of a stage that trains on given responses without a teacher."""
 CURVES = (
