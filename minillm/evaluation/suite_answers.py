@@ -132,7 +132,7 @@ class _Answering:
         )
 
     def answers(self, key: str, seeds: Sequence[int]) -> dict[int, list[Row]]:
-        """Answers to a set by seed, with their scores; only the suite's first seed is scored with the teacher."""
+        """Answers to a set by seed, with their scores; divergences for the first seed only."""
         suite, prompts = self._suite, self._model.prompts[key]
         answers = self._evaluator.answer(
             self._loaded, self._model.folder, prompts, self._sampling, seeds, self._model.tokenizer
@@ -148,8 +148,8 @@ class _Answering:
     def choices(self, key: str) -> list[Row]:
         """The most probable choice for every prompt with a reference.
 
-        `confidence` is its share of the probability of all choices; `correct`, whether it is right; `logprobs`, those of
-        all choices.
+        `confidence` is its share of the probability of all choices, `correct` whether it is right, and `logprobs` are
+        those of all choices.
         """
         prompts = [prompt for prompt in self._model.prompts[key] if prompt.example.references]
         sampling = replace(self._sampling, temperature=1.0)
