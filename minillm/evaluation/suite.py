@@ -65,7 +65,7 @@ def pooled_differences(suite: Suite, groups: Mapping[str, Sequence[str]]) -> dic
         for group, names in groups.items()
     }
     return {
-        one: {other: _differences(suite, answers[other], answers[one])[AVERAGE] for other in groups if other != one}
+        one: {other: differences(suite, answers[other], answers[one])[AVERAGE] for other in groups if other != one}
         for one in groups
     }
 
@@ -87,7 +87,7 @@ def _results(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
     return {
         "models": models,
         "compared_with": names[0],
-        "differences": {name: _differences(suite, answers[names[0]], answers[name]) for name in names[1:]},
+        "differences": {name: differences(suite, answers[names[0]], answers[name]) for name in names[1:]},
         "seeds": suite.seeds,
         "prompts": {key: len(examples) for key, examples in sets.items()},
     }
@@ -161,10 +161,18 @@ def _paired(first: Groups, second: Groups) -> tuple[list[int], Floats, Floats]:
     return [row["row"] for row in one[0]], scores.per_prompt(one, HEADLINE), scores.per_prompt(other, HEADLINE)
 
 
-def _differences(
-    suite: Suite, first: Mapping[str, Groups], second: Mapping[str, Groups]
-) -> dict[str, dict[str, float]]:
-    """The difference second − first in the headline metric, for each set with references and for their average."""
+def differences(suite: Suite, first: Mapping[str, Groups], second: Mapping[str, Groups]) -> dict[str, dict[str, float]]:
+    """Compare two models, or groups of models, by the headline metric.
+
+    Args:
+        suite: The suite that they have answered.
+        first: Answers to each set.
+        second: Answers to each set.
+
+    Returns:
+        The difference second − first (see `statistics.paired_bootstrap`), for each set with references and for their
+        average. Only prompts that both have answered count.
+    """
     out: dict[str, dict[str, float]] = {}
     changes: dict[str, dict[int, float]] = {}
     for key in first:
@@ -172,11 +180,11 @@ def _differences(
         if rows:
             out[key] = statistics.paired_bootstrap(before, after, suite.bootstrap)
             changes[key] = dict(zip(rows, (after - before).tolist(), strict=True))
-    return out | ({AVERAGE: _average_difference(suite, changes)} if changes else {})
+    return out | ({AVERAGE: average_difference(suite, changes)} if changes else {})
 
 
-def _average_difference(suite: Suite, changes: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
-    """The mean difference over the sets, with its 95 % interval.
+def average_difference(suite: Suite, changes: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Average the differences of several sets, with a 95 % interval.
 
     Each set's prompts are resampled independently. The prompts of a set that is a part of another one are resampled
     together with that one, because their answers are the same.

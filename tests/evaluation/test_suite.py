@@ -247,8 +247,8 @@ def test_models_that_share_no_prompt_are_not_compared(data: str, tmp_path: Path)
         return [[{"row": number, "rouge_l": 1.0} for number in numbers]]
 
     given = make(data, tmp_path / "out", seeds=[1])
-    assert suite._differences(given, {"some": rows(0, 1)}, {"some": rows(2)}) == {}
-    assert list(suite._differences(given, {"some": rows(0, 1)}, {"some": rows(1, 2)})) == ["some", "average"]
+    assert suite.differences(given, {"some": rows(0, 1)}, {"some": rows(2)}) == {}
+    assert list(suite.differences(given, {"some": rows(0, 1)}, {"some": rows(1, 2)})) == ["some", "average"]
 
 
 def test_results_are_valid_json(data: str, models: dict[str, str], tmp_path: Path) -> None:
@@ -283,14 +283,14 @@ def test_blocked_ngrams_do_not_repeat(data: str, models: dict[str, str], tmp_pat
 def test_a_part_of_a_set_is_resampled_together_with_it(data: str, tmp_path: Path) -> None:
     given = make(data, tmp_path / "out", bootstrap=2000)
     values = {i: float(x) for i, x in enumerate(np.random.default_rng(0).normal(size=40))}
-    alone = suite._average_difference(given, {"some": values})
-    both = suite._average_difference(
+    alone = suite.average_difference(given, {"some": values})
+    both = suite.average_difference(
         given, {"some": values, "long": values}
     )  # `long` has the same prompts: no new information
     assert both == pytest.approx(alone)
-    apart = suite._average_difference(given, {"some": values, "bare": values})
+    apart = suite.average_difference(given, {"some": values, "bare": values})
     assert apart["high"] - apart["low"] < 0.85 * (alone["high"] - alone["low"])  # two independent sets of prompts: 1/√2
-    part = suite._average_difference(given, {"some": values, "long": {i: values[i] for i in range(0, 40, 3)}})
+    part = suite.average_difference(given, {"some": values, "long": {i: values[i] for i in range(0, 40, 3)}})
     draws = []
     for rows in np.random.default_rng(1).integers(0, 40, size=(2000, 40)):
         some = [values[int(i)] for i in rows if i % 3 == 0]
