@@ -58,9 +58,11 @@ def run(
 
     done = run_recipe(loaded, stage, redo)
     if int(os.environ.get("RANK", 0)) == 0:
+        from minillm.evaluation.report.console import show_results
+
         if stage == "evaluate":
             describe(done)  # the report and the cards that are there describe other answers
-        _show_results(done.dir)
+        show_results(done.dir)
 
 
 @app.command()
@@ -82,6 +84,7 @@ def evaluate(
     if not is_suite(file):
         run(file, overrides, stage="evaluate")
         return
+    from minillm.evaluation.report.console import show_files, show_suite
     from minillm.evaluation.report.suite import write_suite_report
     from minillm.evaluation.suite import run_suite
 
@@ -89,22 +92,22 @@ def evaluate(
     models = _models([text.removeprefix("model=") for text in given if text.startswith("model=")])
     suite = load_suite(file, [text for text in given if not text.startswith("model=")])
     results = run_suite(suite, models)
-    _show_suite(results)
-    _console().print(f"Results: {write_suite_report(suite.out)}, {suite.out / 'results.json'}", soft_wrap=True)
+    show_suite(results)
+    show_files(write_suite_report(suite.out), suite.out / "results.json")
 
 
 def _compare(file: Path, overrides: list[str]) -> None:
+    from minillm.evaluation.report.console import show_files, show_pairs, show_suite
     from minillm.evaluation.report.suite import write_suite_report
     from minillm.run.experiments.compare import compare
     from minillm.run.recipe_file import load_comparison
 
     comparison = load_comparison(file, overrides)
     results = compare(comparison)
-    _show_suite(results["tests"])
-    _show_pairs(results["differences"])
-    out = comparison.recipe["run_dir"]
-    files = [Path(out) / "compare.json", Path(out) / "report.html", write_suite_report(Path(out) / "tests")]
-    _console().print(f"Results: {', '.join(map(str, files))}", soft_wrap=True)
+    show_suite(results["tests"])
+    show_pairs(results["differences"])
+    out = Path(comparison.recipe["run_dir"])
+    show_files(out / "compare.json", out / "report.html", write_suite_report(out / "tests"))
 
 
 def _models(given: list[str]) -> dict[str, str]:
@@ -122,54 +125,6 @@ def _models(given: list[str]) -> dict[str, str]:
     if not models:
         raise InputError("no model to evaluate: add model=FOLDER, several times if you like")
     return models
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _show_suite(results: dict[str, Any]) -> None:
-    """Rouge-L of every model on every set, mean ± standard deviation over seeds, and how it compares."""
-    from rich.table import Table
-
-    from minillm.evaluation.results import number
-
-    names = [*results["prompts"], "average"]
-    spread = "mean ± standard deviation" if len(results["seeds"]) > 1 else "mean"
-    table = Table(
-        title=f"Rouge-L, {len(results['seeds'])} seeds: {spread}; difference to {results['compared_with']} [95 % interval]"
-    )
-    for column in ("model", *names):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for model, sets in results["models"].items():
-        cells = []
-        for name in names:
-            score, change = sets.get(name, {}).get("rouge_l"), results["differences"].get(model, {}).get(name)
-            text = "" if score is None else number(score["mean"])
-            if score is not None and score["spread"] is not None:
-                text += f" ± {number(score['spread'])}"
-            cells.append(text if change is None else f"{text}\n{_difference(change)}")
-        table.add_row(model, *cells)
-    _console().print(table)
-
-
-def _difference(change: dict[str, float]) -> str:
-    return f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]"
-
-
-def _show_pairs(differences: dict[str, Any]) -> None:
-    """Of every method, all its training seeds together, to each other one."""
-    from rich.table import Table
-
-    table = Table(title="Rouge-L on the average of the sets, row − column, over all training seeds [95 % interval]")
-    for column in ("method", *differences):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for one, found in differences.items():
-        cells = [found.get(other) for other in differences]
-        table.add_row(one, *("" if x is None else _difference(x).replace(" [", "\n[") for x in cells))
-    _console().print(table)
 
 
 @app.command()
@@ -272,36 +227,9 @@ def _bytes(text: str) -> int:
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/quickstart.")]) -> None:
     """Write a run's report.html again from what its directory holds."""
-    from minillm.evaluation.report.run import write_report
+    from minillm.run.stages.report import write_run_report
 
-    typer.echo(f"wrote {write_report(run_dir)}")
-
-
-def _show_results(run_dir: Path) -> None:
-    """The table and the verdict, where they still hold, and the files that do."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    from minillm.evaluation.results import current_files, current_results, with_interval
-    from minillm.evaluation.verdict import COLOURS, check_of
-
-    console = _console()
-    if results := current_results(run_dir):
-        table = Table(
-            title=f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
-        )
-        for column in ("model", "Rouge-L", "KL(q‖p), nats/token", "finished %", "length, tokens"):
-            table.add_column(column, justify="left" if column == "model" else "right")
-        for name, scores in results["models"].items():
-            table.add_row(
-                name, *(with_interval(scores.get(key)) for key in ("rouge_l", "reverse_kl", "finished", "length"))
-            )
-        console.print(table)
-        if found := check_of(results):
-            console.print(
-                f"[{COLOURS[found['verdict']]}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False
-            )
-    console.print("Results: " + (", ".join(map(str, current_files(run_dir))) or str(run_dir)), soft_wrap=True)
+    typer.echo(f"wrote {write_run_report(run_dir)}")
 
 
 def main() -> None:

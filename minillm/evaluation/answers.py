@@ -1,4 +1,4 @@
-"""Models answer held-out prompts; answers are scored against the teacher's answers and its distributions."""
+"""Sampled answers to prompts, and the divergences between student and teacher along them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,38 @@ from minillm.data.examples import Prompt
 from minillm.data.files import finite
 from minillm.data.sampling import Sampling
 from minillm.data.seeding import seed_of
+from minillm.evaluation.store import Row
 from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.token_scores import ScoringSettings
 from minillm.models.head import TeacherStates, head_of
 from minillm.rollout.engines.base import Engine
 from minillm.teacher.local import LocalTeacher
 
-Row = dict[str, Any]
+DIVERGENCES = ("reverse_kl", "forward_kl")
+"""Metrics that `add_divergences` can write, in the order in which `token_divergences` returns them."""
 
 
 def answer(
     engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], tokenizer: Any
 ) -> dict[int, list[Row]]:
-    """By seed, one sampled answer a prompt: row, seed, text, ids, finished.
+    """Sample one answer per prompt and seed.
 
-    The answers to one prompt are drawn beside each other: an engine that caches prefixes reads it once.
+    The answers to one prompt are requested one after another: an engine that caches prefixes then reads the prompt
+    once.
+
+    Args:
+        engine: Samples the model.
+        prompts: Rendered prompts.
+        sampling: How tokens are sampled.
+        seeds: Sampling seeds. An answer depends on its seed and on its prompt's row number, not on the other answers.
+        tokenizer: Decodes the answers.
+
+    Returns:
+        For each seed one row per prompt: `row`, `seed`, `ids`, `finished`, `text`.
     """
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-    drawing = [seed_of("evaluate", seed, prompt.example.row) for prompt, seed in wanted]
-    rollouts = engine.generate([prompt.ids for prompt, _ in wanted], sampling, drawing, progress=True)
+    token_seeds = [seed_of("evaluate", seed, prompt.example.row) for prompt, seed in wanted]
+    rollouts = engine.generate([prompt.ids for prompt, _ in wanted], sampling, token_seeds, progress=True)
     rows: dict[int, list[Row]] = {seed: [] for seed in seeds}
     for (prompt, seed), rollout in zip(wanted, rollouts, strict=True):
         row: Row = {"row": prompt.example.row, "seed": seed, "ids": rollout.response_ids, "finished": rollout.finished}
@@ -42,19 +55,32 @@ def answer(
 
 
 def token_divergences(
-    student: Any, teacher: LocalTeacher, prompts: Sequence[list[int]], responses: Sequence[list[int]], width: int, temperature: float,
+    student: Any,
+    teacher: LocalTeacher,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    width: int,
+    temperature: float,
     progress: bool = False,
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """For each response KL(q‖p) and KL(p‖q) at its tokens [T], in nats: full distributions at the states it leads through.
+) -> list[tuple[Tensor, Tensor]]:
+    """Compute KL(q‖p) and KL(p‖q) of the full next-token distributions at every token of some responses.
 
     Args:
-        student: bound (`bind_scoring`); it may be wrapped.
+        student: A model to which scoring is bound (`bind_scoring`). It may be wrapped, e.g. by a trainer.
+        teacher: The model that gives p.
+        prompts: Token ids of the prompts.
+        responses: Token ids of the responses, one per prompt.
+        width: Size of the vocabulary that both share.
+        temperature: Divides the logits of both.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        For each response KL(q‖p) [T] and KL(p‖q) [T] in nats, float64 on the CPU.
     """
     out: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))] * len(prompts)
     device = next(student.parameters()).device
-    for group in tqdm(
-        bucket([len(ids) for ids in responses], teacher.batch_size), desc="scoring", disable=not progress
-    ):
+    groups = bucket([len(ids) for ids in responses], teacher.batch_size)
+    for group in tqdm(groups, desc="scoring", disable=not progress):
         own, theirs = [prompts[i] for i in group], [responses[i] for i in group]
         batch = pad(own, theirs, device)
         hidden = torch.cat(teacher.hidden(own, theirs)).to(device)
@@ -69,18 +95,32 @@ def token_divergences(
     return out
 
 
-def add_reverse_kl(
+def add_divergences(
     rows: Sequence[Row],
     prompts: Sequence[Prompt],
     student: PreTrainedModel,
     teacher: LocalTeacher,
     width: int,
     temperature: float,
+    keys: Sequence[str] = DIVERGENCES,
 ) -> None:
-    """Write `reverse_kl`, the sum of KL(q‖p) over an answer's tokens in nats, into each row; None where that is no number."""
+    """Write the divergences between student and teacher along each answer into the answer's row, in nats.
+
+    A divergence is the sum over the answer's tokens; it is None where that is not a finite number.
+
+    Args:
+        rows: Answers of the student.
+        prompts: The prompts that the rows answer, in any order.
+        student: The model that gave the answers.
+        teacher: The model that gives p.
+        width: Size of the vocabulary that both share.
+        temperature: Divides the logits of both.
+        keys: Which of `DIVERGENCES` to write.
+    """
     bind_scoring(student)
     by_row = {prompt.example.row: prompt.ids for prompt in prompts}
     own = [by_row[row["row"]] for row in rows]
     found = token_divergences(student, teacher, own, [row["ids"] for row in rows], width, temperature, progress=True)
-    for row, (reverse, _) in zip(rows, found, strict=True):
-        row["reverse_kl"] = finite(float(reverse.sum()))
+    for row, divergences in zip(rows, found, strict=True):
+        sums = {key: float(values.sum()) for key, values in zip(DIVERGENCES, divergences, strict=True)}
+        row |= {key: finite(sums[key]) for key in keys}

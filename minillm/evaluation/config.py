@@ -1,4 +1,4 @@
-"""Settings of the evaluation."""
+"""Settings of the evaluation: the `evaluate` section of a recipe, and suites of test sets."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ from pydantic import AfterValidator, Field, model_validator
 from minillm.config import Positive, Section, different
 from minillm.data.config import Source, Template
 from minillm.errors import InputError
+from minillm.evaluation.results import AVERAGE
 
 
 class EvaluateConfig(Section):
+    """How the models of a run answer the held-out prompts, and when its last stage counts as an improvement."""
+
     seeds: Annotated[list[int], Field(min_length=2), AfterValidator(different)] = [10, 20, 30]
-    """Sampling seeds; at least two, because the teacher is scored on another seed's answers."""
+    """Sampling seeds; every model gives one answer to each prompt with each seed. At least two are needed, because an
+    answer is compared with the teacher's answers of the other seeds."""
     max_new_tokens: Positive = 128
+    """Longest answer, in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of the answers; KL(q‖p) is taken at the same temperature."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
-    """Resamples of the prompts behind each 95 % interval."""
+    """Number of bootstrap samples of the prompts behind each 95 % interval."""
     min_reverse_kl_reduction: Annotated[float, Field(le=1)] | None = None
-    """The fall of KL(q‖p) from warm-up to minillm that is expected of this recipe, as a share (0.15 is 15 %). Where it is given, the
-    verdict at the end says whether it was reached, by the whole of the paired interval; the verdict itself does not depend on it."""
+    """The relative reduction of KL(q‖p) from the warm-up to the minillm stage that is expected of this recipe (0.15
+    means 15 %). If it is set, the sentence of the verdict says whether it was reached, judged by the whole paired 95 %
+    interval. The verdict itself does not depend on it."""
     max_rouge_l_loss: Annotated[float, Field(ge=0)] = 1.0
-    """The verdict: Rouge-L points that may be lost. minillm is worse where the whole paired interval lies beyond them."""
+    """Rouge-L points that minillm may lose against the warmed-up student. The verdict is `worse` if the whole paired
+    95 % interval of the change lies below minus this value."""
     max_finished_loss: Annotated[float, Field(ge=0)] = 2.0
-    """The verdict: percentage points of finished responses that may be lost, as for Rouge-L."""
+    """Percentage points by which the share of finished answers may fall, judged in the same way."""
 
 
-def _answers(choices: list[str]) -> list[str]:
+def _check_choices(choices: list[str]) -> list[str]:
     texts = different([choice.strip() for choice in choices])
     if "" in texts:
         raise InputError("a blank choice is no answer")
@@ -38,52 +46,71 @@ def _answers(choices: list[str]) -> list[str]:
 
 
 class TestSet(Source):
-    """Prompts to answer, with references or without. Files are below the suite's `data_dir`, unless their paths are absolute."""
+    """A set of prompts, with or without references.
 
-    __test__ = False  # not one of pytest's
+    A relative `file` is looked up in the suite's `data_dir`.
+    """
+
+    __test__ = False  # keeps pytest from collecting this class
 
     split: str = "test"
+    """Split of `dataset`."""
     min_reference_words: Positive | None = None
-    """Only rows of which a reference has at least so many words (the paper's bins of S-NI and UnNI)."""
+    """Use only rows whose longest reference has at least this many words, as the paper splits S-NI and UnNI."""
     max_reference_words: Positive | None = None
+    """Use only rows whose longest reference has at most this many words."""
     sample: Positive | None = None
-    """So many rows at random, always the same ones (files are often sorted by task), before reference lengths are looked at."""
-    choices: Annotated[list[str], AfterValidator(_answers)] = []
-    """Answers of a classification task, one of which is every row's reference: how well the model's probabilities of answering with one
-    and ending there, shared out over all of them, tell how often it is right (ECE)."""
+    """Use this many rows, chosen at random but always the same ones, because files are often sorted by task. They are
+    chosen before the lengths of references are looked at."""
+    choices: Annotated[list[str], AfterValidator(_check_choices)] = []
+    """The possible answers of a classification task; every row's reference must be one of them. If they are given, the
+    expected calibration error (ECE) is reported: how far the model's confidence in its most probable choice is from how
+    often that choice is right. The confidence is the probability of answering with exactly this choice, divided by the
+    sum over all choices."""
     limit: Positive | None = None
+    """Use only the first rows that are left."""
 
 
 class Suite(Section):
     """Test sets, and how every model answers them."""
 
     out: Path = Path("runs/evaluate")
-    """Where answers, scores and the report are kept; what is there already is not made again."""
+    """Folder of the answers, the scores and the report. Answers that are already there are not sampled again."""
     data_dir: str | None = None
-    """The folder of the sets' files."""
+    """Folder of the sets' files."""
     sets: Annotated[dict[str, TestSet], Field(min_length=1)]
+    """The test sets by name."""
     template: Template = "chat"
+    """How prompts are rendered; see `data.template` of a recipe."""
     system: str | None = None
+    """System message; see `data.system` of a recipe."""
     max_prompt_tokens: Positive = 256
+    """Longer prompts are left out, counted and reported; they are never cut."""
     max_new_tokens: Positive = 256
+    """Longest answer, in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature of the answers; divergences are taken at the same temperature."""
     no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
-    """Tokens that would repeat an n-gram of this length are not drawn (6 in the authors' final evaluation, and worth more
-    than a point of Rouge-L there); 0: all are. It takes the transformers engine."""
+    """Tokens that would repeat an n-gram of this length are not sampled; 0 blocks none. LMOps uses 6 in its final
+    evaluation, where it is worth more than a point of Rouge-L. It needs the transformers engine."""
     seeds: Annotated[list[int], Field(min_length=1), AfterValidator(different)] = [10, 20, 30, 40, 50]
+    """Sampling seeds; every model gives one answer to each prompt with each seed."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What samples the answers: `auto` is vLLM where it is installed, else transformers."""
     teacher: str | None = None
-    """A model to take KL(q‖p) and KL(p‖q) to, on every model's own answers of the first seed; all share its vocabulary then."""
+    """Folder or hub id of a model for which KL(q‖p) and KL(p‖q) are computed, on every model's own answers of the first
+    seed. All models must then share its vocabulary."""
     exposure_bias: bool = False
-    """Excess error by position (ExAccErr), which needs the teacher."""
+    """Report the excess accumulated error by position (ExAccErr), which needs a teacher."""
     bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Number of bootstrap samples of the prompts behind each 95 % interval."""
 
     @model_validator(mode="after")
-    def _needs(self) -> Suite:
+    def _check_settings_together(self) -> Suite:
         if self.exposure_bias and self.teacher is None:
             raise InputError("exposure_bias compares with a teacher's samples: name the teacher")
-        if "average" in self.sets:
+        if AVERAGE in self.sets:
             raise InputError(
-                "sets.average: results have the mean over the sets under that name; give the set another one"
+                f"sets.{AVERAGE}: results have the mean over the sets under that name; give the set another one"
             )
         return self

@@ -1,77 +1,195 @@
-"""Scores of answers."""
+"""Scores of answers: of each answer against its references, and of one model's answers to a set of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from minillm.evaluation import metrics, statistics
-from minillm.evaluation.answers import Row
+from minillm.evaluation import statistics
+from minillm.evaluation.metrics import HELD_OUT, METRICS, Metric
 from minillm.evaluation.statistics import Floats, Interval
+from minillm.evaluation.store import Row
 
 
-@dataclass
+def score_text(text: str, references: Sequence[str], metrics: Iterable[Metric] = METRICS) -> dict[str, float]:
+    """Score one text against its references with every metric that needs references.
+
+    Args:
+        text: The answer.
+        references: Texts that would be right; where there is none, nothing is scored.
+        metrics: The metrics to choose from.
+
+    Returns:
+        A value for each metric's key.
+    """
+    if not references:
+        return {}
+    return {metric.key: metric.score(text, references) for metric in metrics if metric.score is not None}
+
+
+def with_other_seeds_references(rows: Sequence[Row], references: Sequence[Row]) -> list[Row]:
+    """Score answers against a teacher's answers to the same prompt.
+
+    An answer is compared with the references of every other seed, and the best of them counts. A teacher that is scored
+    on its own answers is therefore never compared with the very same answer.
+
+    Args:
+        rows: Answers of a model.
+        references: Answers of the teacher to the same prompts, with the same seeds.
+
+    Returns:
+        The rows with the values of `score_text`, for the metrics of held-out prompts.
+    """
+    reference = {(row["row"], row["seed"]): row["text"] for row in references}
+    seeds = sorted({row["seed"] for row in references})
+    scored = []
+    for row in rows:
+        others = [reference[row["row"], seed] for seed in seeds if seed != row["seed"]]
+        scored.append({**row, **score_text(row["text"], others, HELD_OUT)})
+    return scored
+
+
+def group_by_seed(rows: Iterable[Row]) -> list[list[Row]]:
+    """Group answers by seed, each group in the order of the prompts."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["seed"], []).append(row)
+    return [sorted(group, key=lambda row: row["row"]) for group in groups.values()]
+
+
+def per_prompt(groups: Sequence[Sequence[Row]], metric: Metric) -> Floats:
+    """The mean over seeds of each prompt's value [prompts], scaled to the metric's unit.
+
+    Args:
+        groups: Answers by seed, all to the same prompts in the same order. Where the metric needs references, answers
+            without one are left out.
+        metric: A metric per answer.
+    """
+    table = [[metric.scale * metric.of_answer(row) for row in rows if _has(row, metric)] for rows in groups]
+    return np.mean(np.array(table, dtype=float), axis=0)
+
+
+def per_seed(groups: Sequence[Sequence[Row]], metric: Metric) -> list[float]:
+    """One value per seed, in the metric's unit; empty if no answer has a value.
+
+    Args:
+        groups: Answers by seed.
+        metric: A metric per answer or per seed.
+    """
+    if metric.per == "seed":
+        assert metric.value is not None
+        return [metric.value(rows) for rows in groups]
+    measured = [[metric.of_answer(row) for row in rows if _has(row, metric)] for rows in groups]
+    return [metric.scale * float(np.mean(values)) for values in measured] if measured[0] else []
+
+
+def per_token(rows: Sequence[Row], metric: Metric) -> float:
+    """The mean over response tokens of a metric per token; NaN where an answer has no number."""
+    totals, tokens = (
+        np.array(values, dtype=float)
+        for values in ([metric.of_answer(row) for row in rows], [len(row["ids"]) for row in rows])
+    )
+    return float(statistics.ratio_of(totals, tokens)(np.arange(len(rows))))
+
+
+def _has(row: Row, metric: Metric) -> bool:
+    return metric.score is None or metric.key in row
+
+
+@dataclass(frozen=True)
 class Scores:
-    """Arrays over prompts, each entry the mean or the sum over seeds."""
+    """Scores of one model's answers to the held-out prompts.
 
-    rouge_l: Floats
-    finished: Floats
+    Attributes:
+        means: For each metric per answer, its mean over the seeds, [prompts].
+        totals: For each metric per token, its sum over the tokens of all seeds, [prompts]. A metric for which an answer
+            has no finite number is left out.
+        tokens: Number of response tokens of all seeds, [prompts].
+    """
+
+    means: dict[str, Floats]
+    totals: dict[str, Floats]
     tokens: Floats
-    answers: int  # seeds
-    reverse_kl: Floats | None
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts."""
+        return len(self.tokens)
 
 
 def collect(rows: Sequence[Row], references: Sequence[Row]) -> Scores:
-    """Score answers. Those of one seed are compared with the references of every other seed, the best of them
-    counting, so that a teacher scored on its own answers never meets the very same one."""
-    reference = {(row["row"], row["seed"]): row["text"] for row in references}
-    seeds = sorted({row["seed"] for row in references})
-    order = sorted({row["row"] for row in rows})
-    place = {row: i for i, row in enumerate(order)}
-    rouge, finished, tokens, kl = (np.zeros(len(order)) for _ in range(4))
-    for row in rows:
-        i = place[row["row"]]
-        others = [reference[row["row"], seed] for seed in seeds if seed != row["seed"]]
-        rouge[i] += metrics.rouge_l(row["text"], others)
-        finished[i] += 100 * row["finished"]
-        tokens[i] += len(row["ids"])
-        value = row.get("reverse_kl")
-        kl[i] += np.nan if value is None else value
-    n = len({row["seed"] for row in rows})
-    return Scores(rouge / n, finished / n, tokens, n, None if np.isnan(kl).any() else kl)
+    """Score a model's answers with the metrics of held-out prompts.
+
+    Args:
+        rows: Answers of a model, with the same seeds for every prompt.
+        references: Answers of the teacher; see `with_other_seeds_references`.
+    """
+    groups = group_by_seed(with_other_seeds_references(rows, references))
+    tokens = np.sum([[float(len(row["ids"])) for row in group] for group in groups], axis=0)
+    totals = {
+        metric.key: np.sum([[metric.of_answer(row) for row in group] for group in groups], axis=0)
+        for metric in HELD_OUT
+        if metric.per == "token" and all(metric.key in row for row in rows)
+    }
+    return Scores(
+        means={metric.key: per_prompt(groups, metric) for metric in HELD_OUT if metric.per == "answer"},
+        totals={key: values for key, values in totals.items() if not np.isnan(values).any()},
+        tokens=tokens,
+    )
 
 
 def summarise(scores: Scores, times: int) -> dict[str, Interval]:
-    """Means with 95 % intervals: Rouge-L and finished in percent, KL in nats a token, length in tokens."""
-    n = len(scores.tokens)
-    out = {
-        "rouge_l": statistics.interval(statistics.mean_of(scores.rouge_l), n, times),
-        "finished": statistics.interval(statistics.mean_of(scores.finished), n, times),
-        "length": statistics.interval(statistics.mean_of(scores.tokens / scores.answers), n, times),
-    }
-    if scores.reverse_kl is not None:
-        out["reverse_kl"] = statistics.interval(statistics.ratio_of(scores.reverse_kl, scores.tokens), n, times)
+    """Compute each metric's value and its 95 % interval over prompts.
+
+    Args:
+        scores: Of one model.
+        times: Number of bootstrap samples.
+
+    Returns:
+        For each metric's key `mean`, `low` and `high`, in the metric's unit.
+    """
+    out: dict[str, Interval] = {}
+    for metric in HELD_OUT:
+        if metric.key in scores.means:
+            statistic = statistics.mean_of(scores.means[metric.key])
+        elif metric.key in scores.totals:
+            statistic = statistics.ratio_of(scores.totals[metric.key], scores.tokens)
+        else:
+            continue
+        out[metric.key] = statistics.interval(statistic, scores.prompts, times)
     return out
 
 
 def compare(before: Scores, after: Scores, times: int) -> dict[str, Interval]:
-    """Paired differences after − before over the same prompts, each with its levels `before` and `after`: Rouge-L in points, finished in
-    percentage points; `reverse_kl_reduction` is relative, 1 − after/before, of levels in nats a token."""
-    n = len(before.tokens)
+    """Compare two models' scores over the same prompts, with paired 95 % intervals.
+
+    Args:
+        before: Scores of the first model.
+        after: Scores of the second model.
+        times: Number of bootstrap samples.
+
+    Returns:
+        For each metric that is `compared`: `mean`, `low` and `high` of the difference after − before (`KEY_change`, in
+        the metric's unit) or of the relative reduction 1 − after/before (`KEY_reduction`); and the two levels, `before`
+        and `after`, in the metric's unit. A metric that one of the models has no number for is left out.
+    """
     out: dict[str, Interval] = {}
-    for name in ("rouge_l", "finished"):
-        old, new = getattr(before, name), getattr(after, name)
-        levels = {"before": float(old.mean()), "after": float(new.mean())}
-        out[f"{name}_change"] = statistics.interval(statistics.mean_of(new - old), n, times) | levels
-    if before.reverse_kl is not None and after.reverse_kl is not None:
-        old = statistics.ratio_of(before.reverse_kl, before.tokens)
-        new = statistics.ratio_of(after.reverse_kl, after.tokens)
-        whole = np.arange(n)
-        levels = {"before": float(old(whole)), "after": float(new(whole))}
-        with np.errstate(divide="ignore", invalid="ignore"):  # of nothing, no share can fall
-            out["reverse_kl_reduction"] = (
-                statistics.interval(lambda index: 1 - new(index) / old(index), n, times) | levels
-            )
+    for metric in HELD_OUT:
+        key = metric.key
+        if metric.compared and metric.per == "answer":
+            old, new = before.means[key], after.means[key]
+            change = statistics.interval(statistics.mean_of(new - old), before.prompts, times)
+            out[f"{key}_change"] = change | {"before": float(old.mean()), "after": float(new.mean())}
+        elif metric.compared and key in before.totals and key in after.totals:
+            out[f"{key}_reduction"] = _reduction(key, before, after, times)
     return out
+
+
+def _reduction(key: str, before: Scores, after: Scores, times: int) -> Interval:
+    old, new = (statistics.ratio_of(scores.totals[key], scores.tokens) for scores in (before, after))
+    everything = np.arange(before.prompts)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a level of 0 has no relative reduction
+        change = statistics.interval(lambda index: 1 - new(index) / old(index), before.prompts, times)
+    return change | {"before": float(old(everything)), "after": float(new(everything))}

@@ -1,4 +1,4 @@
-"""What a suite is given: its sets and its models, read and refused before any weights load."""
+"""The sets and the models of a suite, which are read and checked before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,11 +21,35 @@ from minillm.models.vocabulary import first_difference
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SuiteModel:
+    """A model of a suite, before its weights are loaded.
+
+    Attributes:
+        name: Its name in the results.
+        folder: Its folder or hub id.
+        tokenizer: Its tokenizer.
+        prompts: The rendered prompts of each set.
+        options: Token ids of the choices, for each set that has choices.
+    """
+
+    name: str
+    folder: str
+    tokenizer: Any
+    prompts: dict[str, list[Prompt]]
+    options: dict[str, list[list[int]]]
+
+
 def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
-    """The examples of a set, those of other reference lengths left out.
+    """Read the examples of a set, without rows whose references are too short or too long.
+
+    Args:
+        name: The set's name, for error messages.
+        test: The set.
+        data_dir: Folder of the set's file.
 
     Raises:
-        DataError: the file is missing, a row is not what it should be, or nothing is left.
+        DataError: The file is missing, a row is not valid, or no row is left.
     """
     if test.file is not None and not test.file.is_absolute():
         if data_dir is None:
@@ -39,54 +63,52 @@ def read_set(name: str, test: TestSet, data_dir: str | None) -> list[Example]:
     low, high = test.min_reference_words or 0, test.max_reference_words or 10**9
     if test.min_reference_words or test.max_reference_words:
         examples = [
-            e for e in examples if e.references and low <= max(len(text.split()) for text in e.references) <= high
+            example
+            for example in examples
+            if example.references and low <= max(len(text.split()) for text in example.references) <= high
         ]
     if not examples:
         raise DataError(f"sets.{name}: no row's longest reference has {low} to {high} words")
     return examples[: test.limit]
 
 
-@dataclass
-class Model:
-    """A model before its weights load; `options`: token ids of the choices of the sets that have some."""
+def check_suite(suite: Suite, models: Mapping[str, str]) -> tuple[dict[str, list[Example]], list[SuiteModel]]:
+    """Read the sets, and render their prompts and tokenise their choices for each model. No weights are loaded.
 
-    name: str
-    folder: str
-    tokenizer: Any
-    prompts: dict[str, list[Prompt]]
-    options: dict[str, list[list[int]]]
+    Args:
+        suite: The test sets, and how they are answered.
+        models: Folders or hub ids by name.
 
-
-def check_suite(suite: Suite, models: Mapping[str, str]) -> tuple[dict[str, list[Example]], list[Model]]:
-    """The sets, and what their prompts and choices are for each model. No weights are read.
+    Returns:
+        The examples of each set, and the models.
 
     Raises:
-        DataError: a set cannot be read, holds no prompt that is short enough for a model, or has choices that are no answers to it.
-        VocabularyError: the suite has a teacher, whose vocabulary a model does not share.
+        DataError: A set cannot be read, has no prompt that is short enough for a model, or has unusable choices.
+        VocabularyError: The suite has a teacher, and a model does not share its vocabulary.
     """
     sets = {name: read_set(name, test, suite.data_dir) for name, test in suite.sets.items()}
     for key, test in suite.sets.items():
         if test.choices:
-            with _naming(f"sets.{key}.choices"):
+            with _error_prefix(f"sets.{key}.choices"):
                 check_references(test.choices, sets[key])
     tokenizers = {name: load_tokenizer(folder) for name, folder in models.items()}
     if suite.teacher is not None:
-        theirs = load_tokenizer(suite.teacher)
+        teacher_tokenizer = load_tokenizer(suite.teacher)
         for name, tokenizer in tokenizers.items():
-            _check_vocabulary(name, models[name], tokenizer, suite.teacher, theirs)
+            _check_vocabulary(f"{name} ({models[name]})", tokenizer, suite.teacher, teacher_tokenizer)
     return sets, [_rendered(suite, sets, name, folder, tokenizers[name]) for name, folder in models.items()]
 
 
-def _check_vocabulary(name: str, folder: str, tokenizer: Any, teacher: str, theirs: Any) -> None:
-    if difference := first_difference(tokenizer, theirs):
+def _check_vocabulary(model: str, tokenizer: Any, teacher: str, teacher_tokenizer: Any) -> None:
+    if difference := first_difference(tokenizer, teacher_tokenizer):
         token_id, own, other = difference
         raise VocabularyError(
-            f"model {name} ({folder}) and teacher {teacher} have different tokenizers: id {token_id} is {own!r} for the model and "
-            f"{other!r} for the teacher. KL needs one vocabulary: leave out the teacher, or this model"
+            f"model {model} and teacher {teacher} have different tokenizers: id {token_id} is {own!r} for the model "
+            f"and {other!r} for the teacher. KL needs one vocabulary: leave out the teacher, or this model"
         )
 
 
-def _rendered(suite: Suite, sets: Mapping[str, list[Example]], name: str, folder: str, tokenizer: Any) -> Model:
+def _rendered(suite: Suite, sets: Mapping[str, list[Example]], name: str, folder: str, tokenizer: Any) -> SuiteModel:
     prompts: dict[str, list[Prompt]] = {}
     options: dict[str, list[list[int]]] = {}
     for key, examples in sets.items():
@@ -96,22 +118,18 @@ def _rendered(suite: Suite, sets: Mapping[str, list[Example]], name: str, folder
                 f"sets.{key}: no prompt is within max_prompt_tokens ({suite.max_prompt_tokens}) for model {name}"
             )
         if too_long:
-            logger.warning(
-                "%s, %s: %d of %d prompts exceed max_prompt_tokens and are left out",
-                name,
-                key,
-                len(too_long),
-                len(examples),
-            )
+            counts = len(too_long), len(examples)
+            logger.warning("%s, %s: %d of %d prompts exceed max_prompt_tokens and are left out", name, key, *counts)
         if suite.sets[key].choices:
-            with _naming(f"sets.{key}.choices, model {name}"):
+            with _error_prefix(f"sets.{key}.choices, model {name}"):
                 options[key] = choice_ids(suite.sets[key].choices, tokenizer)
-    return Model(name, folder, tokenizer, prompts, options)
+    return SuiteModel(name, folder, tokenizer, prompts, options)
 
 
 @contextmanager
-def _naming(place: str) -> Iterator[None]:
+def _error_prefix(where: str) -> Iterator[None]:
+    """Put `where` in front of the message of a `DataError`."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+        raise DataError(f"{where}: {error}") from None

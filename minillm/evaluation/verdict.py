@@ -1,8 +1,9 @@
-"""Did minillm help? One sentence with units, from paired intervals.
+"""Whether the minillm stage improved the student: one sentence with units, from paired intervals.
 
-Of each measure the whole 95 % interval counts, so that noise does not decide: it is better where the interval lies on
-the good side of zero, worse where it lies on the bad side by more than is tolerated (of KL(q‖p) a hundredth), and else
-there is no clear difference. A student that has not changed gets one of the outer two at one time in twenty at most.
+Each measure is judged by its whole 95 % interval, so that noise does not decide. A measure is better if the interval
+lies on the good side of zero; worse if it lies on the bad side by more than is tolerated (a hundredth for KL(q‖p));
+otherwise there is no clear difference. A student that has not changed is called better or worse at most one time in
+twenty.
 """
 
 from __future__ import annotations
@@ -13,79 +14,100 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minillm.evaluation.config import EvaluateConfig
+from minillm.evaluation.metrics import METRIC
 
 Outcome = Literal["better", "no clear difference", "worse"]
 Change = Mapping[str, float | None]
+"""`mean`, `low` and `high` of a change from one model to another, and perhaps its levels `before` and `after`."""
 
+COLOURS: dict[Outcome, str] = {"better": "green", "no clear difference": "yellow", "worse": "red"}
+"""In which colour each outcome is shown."""
 _HEADS: dict[Outcome, str] = {
     "better": "minillm is better than the warmed-up student",
     "no clear difference": "There is no clear difference between minillm and the warmed-up student",
     "worse": "minillm is worse than the warmed-up student",
 }
-_KL_RISE = 0.01  # tolerated: less than two runs of one setting differ by
-COLOURS: dict[Outcome, str] = {"better": "green", "no clear difference": "yellow", "worse": "red"}
+_TOLERATED_KL_RISE = 0.01  # relative; less than the difference between two runs with the same settings
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """A change that is good where it is positive; `scale` times it is said, in `unit`, the levels as `level` has them."""
+    """A change that is good where it is positive.
+
+    Attributes:
+        key: Its name among the changes.
+        criterion: Its name in the results.
+        name: Its name in the sentence.
+        scale: Factor from the change to `unit`; negative where the sentence speaks of a fall as the good direction.
+        unit: Unit in the sentence.
+        levels: Format of the levels before and after.
+    """
 
     key: str
     criterion: str
     name: str
     scale: float
     unit: str
-    level: str
+    levels: str
 
 
-_MEASURES = (
-    _Measure(
-        "reverse_kl_reduction", "reverse KL falls by a share of more than", "KL(q‖p)", -100, "%", "{:.2f} → {:.2f} nats a token"
-    ),
-    _Measure("rouge_l_change", "Rouge-L (points) changes by at least", "Rouge-L", 1, "points", "{:.1f} → {:.1f}"),
-    _Measure(
-        "finished_change", "finished (percentage points) changes by at least", "the share of finished answers", 1,
-        "percentage points", "{:.1f} → {:.1f} %",
-    ),
-)  # fmt: skip
+_KL = _Measure(
+    key="reverse_kl_reduction",
+    criterion="reverse KL falls by a share of more than",
+    name=METRIC["reverse_kl"].label,
+    scale=-100,
+    unit="%",
+    levels="{:.2f} → {:.2f} nats a token",
+)
+_ROUGE_L = _Measure(
+    key="rouge_l_change",
+    criterion="Rouge-L (points) changes by at least",
+    name=METRIC["rouge_l"].label,
+    scale=1,
+    unit="points",
+    levels="{:.1f} → {:.1f}",
+)
+_SHARE_FINISHED = _Measure(
+    key="finished_change",
+    criterion="finished (percentage points) changes by at least",
+    name="the share of finished answers",
+    scale=1,
+    unit="percentage points",
+    levels="{:.1f} → {:.1f} %",
+)
 
 
 def check(changes: Mapping[str, Change], config: EvaluateConfig) -> dict[str, Any]:
-    """The verdict on the changes from the warmed-up student to minillm.
+    """Give the verdict on the changes from the warmed-up student to minillm.
 
-    Worse where any measure is; better where KL(q‖p) falls and nothing is worse; else no clear difference.
+    The verdict is `worse` if any measure is worse; `better` if KL(q‖p) falls and nothing is worse; otherwise
+    `no clear difference`.
 
     Args:
-        changes: of `evaluation.compare`. A change may lack its levels, `before` and `after`; a measure that is missing,
-            or has no number, has no part in the verdict.
+        changes: See `scores.compare`. A measure that is missing, or has no number, plays no part in the verdict.
+        config: What is tolerated and what is expected.
 
     Returns:
-        `verdict`: one of the three outcomes. `sentence`. `passed`: whether the verdict is `better`. `criteria`: of each
-        measure `criterion`, `needed`, `lower_end` and `upper_end` of its interval (of KL(q‖p) shares), `outcome`, and
-        `passed`: better of KL(q‖p), not worse of the others. `expected`, where `min_reverse_kl_reduction` is set:
-        reached, not reached, or cannot be told.
+        `verdict`, one of the three outcomes. `sentence`. `passed`, whether the verdict is `better`. `criteria`, a list
+        with an entry for each measure: `criterion`; `needed`; the ends of the interval, `lower_end` and `upper_end`
+        (for KL(q‖p) relative); `outcome`; and `passed`, which means better for KL(q‖p) and not worse for the others.
+        `expected`, if `min_reverse_kl_reduction` is set: reached, not reached, or cannot be told.
     """
-    tolerated = {
-        "reverse_kl_reduction": _KL_RISE, "rouge_l_change": config.max_rouge_l_loss, "finished_change": config.max_finished_loss,
-    }  # fmt: skip
+    tolerated = (
+        (_KL, _TOLERATED_KL_RISE),
+        (_ROUGE_L, config.max_rouge_l_loss),
+        (_SHARE_FINISHED, config.max_finished_loss),
+    )
     criteria, phrases = [], []
-    for measure in _MEASURES:
+    for measure, tolerance in tolerated:
         change = _numbers(changes.get(measure.key))
         if change is None:
             phrases.append(f"{measure.name} cannot be compared")
-            continue
-        tolerance, has_to_gain = tolerated[measure.key], measure.key == "reverse_kl_reduction"
-        outcome: Outcome = (
-            "better" if change["low"] > 0 else "worse" if change["high"] < -tolerance else "no clear difference"
-        )
-        passed = outcome == "better" if has_to_gain else outcome != "worse"
-        criteria.append({
-            "criterion": measure.criterion, "needed": 0.0 if has_to_gain else -tolerance, "lower_end": change["low"],
-            "upper_end": change["high"], "outcome": outcome, "passed": passed,
-        })  # fmt: skip
-        phrases.append(_phrase(measure, change, tolerance))
+        else:
+            criteria.append(_judged(measure, change, tolerance))
+            phrases.append(_phrase(measure, change, tolerance))
     outcomes = [item["outcome"] for item in criteria]
-    reduction = _numbers(changes.get("reverse_kl_reduction"))
+    reduction = _numbers(changes.get(_KL.key))
     verdict: Outcome = "no clear difference"
     if "worse" in outcomes:
         verdict = "worse"
@@ -95,47 +117,71 @@ def check(changes: Mapping[str, Change], config: EvaluateConfig) -> dict[str, An
     sentence = f"{_HEADS[verdict]}: {'; '.join(phrases)}."
     if config.min_reverse_kl_reduction is not None:
         found["expected"] = _expected(reduction, config.min_reverse_kl_reduction)
-        sentence += f" KL(q‖p) was expected to fall by at least {100 * config.min_reverse_kl_reduction:g} %: {found['expected']}."
+        least = f"{100 * config.min_reverse_kl_reduction:g} %"
+        sentence += f" {_KL.name} was expected to fall by at least {least}: {found['expected']}."
     return found | {"sentence": sentence}
 
 
 def check_of(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The verdict that a run's results hold, made anew from those of a version that had no sentence; None where nothing was compared."""
+    """Read the verdict from a run's results.
+
+    Args:
+        results: The contents of `results.json`. Results of an older version have no sentence; for them the verdict is
+            computed again, with the default tolerances.
+
+    Returns:
+        See `check`; None if nothing was compared.
+    """
     found = results.get("check")
     return found if found is None or "sentence" in found else check(results["minillm_against_warmed"], EvaluateConfig())
 
 
 def _numbers(change: Change | None) -> dict[str, float] | None:
-    """None unless it has a mean and an interval."""
+    """The finite numbers of a change; None unless it has a mean and an interval."""
     values = {name: value for name, value in (change or {}).items() if value is not None and math.isfinite(value)}
     return values if {"mean", "low", "high"} <= values.keys() else None
 
 
-def _phrase(measure: _Measure, change: dict[str, float], tolerance: float) -> str:
+def _judged(measure: _Measure, change: Mapping[str, float], tolerance: float) -> dict[str, Any]:
+    """The entry of a measure among the criteria."""
+    has_to_gain = measure is _KL
+    outcome: Outcome = "no clear difference"
+    if change["low"] > 0:
+        outcome = "better"
+    elif change["high"] < -tolerance:
+        outcome = "worse"
+    return {
+        "criterion": measure.criterion,
+        "needed": 0.0 if has_to_gain else -tolerance,
+        "lower_end": change["low"],
+        "upper_end": change["high"],
+        "outcome": outcome,
+        "passed": outcome == "better" if has_to_gain else outcome != "worse",
+    }
+
+
+def _phrase(measure: _Measure, change: Mapping[str, float], tolerance: float) -> str:
+    """What a change is, in words."""
     low, mean, high = (change[end] for end in ("low", "mean", "high"))
-    levels = (
-        f" ({measure.level.format(change['before'], change['after'])})" if {"before", "after"} <= change.keys() else ""
-    )
+    has_levels = {"before", "after"} <= change.keys()
+    levels = f" ({measure.levels.format(change['before'], change['after'])})" if has_levels else ""
     if low <= 0 <= high:
         ends = sorted((measure.scale * low, measure.scale * high))
-        said = f"{_signed(measure.scale * mean)} {measure.unit} [{', '.join(map(_signed, ends))}]"
-        return f"{measure.name} does not clearly change, {said}{levels}"
+        size = f"{_signed(measure.scale * mean)} {measure.unit} [{', '.join(map(_signed, ends))}]"
+        return f"{measure.name} does not clearly change, {size}{levels}"
     ends = sorted(abs(measure.scale * end) for end in (low, high))
-    said = f"{abs(measure.scale * mean):.1f} {measure.unit} [{ends[0]:.1f}, {ends[1]:.1f}]"
+    size = f"{abs(measure.scale * mean):.1f} {measure.unit} [{ends[0]:.1f}, {ends[1]:.1f}]"
     verb = "rises" if (low > 0) == (measure.scale > 0) else "falls"
-    within = (
-        f", which is not clearly more than the {abs(measure.scale) * tolerance:g} tolerated"
-        if -tolerance <= high < 0
-        else ""
-    )
-    return f"{measure.name} {verb} by {said}{levels}{within}"
+    limit = f"{abs(measure.scale) * tolerance:g}"
+    tolerated = f", which is not clearly more than the {limit} tolerated" if -tolerance <= high < 0 else ""
+    return f"{measure.name} {verb} by {size}{levels}{tolerated}"
 
 
 def _signed(value: float) -> str:
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # + 0.0: no minus before a zero
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # adding 0.0 removes the sign of a negative zero
 
 
-def _expected(reduction: dict[str, float] | None, least: float) -> str:
+def _expected(reduction: Mapping[str, float] | None, least: float) -> str:
     if reduction is None:
         return "cannot be told"
     if reduction["low"] >= least:

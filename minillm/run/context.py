@@ -163,6 +163,11 @@ class Run:
             if stage.trains == "student" and stage.name in self.recipe.stages
         }
 
+    def trained_by_label(self) -> dict[str, str]:
+        """The same folders by what results call the student in them."""
+        folders = self.trained()
+        return {str(stage.label): folders[stage.name] for stage in STAGES if stage.name in folders}
+
     def rollout(self) -> RolloutConfig:
         """The rollout settings, with the recipe's limit of prompt tokens."""
         return self.recipe.rollout.model_copy(update={"max_prompt_tokens": self.recipe.data.max_prompt_tokens})

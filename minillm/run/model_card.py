@@ -9,17 +9,11 @@ from typing import Any
 
 import yaml
 
+from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.results import current_results, with_interval
 from minillm.redaction import redacted
 from minillm.run.recipe import Recipe
 from minillm.run.stages import stage_named
-
-_MEASURED = {
-    "rouge_l": "Rouge-L",
-    "reverse_kl": "KL(q‖p), nats a token",
-    "finished": "finished, %",
-    "length": "length, tokens",
-}
 
 
 def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
@@ -106,11 +100,11 @@ def _results(results: dict[str, Any]) -> list[str]:
         return []
     rows = ""
     for name, scores in results["models"].items():
-        rows += f"| {name} | {' | '.join(with_interval(scores.get(key)) for key in _MEASURED)} |\n"
-    heads = " | ".join(_MEASURED.values())
+        rows += f"| {name} | {' | '.join(with_interval(scores.get(metric.key)) for metric in HELD_OUT)} |\n"
+    heads = " | ".join(metric.title for metric in HELD_OUT)
     seeds = ", ".join(map(str, results["seeds"]))
     note = f"{results['prompts']} held-out prompts, sampling seeds {seeds}; mean [95 % interval]."
-    return [f"## Results\n\n| model | {heads} |\n|---{'|---' * len(_MEASURED)}|\n{rows}\n{note}"]
+    return [f"## Results\n\n| model | {heads} |\n|---{'|---' * len(HELD_OUT)}|\n{rows}\n{note}"]
 
 
 def _licence(teacher: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Choices as events: by hand, where one begins like another, and what is refused before anything is sampled."""
+"""Probabilities of choices against slow definitions, and sets of choices that are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from minillm.data.examples import Example, Prompt
 from minillm.data.files import read_jsonl
 from minillm.data.sampling import Sampling
 from minillm.errors import DataError, VocabularyError
-from minillm.evaluation import suite
+from minillm.evaluation import evaluator, suite
 from minillm.evaluation.choices import choice_ids, choice_logprobs, right_choices
 from minillm.evaluation.config import Suite
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import save, tiny_llama, tiny_tokenizer
 
 
-def test_each_choice_is_an_answer_that_ends() -> None:
-    """Every answer of at most two words, each ended by either of two tokens, and every longer one: all there is, once."""
+def test_probabilities_of_all_answers_sum_to_one() -> None:
+    """All answers of at most two words, each with either of two end tokens, and all longer answers."""
     model: Any = tiny_llama(1, vocab=6, scale=0.6)
     ends, words = (1, 3), [0, 2, 4, 5]
     options = [[], *([word] for word in words), *([one, two] for one in words for two in words)]
@@ -30,8 +30,8 @@ def test_each_choice_is_an_answer_that_ends() -> None:
         rows = {tuple(ids): torch.softmax(model(torch.tensor([[4, 5, *ids]])).logits[0, -1], -1) for ids in options}
     for ids, log in zip(options, logs, strict=True):
         want = float(rows[tuple(ids)][list(ends)].sum())
-        for place, token in enumerate(ids):
-            want *= float(rows[tuple(ids[:place])][token])
+        for position, token in enumerate(ids):
+            want *= float(rows[tuple(ids[:position])][token])
         assert float(log.exp()) == pytest.approx(want, rel=1e-4)
     longer = sum(
         float(rows[()][one] * rows[one,][two] * (1 - rows[one, two][list(ends)].sum()))
@@ -41,7 +41,7 @@ def test_each_choice_is_an_answer_that_ends() -> None:
     assert float(logs.exp().sum()) + longer == pytest.approx(1, abs=1e-5)
 
 
-def test_a_model_that_ends_no_answer_has_no_such_event() -> None:
+def test_a_model_without_an_end_token_is_refused() -> None:
     with pytest.raises(DataError, match="no token that ends an answer"):
         list(
             choice_logprobs(
@@ -53,7 +53,7 @@ def test_a_model_that_ends_no_answer_has_no_such_event() -> None:
 def test_choices_are_tokenised_as_text() -> None:
     tokenizer = tiny_tokenizer()
     assert choice_ids(["w1", "w1 w2"], tokenizer) == [[5], [5, 6]]
-    # The tokenizer has no word for either: both are unknown, and not the special tokens that they look like.
+    # The tokenizer has no word for either text: both are unknown words, not the special tokens that they look like.
     with pytest.raises(DataError, match=r"'<user>' and '<bot>' are the same tokens, \[4\]; leave one out"):
         choice_ids(["<user>", "<bot>"], no_special_words())
     with pytest.raises(DataError, match=r"'a' and 'b' are the same tokens"):
@@ -61,7 +61,7 @@ def test_choices_are_tokenised_as_text() -> None:
 
 
 def no_special_words() -> Any:
-    """A tokenizer whose special tokens are not among the words that text is split into."""
+    """A tokenizer that never splits text into its special tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,12 +75,20 @@ def no_special_words() -> Any:
 @pytest.mark.parametrize(
     ("choices", "references", "right"),
     [
-        (["<", ">"], ["<"], {0}), (["<", ">"], [" > "], {1}), (["+", "-"], ["-"], {1}), (["C", "C++", "C#"], ["C++"], {1}),
-        (["B", "B minus"], ["B minus"], {1}), (["yes", "no"], ["Yes."], {0}), (["a", "A"], ["A"], {1}), (["yes", "no"], ["maybe"], set()),
-        (["yes", "no"], ["maybe", "No"], {1}), (["yes", "no"], ["yes", "no"], {0, 1}), (["yes", "no"], [], set()),
+        (["<", ">"], ["<"], {0}),
+        (["<", ">"], [" > "], {1}),
+        (["+", "-"], ["-"], {1}),
+        (["C", "C++", "C#"], ["C++"], {1}),
+        (["B", "B minus"], ["B minus"], {1}),
+        (["yes", "no"], ["Yes."], {0}),
+        (["a", "A"], ["A"], {1}),
+        (["yes", "no"], ["maybe"], set()),
+        (["yes", "no"], ["maybe", "No"], {1}),
+        (["yes", "no"], ["yes", "no"], {0, 1}),
+        (["yes", "no"], [], set()),
     ],
-)  # fmt: skip
-def test_which_choice_a_reference_is(choices: list[str], references: list[str], right: set[int]) -> None:
+)
+def test_which_choices_the_references_name(choices: list[str], references: list[str], right: set[int]) -> None:
     assert right_choices(choices, references) == right
 
 
@@ -98,11 +106,9 @@ def classes(folder: Path, choices: list[str], rows: list[dict[str, Any]], **chan
     return Suite.model_validate({**given, "engine": "transformers", "bootstrap": 100, **changes})
 
 
-def test_what_is_no_choice_is_refused_before_anything_is_sampled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unusable_choices_are_refused_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = {"one": save(tiny_llama(1), tmp_path / "model")}
-    monkeypatch.setattr(suite, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(evaluator, "load_model", lambda *_: pytest.fail("a model was loaded"))
     row = {"instruction": "w1", "output": "w3"}
     for choices, rows, message in (
         (
@@ -117,24 +123,24 @@ def test_what_is_no_choice_is_refused_before_anything_is_sampled(
             suite.run_suite(classes(tmp_path, choices, rows), model)
 
 
-def test_a_choice_that_begins_like_another_does_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After w3 this model always says w4, and ends after that: w3 alone is never the answer."""
+def test_a_choice_does_not_include_a_longer_one_that_begins_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This model always answers w3 w4, so its answer is never w3 alone."""
     model: Any = tiny_llama(1)
-    monkeypatch.setattr(suite, "working_dtype", lambda: torch.float32)
+    monkeypatch.setattr(evaluator, "working_dtype", lambda: torch.float32)
     folder = save(model, tmp_path / "model")
 
-    def told(self: Any, hidden: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    def distribution(self: Any, hidden: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         rows = torch.full((len(hidden), sampling.vocab_size), -20.0)
-        for place, token in enumerate((7, 8, 1)[: len(hidden)]):
-            rows[place, token] = 0.0
+        for position, token in enumerate((7, 8, 1)[: len(hidden)]):
+            rows[position, token] = 0.0
         return rows
 
-    monkeypatch.setattr(LocalTeacher, "distribution", told)
+    monkeypatch.setattr(LocalTeacher, "distribution", distribution)
     rows = [{"instruction": "w1", "output": "w3 w4"}, {"instruction": "w2"}]
     results = suite.run_suite(classes(tmp_path, ["w3", "w3 w4"], rows), {"one": folder})
-    [kept] = read_jsonl(
-        tmp_path / "out" / "one" / "classes-choices.jsonl"
-    )  # the row without a reference has no part in it
+    [kept] = read_jsonl(tmp_path / "out" / "one" / "classes-choices.jsonl")  # the row without a reference is left out
     assert (kept["row"], kept["correct"]) == (0, True)
     assert kept["confidence"] == pytest.approx(1)
     assert results["models"]["one"]["classes"]["ece"]["mean"] == pytest.approx(0, abs=1e-6)

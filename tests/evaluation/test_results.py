@@ -1,4 +1,4 @@
-"""JSON without NaN, and which files of a run still hold after a stage was done again, from the command line too."""
+"""JSON without NaN, and which files of a run are still valid after a stage was run again."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from minillm import cli
 from minillm.data.files import finite, write_json
 from minillm.evaluation.report.comparison import write_comparison_report
+from minillm.evaluation.report.console import show_results, show_suite
 from minillm.evaluation.report.run import write_report
 from minillm.evaluation.report.suite import write_suite_report
 from minillm.evaluation.results import current_files, current_results, number, with_interval
@@ -25,12 +26,12 @@ from tests.run.test_stages import RECIPE
 
 def strictly(file: Path) -> Any:
     def refuse(word: str) -> Any:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def test_a_number_that_is_none_is_null_and_shown_as_none(tmp_path: Path) -> None:
+def test_undefined_numbers_are_null_in_files_and_a_dash_in_tables(tmp_path: Path) -> None:
     given = {"a": [1.5, math.nan, (math.inf, "NaN")], "b": {"c": -math.inf, "d": np.float64("nan")}, 3: [True, None, 2]}
     want = {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": None}, 3: [True, None, 2]}
     assert finite(given) == want
@@ -42,7 +43,7 @@ def test_a_number_that_is_none_is_null_and_shown_as_none(tmp_path: Path) -> None
     assert with_interval(None) == ""
 
 
-def test_reports_show_what_has_no_number(tmp_path: Path) -> None:
+def test_reports_show_undefined_numbers(tmp_path: Path) -> None:
     score = {"mean": None, "low": None, "high": None}
     results = {"models": {"minillm": {"rouge_l": score, "reverse_kl": score}}, "prompts": 1, "seeds": [1, 2]}
     write_json(tmp_path / "results.json", results)
@@ -60,7 +61,7 @@ def test_reports_show_what_has_no_number(tmp_path: Path) -> None:
     page = write_suite_report(tmp_path).read_text()
     assert "<td class=n>–</td>" in page
     assert "<td class=n>3.00 <span class=small>± 1.00</span></td>" in page
-    cli._show_suite(found)
+    show_suite(found)
     tried = [
         {
             "settings": {},
@@ -74,8 +75,8 @@ def test_reports_show_what_has_no_number(tmp_path: Path) -> None:
     assert "<td class=n>–</td>" in write_comparison_report(tmp_path).read_text()
 
 
-def test_answers_side_by_side_are_to_the_same_prompt(tmp_path: Path) -> None:
-    """The second model left out row 0, which its tokenizer makes too long."""
+def test_answers_in_a_row_are_to_the_same_prompt(tmp_path: Path) -> None:
+    """The second model has no answer to row 0, which its tokenizer makes too long."""
     models = {name: {"some": {"finished": {"mean": 1.0, "spread": None}}} for name in ("one", "two")}
     found = {"models": models, "prompts": {"some": 2}, "seeds": [1], "compared_with": "one", "differences": {}}
     write_json(tmp_path / "results.json", found)
@@ -101,7 +102,9 @@ def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> P
     return file
 
 
-def test_an_evaluation_leaves_a_report_and_cards_of_its_own(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_writes_the_report_and_the_model_cards_again(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = recipe.parent / "run"
     report, card = run / "report.html", run / "student" / "README.md"
     for file in (report, card):
@@ -117,23 +120,23 @@ def test_an_evaluation_leaves_a_report_and_cards_of_its_own(recipe: Path, capsys
     results = strictly(run / "results.json")
     assert results["check"]["sentence"] in shown
     assert f"Results: {report}, {run / 'results.json'}, {run / 'student'}" in shown
-    cli.report(run)  # with the prompts, which the evaluation kept
+    cli.report(run)  # the evaluation has kept the prompts
     assert "row 0" not in report.read_text()
     assert "w0 w3" in report.read_text()
 
 
-def test_only_what_still_holds_is_shown(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_valid_results_are_shown(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recipe.parent / "run"
     report, results, student = (run / name for name in ("report.html", "results.json", "student"))
     write_report(run)
     assert current_files(run) == [report, results, student]
     later = report.stat().st_mtime_ns + 10**9
     os.utime(results, ns=(later, later))
-    assert current_files(run) == [results, student]  # the report is of an earlier evaluation
+    assert current_files(run) == [results, student]  # the report is older than the results
     RunState(load_recipe(recipe)).forget("minillm")
     assert current_files(run) == []
     capsys.readouterr()
-    cli._show_results(run)
+    show_results(run)
     shown = capsys.readouterr().out
     assert shown.strip() == f"Results: {run}"
     assert "Not evaluated yet" in write_report(run).read_text()

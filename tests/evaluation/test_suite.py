@@ -1,4 +1,4 @@
-"""A suite over tiny models: what is answered, kept, not made again, and how it is summed up."""
+"""Suites on tiny models: which answers are sampled, kept and reused, and what their results are."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 from minillm import cli
 from minillm.data.files import read_jsonl
 from minillm.errors import DataError, RecipeError, VocabularyError
-from minillm.evaluation import suite
+from minillm.evaluation import evaluator, suite
 from minillm.evaluation.config import Suite, TestSet
 from minillm.evaluation.metrics import calibration_error, excess_error, rouge_l
+from minillm.evaluation.report.console import show_suite
 from minillm.evaluation.report.suite import write_suite_report
-from minillm.evaluation.sets import read_set
+from minillm.evaluation.sets import check_suite, read_set
 from minillm.models.load import load_model
 from minillm.run.recipe_file import load_recipe, load_suite
 from tests.conftest import save, tiny_llama
@@ -63,7 +64,7 @@ def models(pair: tuple[str, str]) -> dict[str, str]:
     return {"student": pair[0], "teacher": pair[1]}
 
 
-def test_results_are_those_of_the_kept_answers(data: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_results_follow_from_the_kept_answers(data: str, models: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     results = suite.run_suite(make(data, out, teacher=models["teacher"]), models)
     assert results == json.loads((out / "results.json").read_text())
@@ -95,19 +96,19 @@ def test_results_are_those_of_the_kept_answers(data: str, models: dict[str, str]
     assert "Rouge-L by the length of the reference" in page
 
 
-def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
+def test_a_part_is_made_again_only_if_something_changed(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     made: list[tuple[int, list[int]]] = []
-    original = suite.answer
+    original = evaluator.answer
     monkeypatch.setattr(
-        suite,
+        evaluator,
         "answer",
         lambda engine, prompts, *rest: made.append((len(prompts), rest[1])) or original(engine, prompts, *rest),
     )
     first = suite.run_suite(make(data, out), models)
-    assert made == [(8, [1, 2]), (3, [1, 2])] * 2  # all seeds of a set at once; the long ones are some of the others
+    assert made == [(8, [1, 2]), (3, [1, 2])] * 2  # all seeds of a set at once; `long` is a part of `some`
     for name in models:
         some, long = (read_jsonl(out / name / f"{key}-2.jsonl") for key in ("some", "long"))
         assert long == [row for row in some if max(len(text.split()) for text in row["references"]) >= 4]
@@ -117,7 +118,7 @@ def test_a_finished_part_is_not_made_again_and_a_changed_one_is(
     assert made[4:] == [(8, [3]), (3, [3])] * 2
     suite.run_suite(make(data, tmp_path / "together", seeds=[2, 3]), {"student": models["student"]})
     kept = {seed: [row["ids"] for row in read_jsonl(out / "student" / f"some-{seed}.jsonl")] for seed in (1, 2, 3)}
-    for seed in (2, 3):  # drawn with another beside them, and with none
+    for seed in (2, 3):  # sampled together with another seed, and alone
         assert [row["ids"] for row in read_jsonl(tmp_path / "together" / "student" / f"some-{seed}.jsonl")] == kept[
             seed
         ]
@@ -135,7 +136,7 @@ def test_an_interruption_loses_one_set_of_one_model_at_most(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    original = suite.answer
+    original = evaluator.answer
 
     def fail_at_the_third(*given: Any) -> Any:
         nonlocal calls
@@ -144,14 +145,14 @@ def test_an_interruption_loses_one_set_of_one_model_at_most(
             raise KeyboardInterrupt
         return original(*given)
 
-    monkeypatch.setattr(suite, "answer", fail_at_the_third)
+    monkeypatch.setattr(evaluator, "answer", fail_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         suite.run_suite(make(data, tmp_path / "out"), models)
     suite.run_suite(make(data, tmp_path / "out"), models)
     assert calls == 3 + 4 - 2
 
 
-def test_a_sample_is_spread_over_the_file_and_always_the_same(tmp_path: Path) -> None:
+def test_a_sample_covers_the_file_and_is_always_the_same(tmp_path: Path) -> None:
     rows = [{"instruction": f"w{i}", "output": " ".join(["w1"] * (1 + i % 4))} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     some = read_set("x", TestSet(file=Path("rows.jsonl"), sample=10), str(tmp_path))
@@ -164,10 +165,10 @@ def test_a_sample_is_spread_over_the_file_and_always_the_same(tmp_path: Path) ->
     assert len(read_set("x", TestSet(file=Path("rows.jsonl"), sample=100), str(tmp_path))) == 40
 
 
-def test_calibration_and_exposure_bias_come_from_the_models_themselves(
+def test_calibration_and_exposure_bias_follow_from_the_models(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite, "working_dtype", lambda: torch.float32)  # whatever this machine is quick in
+    monkeypatch.setattr(evaluator, "working_dtype", lambda: torch.float32)  # on every machine
     sets = {"classes": {"file": "some.jsonl", "choices": ["w3", "w5 w6"]}}
     config = make(data, tmp_path / "out", sets=sets, teacher=models["teacher"], exposure_bias=True, seeds=[1])
     results = suite.run_suite(config, {"student": models["student"]})
@@ -176,7 +177,7 @@ def test_calibration_and_exposure_bias_come_from_the_models_themselves(
     confidences, correct = [], []
     for i, row in enumerate(ROWS):
         logs = []
-        for ids in ([3 + 4], [5 + 4, 6 + 4]):  # words begin at id 4
+        for ids in ([3 + 4], [5 + 4, 6 + 4]):  # the first word has id 4
             prompt = [i + 4, i + 5]
             with torch.no_grad():
                 logq = torch.log_softmax(model(torch.tensor([prompt + ids])).logits[0, 1:], -1)
@@ -194,66 +195,64 @@ def test_calibration_and_exposure_bias_come_from_the_models_themselves(
 
 
 def with_other_words(folder: Path, *pair: str) -> str:
-    """Exchange two words of a saved tokenizer, or put the second for the first where that is none yet."""
+    """Exchange two words of a saved tokenizer, or replace the first if the second is not in its vocabulary."""
     file = folder / "tokenizer.json"
     raw = json.loads(file.read_text())
     other = {pair[0]: pair[1], pair[1]: pair[0]}
-    raw["model"]["vocab"] = {other.get(word, word): place for word, place in raw["model"]["vocab"].items()}
+    raw["model"]["vocab"] = {other.get(word, word): number for word, number in raw["model"]["vocab"].items()}
     file.write_text(json.dumps(raw))
     return str(folder)
 
 
-def test_every_model_shares_the_teacher_s_vocabulary_or_nothing_is_sampled(
+def test_a_model_with_another_vocabulary_than_the_teacher_is_refused_before_sampling(
     data: str, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = with_other_words(Path(save(tiny_llama(3), tmp_path / "other")), "w8", "w9")
     for name in ("load_model", "answer"):
-        monkeypatch.setattr(suite, name, lambda *_, **__: pytest.fail("something was loaded or sampled"))
+        monkeypatch.setattr(evaluator, name, lambda *_, **__: pytest.fail("something was loaded or sampled"))
     for given in ({**models, "third": other}, {"third": other, **models}):
         with pytest.raises(VocabularyError) as caught:
             suite.run_suite(make(data, tmp_path / "out", teacher=models["teacher"]), given)
         assert str(caught.value) == (
-            f"model third ({other}) and teacher {models['teacher']} have different tokenizers: id 12 is 'w9' for the model and 'w8' for "
-            "the teacher. KL needs one vocabulary: leave out the teacher, or this model"
+            f"model third ({other}) and teacher {models['teacher']} have different tokenizers: id 12 is 'w9' for the "
+            "model and 'w8' for the teacher. KL needs one vocabulary: leave out the teacher, or this model"
         )
     assert not (tmp_path / "out").exists()
-    suite.check_suite(make(data, tmp_path / "out"), {**models, "third": other})  # answers alone need none in common
+    check_suite(make(data, tmp_path / "out"), {**models, "third": other})  # without a teacher, vocabularies may differ
 
 
-def test_answers_of_another_tokenizer_are_made_again(
+def test_answers_are_made_again_with_another_tokenizer(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that reads these prompts as the one before did, and writes answers otherwise."""
+    """The new tokenizer encodes these prompts as before, and decodes answers differently."""
     folder = Path(save(tiny_llama(1), tmp_path / "model"))
     config = make(data, tmp_path / "out", sets={"some": {"file": "some.jsonl"}}, seeds=[1])
     suite.run_suite(config, {"one": str(folder)})
     with_other_words(folder, "w20", "w99")
     calls: list[Any] = []
-    original = suite.answer
-    monkeypatch.setattr(suite, "answer", lambda *given: calls.append(given) or original(*given))
+    original = evaluator.answer
+    monkeypatch.setattr(evaluator, "answer", lambda *given: calls.append(given) or original(*given))
     for _ in range(2):
         suite.run_suite(config, {"one": str(folder)})
         assert len(calls) == 1
 
 
-def test_a_model_that_no_prompt_is_short_enough_for_is_refused(
-    data: str, models: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_set_without_a_short_enough_prompt_is_refused(data: str, models: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"sets.some: no prompt is within max_prompt_tokens \(1\) for model student"):
         suite.run_suite(make(data, tmp_path / "out", max_prompt_tokens=1), models)
 
 
 def test_models_that_share_no_prompt_are_not_compared(data: str, tmp_path: Path) -> None:
-    def rows(*places: int) -> list[list[dict[str, Any]]]:
-        return [[{"row": place, "rouge_l": 1.0} for place in places]]
+    def rows(*numbers: int) -> list[list[dict[str, Any]]]:
+        return [[{"row": number, "rouge_l": 1.0} for number in numbers]]
 
     given = make(data, tmp_path / "out", seeds=[1])
-    assert suite._differences(given, {"some": rows(0, 1)}, {"some": rows(2)}) == {}
-    assert list(suite._differences(given, {"some": rows(0, 1)}, {"some": rows(1, 2)})) == ["some", "average"]
+    assert suite.differences(given, {"some": rows(0, 1)}, {"some": rows(2)}) == {}
+    assert list(suite.differences(given, {"some": rows(0, 1)}, {"some": rows(1, 2)})) == ["some", "average"]
 
 
-def test_results_hold_no_number_that_json_lacks(data: str, models: dict[str, str], tmp_path: Path) -> None:
-    """Answers of one token have no 4-grams, and one of a seed no spread; a model does not differ from itself as a teacher."""
+def test_results_are_valid_json(data: str, models: dict[str, str], tmp_path: Path) -> None:
+    """Here the 4-grams, the standard deviation and the excess error are undefined."""
     sets = {"some": {"file": "some.jsonl"}}
     config = make(
         data, tmp_path / "out", sets=sets, max_new_tokens=1, teacher=models["student"], exposure_bias=True, seeds=[1]
@@ -264,7 +263,7 @@ def test_results_hold_no_number_that_json_lacks(data: str, models: dict[str, str
     assert found["rouge_l"]["spread"] is None
     text = (tmp_path / "out" / "results.json").read_text()
     assert results == json.loads(text, parse_constant=lambda word: pytest.fail(word))
-    cli._show_suite(results)
+    show_suite(results)
     write_suite_report(tmp_path / "out")
 
 
@@ -281,15 +280,17 @@ def test_blocked_ngrams_do_not_repeat(data: str, models: dict[str, str], tmp_pat
     assert repeats[2] == 0 < repeats[0]
 
 
-def test_a_part_of_a_set_is_resampled_with_it(data: str, tmp_path: Path) -> None:
+def test_a_part_of_a_set_is_resampled_together_with_it(data: str, tmp_path: Path) -> None:
     given = make(data, tmp_path / "out", bootstrap=2000)
     values = {i: float(x) for i, x in enumerate(np.random.default_rng(0).normal(size=40))}
-    alone = suite._average_difference(given, {"some": values})
-    both = suite._average_difference(given, {"some": values, "long": values})  # all of it is long: it says nothing new
+    alone = suite.average_difference(given, {"some": values})
+    both = suite.average_difference(
+        given, {"some": values, "long": values}
+    )  # `long` has the same prompts: no new information
     assert both == pytest.approx(alone)
-    apart = suite._average_difference(given, {"some": values, "bare": values})
+    apart = suite.average_difference(given, {"some": values, "bare": values})
     assert apart["high"] - apart["low"] < 0.85 * (alone["high"] - alone["low"])  # two independent sets of prompts: 1/√2
-    part = suite._average_difference(given, {"some": values, "long": {i: values[i] for i in range(0, 40, 3)}})
+    part = suite.average_difference(given, {"some": values, "long": {i: values[i] for i in range(0, 40, 3)}})
     draws = []
     for rows in np.random.default_rng(1).integers(0, 40, size=(2000, 40)):
         some = [values[int(i)] for i in rows if i % 3 == 0]
@@ -298,7 +299,7 @@ def test_a_part_of_a_set_is_resampled_with_it(data: str, tmp_path: Path) -> None
     assert part["high"] == pytest.approx(np.percentile(draws, 97.5), abs=0.05)
 
 
-def test_what_cannot_be_read_is_named(data: str, tmp_path: Path, models: dict[str, str]) -> None:
+def test_errors_name_the_setting_or_the_set(data: str, tmp_path: Path, models: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"sets.some: some.jsonl is looked for below data_dir, which is not given"):
         suite.run_suite(make(data, tmp_path, data_dir=None), models)
     with pytest.raises(DataError, match=r"sets.x: no row's longest reference has 99 to 1000000000 words"):
@@ -337,7 +338,7 @@ def test_the_shipped_suites_are_valid(name: str) -> None:
     assert len(load_suite(Path(__file__).parents[2] / "eval" / f"{name}.yaml").seeds) == 5
 
 
-def test_models_of_another_shape_get_an_engine_of_their_own(data: str, models: dict[str, str], tmp_path: Path) -> None:
+def test_models_of_different_shapes_can_be_mixed(data: str, models: dict[str, str], tmp_path: Path) -> None:
     third = save(tiny_llama(9), tmp_path / "third")  # the student's shape
     results = suite.run_suite(make(data, tmp_path / "out"), {**models, "third": third})
     lengths = {name: sets["some"]["length"]["mean"] for name, sets in results["models"].items()}

@@ -1,4 +1,4 @@
-"""Three outcomes in words with units, and how often noise decides."""
+"""The three outcomes of the verdict, its sentence, and how often noise changes it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ def outcomes(found: dict[str, Any]) -> list[str]:
     return [item["outcome"] for item in found["criteria"]]
 
 
-def test_a_verdict_is_a_sentence_with_units() -> None:
+def test_the_sentence_has_units_and_levels() -> None:
     found = check(QUICKSTART, EvaluateConfig())
     assert (found["verdict"], found["passed"], outcomes(found)) == ("better", True, ["better"] * 3)
     assert found["sentence"] == (
-        "minillm is better than the warmed-up student: KL(q‖p) falls by 19.1 % [14.7, 23.5] (0.83 → 0.67 nats a token); Rouge-L rises "
-        "by 2.3 points [1.2, 3.4] (21.4 → 23.7); the share of finished answers rises by 23.1 percentage points [16.4, 29.2] "
-        "(65.3 → 88.3 %)."
+        "minillm is better than the warmed-up student: KL(q‖p) falls by 19.1 % [14.7, 23.5] (0.83 → 0.67 nats a "
+        "token); Rouge-L rises by 2.3 points [1.2, 3.4] (21.4 → 23.7); the share of finished answers rises by 23.1 "
+        "percentage points [16.4, 29.2] (65.3 → 88.3 %)."
     )
     bare = {key: {end: change[end] for end in ("mean", "low", "high")} for key, change in QUICKSTART.items()}
-    assert (
-        "falls by 19.1 % [14.7, 23.5]; Rouge-L rises" in check(bare, EvaluateConfig())["sentence"]
-    )  # levels may be missing
+    without_levels = check(bare, EvaluateConfig())["sentence"]
+    assert "falls by 19.1 % [14.7, 23.5]; Rouge-L rises" in without_levels
 
 
 def test_no_clear_difference_and_worse() -> None:
@@ -70,7 +69,7 @@ def test_no_clear_difference_and_worse() -> None:
         assert said in found["sentence"]
 
 
-def test_what_is_tolerated_is_not_worse() -> None:
+def test_a_tolerated_loss_is_not_worse() -> None:
     loss = changed(rouge_l_change=interval(-1.5, -2.2, -0.8))
     found = check(loss, EvaluateConfig())
     assert (found["verdict"], outcomes(found)) == ("better", ["better", "no clear difference", "better"])
@@ -82,31 +81,35 @@ def test_what_is_tolerated_is_not_worse() -> None:
     )
 
 
-def test_the_fall_that_a_recipe_expects_is_judged_by_the_whole_interval() -> None:
+def test_the_expected_reduction_is_judged_by_the_whole_interval() -> None:
     assert "expected" not in check(QUICKSTART, EvaluateConfig())
-    for least, told in ((0.14, "reached"), (0.15, "cannot be told, its interval contains that"), (0.25, "not reached")):
+    for least, expected in (
+        (0.14, "reached"),
+        (0.15, "cannot be told, its interval contains that"),
+        (0.25, "not reached"),
+    ):
         found = check(QUICKSTART, EvaluateConfig(min_reverse_kl_reduction=least))
-        assert (found["verdict"], found["expected"]) == ("better", told)
-        assert found["sentence"].endswith(f" KL(q‖p) was expected to fall by at least {100 * least:g} %: {told}.")
+        assert (found["verdict"], found["expected"]) == ("better", expected)
+        assert found["sentence"].endswith(f" KL(q‖p) was expected to fall by at least {100 * least:g} %: {expected}.")
 
 
 @pytest.mark.parametrize(
     "missing", [None, interval(math.nan, math.nan, math.nan), {"mean": None, "low": None, "high": None}]
 )
-def test_a_measure_without_a_number_has_no_part_in_it(missing: dict[str, Any] | None) -> None:
+def test_an_undefined_measure_is_ignored(missing: dict[str, Any] | None) -> None:
     found = check(changed(reverse_kl_reduction=missing), EvaluateConfig(min_reverse_kl_reduction=0.15))
     assert (found["verdict"], len(found["criteria"]), found["expected"]) == ("no clear difference", 2, "cannot be told")
     assert "KL(q‖p) cannot be compared" in found["sentence"]
 
 
-def test_results_of_an_older_version_get_a_sentence() -> None:
+def test_results_of_an_older_version_are_judged_again() -> None:
     assert check_of({"models": {}}) is None
     old = {"check": {"passed": False, "criteria": []}, "minillm_against_warmed": QUICKSTART}
     assert check_of(old) == check(QUICKSTART, EvaluateConfig())
 
 
-def test_noise_does_not_decide() -> None:
-    """The quickstart's fall with its standard error, drawn again: never another verdict. No effect at all: one in twenty at most."""
+def test_noise_rarely_changes_the_verdict() -> None:
+    """The quickstart's reduction, drawn again with its standard error, and no effect at all."""
     rng, times = np.random.default_rng(0), 4000
 
     def drawn(reduction: float, rouge: float, finished: float) -> dict[str, Any]:
@@ -124,16 +127,18 @@ def test_noise_does_not_decide() -> None:
     assert null.count("better") + null.count("worse") <= 0.05 * times
 
 
-def test_compare_gives_levels_and_survives_a_student_without_kl() -> None:
+def test_compare_gives_levels_and_allows_a_divergence_of_zero() -> None:
     rng = np.random.default_rng(1)
-    before = Scores(rng.random(80) * 50, np.full(80, 90.0), np.full(80, 100.0), 3, rng.random(80) * 70)
-    after = Scores(before.rouge_l + 1, before.finished, before.tokens, 3, before.reverse_kl * 0.8)  # pyright: ignore[reportOptionalOperand]
+    rouge_l, finished, tokens = rng.random(80) * 50, np.full(80, 90.0), np.full(80, 100.0)
+    reverse_kl = rng.random(80) * 70
+    before = Scores({"rouge_l": rouge_l, "finished": finished}, {"reverse_kl": reverse_kl}, tokens)
+    after = Scores({"rouge_l": rouge_l + 1, "finished": finished}, {"reverse_kl": reverse_kl * 0.8}, tokens)
     found = compare(before, after, 200)
     kl = found["reverse_kl_reduction"]
     assert (kl["mean"], kl["after"]) == (pytest.approx(0.2), pytest.approx(0.8 * kl["before"]))
     assert found["rouge_l_change"]["after"] - found["rouge_l_change"]["before"] == pytest.approx(1)
     assert check(found, EvaluateConfig())["verdict"] == "better"
-    nothing = Scores(before.rouge_l, before.finished, before.tokens, 3, np.zeros(80))
+    nothing = Scores(before.means, {"reverse_kl": np.zeros(80)}, tokens)
     with np.errstate(all="raise"):
         still = compare(nothing, nothing, 200)
     assert check(still, EvaluateConfig())["verdict"] == "no clear difference"

@@ -1,71 +1,89 @@
-"""The report of a comparison."""
+"""The report of a comparison of methods."""
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
 
 from minillm.data.files import read_json
-from minillm.evaluation.report.html import curve_points, draw_curves, html_page, interval_cell, number_cell
-from minillm.evaluation.report.suite import by_words, set_table
+from minillm.evaluation.metrics import HEADLINE, METRIC
+from minillm.evaluation.report.html import (
+    curve_points,
+    draw_curves,
+    heading,
+    html_page,
+    interval_cell,
+    note,
+    number_cell,
+    table,
+    text_cell,
+)
+from minillm.evaluation.report.suite import reference_words_tables, set_table
+from minillm.evaluation.results import AVERAGE
+
+_VALIDATED = (HEADLINE, METRIC["reverse_kl"])  # metrics whose curves are drawn
 
 
 def write_comparison_report(root: Path) -> Path:
-    """Write `root/report.html` from a comparison's `compare.json`: curves of every method, and the tests where they were read."""
+    """Write `report.html` of a comparison from its `compare.json`.
+
+    It has the validation curves of every method, and the results on the test sets as soon as they are there.
+
+    Args:
+        root: The comparison's folder.
+
+    Returns:
+        The report's path.
+    """
     results = read_json(root / "compare.json")
-    parts = [f"<h1>{html.escape(root.name)}</h1>", *_validation_curves(results), _tuning(results["tuning"])]
+    parts = [heading(root.name, level=1), _validation_curves(results), _tuning(results["tuning"])]
     if tests := results.get("tests"):
-        parts += [
-            *(set_table(tests, name) for name in [*tests["prompts"], "average"]),
-            _pairs(results["differences"]),
-            by_words(tests),
-        ]
+        parts += [set_table(tests, name) for name in (*tests["prompts"], AVERAGE)]
+        parts += [_pairs(results["differences"]), reference_words_tables(tests)]
     page = root / "report.html"
     page.write_text(html_page(root.name, parts), encoding="utf-8")
     return page
 
 
-def _validation_curves(results: dict[str, Any]) -> list[str]:
-    """Of the settings that each method was taken with, its first training seed; from where all start, if that was validated."""
-    titles = {"eval_rouge_l": "Rouge-L", "eval_reverse_kl": "KL(q‖p), nats a token"}
+def _validation_curves(results: dict[str, Any]) -> str:
+    """For each method, the run with the chosen settings and the first training seed.
+
+    All curves begin with the validation of the shared start, if there was one.
+    """
     start = [{**entry, "step": 0} for entry in results.get("start", {}).get("curve", [])[-1:]]
+    curves = {name: start + found["tried"][found["chosen"]]["curve"] for name, found in results["tuning"].items()}
     panels = [
-        (
-            title,
-            {
-                name: curve_points(start + found["tried"][found["chosen"]]["curve"], key)
-                for name, found in results["tuning"].items()
-            },
-        )
-        for key, title in titles.items()
+        (metric.title, {name: curve_points(curve, f"eval_{metric.key}") for name, curve in curves.items()})
+        for metric in _VALIDATED
     ]
-    return [draw_curves("Validation while training", panels, columns=2, height=4.4)]
+    return draw_curves("Validation while training", panels, columns=2, height=4.4)
 
 
 def _tuning(tuning: dict[str, Any]) -> str:
-    rows = ""
+    rows = []
     for name, found in tuning.items():
-        for i, run in enumerate(found["tried"]):
-            mark = " <b>chosen</b>" if i == found["chosen"] else ""
-            settings = html.escape(json.dumps(run["settings"]))
-            rows += f"<tr><td>{html.escape(name)}{mark}</td><td>{settings}</td>{number_cell(run['rouge_l'])}{number_cell(run['update'])}</tr>"
+        for number, run in enumerate(found["tried"]):
+            mark = "chosen" if number == found["chosen"] else ""
+            rows.append([text_cell(name, mark), text_cell(json.dumps(run["settings"])), *_best(run)])
         for run in found.get("other_seeds", []):
-            numbers = number_cell(run["rouge_l"]) + number_cell(run["update"])
-            rows += f"<tr><td>{html.escape(name)}</td><td>training seed {run['seed']}</td>{numbers}</tr>"
-    heads = "<th>method</th><th>settings</th><th>best validation Rouge-L</th><th>at update</th>"
-    return f"<h2>Tuning</h2><table><tr>{heads}</tr>{rows}</table>"
+            rows.append([text_cell(name), text_cell(f"training seed {run['seed']}"), *_best(run)])
+    heads = ["method", "settings", f"best validation {HEADLINE.label}", "at update"]
+    return heading("Tuning") + table(heads, rows)
+
+
+def _best(run: dict[str, Any]) -> list[str]:
+    return [number_cell(run[HEADLINE.key]), number_cell(run["update"], digits=0)]
 
 
 def _pairs(differences: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(one)}</td>{''.join(interval_cell(found.get(other)) for other in differences)}</tr>"
+    rows = [
+        [text_cell(one), *(interval_cell(found.get(other)) for other in differences)]
         for one, found in differences.items()
+    ]
+    explained = (
+        f"{HEADLINE.label}, all training seeds of a method together; paired over prompts, with a 95 % bootstrap "
+        "interval. Prompts are resampled, training seeds are not."
     )
-    heads = "".join(f"<th>− {html.escape(other)}</th>" for other in differences)
-    return (
-        f"<h2>Differences on the average of the sets</h2><table><tr><th>method</th>{heads}</tr>{rows}</table>"
-        "<p class=small>Rouge-L, all training seeds of a method together; paired over prompts, with a 95 % bootstrap interval. Prompts are "
-        "resampled, training seeds are not.</p>"
-    )
+    title = "Differences on the average of the sets"
+    return heading(title) + table(["method", *(f"− {other}" for other in differences)], rows) + note(explained)

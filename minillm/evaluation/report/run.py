@@ -1,47 +1,66 @@
-"""A run as one self-contained HTML page: the table, the check, curves, and answers side by side."""
+"""The report of a run: a self-contained HTML page with its results, the verdict, training curves and answers."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minillm.data.files import read_json, read_jsonl, write_json
 from minillm.errors import MissingError
-from minillm.evaluation.report.html import SHOWN_PROMPTS, curve_points, draw_curves, html_page, interval_cell
+from minillm.evaluation.metrics import HELD_OUT
+from minillm.evaluation.report.html import (
+    answers_table,
+    curve_points,
+    draw_curves,
+    heading,
+    html_page,
+    interval_cell,
+    note,
+    number_cell,
+    table,
+    text_cell,
+)
 from minillm.evaluation.results import current_results
 from minillm.evaluation.verdict import COLOURS, check_of
 
-_COLUMNS = {
-    "rouge_l": "Rouge-L",
-    "reverse_kl": "KL(q‖p), nats a token",
-    "finished": "finished, %",
-    "length": "length, tokens",
-}
-# A panel's title, and the log entries it draws with their labels.
-_PANELS: list[tuple[str, dict[str, str]]] = [
-    ("Loss", {"loss": "total", "policy_loss": "long term", "single_step_loss": "single step"}),
-    ("Reverse KL, nats a token", {"reverse_kl": "exact", "sampled_reverse_kl": "sampled"}),
-    ("Response length, tokens", {"response_length": "mixture samples"}),
-    ("Gradient norm", {"grad_norm": "before clipping"}),
-    ("Importance weights", {"importance_weight": "mean weight", "clipped": "share clipped"}),
-    ("Engine against trainer, nats", {"engine_mismatch": "mean |difference| of log q"}),
-]
-_WARMUP_PANELS: list[tuple[str, dict[str, str]]] = [
-    ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
-    ("Gradient norm", {"grad_norm": "before clipping"}),
-]
+LogPanel = tuple[str, Mapping[str, str]]
+"""A panel's title, and the label of each curve by the name of its entry in the training log."""
 
 
-def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Path:
-    """Write `run_dir/report.html` from what is there; what is missing is left out, and so are results from before a stage was begun again.
+class TrainingCurves(NamedTuple):
+    """The curves of a training stage, read from the `trainer_state.json` that it leaves.
+
+    Attributes:
+        title: Heading of the figure.
+        folder: The stage's folder in the run directory.
+        panels: The panels; those without an entry in the log are left out.
+    """
+
+    title: str
+    folder: str
+    panels: Sequence[LogPanel]
+
+
+def write_report(
+    run_dir: Path, prompts: Mapping[int, str] | None = None, curves: Sequence[TrainingCurves] = ()
+) -> Path:
+    """Write `report.html` of a run from the files that are there.
+
+    What is missing is left out, and so are results that are older than the start of a stage that they depend on.
 
     Args:
-        prompts: text of each held-out row, for answers that none were kept with.
+        run_dir: The run's directory.
+        prompts: Text of each held-out prompt by its row number. It is used, and kept, if the run has answers but no
+            `evaluate/prompts.json`.
+        curves: The training stages whose curves are drawn.
+
+    Returns:
+        The report's path.
 
     Raises:
-        FileNotFoundError: `run_dir` is not a run's directory.
+        MissingError: `run_dir` is not the directory of a run.
     """
     if not (run_dir / "state.json").is_file():
         raise MissingError(f"{run_dir}: not the directory of a run (it has no state.json)")
@@ -52,11 +71,10 @@ def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Pat
         write_json(kept, prompts)
     results = current_results(run_dir)
     parts = [
-        f"<h1>{html.escape(run_dir.name)}</h1>",
-        _table(results),
-        _check(results),
-        _curves("On-policy training (minillm)", run_dir / "student" / "trainer_state.json", _PANELS),
-        _curves("Warm-up", run_dir / "warmed" / "trainer_state.json", _WARMUP_PANELS),
+        heading(run_dir.name, level=1),
+        _results(results),
+        _verdict(results),
+        *(_curves(run_dir, stage) for stage in curves),
         _answers(run_dir / "evaluate", results, prompts or {}),
         _times(read_json(run_dir / "state.json")["stages"]),
     ]
@@ -65,37 +83,40 @@ def write_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Pat
     return out
 
 
-def _table(results: dict[str, Any]) -> str:
+def _results(results: dict[str, Any]) -> str:
     if not results:
         return "<p>Not evaluated yet.</p>"
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(interval_cell(scores.get(key)) for key in _COLUMNS)}</tr>"
-        for name, scores in results["models"].items()
+    rows = [
+        [text_cell(name), *(interval_cell(found.get(metric.key)) for metric in HELD_OUT)]
+        for name, found in results["models"].items()
+    ]
+    explained = (
+        f"{results['prompts']} held-out prompts, seeds {', '.join(map(str, results['seeds']))}; mean and 95 % "
+        "bootstrap interval over prompts. Rouge-L compares with the teacher's answers of the other seeds, also for the "
+        "teacher's own answers. KL(q‖p) is taken over whole distributions, on each model's own samples, without "
+        "teacher mixing. A model that babbles can have a low KL(q‖p): read the answers."
     )
-    heads = "".join(f"<th>{title}</th>" for title in _COLUMNS.values())
-    return (
-        f"<h2>Results</h2><table><tr><th>model</th>{heads}</tr>{rows}</table>"
-        f"<p class=small>{results['prompts']} held-out prompts, seeds {', '.join(map(str, results['seeds']))}; mean and 95 % "
-        "bootstrap interval over prompts. Rouge-L is against the teacher's answers of the other seeds, the teacher's own "
-        "answers included. KL(q‖p) is over whole distributions, on each model's own samples. Every model samples by itself; "
-        "nothing is mixed in. A model that babbles can have a low KL: read the answers.</p>"
-    )
+    return heading("Results") + table(["model", *(metric.title for metric in HELD_OUT)], rows) + note(explained)
 
 
-def _check(results: dict[str, Any]) -> str:
+def _verdict(results: dict[str, Any]) -> str:
     found = check_of(results)
     if found is None:
         return ""
-    return f"<h2>Verdict</h2><p class={COLOURS[found['verdict']]}>{html.escape(found['sentence'])}</p>"
+    return heading("Verdict") + f"<p class={COLOURS[found['verdict']]}>{html.escape(found['sentence'])}</p>"
 
 
-def _curves(title: str, state: Path, panels: Sequence[tuple[str, dict[str, str]]]) -> str:
+def _curves(run_dir: Path, stage: TrainingCurves) -> str:
+    state = run_dir / stage.folder / "trainer_state.json"
     if not state.is_file():
         return ""
-    history = [entry for entry in read_json(state)["log_history"] if "loss" in entry]
-    return draw_curves(
-        title, [(name, {label: curve_points(history, key) for key, label in series.items()}) for name, series in panels]
-    )
+    history = [
+        entry for entry in read_json(state)["log_history"] if "loss" in entry
+    ]  # one entry for each logged update
+    panels = [
+        (title, {label: curve_points(history, key) for key, label in labels.items()}) for title, labels in stage.panels
+    ]
+    return draw_curves(stage.title, panels)
 
 
 def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) -> str:
@@ -107,20 +128,15 @@ def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) 
         name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed}
         for name in names
     }
-    rows = "".join(
-        f"<tr><td class=answer>{html.escape(prompts.get(row, f'row {row}'))}</td>"
-        + "".join(f"<td class=answer>{html.escape(answers[name].get(row, ''))}</td>" for name in names)
-        + "</tr>"
-        for row in sorted(answers[names[0]])[:SHOWN_PROMPTS]
-    )
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    return f"<h2>Answers, seed {seed}</h2><table><tr><th>prompt</th>{heads}</tr>{rows}</table>"
+    rows = answers[names[0]]
+    texts = {row: prompts.get(row, f"row {row}") for row in rows}
+    return answers_table(f"Answers, seed {seed}", ("prompt", texts), answers, rows)
 
 
 def _times(stages: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(stage)}</td><td class=n>{entry['seconds']:.0f}</td></tr>"
+    rows = [
+        [text_cell(stage), number_cell(entry["seconds"], digits=0)]
         for stage, entry in stages.items()
         if "seconds" in entry
-    )
-    return f"<h2>Time</h2><table><tr><th>stage</th><th>seconds</th></tr>{rows}</table>"
+    ]
+    return heading("Time") + table(["stage", "seconds"], rows)

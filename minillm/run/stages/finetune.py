@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from minillm.run.plan.phases import Phase, Planner
 
 SFT_CURVES = (
-    ("Cross-entropy, nats a token", {"loss": "training"}),
-    ("Token accuracy", {"mean_token_accuracy": "training"}),
+    ("Loss, nats a token", {"loss": "cross-entropy"}),
     ("Gradient norm", {"grad_norm": "before clipping"}),
+    ("Entropy, nats a token", {"entropy": "of the model"}),
 )
 
 
@@ -27,7 +27,7 @@ class FineTune(Stage):
     trains = "teacher"
     folder = "tuned"
     references = True
-    curve_title = "Fine-tuning of the teacher"
+    curve_title = "Fine-tuning of the teacher (finetune)"
     curves = SFT_CURVES
 
     def run(self, run: Run) -> None:

@@ -24,7 +24,7 @@ class SFT(Stage):
     folder = "sft"
     label = "sft"
     references = True
-    curve_title = "Supervised fine-tuning (sft)"
+    curve_title = "Fine-tuning of the student (sft)"
     curves = SFT_CURVES
 
     def run(self, run: Run) -> None:

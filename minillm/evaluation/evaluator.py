@@ -1,0 +1,134 @@
+"""Loading, sampling and scoring the models of an evaluation, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from minillm.data.examples import Prompt
+from minillm.data.sampling import Sampling
+from minillm.errors import InputError
+from minillm.evaluation.answers import DIVERGENCES, Row, add_divergences, answer
+from minillm.models.device import device, working_dtype
+from minillm.models.load import load_model
+from minillm.models.vocabulary import head_width
+from minillm.rollout.config import RolloutConfig
+from minillm.rollout.engines.choose import ReusableEngine
+from minillm.teacher.local import LocalTeacher
+
+
+class Evaluator:
+    """Samples one model after another with one engine, and scores their answers with one teacher.
+
+    The engine is started for the first model and reused for later models of the same shape. The teacher is loaded when
+    it is first needed. Use it as a context manager, or call `close`.
+
+    Args:
+        rollout: Chooses the engine.
+        max_length: Tokens of the longest prompt and response together.
+        sequences: Number of responses that are sampled at the same time.
+        teacher: Folder or hub id of the teacher; None where nothing is scored with one.
+        quantization: `8bit` or `4bit`, the precision in which the teacher is loaded.
+    """
+
+    def __init__(
+        self,
+        rollout: RolloutConfig,
+        max_length: int,
+        *,
+        sequences: int = 64,
+        teacher: str | None = None,
+        quantization: str | None = None,
+    ) -> None:
+        self._engines = ReusableEngine(rollout, max_length, sequences)
+        self._teacher_folder, self._quantization = teacher, quantization
+        self._teacher: LocalTeacher | None = None
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def load(self, folder: str) -> PreTrainedModel:
+        """Load a model onto this process's device."""
+        return _to_device(load_model(folder, working_dtype()))
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether answers can be scored with a teacher."""
+        return self._teacher_folder is not None
+
+    @property
+    def teacher(self) -> LocalTeacher:
+        """The teacher, which is loaded at the first access.
+
+        Raises:
+            InputError: The evaluation has no teacher.
+        """
+        if self._teacher is None:
+            if self._teacher_folder is None:
+                raise InputError("this evaluation has no teacher to score answers with")
+            self._teacher = LocalTeacher(
+                _to_device(load_model(self._teacher_folder, working_dtype(), self._quantization))
+            )
+        return self._teacher
+
+    def score_with(self, teacher: PreTrainedModel) -> None:
+        """Use a loaded model as the teacher, unless the teacher is to be quantised."""
+        if self._quantization is None:
+            self._teacher = LocalTeacher(teacher)
+
+    def answer(
+        self,
+        model: PreTrainedModel,
+        folder: str | Path,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tokenizer: Any,
+    ) -> dict[int, list[Row]]:
+        """Sample a loaded model; see `minillm.evaluation.answers.answer`.
+
+        Args:
+            model: The model.
+            folder: Where it was loaded from, for an engine that reads weights itself.
+            prompts: Rendered prompts.
+            sampling: How tokens are sampled.
+            seeds: Sampling seeds.
+            tokenizer: Decodes the answers.
+        """
+        return answer(self._engines.of(model, folder), prompts, sampling, seeds, tokenizer)
+
+    def add_divergences(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[Prompt],
+        model: PreTrainedModel,
+        sampling: Sampling,
+        keys: Sequence[str] = DIVERGENCES,
+    ) -> None:
+        """Write divergences between a model and the teacher into answers; see `answers.add_divergences`."""
+        add_divergences(rows, prompts, model, self.teacher, self.shared_width(sampling), sampling.temperature, keys)
+
+    def shared_width(self, sampling: Sampling) -> int:
+        """Size of the vocabulary that a sampled model shares with the teacher."""
+        return min(sampling.vocab_size, head_width(self.teacher.model))
+
+    def sleep(self) -> None:
+        """Have the engine release its memory, where it can, until the next model is sampled."""
+        self._engines.sleep()
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self._engines.close()
+
+
+def _to_device(model: Any) -> PreTrainedModel:
+    return model.to(device())
