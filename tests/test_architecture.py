@@ -246,7 +246,9 @@ def is_light_user(name: str, found: str) -> bool:
 
 def test_a_recipe_is_read_without_torch() -> None:
     code = "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *LIGHT, *WITHOUT_TORCH], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *LIGHT, *WITHOUT_TORCH], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "False", done.stderr[-2000:]
 
 

@@ -120,9 +120,8 @@ def main() -> None:
     examples = read_examples(options.prompts, limit=options.sequences)
     prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
     dtype = working_dtype()
-    student, teacher_model = (
-        load_model(folder, dtype).eval().to(device()) for folder in (options.student, options.teacher)
-    )  # pyright: ignore[reportArgumentType]
+    models: list[Any] = [load_model(folder, dtype).eval() for folder in (options.student, options.teacher)]
+    student, teacher_model = (model.to(device()) for model in models)
     sampling = Sampling(options.max_new_tokens, (tokenizer.eos_token_id,), len(tokenizer), options.temperature)
     limit = max(map(len, prompts)) + options.max_new_tokens
     engine, teacher = VLLMEngine(options.student, EngineSizing(limit, dtype)), LocalTeacher(teacher_model)

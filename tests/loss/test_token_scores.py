@@ -93,8 +93,8 @@ def test_any_divergence_can_join(name: str, kind: str) -> None:
         divergence=DIVERGENCES[name],
         settings=ScoringSettings(0.6, chunk=7),
         loss_fn=lambda part, s: (
-            (a[part] * s.logq + b[part] * s.divergence).sum(),
-            ScoreGradients(a[part], divergence=b[part]),  # pyright: ignore
+            (a[part] * s.logq + b[part] * s.divergence).sum(),  # pyright: ignore
+            ScoreGradients(a[part], divergence=b[part]),
         ),
     )
     got = torch.autograd.grad(3 * loss, [hidden, head.weight])
@@ -241,8 +241,8 @@ def test_text_has_a_temperature_of_its_own(kind: str, text_temperature: float) -
         divergence=divergences.total_variation,
         loss_fn=lambda part, s: (
             (
-                a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)
-            ).sum(),  # pyright: ignore
+                a[part] * s.text_logq + b[part] * s.text_forward_kl + c[part] * (s.logq + s.reverse_kl + s.divergence)  # pyright: ignore
+            ).sum(),
             ScoreGradients(c[part], c[part], None, c[part], a[part], b[part]),
         ),
     )
