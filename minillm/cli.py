@@ -74,7 +74,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[model=FOLDER]... [key=value]...",
-            help="A suite's models (model=NAME:FOLDER names one; the others are compared with the first), and settings.",
+            help="A suite's models (model=NAME:FOLDER names one; others are compared with the first), and settings.",
         ),
     ] = None,
 ) -> None:

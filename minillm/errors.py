@@ -1,7 +1,7 @@
 """Every error that a person can mend, under one base class.
 
-The command line prints a `MinillmError` as one line; anything else is a defect, ours or another library's, and keeps its
-traceback. Each class also derives from the built-in exception that callers of the library would expect.
+The command line prints a `MinillmError` as one line; anything else is a defect, ours or another library's, and keeps
+its traceback. Each class also derives from the built-in exception that callers of the library would expect.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class Head:
 
 @dataclass
 class TeacherStates:
-    """Final hidden states of the teacher that predict a batch's response tokens, without gradient, and its output head."""
+    """The teacher's final hidden states that predict a batch's response tokens, without gradient, and its head."""
 
     hidden: Float[Tensor, "tokens hidden_size"]
     head: Head
