@@ -16,7 +16,7 @@ from minillm.loss import elementwise
 from minillm.loss.token_scores import token_scores
 from minillm.models import device as hardware
 from minillm.models.head import Head, TeacherStates
-from minillm.run.stages import stage_named
+from minillm.run.stages import shared, stage_named
 from minillm.run.stages.shared import training_arguments
 
 
@@ -24,7 +24,7 @@ from minillm.run.stages.shared import training_arguments
 def test_a_recipe_that_asks_for_bfloat16(
     quick: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hardware, "fast_bfloat16", lambda: quick)
+    monkeypatch.setattr(shared, "fast_bfloat16", lambda: quick)
     run: Any = SimpleNamespace(dir=tmp_path, recipe=SimpleNamespace(seed=0))
     given = {"bf16": True}
     with caplog.at_level(logging.WARNING):

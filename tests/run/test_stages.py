@@ -339,7 +339,7 @@ def test_a_path_is_one_setting_however_it_is_written(
 
 
 def test_accelerates_precision_is_a_stages_own(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("minillm.models.device.fast_bfloat16", lambda: True)
+    monkeypatch.setattr("minillm.run.stages.shared.fast_bfloat16", lambda: True)
     this = Run(load_recipe(recipe, [f"run_dir={tmp_path / 'run'}"]))
     assert not training_arguments(this, stage_named("minillm"), {"use_cpu": True}).bf16
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
