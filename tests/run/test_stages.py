@@ -140,7 +140,7 @@ def test_a_quantised_teacher_and_a_qlora_student(
     file.write_text(RECIPE.format(run=tmp_path / "run", data=data, teacher=pair[1]))
     asked: list[str] = []
     original = quantization.quantization_config
-    monkeypatch.setattr(load, "_bits", lambda bits, dtype: asked.append(bits) or original(bits, dtype))
+    monkeypatch.setattr(load, "quantization_config", lambda bits, dtype: asked.append(bits) or original(bits, dtype))
     given = ["teacher.quantization=8bit", "student.lora.rank=4", "student.lora.quantization=4bit"]
     runner.run_recipe(load_recipe(file, given))
     assert (
@@ -260,13 +260,13 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
         load_recipe(recipe, ["teacher.shard=true", "rollout.teacher_mix=0", *text])
     quantised = ["student.lora.rank=2", "student.lora.quantization=4bit"]
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
+    with pytest.raises(ValueError, match="a quantised student cannot be sharded over processes"):
         runner.run_recipe(load_recipe(recipe, quantised))
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     sharded = recipe.parent / "deepspeed.json"
     sharded.write_text(json.dumps(deepspeed(3)))
     for section in ("sft", "warmup.training", "training"):
-        with pytest.raises(ValueError, match="a quantised student is not dealt out over processes"):
+        with pytest.raises(ValueError, match="a quantised student cannot be sharded over processes"):
             runner.run_recipe(load_recipe(recipe, [*quantised, f"{section}.deepspeed={sharded}"]))
     if importlib.util.find_spec("deepspeed") is None:
         with pytest.raises(
@@ -310,7 +310,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
 def test_a_node_without_the_run_directory_says_so(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(processes, "_MEETING", 0.2)
+    monkeypatch.setattr(processes, "_RENDEZVOUS_TIMEOUT", 0.2)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     loaded = load_recipe(recipe, [f"run_dir={tmp_path / 'run'}", "training.per_device_train_batch_size=2"])
@@ -321,7 +321,7 @@ def test_a_node_without_the_run_directory_says_so(
     with pytest.raises(pytest.fail.Exception, match="the stage's own error"):
         runner.run_recipe(loaded)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(processes, "meet", lambda *_: None)
+    monkeypatch.setattr(processes, "rendezvous", lambda *_: None)
     with pytest.raises(RunError, match="process 0 gave up at stage teacher"):  # and does not wait for ever
         runner.run_recipe(loaded)
 
