@@ -8,6 +8,9 @@ TORCH_INDEX ?=
 TORCH ?= torch==2.13.0
 GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 RUN ?= recipes/quickstart.yaml
+# Test files run in so many processes at once; on a GPU in this one, so that none takes another's memory.
+TEST_PROCESSES ?= $(if $(filter 0,$(GPU)),2,0)
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 .PHONY: install quickstart test test-full lint format mutations clean
 
@@ -31,12 +34,12 @@ quickstart: install
 	$(BIN)/minillm run $(RUN)
 
 test: install
-	$(BIN)/python -m pytest -m "not full"
+	$(PYTEST) -m "not full"
 
 # DeepSpeed, which nothing else needs, slows every import of transformers: it is kept apart.
 test-full: install
 	test -d $(VENV)/deepspeed || $(BIN)/pip install --target $(VENV)/deepspeed --no-deps deepspeed hjson ninja py-cpuinfo msgpack einops
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	PYTHONPATH=$(VENV)/deepspeed $(BIN)/python -m pytest tests/train/test_processes.py tests/run/test_stages.py -k zero
 
 lint: install

@@ -12,6 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    # The processes of a test run, and those that tests start, share the cores alike.
+    threads = max((os.cpu_count() or 1) // processes, 1)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 WORDS = [f"w{i}" for i in range(28)]
 SPECIAL = ["<pad>", "<eos>", "<user>", "<bot>"]
