@@ -98,7 +98,9 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
                 "a student whose base model is its teacher cannot be sharded over processes (FSDP, ZeRO-3): use plain "
                 "data parallelism"
             )
-        self.teacher = pair.teacher(args, sharded=shard_teacher and self.accelerator.num_processes > 1)
+        sharded = shard_teacher and self.accelerator.num_processes > 1
+        # A narrower type than the mixin's, which only closes its teacher.
+        self.teacher = pair.teacher(args, sharded=sharded)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._logged_at: int | None = None  # the update after which metrics were last logged
 
     def updates_per_epoch(self) -> int:

@@ -26,7 +26,8 @@ from minillm.train.trl_arguments import handed_to_trl
 from minillm.train.validation import ValidationMixin
 
 
-class FineTuner(ValidationMixin, Finite, SFTTrainer):
+# TRL overrides `create_model_card` of transformers with other parameters.
+class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Minimises −log q over the tokens of given responses.
 
     Args:

@@ -177,8 +177,8 @@ class MiniLLMTrainer(DistillationTrainer):
         lengths = [len(rollout.response_ids) for rollout in self.rollouts]
         return self.schedule.micro_batches(update, lengths, self.text, self.global_sum)
 
-    def training_step(self, model: Any, inputs: MicroBatch, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; returns the loss."""
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""
         device, rollouts = self.args.device, [self.rollouts[i] for i in inputs.rollouts]
         batch, pieces = pad_micro_batch(rollouts, inputs.text, self.text, self.objective.language_model_block, device)
         teacher = self._teacher_inputs(rollouts, pieces)

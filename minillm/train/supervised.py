@@ -86,8 +86,8 @@ class SupervisedTrainer(DistillationTrainer):
         """The rows of the data that a micro-batch holds, in words."""
         return listed("train_dataset row", sorted(micro_batch[0]))
 
-    def training_step(self, model: Any, inputs: tuple[list[int], int], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; returns the loss."""
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""
         indices, count = inputs
         rows = [self._rows[i] for i in indices]
         prompts, responses = [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows]

@@ -115,7 +115,7 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
         own = LocalServer(folder, work / "log", EngineSizing(LENGTH, torch.float32))
         try:
             served = VLLMServerEngine(
-                [own.url], work / "weights", max_length=LENGTH, head_width=32, patience=240, own=own
+                [own.url], work / "weights", max_length=LENGTH, head_width=32, patience=900, own=own
             )
             yield served
             assert served._servers.each[0].started_at is not None  # a real server's metrics report its start
@@ -363,7 +363,7 @@ def test_a_server_with_unsuitable_settings_is_refused(folder: str, tmp_path: Pat
         with pytest.raises(
             EngineError, match="log-probabilities before temperature: start it with --logprobs-mode processed_logprobs"
         ):
-            VLLMServerEngine([url], tmp_path / "weights", max_length=LENGTH, head_width=32, patience=240)
+            VLLMServerEngine([url], tmp_path / "weights", max_length=LENGTH, head_width=32, patience=900)
         with pytest.raises(EngineError, match=f"serves {LENGTH} tokens; prompt and response need {LENGTH + 1}"):
             VLLMServerEngine([url], tmp_path / "weights", max_length=LENGTH + 1, head_width=32, patience=10)
         assert httpx.post(url + "/collective_rpc", json={}).status_code == 404

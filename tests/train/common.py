@@ -128,6 +128,6 @@ def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:
         }
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [*command, str(folder), kind], capture_output=True, text=True, timeout=200, env=environment, cwd=root
+        [*command, str(folder), kind], capture_output=True, text=True, timeout=900, env=environment, cwd=root
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -81,7 +81,7 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     rollout = RolloutConfig(
         engine="server",
         servers=[url],
-        server_patience=240,
+        server_patience=900,
         num_rollouts=8,
         inner_epochs=1,
         teacher_mix=0.3,
