@@ -41,7 +41,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
 
 
-def different(values: list[Any]) -> list[Any]:
+def unique(values: list[Any]) -> list[Any]:
     """Refuse a list in which a value occurs twice: what it names, such as a seed, would be sampled and counted twice.
 
     Args:

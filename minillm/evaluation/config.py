@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from minillm.config import Positive, Section, different
+from minillm.config import Positive, Section, unique
 from minillm.data.config import Source, Template
 from minillm.errors import InputError
 from minillm.evaluation.results import AVERAGE
@@ -16,7 +16,7 @@ from minillm.evaluation.results import AVERAGE
 class EvaluateConfig(Section):
     """How the models of a run answer the held-out prompts, and when its last stage counts as an improvement."""
 
-    seeds: Annotated[list[int], Field(min_length=2), AfterValidator(different)] = [10, 20, 30]
+    seeds: Annotated[list[int], Field(min_length=2), AfterValidator(unique)] = [10, 20, 30]
     """Sampling seeds; every model gives one answer to each prompt with each seed. At least two are needed, because an
     answer is compared with the teacher's answers of the other seeds."""
     max_new_tokens: Positive = 128
@@ -37,7 +37,7 @@ class EvaluateConfig(Section):
 
 
 def _check_choices(choices: list[str]) -> list[str]:
-    texts = different([choice.strip() for choice in choices])
+    texts = unique([choice.strip() for choice in choices])
     if "" in texts:
         raise InputError("a blank choice is no answer")
     if len(texts) == 1:
@@ -93,7 +93,7 @@ class Suite(Section):
     no_repeat_ngram: Annotated[int, Field(ge=0)] = 0
     """Tokens that would repeat an n-gram of this length are not sampled; 0 blocks none. LMOps uses 6 in its final
     evaluation, where it is worth more than a point of Rouge-L. It needs the transformers engine."""
-    seeds: Annotated[list[int], Field(min_length=1), AfterValidator(different)] = [10, 20, 30, 40, 50]
+    seeds: Annotated[list[int], Field(min_length=1), AfterValidator(unique)] = [10, 20, 30, 40, 50]
     """Sampling seeds; every model gives one answer to each prompt with each seed."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What samples the answers: `auto` is vLLM where it is installed, else transformers."""

@@ -21,12 +21,15 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from minillm.data.logprobs import floored_log_softmax
+from minillm.data.logprobs import floored_log_softmax, mixture_logprobs
 from minillm.errors import InputError
 from minillm.loss.config import DIVERGENCE_PARAMETERS, DivergenceConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    Logits = Float[Tensor, "tokens vocab"]
+    PerToken = Float[Tensor, " tokens"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
@@ -56,10 +59,10 @@ def divergence_function(config: DivergenceConfig) -> Callable[[Tensor, Tensor], 
 
 @_register
 def reverse_kl(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return KL(q‖p) = Σ_v q(v) [log q(v) − log p(v)], which MiniLLM minimises (arXiv 2306.08543, equation 1)."""
     q, p = _log_probs(student_logits, teacher_logits, temperature)
     return _kl(q, p)
@@ -67,10 +70,10 @@ def reverse_kl(
 
 @_register
 def forward_kl(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return KL(p‖q) = Σ_v p(v) [log p(v) − log q(v)], used in word-level knowledge distillation."""
     q, p = _log_probs(student_logits, teacher_logits, temperature)
     return _kl(p, q)
@@ -78,11 +81,11 @@ def forward_kl(
 
 @_register
 def jensen_shannon(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     beta: float = 0.5,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q (GKD, arXiv 2306.13649).
 
     As β → 0 the value divided by β approaches the forward KL, and as β → 1 the value divided by 1−β approaches the
@@ -99,17 +102,17 @@ def jensen_shannon(
     """
     _check_unit_interval("beta", beta)
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    m = _mix(p, q, beta)
+    m = mixture_logprobs(q, p, beta)
     return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
 
 
 @_register
 def skew_forward_kl(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     skew: float = 0.1,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return KL(p ‖ λ·p + (1−λ)·q) (DistiLLM, arXiv 2402.03898).
 
     Args:
@@ -123,16 +126,16 @@ def skew_forward_kl(
     """
     _check_unit_interval("skew", skew, low_included=True)
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return _kl(p, _mix(p, q, skew))
+    return _kl(p, mixture_logprobs(q, p, skew))
 
 
 @_register
 def skew_reverse_kl(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     skew: float = 0.1,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return KL(q ‖ λ·q + (1−λ)·p) (DistiLLM, arXiv 2402.03898).
 
     Args:
@@ -146,15 +149,15 @@ def skew_reverse_kl(
     """
     _check_unit_interval("skew", skew, low_included=True)
     q, p = _log_probs(student_logits, teacher_logits, temperature)
-    return _kl(q, _mix(q, p, skew))
+    return _kl(q, mixture_logprobs(p, q, skew))
 
 
 @_register
 def total_variation(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return the total variation distance ½ Σ_v |q(v) − p(v)|, from 0 to 1 (f-distill, arXiv 2307.15190)."""
     q, p = _log_probs(student_logits, teacher_logits, temperature)
     return (q.exp() - p.exp()).abs().sum(-1) / 2
@@ -162,11 +165,11 @@ def total_variation(
 
 @_register
 def adaptive_kl(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     head_mass: float = 0.5,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return w·KL(p‖q) + (1−w)·KL(q‖p) with a weight w for each token (AKL, arXiv 2404.02657).
 
     The head of p is the smallest set of most likely tokens whose probability reaches `head_mass`. w is the share of
@@ -195,12 +198,12 @@ def adaptive_kl(
 
 @_register
 def alpha_beta(
-    student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    student_logits: Logits,
+    teacher_logits: Logits,
     alpha: float = 0.2,
     beta: float = 0.7,
     temperature: float = 1.0,
-) -> Float[Tensor, " tokens"]:
+) -> PerToken:
     """Return the α–β divergence of p and q (ABKD, arXiv 2505.04560; Cichocki and others, 2011).
 
         −1/(αβ) Σ_v [ p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β) ]
@@ -234,7 +237,7 @@ def alpha_beta(
     return -(cross - own).sum(-1) / (alpha * beta)
 
 
-def entropy(logits: Float[Tensor, "tokens vocab"], temperature: float = 1.0) -> Float[Tensor, " tokens"]:
+def entropy(logits: Float[Tensor, "tokens vocab"], temperature: float = 1.0) -> PerToken:
     """Return the entropy −Σ_v q(v) log q(v), in nats."""
     logq = floored_log_softmax(logits / temperature)
     return -(logq.exp() * logq).sum(-1)
@@ -255,13 +258,6 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
 
 def _power(logs: Tensor) -> Tensor:
     return logs.clamp(max=60.0).exp()
-
-
-def _mix(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Return log(share·A + (1−share)·B), given a = log A and b = log B."""
-    if share == 0:
-        return b
-    return torch.logaddexp(a + math.log(share), b + math.log1p(-share))
 
 
 def _check_unit_interval(name: str, value: float, low_included: bool = False) -> None:

@@ -18,10 +18,9 @@ from minillm.evaluation.report.console import show_results, show_suite
 from minillm.evaluation.report.run import write_report
 from minillm.evaluation.report.suite import write_suite_report
 from minillm.evaluation.results import current_files, current_results, number, with_interval
-from minillm.run import runner
 from minillm.run.directory import RunState
 from minillm.run.recipe_file import load_recipe
-from tests.run.test_stages import RECIPE
+from tests.run.test_stages import run_tiny_recipe
 
 
 def strictly(file: Path) -> Any:
@@ -93,13 +92,7 @@ def test_answers_in_a_row_are_to_the_same_prompt(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("results")
-    data = root / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
-    file = root / "recipe.yaml"
-    file.write_text(RECIPE.format(run=root / "run", data=data, teacher=pair[1]))
-    runner.run_recipe(load_recipe(file))
-    return file
+    return run_tiny_recipe(tmp_path_factory.mktemp("results"), pair[1])
 
 
 def test_an_evaluation_writes_the_report_and_the_model_cards_again(

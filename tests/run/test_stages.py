@@ -46,15 +46,19 @@ evaluate: {{seeds: [1, 2], max_new_tokens: 8, bootstrap: 100}}
 """
 
 
-@pytest.fixture(scope="module")
-def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("recipe")
+def run_tiny_recipe(root: Path, teacher: str) -> Path:
+    """Run the whole recipe in a folder; returns its file."""
     data = root / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
     file = root / "recipe.yaml"
-    file.write_text(RECIPE.format(run=root / "run", data=data, teacher=pair[1]))
+    file.write_text(RECIPE.format(run=root / "run", data=data, teacher=teacher))
     runner.run_recipe(load_recipe(file))
     return file
+
+
+@pytest.fixture(scope="module")
+def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_tiny_recipe(tmp_path_factory.mktemp("recipe"), pair[1])
 
 
 def test_a_run_leaves_its_results(recipe: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from minillm.config import Section, different, expand_home
+from minillm.config import Section, expand_home, unique
 from minillm.errors import InputError
 from minillm.evaluation.config import Suite
 from minillm.run.recipe import StageName
@@ -32,7 +32,7 @@ class Method(Section):
     tuning: list[dict[str, Any]] = [{}]
     """One entry for each tuning run, with the settings that differ from the method's recipe. The run with the best
     Rouge-L on validation is chosen."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(different)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(unique)] = [0]
     """Training seeds. The tuning runs use the first."""
     tested: bool = True
     """Whether the method is evaluated on the test sets, or only on validation."""

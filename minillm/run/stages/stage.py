@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ Panel = tuple[str, dict[str, str]]
 """Title of a plot in the report, and the label of each logged metric that it shows."""
 
 
-class Stage:
+class Stage(ABC):
     """One step of a recipe. A stage is a subclass in a file of its own and an entry of `minillm.run.stages.STAGES`.
 
     The module of a stage is imported whenever a recipe is read: `run` imports what is slow to import.
@@ -60,11 +61,11 @@ class Stage:
             value = getattr(value, part)
         return value if self.training else {}
 
+    @abstractmethod
     def run(self, run: Run) -> None:
-        """Do the stage, or what is left of it."""
-        raise NotImplementedError(f"stage {self.name} has no run")
+        """Run the stage, or continue it where it was interrupted."""
 
-    def discard(self, run: Run, requested: bool) -> None:
+    def discard(self, run: Run, requested: bool) -> None:  # noqa: B027 (most stages leave nothing to delete)
         """Delete what a stage that is made again must not find.
 
         Args:
@@ -76,8 +77,11 @@ class Stage:
         return []
 
     def describe(self, recipe: Recipe) -> str:
-        """How the stage trained the model: the part of the model card's first sentence."""
-        raise NotImplementedError(f"stage {self.name} has no description")
+        """How the stage trained the student: a part of the model card's first sentence.
+
+        Every stage that trains the student overrides it.
+        """
+        raise NotImplementedError(f"stage {self.name} trains no student to describe")
 
     def tags(self, recipe: Recipe) -> list[str]:
         """Tags of the model card."""
