@@ -16,6 +16,7 @@ from minillm.models.lora import load_student
 from minillm.run.context import Run
 from minillm.run.stages.stage import Stage
 from minillm.train.best_checkpoint import with_given
+from minillm.train.pair import compute_dtype
 from minillm.train.resume import train as train_resumably
 
 logger = logging.getLogger(__name__)
@@ -49,14 +50,14 @@ def training_arguments(run: Run, stage: Stage, given: dict[str, Any] | None = No
 def student_arguments(run: Run, folder: str, arguments: TrainingArguments) -> dict[str, Any]:
     """Keyword arguments that give a trainer its student: a folder's name, or a loaded model with a LoRA adapter."""
     lora = run.recipe.student.lora
-    model = folder if lora is None else load_student(folder, lora, _compute_dtype(arguments))
+    model = folder if lora is None else load_student(folder, lora, compute_dtype(arguments))
     return {"model": model, "processing_class": run.conventions.tokenizer, "conventions": run.conventions}
 
 
 def load_scoring_teacher(run: Run, arguments: TrainingArguments) -> Any:
     """The teacher as a trainer takes it: its folder's name, or the loaded model where it is quantised."""
     bits = run.recipe.teacher.quantization
-    return run.teacher if bits is None else load_model(run.teacher, _compute_dtype(arguments), bits)
+    return run.teacher if bits is None else load_model(run.teacher, compute_dtype(arguments), bits)
 
 
 def fine_tune(run: Run, stage: Stage, source: str, target: str) -> None:
@@ -85,10 +86,6 @@ def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> 
     """
     run.processes = trainer.accelerator.num_processes
     train_resumably(trainer, folder, stage.name, _saved_dtype(run) if final else None)
-
-
-def _compute_dtype(arguments: TrainingArguments) -> torch.dtype:
-    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else torch.float32
 
 
 def _saved_dtype(run: Run) -> torch.dtype:
