@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minillm.data.logprobs import mixture_logprobs
 from minillm.data.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ class TeacherTargets:
     hidden: Float[Tensor, "tokens hidden"] | None = None
     rows: TeacherRows | None = None
 
+    def first(self, length: int) -> TeacherTargets:
+        """Return the targets of the first `length` tokens."""
+        hidden = None if self.hidden is None else self.hidden[:length]
+        rows = None if self.rows is None else TeacherRows(self.rows.ids[:length], self.rows.logprobs[:length])
+        return TeacherTargets(self.token_logprobs[:length], hidden, rows)
+
 
 @dataclass
 class Rollout:
@@ -77,12 +84,13 @@ class Rollout:
         cls,
         prompt: list[int],
         ids: list[int],
-        logprobs: Sequence[float],
+        logprobs: Sequence[float] | Float[Tensor, " tokens"],
         sampling: Sampling,
         version: int,
         *,
         stopped: bool = False,
         top_logprobs: Sequence[dict[int, float]] | None = None,
+        teacher: TeacherTargets | None = None,
     ) -> Rollout:
         """Build a rollout from an engine's output, cut after the token that ends the response.
 
@@ -94,13 +102,21 @@ class Rollout:
             version: the version of the weights that sampled.
             stopped: whether the engine itself reported the end of the response.
             top_logprobs: log q of the most likely tokens at each position.
+            teacher: the teacher's targets of `ids`, where it was mixed in. The behaviour log-probabilities are then
+                those of the mixture. Targets that hold nothing but log p are used for these alone, and the response
+                remains to be scored.
         """
         length = sampling.length(ids)
-        values = torch.tensor(logprobs[:length], dtype=torch.float32)
         finished = stopped or length is not None
-        return cls(
+        values = torch.as_tensor(logprobs[:length], dtype=torch.float32)
+        rollout = cls(
             prompt, ids[:length], values, values, version, finished, top_logprobs=top_logprobs and top_logprobs[:length]
         )
+        if teacher is not None:
+            targets = teacher.first(len(rollout.response_ids))
+            rollout.behaviour_logprobs = mixture_logprobs(values, targets.token_logprobs, sampling.teacher_mix)
+            rollout.teacher = None if targets.hidden is None and targets.rows is None else targets
+        return rollout
 
     def to_saved(self) -> dict[str, Any]:
         """The fields for a checkpoint.

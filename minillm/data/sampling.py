@@ -21,6 +21,8 @@ class Sampling:
         eos_ids: End tokens.
         vocab_size: Number of ids that can be sampled. Rows of the output head beyond it are padding.
         temperature: Temperature of the softmax.
+        teacher_mix: Share α of the teacher. If above 0, tokens are sampled from (1 − α)·q + α·p, where p is the teacher
+            that the engine was started with, at the same temperature.
         top_logprobs: If above 0, an engine also returns the log-probabilities of at least so many of the most likely
             tokens at each position.
         stop: Stop strings, if any.
@@ -32,6 +34,7 @@ class Sampling:
     eos_ids: tuple[int, ...]
     vocab_size: int
     temperature: float = 1.0
+    teacher_mix: float = 0.0
     top_logprobs: int = 0
     stop: StopStrings | None = None
     no_repeat_ngram: int = 0

@@ -46,12 +46,6 @@ def text_config(model: PreTrainedModel | str) -> Any:
     return config.get_text_config()
 
 
-def attends_fully(config: Any) -> bool:
-    """Return whether every layer of a model with this (text) config attends to all previous tokens."""
-    kinds = set(getattr(config, "layer_types", None) or [])
-    return not kinds - {"full_attention"} and (bool(kinds) or not getattr(config, "sliding_window", None))
-
-
 def head_size(config: Any) -> int:
     """Return the size of one attention head of a model with this (text) config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

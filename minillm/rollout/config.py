@@ -76,7 +76,8 @@ class RolloutConfig(Section):
     """Responses that the replay buffer holds, over all processes. The oldest are dropped first."""
     teacher_mix: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Mixing coefficient α of teacher-mixed sampling: tokens are sampled from (1−α)·q + α·p, where q is the student and
-    p is the teacher (section 2.2 of the paper). With 0, tokens are sampled from the student alone."""
+    p is the teacher (section 2.2 of the paper). The engine then holds the teacher beside the student. With 0, tokens
+    are sampled from the student alone."""
     max_new_tokens: Positive = 128
     """Maximum number of tokens in a response. A longer response is cut there and counts as unfinished."""
     max_prompt_tokens: Positive = 256
@@ -85,9 +86,6 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of the student and of the teacher. The logits of both are divided by it, in sampling and in the
     loss."""
-    draft_tokens: Positive | Literal["auto"] = "auto"
-    """Tokens that the student drafts before the teacher checks them, in teacher-mixed sampling. `auto` sets the number
-    for each batch of rollouts from the acceptance rate of the batch before."""
     stop: list[str] = []
     """Strings that end a response. A response ends with the token that completes the first of them to appear in its
     text, and that token belongs to the response."""
@@ -112,6 +110,15 @@ class RolloutConfig(Section):
                     "very distribution that tokens are sampled from; a filter removes tokens from sampling but not "
                     "from the loss. Use temperature instead"
                 )
+        return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_drafts(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "draft_tokens" in given:
+            raise InputError(
+                "draft_tokens: tokens of the mixture are sampled one by one now, without drafts: leave it out"
+            )
         return given
 
     @model_validator(mode="after")
@@ -158,5 +165,10 @@ class RolloutConfig(Section):
         if self.lora == "adapter" and self.engine == "server":
             raise InputError(
                 "lora: adapter is for vLLM in the training process; servers take merged weights: set lora: merged"
+            )
+        if self.lora == "adapter" and self.teacher_mix and self.engine != "transformers":
+            raise InputError(
+                "lora: adapter with teacher_mix: vLLM mixes a teacher with a student of merged weights only: set lora: "
+                "merged, or teacher_mix: 0"
             )
         return self

@@ -15,7 +15,6 @@ from minillm.data.seeding import permutation, seed_of
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
 from minillm.rollout.replay import ReplayedAndGiven
-from minillm.rollout.samplers.base import Metrics, Sampler
 from minillm.rollout.worker import Worker
 
 
@@ -26,12 +25,10 @@ class SampledBatch:
     Attributes:
         rollouts: the rollouts.
         seconds: how long sampling took.
-        metrics: the sampler's metrics.
     """
 
     rollouts: list[Rollout]
     seconds: float
-    metrics: Metrics
 
     @property
     def num_tokens(self) -> int:
@@ -44,7 +41,6 @@ class RolloutSource:
 
     Args:
         config: settings of the rollouts.
-        sampler: what samples, with an engine that holds the student's weights.
         prompts: token ids of every prompt of the training data.
         others: replayed rollouts and given responses.
         score_given: returns log q of each token of given responses, under the student's current weights.
@@ -54,14 +50,13 @@ class RolloutSource:
     def __init__(
         self,
         config: RolloutConfig,
-        sampler: Sampler,
         prompts: Sequence[list[int]],
         others: ReplayedAndGiven,
         *,
         score_given: Callable[[Sequence[Rollout]], Sequence[Tensor]],
         worker: Worker,
     ) -> None:
-        self.sampler, self.others, self.prompts = sampler, others, prompts
+        self.others, self.prompts = others, prompts
         self._config, self._score_given, self._worker = config, score_given, worker
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._ahead: tuple[int, Future[SampledBatch]] | None = None
@@ -84,15 +79,15 @@ class RolloutSource:
     def sample(self, number: int, engine: Engine, sampling: Sampling) -> SampledBatch:
         """Sample the responses of batch `number` with the weights that the engine holds.
 
-        This touches nothing but the engine and the sampler's teacher, because it may run beside the updates.
+        This touches nothing but the engine, because it may run beside the updates.
         """
         rows = self.prompt_rows(number)[: self.others.sizes()[0]]
         # The position distinguishes a prompt that occurs twice in one batch.
         me = self._worker
         seeds = [seed_of(me.seed, number, me.rank + i * me.processes, row) for i, row in enumerate(rows)]
         start = time.perf_counter()
-        rollouts = self.sampler.generate(engine, [self.prompts[row] for row in rows], sampling, seeds)
-        return SampledBatch(rollouts, time.perf_counter() - start, self.sampler.metrics())
+        rollouts = engine.generate([self.prompts[row] for row in rows], sampling, seeds)
+        return SampledBatch(rollouts, time.perf_counter() - start)
 
     def sample_ahead(self, number: int, engine: Engine, sampling: Sampling) -> None:
         """Start to sample batch `number` in the background."""

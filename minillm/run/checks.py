@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from minillm.data.config import Source
 from minillm.data.examples import read_texts
 from minillm.errors import DataError, InputError
 from minillm.models.adapters import check_adapter_files
-from minillm.models.configs import attends_fully, context_length, text_config
+from minillm.models.configs import context_length, text_config
 from minillm.models.conventions import Conventions
 from minillm.models.families import trains_quantized
 from minillm.models.lora import check_student
@@ -134,11 +135,12 @@ def _check_teacher(recipe: Recipe, source: str) -> None:
         check_quantization(recipe.teacher.quantization)
         if find_gguf(source):
             raise InputError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
-    if "minillm" in recipe.stages and recipe.rollout.teacher_mix and not attends_fully(config):
-        raise InputError(
-            f"rollout.teacher_mix: mixing needs a teacher whose every layer is full attention, and {source} has "
-            "sliding windows: set rollout.teacher_mix: 0"
-        )
+    if "minillm" in recipe.stages and recipe.rollout.teacher_mix:
+        student = source if recipe.student.source == "prune" else recipe.student.source
+        mixed = copy.deepcopy(config)
+        if recipe.teacher.quantization:
+            mixed.quantization_config = recipe.teacher.quantization
+        choose_engine(recipe.rollout.engine, text_config(student), mixed)  # raises where it cannot mix the two
 
 
 def check_rows(run: Run) -> None:

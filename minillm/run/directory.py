@@ -38,6 +38,7 @@ _OPERATIONAL = frozenset(
         "engine_options",
         "overlap",
         "lora",
+        "draft_tokens",  # of earlier versions
     )
 )
 

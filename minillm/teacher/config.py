@@ -20,7 +20,7 @@ class TeacherConfig(Section):
     """Folder or hub id of a PEFT adapter, which the teacher stage merges into `source`."""
     shard: bool = False
     """Shard the teacher's decoder layers over all processes of the warm-up and minillm stages (FSDP2), for a teacher
-    that does not fit on one GPU. It excludes teacher mixing, whose number of rounds differs between processes."""
+    that does not fit on one GPU. It excludes teacher mixing, for which every process needs the whole teacher."""
     servers: list[str] = []
     """`http://host:port` of `vllm serve` processes that hold the teacher. In the minillm stage they score the rollouts,
     and only the tokenizer and the config of `source` are read. See `minillm.teacher.served` for what that costs in

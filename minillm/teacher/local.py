@@ -6,8 +6,10 @@ state has H numbers where a row of logits has V: 10 KB per token for a 13B teach
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,9 @@ from minillm.data.batches import bucket, pad
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.models.head import head_of, hidden_states
+from minillm.models.saving import save_plain
 from minillm.models.shards import is_sharded
+from minillm.models.weights import plain_weights
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,9 +39,11 @@ class LocalTeacher:
     Args:
         model: the teacher, which is put in evaluation mode and frozen; it keeps its own dtype.
         batch_size: sequences in one forward; on a GPU more, where the sequences are short.
+        source: the folder or hub id that the model was loaded from, if it is as it is there.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int = 16) -> None:
+    def __init__(self, model: PreTrainedModel, batch_size: int = 16, source: str | None = None) -> None:
+        self.source = source
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.sharded = is_sharded(model)
@@ -45,6 +51,27 @@ class LocalTeacher:
     def reading(self) -> AbstractContextManager[Any]:
         """Context manager for every forward of the teacher."""
         return nullcontext()
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the weights as `plain_weights` does, for an engine that samples from the teacher too."""
+        return plain_weights(self.model, dtype)
+
+    def folder(self, spare: Path) -> str:
+        """Return a folder of the teacher for another process: its own, or else `spare`, in which it is saved."""
+        if self.source is not None:
+            return self.source
+        if not (spare / "config.json").is_file():
+            self._save(spare)
+        return str(spare)
+
+    def _save(self, folder: Path) -> None:
+        save_plain(self.model, folder)
+
+    def save_config(self, folder: str) -> None:
+        """Save the model's config, with the name of its class."""
+        config = copy.deepcopy(self.model.config)
+        config.architectures = [type(self.model).__name__]
+        config.save_pretrained(folder)
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices of the sequences that go through the model together, sequences of similar length in one group."""
@@ -123,8 +150,15 @@ class AdapterOff(LocalTeacher):
     """
 
     def __init__(self, student: Any, batch_size: int = 16) -> None:
-        self._student = student
+        self._student, self.source = student, None
         self.model, self.batch_size, self.sharded = student.get_base_model(), batch_size, False
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the weights of the base model; see `LocalTeacher.weights`."""
+        return plain_weights(self._student, dtype, merged=False)
+
+    def _save(self, folder: Path) -> None:
+        save_plain(self._student, folder, merged=False)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -13,7 +13,6 @@ def check_on_policy(
     *,
     served_teacher: bool,
     sharded_teacher: bool,
-    own_base: bool,
     can_overlap: bool,
     text: bool,
     responses: bool,
@@ -25,7 +24,6 @@ def check_on_policy(
         objective: the loss.
         served_teacher: whether the teacher is behind a server.
         sharded_teacher: whether the teacher is sharded over processes.
-        own_base: whether the teacher is the student's base model.
         can_overlap: whether the engine can sample while the student trains.
         text: whether there is text for the language-model term.
         responses: whether there are given responses.
@@ -38,11 +36,6 @@ def check_on_policy(
     check_off_policy(rollout, objective)
     if sharded_teacher:
         check_sharded_teacher(rollout, objective, text)
-    if own_base and rollout.overlap and rollout.teacher_mix:
-        raise InputError(
-            "rollout.overlap: the student's own base model, its adapter disabled, cannot sample while the student "
-            "trains: set rollout.teacher_mix: 0"
-        )
     if rollout.on_policy < 1 and not responses:
         raise InputError(
             f"rollout.on_policy: {rollout.on_policy:g} trains on given responses too, and there are none (responses)"
@@ -104,8 +97,8 @@ def check_sharded_teacher(rollout: RolloutConfig, objective: Objective, text: bo
     """
     if rollout.teacher_mix:
         raise InputError(
-            "teacher.shard: the number of rounds of teacher mixing differs between processes: "
-            "set rollout.teacher_mix: 0"
+            "teacher.shard: every process samples by itself, and would need the whole teacher to mix it in: set "
+            "rollout.teacher_mix: 0"
         )
     if text and objective.language_model and objective.language_model_distill:
         raise InputError(

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import Padded
+from minillm.data.logprobs import mixture_logprobs
 from minillm.data.rollouts import Rollout, TeacherRows
+from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
 from minillm.loss.config import Objective
 from minillm.loss.credit import baselines
@@ -28,10 +30,10 @@ from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
 from minillm.rollout.engines.choose import supports_overlap
 from minillm.rollout.replay import ReplayedAndGiven
-from minillm.rollout.samplers.choose import make_sampler
 from minillm.rollout.source import RolloutSource, SampledBatch
 from minillm.rollout.worker import Worker
 from minillm.teacher.base import score_missing
+from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.train.assembly import pad_micro_batch, sampled_tokens, teacher_inputs
 from minillm.train.base import DistillationTrainer
@@ -98,7 +100,6 @@ class MiniLLMTrainer(DistillationTrainer):
             self.objective,
             served_teacher=isinstance(teacher, ServedTeacher),
             sharded_teacher=bool(kwargs.get("shard_teacher")),
-            own_base=teacher is None,
             can_overlap=engine is not None or supports_overlap(config.engine),
             text=text_dataset is not None,
             responses=bool(responses),
@@ -151,10 +152,8 @@ class MiniLLMTrainer(DistillationTrainer):
         if isinstance(self.teacher, ServedTeacher):
             self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
             self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
-        assert self.teacher is not None
         self.source = RolloutSource(
             config,
-            make_sampler(config, self.teacher, args.device.type),
             prompts,
             ReplayedAndGiven(config, responses, self.sampling.eos_ids, worker),
             score_given=lambda given: [scores.logq for scores in self.student_scores(given)],
@@ -227,13 +226,22 @@ class MiniLLMTrainer(DistillationTrainer):
 
     # Rollouts
 
+    @property
+    def mixed_teacher(self) -> LocalTeacher | None:
+        """The teacher that the engine holds beside the student, if it is mixed in."""
+        return self.local_teacher if self.rollout_config.teacher_mix else None
+
+    @property
+    def _mixed_sampling(self) -> Sampling:
+        """How rollouts are sampled for training: from the mixture. (Validation samples the student alone.)"""
+        return replace(self.sampling, teacher_mix=self.rollout_config.teacher_mix)
+
     def _start_batch(self, number: int) -> None:
         """Sample batch `number`, complete it, have the teacher score it, and compute its baselines."""
         self._release_cpu_memory()
         with self._checkpoint_on_engine_error():
             sampled = self._sample(number)
         self._note_sampling(sampled)
-        self.source.sampler.adapt(self.global_sum)
         rollouts = self.source.complete(number, sampled.rollouts)
         with self._checkpoint_on_engine_error():
             self._score_by_teacher(rollouts)
@@ -250,7 +258,7 @@ class MiniLLMTrainer(DistillationTrainer):
         self.source.others.keep(sampled.rollouts)
         if ahead:
             assert self._engine is not None
-            self.source.sample_ahead(number + 1, self._engine, self.sampling)
+            self.source.sample_ahead(number + 1, self._engine, self._mixed_sampling)
 
     def _sample(self, number: int) -> SampledBatch:
         """This process's rollouts of batch `number`, sampled ahead or now."""
@@ -259,7 +267,7 @@ class MiniLLMTrainer(DistillationTrainer):
             with self.phase("waiting"):
                 return ahead.result()
         engine = self.sync()
-        sampled = self.source.sample(number, engine, self.sampling)
+        sampled = self.source.sample(number, engine, self._mixed_sampling)
         engine.sleep()
         return sampled
 
@@ -270,7 +278,6 @@ class MiniLLMTrainer(DistillationTrainer):
             "response_length": (sampled.num_tokens, len(rollouts)),
             "finished": (sum(rollout.finished for rollout in rollouts), len(rollouts)),
             "version_lag": (sum(step - rollout.weights_version for rollout in rollouts), len(rollouts)),
-            **sampled.metrics,
         }
 
     def _score_by_teacher(self, rollouts: Sequence[Rollout]) -> None:
@@ -311,7 +318,7 @@ class MiniLLMTrainer(DistillationTrainer):
             rollout.student_logprobs = rollout.behaviour_logprobs = logq
             if rollout.teacher is not None:
                 logp = rollout.teacher.token_logprobs
-                rollout.behaviour_logprobs = self.source.sampler.behaviour_logprobs(logq, logp)
+                rollout.behaviour_logprobs = mixture_logprobs(logq, logp, self.rollout_config.teacher_mix)
         broken = [r for r in rollouts if r.reverse_kl is not None and not r.reverse_kl.isfinite().all()]
         self.stop_at([f"KL(q‖p) is not finite on {self._name_rows(broken)}"] if broken else [])
 
@@ -362,7 +369,6 @@ class MiniLLMTrainer(DistillationTrainer):
             self._batch_number,
             self.rollouts if within_batch else [],
             self.source.others.buffer,
-            self.source.sampler.state_dict(),
         ).save(folder, self.accelerator.process_index)
         super()._save_checkpoint(model, trial)
 
@@ -375,7 +381,6 @@ class MiniLLMTrainer(DistillationTrainer):
         saved = RolloutCheckpoint.load(Path(checkpoint), rank, processes)
         if saved is None:
             return
-        self.source.sampler.load_state_dict(saved.sampler)
         self.source.others.buffer = saved.replay
         if saved.rollouts:
             self._score_by_teacher(saved.rollouts)

@@ -60,7 +60,7 @@ class ModelPair:
         if self.source is None:
             return AdapterOff(self.student, batch_size=batch_size)
         model = shard(self.teacher_model, args.device) if sharded else self.teacher_model.to(args.device)
-        return LocalTeacher(model, batch_size=batch_size)
+        return LocalTeacher(model, batch_size, source=self.source if isinstance(self.source, str) else None)
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,18 +21,15 @@ class RolloutCheckpoint:
         number: the number of the current batch of rollouts.
         rollouts: this process's rollouts of that batch; empty between two batches.
         replay: this process's rollouts that can be replayed.
-        sampler: the sampler's state.
     """
 
     number: int
     rollouts: list[Rollout]
     replay: list[Rollout]
-    sampler: Mapping[str, Any]
 
     def save(self, folder: Path, rank: int) -> None:
         """Write this process's file. The teacher's targets are left out; the teacher scores again after a resume."""
         saved = {
-            **self.sampler,
             "number": self.number,
             "rollouts": [rollout.to_saved() for rollout in self.rollouts],
             "earlier": [rollout.to_saved() for rollout in self.replay],
@@ -66,4 +61,4 @@ class RolloutCheckpoint:
                 f"resume with as many processes, not {processes}"
             )
         rollouts, replay = ([Rollout.from_saved(fields) for fields in saved[key]] for key in ("rollouts", "earlier"))
-        return cls(saved["number"], rollouts, replay, saved)
+        return cls(saved["number"], rollouts, replay)

@@ -25,6 +25,7 @@ from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine, EngineSizing
 from minillm.rollout.engines.choose import make_engine, sync_weights
 from minillm.teacher.base import Teacher
+from minillm.teacher.local import LocalTeacher
 from minillm.train.log import Metrics
 from minillm.train.mixin import TrainerPart
 
@@ -85,6 +86,11 @@ class StudentMixin(TrainerPart):
 
     teacher: Teacher | None = None
 
+    @property
+    def mixed_teacher(self) -> LocalTeacher | None:
+        """The teacher that the engine holds beside the student; a trainer that samples from a mixture has one."""
+        return None
+
     def set_up_sampling(
         self, config: RolloutConfig, conventions: Conventions, compute_dtype: torch.dtype, engine: Engine | None = None
     ) -> None:
@@ -124,7 +130,9 @@ class StudentMixin(TrainerPart):
                     sequences=config.num_rollouts // self.accelerator.num_processes,
                     dtype=self.compute_dtype,
                 )
-                self._engine = make_engine(config, folder, sizing, tokenizer=folder, model=student, work=work)
+                self._engine = make_engine(
+                    config, folder, sizing, tokenizer=folder, model=student, teacher=self.mixed_teacher, work=work
+                )
         with self.phase("sync"):
             sync_weights(self._engine, student, self.compute_dtype, self.state.global_step, work)
         return self._engine

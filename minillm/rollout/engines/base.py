@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from jaxtyping import Float
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from minillm.data.rollouts import Rollout
     from minillm.data.sampling import Sampling
     from minillm.rollout.config import RolloutConfig
+    from minillm.teacher.local import LocalTeacher
 
     NamedTensors = Iterable[tuple[str, Tensor]]
 
@@ -35,14 +35,15 @@ class EngineCapabilities:
 
     Attributes:
         max_top_logprobs: How many of the most likely tokens an engine returns at each position, at most.
-        max_logprobs_by_id: For how many token ids per position `Engine.logprobs_of` can be asked, at most.
+        mixes_teacher: Whether the engine was started with a teacher, so that it can sample from the mixture
+            (`Sampling.teacher_mix`).
         supports_no_repeat_ngram: Whether the engine can block repeated n-grams.
         supports_overlap: Whether the engine can sample while the student trains (`rollout.overlap`), because it holds
             weights of its own and computes in other processes.
     """
 
     max_top_logprobs: int
-    max_logprobs_by_id: int
+    mixes_teacher: bool = False
     supports_no_repeat_ngram: bool = False
     supports_overlap: bool = False
 
@@ -54,6 +55,10 @@ class EngineCapabilities:
         """
         if sampling.no_repeat_ngram and not self.supports_no_repeat_ngram:
             raise EngineError("no_repeat_ngram: vLLM blocks no n-grams; use engine: transformers")
+        if sampling.teacher_mix and not self.mixes_teacher:
+            raise EngineError("teacher_mix: the engine was started without a teacher to mix in")
+        if sampling.teacher_mix and (sampling.top_logprobs or sampling.no_repeat_ngram):
+            raise EngineError("teacher_mix: an engine that mixes returns no top_logprobs and blocks no n-grams")
         if sampling.top_logprobs > self.max_top_logprobs:
             raise EngineError(
                 f"the engine returns at most {self.max_top_logprobs} top log-probabilities per position; "
@@ -111,6 +116,7 @@ class EngineRequest:
         tokenizer: Folder of the tokenizer, for stop strings; None without one.
         model: The model in training, of which `folder` holds a copy; None when the engine samples another model.
         lora_rank: Rank of the student's LoRA adapter where the adapter alone is sent to the engine, else 0.
+        teacher: The teacher that `Sampling.teacher_mix` mixes in; None for an engine that samples the student alone.
     """
 
     config: RolloutConfig
@@ -120,6 +126,7 @@ class EngineRequest:
     tokenizer: str | Path | None = None
     model: PreTrainedModel | None = None
     lora_rank: int = 0
+    teacher: LocalTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -154,27 +161,13 @@ class Engine(Protocol):
             progress: Whether to show a progress bar.
 
         Returns:
-            One rollout for each prompt, in the same order.
-        """
-        ...
-
-    def logprobs_of(
-        self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling
-    ) -> list[Float[Tensor, " ids"]]:
-        """Return the log-probabilities that `generate` would sample given next tokens with.
-
-        Args:
-            prefixes: Token ids of each prefix.
-            ids: For each prefix, the ids of the next tokens to score.
-            sampling: How tokens are sampled.
-
-        Returns:
-            For each prefix, one log-probability for each of its ids.
+            One rollout for each prompt, in the same order. With `sampling.teacher_mix`, engines in this process return
+            the teacher's targets in it.
         """
         ...
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
-        """Replace every weight.
+        """Replace every weight of the student; a teacher that is mixed in stays as it is.
 
         Args:
             weights: Pairs of name and tensor. The names are those of the model's state dict.
@@ -216,11 +209,12 @@ class RegisteredEngine(Engine, Protocol):
     only_in_training: ClassVar[bool]
 
     @classmethod
-    def unavailable(cls, model: Any = None) -> Unavailable | None:
+    def unavailable(cls, model: Any = None, teacher: Any = None) -> Unavailable | None:
         """Return why the engine cannot sample a model on this machine, or None where it can.
 
         Args:
             model: The text config of the model, or None where it is not known yet.
+            teacher: The text config of the teacher that is mixed in, or None without one.
         """
         ...
 

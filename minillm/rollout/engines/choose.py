@@ -23,6 +23,7 @@ from minillm.rollout.engines.base import Engine, EngineRequest, EngineSizing, Re
 from minillm.rollout.engines.server import VLLMServerEngine
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
+from minillm.teacher.local import LocalTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ ENGINES: dict[str, type[RegisteredEngine]] = {engine.name: engine for engine in 
 _NOT_PART_OF_THE_SHAPE = ("dtype", "transformers_version", "use_cache")
 
 
-def choose_engine(wanted: str, model: Any = None) -> str:
+def choose_engine(wanted: str, model: Any = None, teacher: Any = None) -> str:
     """Return the name of the engine that samples a model in this process, such as `vllm` or `transformers`.
 
     Where `auto` has to fall back, a warning says why, once per process. Servers (`wanted: server`) sample the student
@@ -42,12 +43,13 @@ def choose_engine(wanted: str, model: Any = None) -> str:
     Args:
         wanted: Value of `rollout.engine`.
         model: The text config of the model that will be sampled, or None where it is not known yet.
+        teacher: The text config of the teacher that is mixed in, or None without one.
 
     Raises:
         EngineError: An engine was named that is not installed or cannot sample the model.
     """
     if wanted in ENGINES and not ENGINES[wanted].only_in_training:
-        refusal = ENGINES[wanted].unavailable(model)
+        refusal = ENGINES[wanted].unavailable(model, teacher)
         if refusal is not None:
             remedy = f"{refusal.remedy}, or " if refusal.remedy else ""
             raise EngineError(f"rollout.engine: {refusal.reason}: {remedy}set rollout.engine=auto")
@@ -56,7 +58,7 @@ def choose_engine(wanted: str, model: Any = None) -> str:
     for name, engine in ENGINES.items():
         if engine.only_in_training:
             continue
-        refusal = engine.unavailable(model)
+        refusal = engine.unavailable(model, teacher)
         if refusal is None:
             if reasons:
                 _warn_of_fallback(reasons[0], name)
@@ -83,6 +85,7 @@ def make_engine(
     *,
     tokenizer: str | Path | None = None,
     model: PreTrainedModel | None = None,
+    teacher: LocalTeacher | None = None,
     work: str | Path = "work",
 ) -> Engine:
     """Create an engine for the model in `folder`.
@@ -94,6 +97,7 @@ def make_engine(
         tokenizer: Folder of the tokenizer, for responses that stop strings end.
         model: The model in training, where there is one. The transformers engine then samples it directly (a sharded
             model: a copy of it). Servers sample nothing else.
+        teacher: The teacher that `Sampling.teacher_mix` mixes in; None for an engine that samples the student alone.
         work: Folder for the engine's own files, which servers must see too.
 
     Raises:
@@ -101,11 +105,12 @@ def make_engine(
     """
     # An adapter that cannot be sent alone is refused whichever engine is chosen.
     lora_rank = 0 if model is None or config.lora == "merged" else adapter_rank(model)
-    request = EngineRequest(config, folder, sizing, Path(work), tokenizer, model, lora_rank)
+    request = EngineRequest(config, folder, sizing, Path(work), tokenizer, model, lora_rank, teacher)
     wanted = ENGINES.get(config.engine)
     if wanted is not None and wanted.only_in_training and model is not None:
         return wanted.create(request)
-    return ENGINES[choose_engine(config.engine, text_config(str(folder)))].create(request)
+    mixed = None if teacher is None else text_config(teacher.model)
+    return ENGINES[choose_engine(config.engine, text_config(str(folder)), mixed)].create(request)
 
 
 def sync_weights(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, version: int, work: str | Path) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from minillm.models.launcher import environment_without_launcher
 from minillm.rollout.engines.base import EngineSizing
 from minillm.rollout.engines.vllm_memory import CPU_BLOCK, engine_limits, memory_settings
+from minillm.rollout.engines.vllm_plugin import PAIR_WORKER, pair_overrides
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SECONDS_TO_END = 30
@@ -31,12 +35,15 @@ class LocalServer:
         folder: The model and its tokenizer.
         log: File that the server's output is appended to.
         sizing: How much the server must be able to hold.
+        teacher: Folder of a teacher that the server holds beside the model, to sample from their mixture.
     """
 
-    def __init__(self, folder: str | Path, log: str | Path, sizing: EngineSizing) -> None:
+    def __init__(
+        self, folder: str | Path, log: str | Path, sizing: EngineSizing, teacher: str | Path | None = None
+    ) -> None:
         port = _free_port()
         self.url, self.log = f"http://127.0.0.1:{port}", Path(log)
-        command = _command(folder, port, sizing)
+        command = _command(folder, port, sizing, teacher)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as out:
             # Ctrl-C lets the trainer finish its update; in a session of its own the server does not end before that.
@@ -67,16 +74,18 @@ class LocalServer:
         return self.log.read_text(errors="replace")[-_LOG_TAIL:].strip()
 
 
-def start_for_all(folder: str | Path, log: str | Path, sizing: EngineSizing) -> tuple[str, LocalServer | None]:
-    """Start one server for all training processes. Every process must call this.
+def start_for_all(
+    folder: str | Path, log: str | Path, sizing: EngineSizing, teacher: str | Path | None = None
+) -> tuple[str, LocalServer | None]:
+    """Start one server for all training processes; see `LocalServer`. Every process must call this.
 
     Returns:
         The server's address, and the server itself in process 0, which started it (None in the others).
     """
     if not torch.distributed.is_initialized():
-        server = LocalServer(folder, log, sizing)
+        server = LocalServer(folder, log, sizing, teacher)
         return server.url, server
-    server = LocalServer(folder, log, sizing) if torch.distributed.get_rank() == 0 else None
+    server = LocalServer(folder, log, sizing, teacher) if torch.distributed.get_rank() == 0 else None
     shared = [server.url if server is not None else None]
     torch.distributed.broadcast_object_list(shared, src=0)
     return str(shared[0]), server
@@ -88,8 +97,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _command(folder: str | Path, port: int, sizing: EngineSizing) -> list[str]:
+def _command(folder: str | Path, port: int, sizing: EngineSizing, teacher: str | Path | None = None) -> list[str]:
     """Return the command line of a server."""
+    teacher_config = None if teacher is None else AutoConfig.from_pretrained(teacher)
     settings: dict[str, object] = {
         "model": folder,
         "host": "127.0.0.1",
@@ -98,8 +108,12 @@ def _command(folder: str | Path, port: int, sizing: EngineSizing) -> list[str]:
         "dtype": sizing.dtype_name,
         "logprobs_mode": "processed_logprobs",
         **engine_limits(sizing),
-        **memory_settings(folder, sizing),
+        **memory_settings(folder, sizing, teacher_config),
     }
+    if teacher is not None:
+        architectures: Any = AutoConfig.from_pretrained(folder).architectures
+        overrides = pair_overrides(architectures, str(teacher), loads_teacher=True)
+        settings |= {"hf_overrides": json.dumps(overrides), "worker_extension_cls": PAIR_WORKER}
     # The module is started rather than the `vllm` command, because the CPU build comes without that command.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in settings.items():

@@ -8,6 +8,16 @@ Start each server with
 the loopback interface or a private network. `--logprobs-mode processed_logprobs` makes it report the log-probabilities
 that tokens were sampled with.
 
+A server that samples from the mixture of student and teacher (`rollout.teacher_mix`) holds both models. It needs
+minillm installed on its machine, and in addition
+
+    --hf-overrides '{"architectures": ["MinillmStudentAndTeacher"], "minillm_student": ["LlamaForCausalLM"],
+                     "minillm_teacher": "TEACHER", "minillm_loads_teacher": true}'
+    --worker-extension-cls minillm.rollout.engines.vllm_pair.PairWorker
+
+with the student's own architecture (of its config.json) in the place of `LlamaForCausalLM`. The teacher's final hidden
+states do not come back over HTTP, so the teacher in the training process scores the responses.
+
 The weights are written as safetensors to a folder that the trainer and the servers must both see. Every server loads
 the current weights before it samples, because a server that was restarted has the weights of MODEL. Load balancing and
 retries are in `minillm.models.servers`.
@@ -19,7 +29,6 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,13 +36,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm.data.rollouts import Rollout
+from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
 from minillm.models.servers import PLAIN, Completion, Server, Servers, TransientServerError, read_completion
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, padding_bias
 from minillm.rollout.engines.local_server import LocalServer, start_for_all
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
+from minillm.rollout.engines.vllm_plugin import MIXTURE_ARGUMENT
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -56,6 +66,7 @@ class VLLMServerEngine:
         patience: Seconds for which failing requests are retried.
         timeout: Seconds that one request may take.
         concurrency: Requests in flight per server, at most.
+        mixes: Whether the servers must hold a teacher beside the student, which is mixed in.
         own: A server that this run started, and that is stopped with the engine.
 
     Raises:
@@ -64,8 +75,8 @@ class VLLMServerEngine:
 
     name: ClassVar[str] = "server"
     only_in_training: ClassVar[bool] = True
-    # 20 is what a server returns unless --max-logprobs sets another number, 128 is vLLM's own bound.
-    capabilities = EngineCapabilities(max_top_logprobs=20, max_logprobs_by_id=128, supports_overlap=True)
+    # What a server returns unless --max-logprobs sets another number.
+    capabilities = EngineCapabilities(max_top_logprobs=20, supports_overlap=True)
 
     def __init__(
         self,
@@ -77,9 +88,11 @@ class VLLMServerEngine:
         patience: float = 600.0,
         timeout: float = 300.0,
         concurrency: int = 64,
+        mixes: bool = False,
         own: LocalServer | None = None,
     ) -> None:
         self._own = own
+        self.capabilities = replace(type(self).capabilities, mixes_teacher=mixes)
         self._servers = Servers(
             urls,
             refresh=self._refresh,
@@ -96,7 +109,7 @@ class VLLMServerEngine:
             self._servers.call_with_retries(lambda server=server: self._attach(server, max_length), server)
 
     @classmethod
-    def unavailable(cls, model: Any = None) -> Unavailable | None:
+    def unavailable(cls, model: Any = None, teacher: Any = None) -> Unavailable | None:
         """See `RegisteredEngine.unavailable`. What a server cannot do is found when the engine attaches to it."""
         return None
 
@@ -114,7 +127,8 @@ class VLLMServerEngine:
                 )
             # All processes share the server, which therefore holds the rollouts of all.
             sizing = replace(request.sizing, sequences=config.num_rollouts)
-            url, own = start_for_all(request.folder, request.work / "server.log", sizing)
+            teacher = None if request.teacher is None else request.teacher.folder(request.work / "server-teacher")
+            url, own = start_for_all(request.folder, request.work / "server.log", sizing, teacher)
             urls = [url]
         head: Any = model.get_output_embeddings()
         try:
@@ -125,6 +139,7 @@ class VLLMServerEngine:
                 head_width=head.weight.shape[0],
                 patience=config.server_patience,
                 timeout=config.server_timeout,
+                mixes=request.teacher is not None,
                 own=own,
             )
         except BaseException:
@@ -141,7 +156,7 @@ class VLLMServerEngine:
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(sampling.eos_ids),
             "ignore_eos": True,  # the served folder may name other tokens
-            "logprobs": sampling.top_logprobs,
+            "logprobs": 1 if sampling.teacher_mix else sampling.top_logprobs,
         }
         if sampling.stop is not None:
             shared |= {
@@ -151,11 +166,12 @@ class VLLMServerEngine:
             }
 
         def read(answer: Any) -> Completion:
-            return read_completion(answer, tables=bool(sampling.top_logprobs))
+            return read_completion(answer, tables=bool(shared["logprobs"]))
 
         # The server's API takes signed 64-bit seeds.
         requests = [
-            (shared | {"prompt": list(prompt), "seed": seed}, read) for prompt, seed in zip(prompts, seeds, strict=True)
+            (shared | {"prompt": list(prompt), "seed": seed} | _mixture_arguments(sampling, seed), read)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         completions = self._servers.complete_all(requests, progress)
         return [
@@ -167,26 +183,9 @@ class VLLMServerEngine:
                 self.version,
                 stopped=completion.stopped,
                 top_logprobs=completion.tables if sampling.top_logprobs else None,
+                teacher=TeacherTargets(_teacher_logprobs(completion)) if sampling.teacher_mix else None,
             )
             for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-
-    def logprobs_of(
-        self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling
-    ) -> list[Float[Tensor, " ids"]]:
-        """See `Engine.logprobs_of`."""
-        shared = self._settings(sampling) | {"max_tokens": 1, "logprobs": 1}
-        requests = [
-            (
-                shared | {"prompt": list(prefix), "logprob_token_ids": list(requested)},
-                partial(read_completion, required_ids=requested),
-            )
-            for prefix, requested in zip(prefixes, ids, strict=True)
-        ]
-        completions = self._servers.complete_all(requests)
-        return [
-            torch.tensor([completion.tables[0][token] for token in requested])
-            for completion, requested in zip(completions, ids, strict=True)
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
@@ -233,6 +232,8 @@ class VLLMServerEngine:
         """Check that a server can do what it will be asked for."""
         server.attach(max_length)
         _check_logprobs_mode(server)
+        if self.capabilities.mixes_teacher:
+            _check_pair(server)
         server.has_current_weights = self._weights is None
 
     def _refresh(self, server: Server) -> None:
@@ -250,11 +251,12 @@ class VLLMServerEngine:
                         "fails will not be noticed.",
                         server.url,
                     )
-                server.ask(
-                    "POST",
-                    "/collective_rpc",
-                    {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}},
-                )
+                if self.capabilities.mixes_teacher:
+                    _check_pair(server)  # a server that was restarted has vLLM's own sampler again
+                    call: dict[str, Any] = {"method": "minillm_load_student", "args": [str(self._weights)]}
+                else:
+                    call = {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}}
+                server.ask("POST", "/collective_rpc", call)
                 reset = server.ask("POST", "/reset_prefix_cache?reset_running_requests=true")
                 if isinstance(reset, dict) and reset.get("success") is False:
                     raise TransientServerError(
@@ -337,6 +339,41 @@ class VLLMServerEngine:
         if bias := padding_bias(sampling.vocab_size, self._width):
             settings["logit_bias"] = {str(token): value for token, value in bias.items()}
         return settings
+
+
+def _mixture_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
+    """Return what a request says to be sampled from the mixture; see `vllm_pair_samplers.MixtureRequest`."""
+    if not sampling.teacher_mix:
+        return {}
+    request = [sampling.teacher_mix, sampling.temperature, sampling.vocab_size, seed]
+    return {"vllm_xargs": {MIXTURE_ARGUMENT: request}}
+
+
+def _teacher_logprobs(completion: Completion) -> Float[Tensor, " tokens"]:
+    """Return log p of each token, which stands beside log q under another token id."""
+    return torch.tensor(
+        [
+            next(value for other, value in table.items() if other != token)
+            for token, table in zip(completion.ids, completion.tables, strict=True)
+        ]
+    )
+
+
+def _check_pair(server: Server) -> None:
+    """Check that a server holds a teacher beside the student, and have it sample from their mixture.
+
+    Raises:
+        EngineError: It holds another model; the message says how to start it.
+    """
+    try:
+        classes = server.ask("POST", "/collective_rpc", {"method": "minillm_start"})["results"]
+    except (TransientServerError, EngineError) as error:
+        classes = [str(error)]
+    if set(classes) != {"StudentAndTeacher"}:
+        raise EngineError(
+            f"{server.url} holds no teacher to mix in ({classes[0]}): start it where minillm is installed, with the "
+            "arguments that minillm.rollout.engines.server names, or set rollout.teacher_mix: 0"
+        )
 
 
 def _check_logprobs_mode(server: Server) -> None:

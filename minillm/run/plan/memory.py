@@ -158,19 +158,27 @@ class SampledModel:
     """The model that is sampled."""
     itemsize: int
     """Bytes of a weight in the engine."""
+    teacher: Shape | None = None
+    """The teacher that the engine mixes in, if any."""
 
     @property
     def by_transformers(self) -> bool:
         """Whether transformers samples the model in this process, rather than vLLM."""
         if self.recipe.rollout.engine == "transformers" or not self.machine.vllm:
             return True
-        return not self.machine.gpu and why_not_on_cpus(self.model.config) is not None
+        if self.teacher is not None and self.recipe.teacher.quantization:
+            return True  # vLLM does not mix a quantised teacher in
+        return not self.machine.gpu and any(why_not_on_cpus(model.config) is not None for model in self._models)
+
+    @property
+    def _models(self) -> list[Shape]:
+        return [self.model] if self.teacher is None else [self.model, self.teacher]
 
     def engine(self, sequences: int, length: int, *, copied: bool = False) -> Parts:
         """Memory of the engine.
 
         vLLM holds its own copy of the weights and a cache. The transformers engine samples the model that is there: it
-        adds the cache and the forward over the prompts.
+        adds the cache and the forward over the prompts. A teacher that is mixed in has the same parts.
 
         Args:
             sequences: responses that are sampled together.
@@ -180,18 +188,23 @@ class SampledModel:
         Returns:
             The bytes in one process by purpose.
         """
-        model, itemsize, machine = self.model, self.itemsize, self.machine
+        model, itemsize, machine, teacher = self.model, self.itemsize, self.machine, self.teacher
         if self.by_transformers:
             rows = min(sequences, BATCH_SIZE)
             numbers = rows * self.recipe.data.max_prompt_tokens * (4 * model.hidden + 3 * model.inner)
             copy: Parts = {"whole copy for sampling": model.parameters * itemsize} if copied else {}
-            return copy | {
+            own: Parts = {
                 "the sampled model's cache": rows * length * model.cached(itemsize),
                 "activations of the prompts": numbers * itemsize,
             }
-        needed = cache_needed(model.config, max_length=length, sequences=sequences, itemsize=itemsize)
+            mixed: Parts = {} if teacher is None else {"teacher's cache": rows * length * teacher.cached(itemsize)}
+            return copy | own | mixed
+        size = {"max_length": length, "sequences": sequences, "itemsize": itemsize}
+        needed = sum(cache_needed(each.config, **size) for each in self._models)
         cache = cache_wanted(needed, self.recipe.rollout.engine_memory, machine.gpu)
         parts: Parts = {"vLLM's weights": model.parameters * itemsize, "vLLM's cache": cache}
+        if teacher is not None:
+            parts["vLLM's copy of the teacher"] = teacher.parameters * itemsize
         if machine.gpu:
             parts["vLLM's buffers"] = buffer_bytes(model.head // model.hidden, sequences)
         return parts

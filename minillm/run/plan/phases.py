@@ -19,11 +19,6 @@ from minillm.run.plan.work import StageTraining
 from minillm.run.recipe import Recipe
 from minillm.run.stages import STAGES
 
-# On a CPU, sampling from the mixture of student and teacher goes in rounds, and takes this many times as long as plain
-# sampling from the student and scoring by the teacher (eval/README.md). On a GPU the two have not been measured side
-# by side; the time of plain sampling is counted there.
-_MIXING_ON_A_CPU = 1.8
-
 
 @dataclass
 class Phase:
@@ -312,23 +307,17 @@ class Planner:
         own_rollouts = max(rollout.num_rollouts // machine.processes, 1)
         length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
         update: Parts = {"process": memory.PROCESS, **memory.trained_weights(training, self.student)}
-        mixing: Parts = {}
         if not served:
             update["teacher"] = memory.scoring_teacher(recipe, machine, teacher, itemsize)
             update["teacher's hidden states"] = own_rollouts * rollout.max_new_tokens * teacher.hidden * itemsize
-            if rollout.teacher_mix:
-                mixing["teacher's cache"] = own_rollouts * length * teacher.cached(itemsize)
-        engine, stays = SampledModel(recipe, machine, self.student, itemsize).engine_while_training()
+        mixed = teacher if rollout.teacher_mix else None
+        engine, stays = SampledModel(recipe, machine, self.student, itemsize, mixed).engine_while_training()
         without_gradients = {
             part: size for part, size in update.items() if part != "gradients"
         }  # freed after an update
-        sampling = without_gradients | engine | mixing
+        sampling = without_gradients | engine
         if stays:
             update |= engine
-        if rollout.overlap:  # the next batch is sampled during the updates on this one
-            update |= mixing
-            if mixing:
-                update["teacher's hidden states"] *= 2
         update["activations"] = memory.activations(training, self.student, length)
         tokens = training.micro_batch_size * rollout.max_new_tokens
         if self._trains_on_text:
@@ -377,8 +366,6 @@ class Planner:
         decoding = machine.decoding_seconds(student, itemsize, in_one_engine, longest, prompt + longest)
         seconds = replace(machine, processes=engines).seconds(sampling, itemsize) + batches * decoding
         scoring_seconds = machine.seconds(scoring, itemsize)
-        if rollout.teacher_mix and not machine.gpu:
-            seconds, scoring_seconds = seconds * _MIXING_ON_A_CPU, scoring_seconds * _MIXING_ON_A_CPU
         if rollout.overlap:  # all batches but the first are sampled during the weight updates
             seconds = max(seconds - training_seconds, seconds / batches)
         validation_flops, validation_seconds = self._validation_cost(training)
