@@ -240,6 +240,7 @@ def is_light_user(name: str, found: str) -> bool:
         ("minillm.rollout.engines.choose", "minillm.rollout.engines.local_server"),
         ("minillm.rollout.engines.choose", "minillm.rollout.engines.server"),
         ("minillm.loss.elementwise", "minillm.loss.triton_kernels"),
+        ("minillm.rollout.engines.vllm", "minillm.rollout.engines.vllm_pair"),  # which imports vLLM
         ("minillm.evaluation.metrics", "rouge_score.tokenizers"),
     }
 

@@ -55,7 +55,6 @@ def test_every_stage_on_the_real_model(tmp_path: Path) -> None:
     logged = [e for e in json.loads((run / "student" / "trainer_state.json").read_text())["log_history"] if "loss" in e]
     # bfloat16 vLLM and the bfloat16 trainer see the same model.
     assert logged[0]["engine_mismatch"] < 0.15
-    assert 0.5 < logged[0]["acceptance"] <= 1.0
 
 
 def test_the_imported_teacher_answers(tmp_path: Path) -> None:

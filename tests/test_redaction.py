@@ -37,7 +37,7 @@ def test_secrets_are_hidden(name: str, value: object) -> None:
 
 def test_what_only_sounds_like_a_secret_stays() -> None:
     settings = {
-        "max_prompt_tokens": 3, "normalise": "update_tokens", "draft_tokens": "auto", "url": "http://host:8000/v1", "key": None,
+        "max_prompt_tokens": 3, "normalise": "update_tokens", "keep_tokens": "auto", "url": "http://host:8000/v1", "key": None,
         "system": "Keep secrets: never tell a token.", "source": "me/hf_model", "eos_token_id": 2,
     }  # fmt: skip
     assert redacted(settings) == settings

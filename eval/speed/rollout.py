@@ -2,10 +2,11 @@
 
     python eval/speed/rollout.py --student runs/quickstart/student --teacher runs/quickstart/teacher [--json]
 
-vLLM is compared with the `generate` of transformers. Teacher-mixed sampling is compared with mixing two models token by
-token, as LMOps does it, and with plain sampling followed by scoring with the teacher, which mixing makes unnecessary.
-Every number is in seconds per sampled token, because the lengths differ from sample to sample. The contenders take
-turns.
+vLLM is compared with the `generate` of transformers. Teacher-mixed sampling, by vLLM and by the transformers engine, is
+compared with mixing two models token by token without an engine, as LMOps does it, and with plain sampling followed by
+scoring with the teacher, which mixing makes unnecessary. Every number is in seconds per sampled token, because the
+lengths differ from sample to sample. The contenders take turns. Memory is measured in processes of their own: of plain
+vLLM with the teacher beside it, and of vLLM that mixes the teacher in.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,9 +33,10 @@ from minillm.data.sampling import Sampling
 from minillm.data.templates import render
 from minillm.models.device import device, machine, working_dtype
 from minillm.models.load import load_model, load_tokenizer
-from minillm.rollout.engines.base import EngineSizing
+from minillm.models.weights import plain_weights
+from minillm.rollout.engines.base import Engine, EngineSizing
+from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
-from minillm.rollout.samplers.teacher_mixed import TeacherMixedSampler
 from minillm.teacher.local import LocalTeacher
 
 
@@ -98,7 +104,7 @@ def _length(row: list[int], sampling: Sampling) -> int:
     return next((i + 1 for i, token in enumerate(row) if token in sampling.eos_ids), len(row))
 
 
-def main() -> None:
+def parse() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="runs/quickstart/student")
     parser.add_argument("--teacher", default="runs/quickstart/teacher")
@@ -108,55 +114,125 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--alpha", type=float, default=0.2)
-    parser.add_argument(
-        "--draft-tokens", type=int, nargs="*", default=[8, 12], help="draft lengths; each is a contender"
-    )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--only", nargs="*", help="of these contenders alone, e.g. plain_and_scored mixed; no ratios to the others then"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    options = parser.parse_args()
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    options = parse().parse_args()
     logging.disable(logging.WARNING)
+    if options.memory_of:
+        bench = Bench(options, pair=options.memory_of == "mixed")
+        with torch.inference_mode():
+            for _ in range(2):
+                bench.contenders()[options.memory_of]()
+        print(f"PEAK {peak_bytes()}")
+        return
+    result = measure(options)
+    result["peak_bytes_plain_and_scored"], result["peak_bytes_mixed"] = (
+        memory_of(name) for name in ("plain_and_scored", "mixed")
+    )
+    if options.json:
+        print(json.dumps(result))
+        return
+    print(f"{result['sequences']} sequences, up to {options.max_new_tokens} tokens, α = {options.alpha}, {machine()}")
+    for name, value in result["tokens_per_second"].items():
+        print(f"{name:18}{value:10.1f} tokens/s")
+    print({key: round(value, 3) for key, value in result.items() if isinstance(value, float)})
 
-    tokenizer = load_tokenizer(options.student)
-    examples = read_examples(options.prompts, limit=options.sequences)
-    prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
-    dtype = working_dtype()
-    models: list[Any] = [load_model(folder, dtype).eval() for folder in (options.student, options.teacher)]
-    student, teacher_model = (model.to(device()) for model in models)
-    sampling = Sampling(options.max_new_tokens, (tokenizer.eos_token_id,), len(tokenizer), options.temperature)
-    limit = max(map(len, prompts)) + options.max_new_tokens
-    engine, teacher = VLLMEngine(options.student, EngineSizing(limit, dtype)), LocalTeacher(teacher_model)
-    counter = iter(range(1 << 30))
-    acceptance: dict[int, float] = {}
 
-    def seeds() -> list[int]:
-        start = next(counter) * len(prompts)
-        return list(range(start, start + len(prompts)))
+def memory_of(contender: str) -> int:
+    """Return the peak memory in bytes of a process that runs one contender twice."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", contender]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    found = [line for line in done.stdout.splitlines() if line.startswith("PEAK ")]
+    if not found:
+        raise SystemExit(f"{contender} ended:\n{done.stderr[-3000:]}")
+    return int(found[0].removeprefix("PEAK "))
 
-    def count(rollouts: Sequence[Rollout]) -> int:
-        return sum(len(rollout.response_ids) for rollout in rollouts)
 
-    def mixed(draft: int) -> int:
-        sampler = TeacherMixedSampler(teacher, options.alpha, draft)
-        drawn = count(sampler.generate(engine, prompts, sampling, seeds()))
-        acceptance[draft] = sampler.accepted / sampler.drafted
-        return drawn
+class Bench:
+    """The models, the engine and the prompts that the contenders share.
 
-    def plain_and_scored() -> int:
-        rollouts = engine.generate(prompts, sampling, seeds())
-        teacher.score(rollouts, sampling)
+    Args:
+        options: The command line.
+        pair: Whether vLLM holds the teacher beside the student.
+    """
+
+    def __init__(self, options: argparse.Namespace, *, pair: bool) -> None:
+        tokenizer, dtype = load_tokenizer(options.student), working_dtype()
+        examples = read_examples(options.prompts, limit=options.sequences)
+        self.prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
+        self.alpha, self._folder, self._dtype = options.alpha, options.student, dtype
+        new, eos = options.max_new_tokens, tokenizer.eos_token_id
+        self.sampling = Sampling(new, (eos,), len(tokenizer), options.temperature)
+        teacher: Any = load_model(options.teacher, dtype).eval()
+        self.teacher = LocalTeacher(teacher.to(device()))
+        sizing = EngineSizing(max(map(len, self.prompts)) + new, dtype, options.sequences)
+        self.engine = VLLMEngine(options.student, sizing, teacher=self.teacher if pair else None)
+        self._calls = 0
+
+    @cached_property
+    def student(self) -> Any:
+        model: Any = load_model(self._folder, self._dtype).eval()
+        return model.to(device())
+
+    @cached_property
+    def by_transformers(self) -> TransformersEngine:
+        return TransformersEngine(self.student, teacher=self.teacher)
+
+    def fresh(self) -> None:
+        """Drop what the engine has cached of the prompts, as new weights do before every batch in training."""
+        self.engine.update_weights(plain_weights(self.student, self._dtype), 0)
+
+    def sample(self, engine: Engine, alpha: float = 0.0) -> list[Rollout]:
+        self._calls += 1
+        seeds = range(self._calls * len(self.prompts), (self._calls + 1) * len(self.prompts))
+        return engine.generate(self.prompts, replace(self.sampling, teacher_mix=alpha), seeds)
+
+    def plain_and_scored(self) -> int:
+        rollouts = self.sample(self.engine)
+        self.teacher.score(rollouts, self.sampling)
         return count(rollouts)
 
-    contenders: dict[str, Callable[[], int]] = {
-        "plain": lambda: count(engine.generate(prompts, sampling, seeds())),
-        "transformers": lambda: generate_with_transformers(student, prompts, sampling),
-        "per_token": lambda: mix_per_token(student, teacher_model, options.alpha, prompts, sampling),
-        "plain_and_scored": plain_and_scored,
-        **{f"mixed_{draft}": lambda draft=draft: mixed(draft) for draft in options.draft_tokens},
-    }
+    def contenders(self) -> dict[str, Callable[[], int]]:
+        """What samples one batch and returns the number of its tokens, by name."""
+        return {
+            "plain": lambda: count(self.sample(self.engine)),
+            "transformers": lambda: generate_with_transformers(self.student, self.prompts, self.sampling),
+            "per_token": lambda: mix_per_token(
+                self.student, self.teacher.model, self.alpha, self.prompts, self.sampling
+            ),
+            "mixed_transformers": lambda: count(self.sample(self.by_transformers, self.alpha)),
+            "plain_and_scored": self.plain_and_scored,
+            "mixed": lambda: count(self.sample(self.engine, self.alpha)),
+        }
+
+
+def count(rollouts: Sequence[Rollout]) -> int:
+    return sum(len(rollout.response_ids) for rollout in rollouts)
+
+
+def peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Have the contenders take turns."""
+    bench = Bench(options, pair=True)
+    contenders = {name: run for name, run in bench.contenders().items() if name in (options.only or [name])}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.inference_mode():
         for turn in range(options.repeats + 1):
             for name, run in contenders.items():
+                bench.fresh()
                 drawn: list[int] = []
                 spent = seconds(lambda run=run, drawn=drawn: drawn.append(run()))
                 print(
@@ -166,31 +242,25 @@ def main() -> None:
                 )
                 if turn:  # the first turn warms up
                     taken[name].append(spent / drawn[0])
+    bench.engine.close()
     per_token = {name: median(values) for name, values in taken.items()}
-    best = min((f"mixed_{draft}" for draft in options.draft_tokens), key=lambda name: per_token[name])
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {
-        "vs_transformers": per_token["transformers"] / per_token["plain"],
-        "mixed_vs_per_token": per_token["per_token"] / per_token[best],
-        "mixed_vs_plain": per_token[best] / per_token["plain_and_scored"],
-        "acceptance": acceptance[int(best.removeprefix("mixed_"))],
+
+    def ratio(slow: str, fast: str) -> float | None:
+        return per_token[slow] / per_token[fast] if slow in per_token and fast in per_token else None
+
+    return {
+        "vs_transformers": ratio("transformers", "plain"),
+        "mixed_vs_per_token": ratio("per_token", "mixed"),
+        "mixed_vs_plain_scored": ratio("mixed", "plain_and_scored"),
         "tokens_per_second": {name: 1 / value for name, value in per_token.items()},
-        "draft_tokens": best,
-        "peak_bytes": peak,
-        "sequences": len(prompts),
+        "rounds": {name: [1 / value for value in values] for name, values in taken.items()},
+        "peak_bytes": peak_bytes(),
+        "sequences": len(bench.prompts),
         "alpha": options.alpha,
+        "threads": torch.get_num_threads(),
         "machine": machine(),
         "torch": torch.__version__,
     }
-    engine.close()
-    if options.json:
-        print(json.dumps(result))
-        return
-    print(f"{len(prompts)} sequences, up to {options.max_new_tokens} tokens, α = {options.alpha}, {machine()}")
-    for name, value in per_token.items():
-        print(f"{name:18}{1 / value:10.1f} tokens/s")
-    print({key: round(value, 3) for key, value in result.items() if isinstance(value, float)})
 
 
 if __name__ == "__main__":

@@ -136,13 +136,8 @@ class MiniLLMTrainer(DistillationTrainer):
         """Prepare the schedule, the text, the teacher's servers and the rollout source."""
         args, objective = self.args, self.objective
         worker = Worker(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
-        self.schedule = BatchSchedule(
-            config,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            worker=worker,
-            by_update=objective.normalise == "update_tokens",
-        )
+        sizes, by_update = (args.per_device_train_batch_size, args.gradient_accumulation_steps), objective.normalise
+        self.schedule = BatchSchedule(config, *sizes, worker=worker, by_update=by_update == "update_tokens")
         prompts = tokenize_prompts(train_dataset, self.student_tokenizer, config.max_prompt_tokens)
         check_adapter(self._student)
         check_context(config, self._student)
@@ -365,11 +360,9 @@ class MiniLLMTrainer(DistillationTrainer):
         # Rollouts come first: a checkpoint counts as complete once the trainer's state is there.
         folder.mkdir(parents=True, exist_ok=True)
         within_batch = step % self.schedule.updates_per_batch > 0
-        RolloutCheckpoint(
-            self._batch_number,
-            self.rollouts if within_batch else [],
-            self.source.others.buffer,
-        ).save(folder, self.accelerator.process_index)
+        unfinished = self.rollouts if within_batch else []
+        checkpoint = RolloutCheckpoint(self._batch_number, unfinished, self.source.others.buffer)
+        checkpoint.save(folder, self.accelerator.process_index)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -1,6 +1,7 @@
 """Conformance tests of every engine: the model itself, vLLM in this process, and a real vLLM server.
 
-Each engine is started once for this file, on a tiny model whose possible responses can be enumerated.
+Each engine is started once for this file, on a tiny model whose possible responses can be enumerated. All but one hold
+a teacher beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,12 @@ from minillm.rollout.engines.server import VLLMServerEngine
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
-from minillm.rollout.samplers import teacher_mixed
-from minillm.rollout.samplers.teacher_mixed import TeacherMixedSampler
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama
-from tests.rollout.test_teacher_mixed import chi_square, enumerate_mixture
+from tests.rollout.mixture import PROMPT, SAMPLING, enumerate_mixture, fits
 
-SAMPLING = Sampling(3, (1,), 5, temperature=1.3)
-PROMPT = [2, 4, 3]
 LENGTH = 96
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")]
 
@@ -95,16 +91,27 @@ def folder(student: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(student, tmp_path_factory.mktemp("student"))
 
 
+@pytest.fixture(scope="module")
+def teacher() -> LocalTeacher:
+    return LocalTeacher(tiny_llama(4, layers=2, vocab=32, scale=0.4))
+
+
 @pytest.fixture(
     scope="module",
-    params=["transformers", pytest.param("vllm", marks=needs_vllm), pytest.param("server", marks=needs_vllm)],
+    params=["transformers", *(pytest.param(name, marks=needs_vllm) for name in ("vllm", "vllm pair", "server"))],
 )
-def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(
+    request: pytest.FixtureRequest, folder: str, teacher: LocalTeacher, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
     if request.param == "transformers":
-        yield TransformersEngine(tiny_llama(3, layers=1, vocab=32, scale=0.4))
-    elif request.param == "vllm":
+        yield TransformersEngine(tiny_llama(3, layers=1, vocab=32, scale=0.4), teacher=teacher)
+    elif request.param.startswith("vllm"):
         in_process = VLLMEngine(
-            folder, EngineSizing(LENGTH, torch.float32), tokenizer=folder, options={"max_num_seqs": 63}
+            folder,
+            EngineSizing(LENGTH, torch.float32),
+            tokenizer=folder,
+            teacher=teacher if request.param == "vllm pair" else None,
+            options={"max_num_seqs": 63},
         )
         assert in_process._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == 63
         yield in_process
@@ -112,10 +119,10 @@ def engine(request: pytest.FixtureRequest, folder: str, tmp_path_factory: pytest
     else:
         work = tmp_path_factory.mktemp("server")
         os.environ["VLLM_API_KEY"] = "secret"
-        own = LocalServer(folder, work / "log", EngineSizing(LENGTH, torch.float32))
+        own = LocalServer(folder, work / "log", EngineSizing(LENGTH, torch.float32), teacher.folder(work / "teacher"))
         try:
             served = VLLMServerEngine(
-                [own.url], work / "weights", max_length=LENGTH, head_width=32, patience=900, own=own
+                [own.url], work / "weights", max_length=LENGTH, head_width=32, patience=900, mixes=True, own=own
             )
             yield served
             assert served._servers.each[0].started_at is not None  # a real server's metrics report its start
@@ -170,17 +177,13 @@ def test_an_end_token_that_was_not_requested_does_not_end_a_response(as_saved: E
 
 
 def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
-    """A string of one token acts as one more end token; a string of two tokens may span two drafts."""
-    local, prompts, seeds = (
-        LocalTeacher(tiny_llama(4, layers=2, vocab=32, scale=0.4)),
-        [[2], [3, 4]] * 8,
-        list(range(16)),
-    )
-    mixed = partial(TeacherMixedSampler(local, 0.5, draft_tokens=3).generate, as_saved)
-    for generate in (as_saved.generate, mixed):
+    """A string of one token acts as one more end token."""
+    prompts, seeds = [[2], [3, 4]] * 8, list(range(16))
+    for alpha in (0.0, 0.5) if as_saved.capabilities.mixes_teacher else (0.0,):
+        plain = Sampling(12, (1,), 20, teacher_mix=alpha)
         stopped, ended = (
-            generate(prompts, sampling, seeds)
-            for sampling in (Sampling(12, (1,), 20, stop=StopStrings(tokenizer, ["w9"])), Sampling(12, (1, 13), 20))
+            as_saved.generate(prompts, sampling, seeds)
+            for sampling in (replace(plain, stop=StopStrings(tokenizer, ["w9"])), replace(plain, eos_ids=(1, 13)))
         )
         assert [r.response_ids for r in stopped] == [r.response_ids for r in ended]
         assert [r.finished for r in stopped] == [r.finished for r in ended]
@@ -189,14 +192,14 @@ def test_stop_strings_end_a_response(as_saved: Engine, tokenizer: Any) -> None:
             torch.testing.assert_close(a.behaviour_logprobs, b.behaviour_logprobs, atol=1e-5, rtol=1e-5)
             assert b.teacher is None or torch.allclose(a.teacher.hidden, b.teacher.hidden, atol=1e-5)  # pyright: ignore
         # Take a pair of tokens that occurs in these responses: a response must end where the pair is complete.
-        responses = [r.response_ids for r in generate(prompts, Sampling(12, (1,), 20), seeds)]
+        responses = [r.response_ids for r in as_saved.generate(prompts, plain, seeds)]
         pair = next(
             tokenizer.decode(ids[i : i + 2])
             for ids in responses
             for i in range(1, len(ids) - 1)
             if min(ids[i : i + 2]) > 3
         )
-        cut = generate(prompts, Sampling(12, (1,), 20, stop=StopStrings(tokenizer, [pair])), seeds)
+        cut = as_saved.generate(prompts, replace(plain, stop=StopStrings(tokenizer, [pair])), seeds)
         assert any(pair in tokenizer.decode(r.response_ids) for r in cut)
         for r in cut:
             assert pair not in tokenizer.decode(r.response_ids[:-1])
@@ -217,11 +220,40 @@ def test_top_logprobs_are_returned(as_saved: Engine, student: Any) -> None:
             assert value == pytest.approx(float(want[token]), abs=1e-3)
 
 
-def test_tokens_are_scored_by_id(as_saved: Engine, student: Any) -> None:
-    got = as_saved.logprobs_of([[2, 3], [4]], [[0, 3, 4], [2]], SAMPLING)
-    for prefix, ids, values in zip([[2, 3], [4]], [[0, 3, 4], [2]], got, strict=True):
-        want = torch.stack([own_logprobs(student, prefix, [token], SAMPLING)[0] for token in ids])
-        torch.testing.assert_close(values, want, atol=1e-4, rtol=1e-4)
+def test_mixed_tokens_come_with_both_log_probabilities(as_saved: Engine, student: Any, teacher: LocalTeacher) -> None:
+    """Before and after new weights; plain sampling between two mixed calls leaves no cache without the teacher."""
+    if not as_saved.capabilities.mixes_teacher:
+        with pytest.raises(EngineError, match="started without a teacher"):
+            as_saved.generate([PROMPT], replace(SAMPLING, teacher_mix=0.5), [0])
+        return
+    sampling = Sampling(12, (1,), 20, temperature=0.8, teacher_mix=0.4)
+    prompts = [[2], [3, 5, 4, 2, 2], [9] * 70] * 4
+    moved = tiny_llama(8, layers=1, vocab=32, scale=0.4)
+    for model in (student, moved):
+        as_saved.update_weights(plain_weights(model, torch.float32), as_saved.version + 1)
+        as_saved.generate(prompts, replace(sampling, teacher_mix=0.0), list(range(12)))
+        rollouts = as_saved.generate(prompts, sampling, list(range(12)))
+        hidden = teacher.hidden(prompts, [r.response_ids for r in rollouts])
+        for r, states in zip(rollouts, hidden, strict=True):
+            logq = own_logprobs(model, r.prompt_ids, r.response_ids, sampling)
+            logp = teacher.token_logprobs(states, r.response_ids, sampling)
+            torch.testing.assert_close(r.student_logprobs, logq, atol=1e-3, rtol=1e-3)
+            mixture = (0.6 * logq.exp() + 0.4 * logp.exp()).log()
+            torch.testing.assert_close(r.behaviour_logprobs, mixture, atol=1e-3, rtol=1e-3)
+            assert r.weights_version == as_saved.version
+            if isinstance(as_saved, VLLMServerEngine):
+                assert r.teacher is None  # states do not come back over HTTP
+                continue
+            assert r.teacher is not None
+            assert r.teacher.hidden is not None
+            torch.testing.assert_close(r.teacher.hidden, states, atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(r.teacher.token_logprobs, logp, atol=1e-3, rtol=1e-3)
+        alone = [as_saved.generate([prompt], sampling, [i])[0] for i, prompt in enumerate(prompts)]
+        assert [r.response_ids for r in alone] == [r.response_ids for r in rollouts]
+    here = TransformersEngine(moved, teacher=teacher)
+    assert [r.response_ids for r in here.generate(prompts, sampling, list(range(12)))] == [
+        r.response_ids for r in rollouts
+    ]
 
 
 def test_new_weights_arrive_even_when_the_tied_embedding_alone_moves(as_saved: Engine) -> None:
@@ -249,7 +281,6 @@ def test_the_head_reads_contiguous_rows() -> None:
     )
     engine = TransformersEngine(model)
     engine.generate([PROMPT, PROMPT, PROMPT], SAMPLING, [1, 2, 3])
-    engine.logprobs_of([PROMPT, PROMPT], [[1], [2]], SAMPLING)
     assert len(together) > 1
     assert all(together)
 
@@ -322,33 +353,29 @@ def test_a_served_teacher_scores_as_a_local_one(as_saved: Engine, student: Any, 
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_frequencies(as_saved: Engine, student: Any, alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With so few, the sampler has to request log-probabilities by id, as it does with a real vocabulary.
-    monkeypatch.setattr(teacher_mixed, "TOP_LOGPROBS", 2)
-    check_frequencies(as_saved, student, alpha, 2000)
+def test_frequencies(as_saved: Engine, student: Any, teacher: LocalTeacher, alpha: float) -> None:
+    check_frequencies(as_saved, student, teacher, alpha, 2000)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5])
-def test_frequencies_of_many(as_saved: Engine, student: Any, alpha: float) -> None:
-    check_frequencies(as_saved, student, alpha, 200_000 if isinstance(as_saved, TransformersEngine) else 20_000)
+def test_frequencies_of_many(as_saved: Engine, student: Any, teacher: LocalTeacher, alpha: float) -> None:
+    n = 200_000 if isinstance(as_saved, TransformersEngine) else 20_000
+    check_frequencies(as_saved, student, teacher, alpha, n)
 
 
-def check_frequencies(engine: Engine, student: Any, alpha: float, n: int) -> None:
+def check_frequencies(engine: Engine, student: Any, teacher: LocalTeacher, alpha: float, n: int) -> None:
     """Compare samples with the enumerated mixture: χ² within four standard deviations, and a mean importance weight of
     one."""
-    teacher, counts, weights = tiny_llama(4, layers=2, vocab=32, scale=0.4), Counter(), []
+    if alpha and not engine.capabilities.mixes_teacher:
+        pytest.skip("this engine holds no teacher")
+    counts, weights = Counter(), []
     for start in range(0, n, 2000):
         seeds = list(range(start, min(start + 2000, n)))
-        if alpha:
-            sampler = TeacherMixedSampler(LocalTeacher(teacher, 500), alpha, draft_tokens=3)
-            rollouts = sampler.generate(engine, [PROMPT] * len(seeds), SAMPLING, seeds)
-        else:
-            rollouts = engine.generate([PROMPT] * len(seeds), SAMPLING, seeds)
+        rollouts = engine.generate([PROMPT] * len(seeds), replace(SAMPLING, teacher_mix=alpha), seeds)
         counts.update(tuple(r.response_ids) for r in rollouts)
         weights += [float((r.student_logprobs - r.behaviour_logprobs).sum().exp()) for r in rollouts]
-    statistic, freedom = chi_square(counts, enumerate_mixture(student, teacher, alpha), n)
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+    assert fits(counts, enumerate_mixture(student, teacher.model, alpha), n)
     importance = torch.tensor(weights, dtype=torch.float64)
     assert abs(float(importance.mean()) - 1) <= 4 * float(importance.std()) / n**0.5 + 1e-5
 

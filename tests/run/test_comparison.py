@@ -41,7 +41,7 @@ recipe:
   warmup: {{training: *training}}
   sft: *training
   training: *training
-  rollout: {{engine: transformers, num_rollouts: 8, max_new_tokens: 8, draft_tokens: 3}}
+  rollout: {{engine: transformers, num_rollouts: 8, max_new_tokens: 8}}
 start: [teacher, finetune, responses, warmup]
 baseline: kd
 methods:

@@ -28,7 +28,6 @@ ROLLOUT = RolloutConfig(
     teacher_mix=0.3,
     max_new_tokens=10,
     max_prompt_tokens=8,
-    draft_tokens=4,
 )
 
 OFF_POLICY = Objective.recommended(long_term=0.0, divergence={"name": "skew_reverse_kl", "skew": 0.1})

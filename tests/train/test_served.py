@@ -87,7 +87,6 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
         teacher_mix=0.3,
         max_new_tokens=10,
         max_prompt_tokens=8,
-        draft_tokens=4,
         overlap=overlap,
     )
     trainer = MiniLLMTrainer(

@@ -111,7 +111,6 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         teacher_mix=0.3,
         max_new_tokens=10,
         max_prompt_tokens=8,
-        draft_tokens=4,
         server_patience=900,
     )
     text = [{"text": " ".join(f"w{(i * j) % 28}" for j in range(12))} for i in range(8)]

@@ -15,8 +15,8 @@ minillm installed on its machine, and in addition
                      "minillm_teacher": "TEACHER", "minillm_loads_teacher": true}'
     --worker-extension-cls minillm.rollout.engines.vllm_pair.PairWorker
 
-with the student's own architecture (of its config.json) in the place of `LlamaForCausalLM`. The teacher's final hidden
-states do not come back over HTTP, so the teacher in the training process scores the responses.
+with the student's own architecture in the place of `LlamaForCausalLM`. The teacher's hidden states do not come back, so
+the teacher in the training process scores the responses.
 
 The weights are written as safetensors to a folder that the trainer and the servers must both see. Every server loads
 the current weights before it samples, because a server that was restarted has the weights of MODEL. Load balancing and
@@ -43,7 +43,7 @@ from minillm.models.servers import PLAIN, Completion, Server, Servers, Transient
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, padding_bias
 from minillm.rollout.engines.local_server import LocalServer, start_for_all
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
-from minillm.rollout.engines.vllm_plugin import MIXTURE_ARGUMENT
+from minillm.rollout.engines.vllm_plugin import MixtureRequest
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -111,7 +111,6 @@ class VLLMServerEngine:
     @classmethod
     def unavailable(cls, model: Any = None, teacher: Any = None) -> Unavailable | None:
         """See `RegisteredEngine.unavailable`. What a server cannot do is found when the engine attaches to it."""
-        return None
 
     @classmethod
     def create(cls, request: EngineRequest) -> VLLMServerEngine:
@@ -342,11 +341,11 @@ class VLLMServerEngine:
 
 
 def _mixture_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
-    """Return what a request says to be sampled from the mixture; see `vllm_pair_samplers.MixtureRequest`."""
+    """Return what a request says in addition to be sampled from the mixture."""
     if not sampling.teacher_mix:
         return {}
-    request = [sampling.teacher_mix, sampling.temperature, sampling.vocab_size, seed]
-    return {"vllm_xargs": {MIXTURE_ARGUMENT: request}}
+    request = MixtureRequest(sampling.teacher_mix, sampling.temperature, sampling.vocab_size, seed)
+    return {"vllm_xargs": request.to_extra_args()}
 
 
 def _teacher_logprobs(completion: Completion) -> Float[Tensor, " tokens"]:

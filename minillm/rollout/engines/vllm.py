@@ -33,7 +33,7 @@ from minillm.rollout.engines.vllm_memory import (
     why_not_mixed,
     why_not_on_cpus,
 )
-from minillm.rollout.engines.vllm_plugin import pair_overrides
+from minillm.rollout.engines.vllm_plugin import MixtureRequest, pair_overrides
 from minillm.teacher.local import LocalTeacher
 
 if TYPE_CHECKING:
@@ -224,8 +224,6 @@ class VLLMEngine:
     ) -> list[Rollout]:
         """Sample from the mixture; `shared` are the settings of all requests."""
         from vllm import SamplingParams
-
-        from minillm.rollout.engines.vllm_pair_samplers import MixtureRequest
 
         assert self._pair is not None
         alpha, temperature, size = sampling.teacher_mix, sampling.temperature, sampling.vocab_size

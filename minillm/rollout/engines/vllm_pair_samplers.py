@@ -7,7 +7,6 @@ the engine has started. The newer one asks the model for its sampler.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,39 +14,8 @@ from torch import Tensor, nn
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.outputs import SamplerOutput as OlderSamplerOutput
 
-from minillm.rollout.engines.vllm_plugin import MIXTURE_ARGUMENT
+from minillm.rollout.engines.vllm_plugin import MixtureRequest
 from minillm.rollout.mixture import MixedTokens
-
-
-@dataclass(frozen=True)
-class MixtureRequest:
-    """What a request says to have its tokens sampled from the mixture.
-
-    Attributes:
-        alpha: The teacher's share.
-        temperature: What the logits of both are divided by.
-        vocab_size: Number of ids that can be sampled.
-        seed: Seed of the response.
-        record: Number of the `MixtureRecord` that its tokens are added to; 0 for none.
-        row: Number of the response in that record.
-    """
-
-    alpha: float
-    temperature: float
-    vocab_size: int
-    seed: int
-    record: int = 0
-    row: int = 0
-
-    def to_extra_args(self) -> dict[str, Any]:
-        """Return the request as a value of `SamplingParams.extra_args`."""
-        return {MIXTURE_ARGUMENT: list(astuple(self))}
-
-    @classmethod
-    def of(cls, params: Any) -> MixtureRequest | None:
-        """Return the request in some `SamplingParams`, if there is one."""
-        values = (params.extra_args or {}).get(MIXTURE_ARGUMENT)
-        return None if values is None else cls(*values)
 
 
 class MixedRow(NamedTuple):
@@ -66,8 +34,8 @@ class MixedRow(NamedTuple):
     counts: bool
 
 
-class OlderSampler(nn.Module):
-    """Takes the place of the sampler in vLLM's older model runner.
+class OlderSampler:
+    """Takes the place of the sampler in vLLM's older model runner. Its other duties stay with the runner's own.
 
     Args:
         runner: The model runner.
@@ -75,11 +43,12 @@ class OlderSampler(nn.Module):
     """
 
     def __init__(self, runner: Any, plain: Any) -> None:
-        super().__init__()
         self._runner, self._plain = runner, plain
-        self.logprobs_mode = plain.logprobs_mode
 
-    def forward(self, logits: Tensor, sampling_metadata: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+    def __call__(self, logits: Tensor, sampling_metadata: Any, **kwargs: Any) -> Any:
         """Sample one token per request."""
         runner = self._runner
         rows: list[MixedRow] = []

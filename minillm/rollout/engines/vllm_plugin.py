@@ -1,18 +1,19 @@
-"""vLLM's plugin: makes the pair of student and teacher known to every vLLM on a machine where minillm is installed.
+"""What vLLM is told of a pair of student and teacher: its name, its settings, and what a request says.
 
-vLLM finds it by the entry point `vllm.general_plugins` of this distribution, and calls it in each of its processes.
+`register` is a plugin, which makes the pair known to every vLLM on a machine where minillm is installed. vLLM finds it
+by the entry point `vllm.general_plugins` of this distribution, and calls it in each of its processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 ARCHITECTURE = "MinillmStudentAndTeacher"
 """The architecture under which vLLM loads a student together with a teacher."""
 
-MIXTURE_ARGUMENT = "minillm_mixture"
-"""Name of the extra argument by which a request asks for the mixture."""
+_ARGUMENT = "minillm_mixture"  # the extra argument by which a request asks for the mixture
 PAIR_WORKER = "minillm.rollout.engines.vllm_pair.PairWorker"
 """Value of vLLM's `worker_extension_cls` for a server that holds such a pair."""
 
@@ -40,3 +41,34 @@ def pair_overrides(architectures: Sequence[str], teacher: str, *, loads_teacher:
         "minillm_teacher": teacher,
         "minillm_loads_teacher": loads_teacher,
     }
+
+
+@dataclass(frozen=True)
+class MixtureRequest:
+    """What a request says to have its tokens sampled from the mixture.
+
+    Attributes:
+        alpha: The teacher's share.
+        temperature: What the logits of both are divided by.
+        vocab_size: Number of ids that can be sampled.
+        seed: Seed of the response.
+        record: Number of the `MixtureRecord` that its tokens are added to; 0 for none.
+        row: Number of the response in that record.
+    """
+
+    alpha: float
+    temperature: float
+    vocab_size: int
+    seed: int
+    record: int = 0
+    row: int = 0
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """Return the request as a value of `SamplingParams.extra_args`."""
+        return {_ARGUMENT: list(astuple(self))}
+
+    @classmethod
+    def of(cls, params: Any) -> MixtureRequest | None:
+        """Return the request in some `SamplingParams`, if there is one."""
+        values = (params.extra_args or {}).get(_ARGUMENT)
+        return None if values is None else cls(*values)
