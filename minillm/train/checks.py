@@ -14,6 +14,7 @@ def check_on_policy(
     served_teacher: bool,
     sharded_teacher: bool,
     can_overlap: bool,
+    can_mix: bool,
     text: bool,
     responses: bool,
 ) -> None:
@@ -25,6 +26,7 @@ def check_on_policy(
         served_teacher: whether the teacher is behind a server.
         sharded_teacher: whether the teacher is sharded over processes.
         can_overlap: whether the engine can sample while the student trains.
+        can_mix: whether the engine holds a teacher, or will be started with one.
         text: whether there is text for the language-model term.
         responses: whether there are given responses.
 
@@ -36,6 +38,10 @@ def check_on_policy(
     check_off_policy(rollout, objective)
     if sharded_teacher:
         check_sharded_teacher(rollout, objective, text)
+    if rollout.teacher_mix and not can_mix:
+        raise InputError(
+            "rollout.teacher_mix: the given engine was started without a teacher: give it one (teacher=...), or set 0"
+        )
     if rollout.on_policy < 1 and not responses:
         raise InputError(
             f"rollout.on_policy: {rollout.on_policy:g} trains on given responses too, and there are none (responses)"

@@ -64,7 +64,7 @@ class MiniLLMTrainer(DistillationTrainer):
             stream, which has no length, no more is read than `max_steps` updates need.
         responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
         processing_class: the student's tokenizer; by default the one in its folder.
-        engine: an engine that samples; by default one is started when it is needed.
+        engine: an engine that samples, with a teacher where one is mixed in; by default one is started at first use.
         **kwargs: further parameters of `DistillationTrainer`.
 
     Attributes:
@@ -101,6 +101,7 @@ class MiniLLMTrainer(DistillationTrainer):
             served_teacher=isinstance(teacher, ServedTeacher),
             sharded_teacher=bool(kwargs.get("shard_teacher")),
             can_overlap=engine is not None or supports_overlap(config.engine),
+            can_mix=engine is None or engine.capabilities.mixes_teacher,
             text=text_dataset is not None,
             responses=bool(responses),
         )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -17,6 +17,7 @@ from minillm.loss.config import Objective
 from minillm.models.load import load_model
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.transformers import TransformersEngine
+from minillm.teacher.local import LocalTeacher
 from minillm.train.on_policy import MiniLLMTrainer
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
@@ -73,9 +74,11 @@ def train(
 class OwnEngine(TransformersEngine):
     """Samples from weights of its own, as a server does; `trace` records the calls and their times."""
 
-    def __init__(self, folder: str, trace: list[tuple[str, float, float]], fail_at: int | None = None) -> None:
-        model: Any = load_model(folder, torch.float32)
-        super().__init__(model)
+    def __init__(
+        self, pair: tuple[str, str], trace: list[tuple[str, float, float]], fail_at: int | None = None
+    ) -> None:
+        student, teacher = (cast("Any", load_model(folder, torch.float32)) for folder in pair)
+        super().__init__(student, teacher=LocalTeacher(teacher))
         self._trace, self._fail_at, self.calls = trace, fail_at, 0
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

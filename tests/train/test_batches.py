@@ -13,6 +13,7 @@ from minillm.errors import EngineError
 from minillm.loss.config import Objective
 from minillm.models.load import load_model
 from minillm.rollout.engines.transformers import TransformersEngine
+from minillm.teacher.local import LocalTeacher
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.train.common import OFF_POLICY, PROMPTS, ROLLOUT, OwnEngine, arguments, train
 
@@ -73,7 +74,8 @@ def test_a_mixed_rollout_is_read_by_the_teacher_while_it_is_drawn(pair: tuple[st
 def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_path: Path) -> None:
     """An engine's log q may differ a little, as vLLM's does in bfloat16; `reference` replaces it as LMOps does."""
     off: Any = load_model(pair[0], torch.float32)
-    engine = TransformersEngine(off)
+    teacher: Any = load_model(pair[1], torch.float32)
+    engine = TransformersEngine(off, teacher=LocalTeacher(teacher))
     engine.update_weights = lambda weights, version: None  # pyright: ignore
     with torch.no_grad():
         off.model.norm.weight.mul_(1.05)
@@ -108,7 +110,7 @@ def test_an_engine_that_samples_another_student_is_reported_once(
 ) -> None:
     for factor, alarms in ((1.05, 0), (4.0, 1)):
         off: Any = load_model(pair[0], torch.float32)
-        engine = TransformersEngine(off)
+        engine = TransformersEngine(off, teacher=LocalTeacher(load_model(pair[1], torch.float32)))  # pyright: ignore
         engine.update_weights = lambda weights, version: None  # pyright: ignore
         with torch.no_grad():
             off.model.norm.weight.mul_(factor)
@@ -149,7 +151,7 @@ def test_the_next_batch_is_drawn_while_this_one_trains(pair: tuple[str, str], tm
         arguments(tmp_path, max_steps=12),
         rollout=rollout,
         train_dataset=PROMPTS,
-        engine=OwnEngine(pair[0], trace),
+        engine=OwnEngine(pair, trace),
     )
     original = trainer.update_on
 
@@ -243,7 +245,7 @@ def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path:
             rollout=ROLLOUT.model_copy(update={"overlap": True}),
             train_dataset=PROMPTS,
             objective=Objective.reference(),
-            engine=OwnEngine(pair[0], []),
+            engine=OwnEngine(pair, []),
         )
     with pytest.raises(ValueError, match=r"rollout.overlap samples beside the updates"):
         MiniLLMTrainer(
@@ -259,7 +261,7 @@ def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp
         arguments(tmp_path / "cut", max_steps=8),
         rollout=rollout,
         train_dataset=PROMPTS,
-        engine=OwnEngine(pair[0], [], fail_at=2),
+        engine=OwnEngine(pair, [], fail_at=2),
     )
     with pytest.raises(EngineError, match="http://gone"):
         trainer.train()

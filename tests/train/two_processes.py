@@ -19,6 +19,7 @@ from minillm.models.lora import load_student
 from minillm.models.shards import is_sharded
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.transformers import TransformersEngine
+from minillm.teacher.local import LocalTeacher
 from minillm.train.on_policy import MiniLLMTrainer
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
@@ -125,7 +126,9 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     given: Any = student
     sharded = kind.startswith(("zero", "fsdp2"))
     if sharded:
-        engine = TransformersEngine(load_model(student, torch.float32))
+        engine = TransformersEngine(
+            load_model(student, torch.float32), teacher=LocalTeacher(load_model(teacher, torch.float32))
+        )
     if kind.endswith("-lora") or kind == "own-base":
         torch.manual_seed(0)
         given = load_student(student, AdapterConfig(rank=4))
