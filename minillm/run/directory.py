@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minillm.config import Section
 from minillm.errors import RunError
 from minillm.redaction import redacted
 from minillm.run.stages import STAGES, stage_named
@@ -127,17 +128,18 @@ class RunState:
         Raises:
             RunError: naming the settings that differ.
         """
-        for earlier in stage_named(stage).needs:
+        for earlier in self._built_on(stage):
             self.check(earlier)
         entry = self._stages.get(stage)
         if entry is None:
             return
         new, old = self.settings(stage), self._recorded(stage, entry)
-        known = entry.get("format") == _FORMAT  # earlier versions recorded fewer settings
+        # Earlier versions recorded fewer settings, or none where the recipe did not list the stage.
+        known = entry.get("format") == _FORMAT and bool(entry["settings"])
         changed = {
             key: f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and (known or key in old)
+            if old.get(key) != new.get(key) and (key in old or (known and not self._is_later_default(key, old)))
         }
         steps = f"{stage_named(stage).training}.max_steps"
         if not entry["finished"] and 0 < _number(old.get(steps)) < _number(new.get(steps)):
@@ -215,11 +217,33 @@ class RunState:
     def _parts(self, name: str) -> set[str]:
         """Beginnings of the names of the settings that a stage reads, itself or through the stages it builds on."""
         stage = stage_named(name)
-        absent = name not in self._recipe.stages and not stage.default
-        own = set() if absent else set(stage.reads)
+        own = set(stage.reads)
         if own and stage.training and stage.arguments(self._recipe).get("load_best_model_at_end"):
             own |= set(_VALIDATION_SETTINGS)  # validation decides which model the stage leaves
-        return own.union(*(self._parts(earlier) for earlier in stage.needs))
+        return own.union(*map(self._parts, self._built_on(name)))
+
+    def _built_on(self, name: str) -> list[str]:
+        """The stages that a stage builds on: where the recipe leaves one out, those before that one."""
+        found = []
+        for earlier in stage_named(name).needs:
+            absent = earlier not in self._recipe.stages and not stage_named(earlier).default
+            found += self._built_on(earlier) if absent else [earlier]
+        return found
+
+    def _is_later_default(self, key: str, recorded: dict[str, Any]) -> bool:
+        """Whether a setting is at its default and its section was recorded without it: a version before had it not.
+
+        A run without servers records no `teacher.top_k`, which tells it from one with servers.
+        """
+        *path, name = key.split(".")
+        section: Any = self._recipe
+        for part in path:
+            section = getattr(section, part, None)
+        siblings = bool(path) and any(other.startswith(".".join([*path, ""])) for other in recorded)
+        field = type(section).model_fields.get(name) if isinstance(section, Section) and siblings else None
+        if field is None or field.is_required() or key == "teacher.top_k":
+            return False
+        return getattr(section, name) == field.get_default(call_default_factory=True)
 
     def _is_operational(self, key: str) -> bool:
         """Whether a setting changes nothing that a stage makes."""

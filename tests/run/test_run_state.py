@@ -127,6 +127,45 @@ def test_a_state_of_an_earlier_version_is_read(recipe: Path) -> None:
         RunState(load_recipe(recipe))
 
 
+def test_a_setting_that_a_later_version_adds_leaves_runs_as_they_are(recipe: Path) -> None:
+    file = recipe.parent / "run" / "state.json"
+    state = json.loads(file.read_text())
+    for entry in state["stages"].values():
+        for name in ("objective.dual_clip", "rollout.inner_epochs", "responses.max_new_tokens"):
+            entry["settings"].pop(name, None)
+    file.write_text(json.dumps(state))
+    # Of `responses:`, the finetune stage had recorded nothing else; the stages after it had.
+    assert stale(recipe)[0] == "finetune"
+    for entry in state["stages"].values():
+        entry["settings"]["responses.max_new_tokens"] = 128
+    file.write_text(json.dumps(state))
+    assert stale(recipe) == []
+    assert stale(recipe, "objective.dual_clip=4") == ["minillm", "evaluate"]
+    assert stale(recipe, "rollout.inner_epochs=3") == ["minillm", "evaluate"]
+    assert stale(recipe, "student.lora={}")[0] == "warmup"  # a section that was null is not one that was not there
+    served = ["teacher.servers=[http://127.0.0.1:1]", "rollout.teacher_mix=0", "rollout.temperature=1"]
+    with pytest.raises(RunError, match=r"teacher\.top_k \(there None, now 16\)"):
+        RunState(load_recipe(recipe, served)).check("minillm")
+
+
+def test_a_stage_that_the_recipe_does_not_list_has_its_own_settings(recipe: Path) -> None:
+    unlisted = "stages=[teacher, student, responses, warmup, minillm, evaluate]"
+    for other in ("sft", "evaluate"):
+        RunState(load_recipe(recipe)).forget(other)
+    state = RunState(load_recipe(recipe, [unlisted]))
+    state.begin("evaluate")
+    state.finish("evaluate", 1.0)
+    state.begin("sft")
+    state.finish("sft", 1.0)
+    assert stale(recipe, unlisted) == []
+    assert stale(recipe, unlisted, "sft.max_steps=3") == ["sft"]  # nothing is evaluated that the recipe does not list
+    file = recipe.parent / "run" / "state.json"
+    written = json.loads(file.read_text())
+    written["stages"]["sft"]["settings"] = {}  # by an earlier version
+    file.write_text(json.dumps(written))
+    assert stale(recipe, unlisted, "sft.max_steps=3") == []
+
+
 def test_a_checkpoint_without_all_of_its_state_is_refused(tmp_path: Path) -> None:
     names = [
         "model.safetensors",
