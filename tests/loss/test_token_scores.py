@@ -387,7 +387,7 @@ def test_float32_is_within_1e_5_of_float64() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -> None:
+def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(1)
     make = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
     hidden, teacher_hidden = make(96, 16), make(96, 16)
@@ -395,22 +395,19 @@ def test_the_compiled_elementwise_part_is_the_eager_one(softcap: float | None) -
     targets, (a, b, c) = torch.randint(50_000, (96,), generator=g), torch.rand(3, 96, generator=g)
     found = []
     for threshold in (1 << 40, 1):
-        elementwise._COMPILE_FROM, before = threshold, elementwise._COMPILE_FROM
-        try:
-            states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-            loss, scores = token_scores(
-                states,
-                Head(head, bias, 1.0, softcap),
-                targets,
-                TeacherStates(teacher_hidden, Head(teacher_weight, bias)),
-                loss_fn=lambda part, s: (
-                    (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(),
-                    ScoreGradients(a[part], b[part], c[part]),
-                ),
-            )
-            loss.backward()
-        finally:
-            elementwise._COMPILE_FROM = before
+        monkeypatch.setattr(elementwise, "COMPILE_FROM", threshold)
+        states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, scores = token_scores(
+            states,
+            Head(head, bias, 1.0, softcap),
+            targets,
+            TeacherStates(teacher_hidden, Head(teacher_weight, bias)),
+            loss_fn=lambda part, s: (
+                (a[part] * s.logq + b[part] * s.reverse_kl + c[part] * s.forward_kl).sum(),
+                ScoreGradients(a[part], b[part], c[part]),
+            ),
+        )
+        loss.backward()
         found.append(
             [states.grad, head.grad, scores.logq, scores.logp, scores.reverse_kl, scores.forward_kl, scores.entropy]
         )

@@ -611,9 +611,9 @@ def test_the_card_that_is_there_is_looked_at(tmp_path: Path, monkeypatch: pytest
 
 def test_a_cpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {torch.float32: 1e11, torch.bfloat16: 4e11}
-    monkeypatch.setattr("minillm.run.plan.machine._multiplication_speed", speeds.__getitem__)
-    monkeypatch.setattr("minillm.run.plan.machine._reading_speed", lambda: 2e10)
-    monkeypatch.setattr("minillm.run.plan.machine._machine_memory", lambda: 7 * GIB)
+    monkeypatch.setattr("minillm.run.plan.machine.multiplication_speed", speeds.__getitem__)
+    monkeypatch.setattr("minillm.run.plan.machine.reading_speed", lambda: 2e10)
+    monkeypatch.setattr("minillm.run.plan.machine.machine_memory", lambda: 7 * GIB)
     monkeypatch.setattr("minillm.run.plan.machine.cpu_multiplies_bfloat16", lambda: True)
     machine, said = machine_for(gpus=0)
     assert (machine.gpu, machine.memory) == (False, 7 * GIB)

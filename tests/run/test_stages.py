@@ -314,7 +314,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
 def test_a_node_without_the_run_directory_says_so(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(processes, "_RENDEZVOUS_TIMEOUT", 0.2)
+    monkeypatch.setattr(processes, "RENDEZVOUS_TIMEOUT", 0.2)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     loaded = load_recipe(recipe, [f"run_dir={tmp_path / 'run'}", "training.per_device_train_batch_size=2"])
