@@ -84,12 +84,13 @@ def evaluate(
     if not is_suite(file):
         run(file, overrides, stage="evaluate")
         return
+    from minillm.evaluation.config import named_models
     from minillm.evaluation.report.console import show_files, show_suite
     from minillm.evaluation.report.suite import write_suite_report
     from minillm.evaluation.suite import run_suite
 
     given = overrides or []
-    models = _models([text.removeprefix("model=") for text in given if text.startswith("model=")])
+    models = named_models([text.removeprefix("model=") for text in given if text.startswith("model=")])
     suite = load_suite(file, [text for text in given if not text.startswith("model=")])
     results = run_suite(suite, models)
     show_suite(results)
@@ -108,23 +109,6 @@ def _compare(file: Path, overrides: list[str]) -> None:
     show_pairs(results["differences"])
     out = Path(comparison.recipe["run_dir"])
     show_files(out / "compare.json", out / "report.html", write_suite_report(out / "tests"))
-
-
-def _models(given: list[str]) -> dict[str, str]:
-    """Folders of models by name, from texts NAME:FOLDER or FOLDER, which is named after its last part."""
-    models: dict[str, str] = {}
-    for text in given:
-        name, colon, folder = text.partition(":")
-        if not colon:
-            name, folder = Path(text).name, text
-        if not name or not folder or "/" in name:
-            raise InputError(f"model={text}: model=FOLDER or model=NAME:FOLDER is needed")
-        if name in models:
-            raise InputError(f"model={text}: {name} is the name of two models; say model=NAME:FOLDER")
-        models[name] = folder
-    if not models:
-        raise InputError("no model to evaluate: add model=FOLDER, several times if you like")
-    return models
 
 
 @app.command()

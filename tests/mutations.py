@@ -22,7 +22,9 @@ SUITE = [
     "tests/loss/test_reference.py",
     "tests/models",
     "tests/loss/test_objective.py",
+    "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
+    "tests/loss/test_token_scores_precision.py",
     "tests/rollout/test_mixture.py",
     "tests/rollout/test_choose.py",
     "tests/rollout/test_vllm_server.py",
@@ -32,6 +34,8 @@ SUITE = [
     "tests/evaluation/test_suite.py",
     "tests/run/test_jobs.py",
     "tests/run/test_plan.py",
+    "tests/run/test_plan_fit.py",
+    "tests/run/test_plan_work.py",
     "tests/loss/test_distributed.py",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -114,3 +115,30 @@ class Suite(Section):
                 f"sets.{AVERAGE}: results have the mean over the sets under that name; give the set another one"
             )
         return self
+
+
+def named_models(texts: Sequence[str]) -> dict[str, str]:
+    """Read the models of a suite, as the command line gives them.
+
+    Args:
+        texts: NAME:FOLDER of each model, or FOLDER alone. The name is then the last part of the folder.
+
+    Returns:
+        The folders by name.
+
+    Raises:
+        InputError: there is no model, a text cannot be read, or two models have the same name.
+    """
+    models: dict[str, str] = {}
+    for text in texts:
+        name, colon, folder = text.partition(":")
+        if not colon:
+            name, folder = Path(text).name, text
+        if not name or not folder or "/" in name:
+            raise InputError(f"model={text}: model=FOLDER or model=NAME:FOLDER is needed")
+        if name in models:
+            raise InputError(f"model={text}: {name} is the name of two models; say model=NAME:FOLDER")
+        models[name] = folder
+    if not models:
+        raise InputError("no model to evaluate: add model=FOLDER, several times if you like")
+    return models

@@ -6,7 +6,7 @@ student's softmax(logits / temperature) and p the teacher's; no value is multipl
 either model excludes (a logit of −∞) has the log-probability `LOG_ZERO`, see `minillm.data.logprobs`. `token_scores`
 computes the two KL divergences without these functions, and uses them for the others, one chunk of tokens at a time.
 
-To add a divergence, write its function here with the decorator `_register`, and add its name to
+To add a divergence, write its function here with the decorator `register`, and add its name to
 `DIVERGENCE_PARAMETERS` in `minillm/loss/config.py`.
 """
 
@@ -37,7 +37,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {}
 """The function of every divergence that a recipe can name."""
 
 
-def _register(function: _Function) -> _Function:
+def register(function: _Function) -> _Function:
     """Add a divergence to `DIVERGENCES` under the function's name.
 
     Raises:
@@ -57,7 +57,7 @@ def divergence_function(config: DivergenceConfig) -> Callable[[Tensor, Tensor], 
     return partial(DIVERGENCES[config.name], **config.parameters)
 
 
-@_register
+@register
 def reverse_kl(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -68,7 +68,7 @@ def reverse_kl(
     return _kl(q, p)
 
 
-@_register
+@register
 def forward_kl(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -79,7 +79,7 @@ def forward_kl(
     return _kl(p, q)
 
 
-@_register
+@register
 def jensen_shannon(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -106,7 +106,7 @@ def jensen_shannon(
     return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
 
 
-@_register
+@register
 def skew_forward_kl(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -129,7 +129,7 @@ def skew_forward_kl(
     return _kl(p, mixture_logprobs(q, p, skew))
 
 
-@_register
+@register
 def skew_reverse_kl(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -152,7 +152,7 @@ def skew_reverse_kl(
     return _kl(q, mixture_logprobs(p, q, skew))
 
 
-@_register
+@register
 def total_variation(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -163,7 +163,7 @@ def total_variation(
     return (q.exp() - p.exp()).abs().sum(-1) / 2
 
 
-@_register
+@register
 def adaptive_kl(
     student_logits: Logits,
     teacher_logits: Logits,
@@ -196,7 +196,7 @@ def adaptive_kl(
     return weight * _kl(p, q) + (1 - weight) * _kl(q, p)
 
 
-@_register
+@register
 def alpha_beta(
     student_logits: Logits,
     teacher_logits: Logits,

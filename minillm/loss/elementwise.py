@@ -24,8 +24,8 @@ from minillm.models.head import LogitTransform
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# A chunk of fewer logits than this is not worth compiling for.
-_COMPILE_FROM = 1 << 22
+COMPILE_FROM = 1 << 22
+"""Compiling is worth its time for chunks of at least this many logits."""
 
 
 class Precision(NamedTuple):
@@ -208,6 +208,6 @@ def elementwise_functions(
         from minillm.loss import triton_kernels
 
         return triton_kernels.measure, triton_kernels.differentiate
-    if num_logits < _COMPILE_FROM or not precision.rounded:
+    if num_logits < COMPILE_FROM or not precision.rounded:
         return measure, differentiate
     return compiled()

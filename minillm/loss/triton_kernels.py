@@ -22,7 +22,9 @@ from minillm.loss.elementwise import Derivatives, Measures, Transforms
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_BLOCK = 4096  # logits that a program handles at a time
+MAX_BLOCK = 4096
+"""Largest number of logits that a program handles at a time."""
+
 _FLOOR = tl.constexpr(LOG_ZERO)
 
 
@@ -205,7 +207,7 @@ def _launch_arguments(transforms: Transforms, width: int) -> tuple[list[float], 
         "CAPPED_Z": p.softcap is not None,
         "BIASED_S": q.bias is not None,
         "BIASED_Z": p.bias is not None,
-        "BLOCK": min(_BLOCK, triton.next_power_of_2(width)),
+        "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(width)),
     }
     return numbers, flags
 

@@ -34,7 +34,8 @@ PLAIN: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-_FIRST_BACKOFF, _LONGEST_BACKOFF = 0.5, 10.0  # seconds
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
+"""Seconds before the first retry of a failed request, and the most between two retries."""
 _CONNECT_TIMEOUT = 5.0  # seconds
 _ROUNDING = 1e-3  # how far above 0 a log-probability may be rounded
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class Server:
         self.started_at: float | None = None
         self.healthy = True
         self.last_error: TransientServerError | None = None
-        self.backoff, self.retry_at = _FIRST_BACKOFF, 0.0
+        self.backoff, self.retry_at = FIRST_BACKOFF, 0.0
         self.lock = threading.Lock()
         self._client = client
 
@@ -235,13 +236,13 @@ class Servers:
         Raises:
             EngineError: It did not succeed within `patience` seconds, or the server is not a vLLM server.
         """
-        deadline, backoff = time.monotonic() + self._patience, _FIRST_BACKOFF
+        deadline, backoff = time.monotonic() + self._patience, FIRST_BACKOFF
         while True:
             try:
                 return action()
             except TransientServerError as error:
                 self._wait(backoff, deadline, server, error)
-                backoff = min(2 * backoff, _LONGEST_BACKOFF)
+                backoff = min(2 * backoff, LONGEST_BACKOFF)
             except (KeyError, TypeError, ValueError) as error:
                 raise EngineError(
                     f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})"
@@ -294,7 +295,7 @@ class Servers:
                     self._refresh(server)
                     started_at = server.started_at
                 answer = server.complete(body, read)
-                server.healthy, server.backoff = True, _FIRST_BACKOFF
+                server.healthy, server.backoff = True, FIRST_BACKOFF
                 return answer, server, started_at
             except TransientServerError as error:
                 server.last_error, server.healthy = error, False
@@ -302,7 +303,7 @@ class Servers:
                 if self._refresh is not None and (server.started_at is None or self._was_restarted(server)):
                     server.has_current_weights = False
                 server.retry_at = time.monotonic() + server.backoff
-                server.backoff = min(2 * server.backoff, _LONGEST_BACKOFF)
+                server.backoff = min(2 * server.backoff, LONGEST_BACKOFF)
             finally:
                 with self._selection_lock:
                     server.in_flight -= 1
@@ -318,7 +319,7 @@ class Servers:
                 now = time.monotonic()
                 recovering = next((s for s in self.each if not s.healthy and now >= s.retry_at), None)
                 if recovering is not None:
-                    recovering.retry_at = now + _LONGEST_BACKOFF
+                    recovering.retry_at = now + LONGEST_BACKOFF
                 healthy = [server for server in self.each if server.healthy]
                 selected = recovering or min(healthy, key=lambda server: server.in_flight, default=None)
                 if selected is not None:
@@ -326,7 +327,7 @@ class Servers:
                     return selected
                 soonest = min(self.each, key=lambda server: server.retry_at)
             # Wait no longer than the first backoff: as soon as any request finds the server healthy, the others go on.
-            self._wait(_FIRST_BACKOFF, deadline, soonest, soonest.last_error)
+            self._wait(FIRST_BACKOFF, deadline, soonest, soonest.last_error)
 
     def _wait(self, seconds: float, deadline: float, server: Server, error: TransientServerError | None) -> None:
         """Sleep for `seconds`, but at most until the deadline; raise where waiting any longer is pointless."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from minillm.run.context import Run
     from minillm.run.recipe import Recipe
 
-_RENDEZVOUS_TIMEOUT = 120  # seconds in which every process has to see what process 0 wrote
+RENDEZVOUS_TIMEOUT = 120
+"""Seconds within which every process must see what process 0 wrote."""
 
 
 def print_progress(text: str, rank: int = 0) -> None:
@@ -51,12 +52,12 @@ def rendezvous(run: Run, rank: int) -> None:
         run.dir.mkdir(parents=True, exist_ok=True)
         file.write_text(launch, encoding="utf-8")
         return
-    deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT
+    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
     while not (file.is_file() and file.read_text(encoding="utf-8") == launch):
         if time.monotonic() > deadline:
             raise RunError(
                 f"run_dir: process {rank} does not see in {run.dir.absolute()} what process 0 wrote there "
-                f"{_RENDEZVOUS_TIMEOUT} s ago: every node needs the same folder (a shared file system) at that path"
+                f"{RENDEZVOUS_TIMEOUT} s ago: every node needs the same folder (a shared file system) at that path"
             )
         time.sleep(0.1)
     run.state = RunState(run.recipe)

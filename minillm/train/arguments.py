@@ -60,7 +60,8 @@ _HINTS: dict[str, Any] = typing.get_type_hints(TrainingArguments) | {
     "fsdp": bool | str | None,
     "parallelism_config": Any,
 }
-# Left out when arguments are built for a check: they would start something, or look for it on this machine.
+# Arguments that are built for a check have these values instead of the given ones, which would start something or
+# search this machine for it.
 _NEUTRAL: dict[str, Any] = {
     "tf32": None,
     "torch_compile": False,
@@ -74,7 +75,7 @@ NAMES = frozenset(_FIELDS)
 """All fields of `TrainingArguments`."""
 
 
-# For a trainer
+# Checks of a trainer's arguments
 
 
 def check_arguments(
@@ -91,7 +92,7 @@ def check_arguments(
         args: the arguments.
         fine_tuning: whether the trainer is `FineTuner`, whose loss and data loader are TRL's.
         eval_dataset: the rows for validation.
-        reads_teacher: whether validation can take KL(q‖p), because the teacher is a model in this process.
+        reads_teacher: whether validation can compute KL(q‖p), because the teacher is a model in this process.
         metrics: what validation measures, and whether more of it is better.
 
     Raises:
@@ -113,7 +114,7 @@ def check_arguments(
     warn_of_defaults(args, fine_tuning)
 
 
-# For a section of a recipe
+# Checks of a section of a recipe
 
 
 def setting_faults(
@@ -126,7 +127,7 @@ def setting_faults(
             fields.
         fine_tuning: whether the stage uses `FineTuner`.
         validated: whether there are rows to validate on.
-        reads_teacher: whether validation can take KL(q‖p), because the teacher is a model in the process.
+        reads_teacher: whether validation can compute KL(q‖p), because the teacher is a model in the process.
         runs: whether the recipe runs the section's stage; for other stages the needs of validation are not checked.
 
     Yields:
@@ -232,7 +233,7 @@ def _built(given: Mapping[str, Any]) -> Any:
     return with_given(args, given)
 
 
-# For both
+# Checks that both share
 
 
 def _faults(
@@ -244,7 +245,7 @@ def _faults(
         args: the arguments.
         fine_tuning: whether the trainer is `FineTuner`.
         missing: the setting that would name the rows to validate on; None if there are such rows.
-        reads_teacher: whether validation can take KL(q‖p).
+        reads_teacher: whether validation can compute KL(q‖p).
         metrics: what validation measures, and whether more of it is better.
     """
     refused = REFUSED if fine_tuning else REFUSED | FINE_TUNING_ONLY
@@ -274,7 +275,7 @@ def _default(field: Any) -> Any:
 
 
 def _untouched(args: Any, names: Collection[str]) -> Any:
-    """`args` with the defaults of these fields. What their class then fills in is not the user's choice."""
+    """Copy `args` with the defaults of these fields. What their class then fills in is not the user's choice."""
     fresh = copy.copy(args)
     vars(fresh).update({field.name: _default(field) for field in dataclasses.fields(args) if field.name in names})
     vars(fresh).update(_NEUTRAL)
@@ -282,7 +283,7 @@ def _untouched(args: Any, names: Collection[str]) -> Any:
         warnings.simplefilter("ignore")
         try:
             fresh.__post_init__()
-        except Exception:  # the class requires what was taken away; then its declared defaults count
+        except Exception:  # the class needs other values: compare with the declared defaults
             logger.debug("%s cannot be built from its defaults.", type(args).__name__, exc_info=True)
     return fresh
 

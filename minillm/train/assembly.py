@@ -17,7 +17,7 @@ from minillm.loss.credit import SampledTokens
 def pad_micro_batch(
     rollouts: Sequence[Rollout], blocks: Sequence[int], text: TextBlocks | None, block_size: int, device: torch.device
 ) -> tuple[Padded, list[array[int]]]:
-    """Pad rollouts, followed by pieces of text, to one batch. The first token of a piece is its prompt.
+    """Pad rollouts, followed by pieces of text, to one batch. The first token of each piece is its prompt.
 
     Args:
         rollouts: the rollouts.
@@ -44,7 +44,7 @@ def pad_micro_batch(
 def teacher_inputs(
     rollouts: Sequence[Rollout], text: Sequence[array[int]], text_states: Sequence[Tensor] | None, device: torch.device
 ) -> Tensor | TeacherRows:
-    """What the teacher returned about the tokens of scored rollouts, followed by the tokens of pieces of text.
+    """The teacher's output for the tokens of scored rollouts, followed by that for pieces of text.
 
     Args:
         rollouts: the rollouts.
@@ -53,8 +53,7 @@ def teacher_inputs(
         device: where the tensors are moved to.
 
     Returns:
-        Final hidden states [N, H], or the rows of a served teacher. Text that is not distilled has placeholders in
-        them.
+        Final hidden states [N, H], or the rows of a served teacher. Text that is not distilled gets placeholders.
     """
     targets = [rollout.teacher for rollout in rollouts if rollout.teacher is not None]
     rows = [of_one.rows for of_one in targets if of_one.rows is not None]
@@ -73,7 +72,7 @@ def teacher_inputs(
 
 
 def sampled_tokens(rollouts: Sequence[Rollout]) -> SampledTokens:
-    """The log-probabilities of scored rollouts, flat over their tokens; KL(q‖p) only if it is known for all of them."""
+    """Concatenate the log-probabilities of scored rollouts, and their KL(q‖p) if it is known for all of them."""
     known = [r.reverse_kl for r in rollouts if r.reverse_kl is not None]
     return SampledTokens(
         torch.cat([r.student_logprobs for r in rollouts]),

@@ -32,16 +32,16 @@ from minillm.train.validation import ValidationMixin
 class DistillationTrainer(ValidationMixin, Finite, Trainer):
     """A `transformers.Trainer` that holds a frozen teacher and scores tokens inside the student's forward.
 
-    The data of an update is a function of its number (`micro_batches`), the same in every process and after a resume;
-    the data loader only counts. Subclasses turn an item into a batch and a loss in `training_step`.
+    The number of an update decides which data it trains on (`micro_batches`), in every process and after a resume;
+    the data loader only counts. Subclasses turn each micro-batch into tensors and a loss in `training_step`.
 
     Args:
         model: the student: a folder, a hub id or a loaded model.
-        teacher: the teacher, likewise, or a `ServedTeacher`. None takes the student's base model with the adapter
-            disabled, which takes no memory of its own.
+        teacher: the teacher, given in the same ways, or a `ServedTeacher`. None means the student's base model with
+            the adapter disabled, which needs no further memory.
         args: the arguments of the training.
         processing_class: the student's tokenizer; by default the one in its folder.
-        temperature: divides the logits, except where text or a given response is fitted.
+        temperature: divides the logits, except where `text_temperature` does.
         rollout: how the student is sampled, for validation too.
         engine: an engine that samples; by default one is started when it is needed.
         eval_dataset: rows for validation; see `ValidationMixin`.
@@ -51,7 +51,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         **kwargs: further parameters of `transformers.Trainer`.
 
     Attributes:
-        text_temperature: divides the logits where text or a given response is fitted.
+        text_temperature: divides the logits in the losses on text, and in the cross-entropy of given responses.
     """
 
     text_temperature: float = 1.0
@@ -99,7 +99,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
                 "data parallelism"
             )
         sharded = shard_teacher and self.accelerator.num_processes > 1
-        # A narrower type than the mixin's, which only closes its teacher.
+        # The mixin only closes the teacher, so it declares a wider type.
         self.teacher = pair.teacher(args, sharded=sharded)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._logged_at: int | None = None  # the update after which metrics were last logged
 
@@ -108,7 +108,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         raise NotImplementedError("a subclass says how long an epoch is")
 
     def micro_batches(self, update: int) -> list[Any]:
-        """What this process's `training_step` gets for each micro-batch of an update, counted from 0."""
+        """The micro-batches of update number `update` (from 0), as this process's `training_step` gets them."""
         raise NotImplementedError("a subclass says what an update trains on")
 
     @property
@@ -131,7 +131,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         return DataLoader(counted)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], None]:
-        """The micro-batches of the next update, whatever the loader counts."""
+        """The micro-batches of the next update. The items of the loader are ignored."""
         if self._logged_at is None:
             self._logged_at = self.state.global_step
         return self.begin(self.micro_batches(self.state.global_step)), None
@@ -153,7 +153,14 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         loss_fn: LossFn | None = None,
         divergence: Divergence | None = None,
     ) -> Scoring:
-        """What the student's forward is given to score a batch. `teacher`: its final states, or its rows."""
+        """Describe to the student's forward how it scores a batch.
+
+        Args:
+            batch: the sequences.
+            teacher: the teacher's final hidden states, or the rows of a served teacher.
+            loss_fn: turns scores into a loss; without it, only scores are computed.
+            divergence: a further divergence to compute.
+        """
         settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
         known = TeacherStates(teacher, head_of(self.local_teacher.model)) if isinstance(teacher, Tensor) else teacher
         return Scoring(batch, settings, known, loss_fn, divergence)
@@ -162,7 +169,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         return inputs  # they are on the device already
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted."""
+        """Return 0, because operations are not counted."""
         return 0
 
     def update_on(
@@ -179,8 +186,8 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         Args:
             model: the student, as the Trainer wrapped it.
             batch: the sequences.
-            loss_fn: what turns scores into a loss.
-            teacher: its final hidden states, or its rows.
+            loss_fn: turns scores into a loss.
+            teacher: the teacher's final hidden states, or the rows of a served teacher.
             scale: a factor on the loss.
             divergence: a further divergence to compute.
 
@@ -192,7 +199,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             return super().training_step(model, inputs, num_items_in_batch=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and add the metrics since the last log where the loss is logged."""
+        """Log. If the loss is logged, the metrics that were measured since the last log are added."""
         if "loss" in logs:
             logs |= self.metrics.flush(self.state.global_step - (self._logged_at or 0))
             self._logged_at = self.state.global_step

@@ -35,14 +35,14 @@ def with_given(args: TrainingArguments, given: Collection[str]) -> TrainingArgum
 def best_faults(
     args: Any, missing: str | None, reads_teacher: bool, metrics: Mapping[str, bool | None]
 ) -> Iterator[Fault]:
-    """Faults of what depends on validation; `metric_for_best_model` and `greater_is_better` are settled in place.
+    """Faults of the settings that depend on validation.
 
-    transformers guesses these two from the metric's name.
+    `metric_for_best_model` and `greater_is_better` are settled in place, because transformers may have guessed them.
 
     Args:
         args: the arguments.
         missing: the setting that would name the rows to validate on; None if there are such rows.
-        reads_teacher: whether validation can take KL(q‖p).
+        reads_teacher: whether validation can compute KL(q‖p).
         metrics: what validation measures, and whether more of it is better.
     """
     evaluates = args.eval_strategy != "no"

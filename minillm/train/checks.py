@@ -72,7 +72,7 @@ def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
 
 
 def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
-    """Refuse what a served teacher cannot do, which returns log-probabilities of some tokens only.
+    """Refuse settings that need more than a served teacher returns: the log-probabilities of some tokens.
 
     Raises:
         InputError: the message names the setting to change.
@@ -96,7 +96,7 @@ def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
 
 
 def check_sharded_teacher(rollout: RolloutConfig, objective: Objective, text: bool) -> None:
-    """Refuse what a sharded teacher cannot do, because every forward of it involves all processes.
+    """Refuse settings with which processes call the teacher unequally often: each call involves all of them.
 
     Raises:
         InputError: the message names the setting to change.

@@ -78,7 +78,7 @@ def pack_text_dataset(
     """Packed text for the language-model term; None if there is no text, or if the objective does not use it.
 
     Args:
-        dataset: rows with `text`. No more of a stream, which has no length, is read than `max_steps` updates need.
+        dataset: rows with `text`. Of a stream (which has no length), only what `max_steps` updates need is read.
         student: the model; some families let packed documents attend to each other, and then a block holds one
             document.
         tokenizer: the student's tokenizer.

@@ -1,4 +1,4 @@
-"""Fine-tuning on reference responses with TRL's SFTTrainer: of the teacher before distillation, and of the baseline."""
+"""Fine-tuning on reference responses with TRL's SFTTrainer: for the teacher, and for the baseline of the student."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
         rollout: how the student is sampled for validation.
         eval_dataset: rows for validation; see `ValidationMixin`.
-        teacher: the model that validation takes KL(q‖p) to, if there is one: a folder, a hub id or a loaded model.
+        teacher: the model p in the KL(q‖p) of validation, if there is one: a folder, a hub id or a loaded model.
         processing_class: the student's tokenizer.
         conventions: vocabulary and end tokens, if they are settled already.
     """
@@ -67,7 +67,7 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         without_dropout(student)
         bind_scoring(student)
         data = _trl_rows(train_dataset)
-        # TRL would prepare evaluation rows of its own kind; ours are sampled from instead.
+        # TRL would prepare the evaluation rows for its own loss, but ours are prompts to sample from.
         stand_in = None if eval_dataset is None else data.select([0])
         super().__init__(
             model=student,
@@ -86,7 +86,7 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
             self.teacher = LocalTeacher(other.to(args.device))
 
     def rows_of(self, micro_batch: dict[str, Any]) -> str:
-        """The rows of a micro-batch, in words, found by their tokens: the collator drops the row numbers."""
+        """The rows of a micro-batch, in words. The collator drops row numbers, so rows are found by their tokens."""
         dataset: Any = self.train_dataset
         known = [list(ids) for ids in dataset["input_ids"]]
         rows = [
@@ -97,7 +97,7 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
 
 
 def _trl_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Rows as TRL reads tokenised ones."""
+    """Convert rows to the format that TRL has for tokenised rows."""
     return Dataset.from_list(
         [
             {
@@ -116,5 +116,5 @@ def _trl_config(args: TrainingArguments) -> SFTConfig:
     """
     shared = NAMES | handed_to_trl(args)
     given = {name: value for name, value in args.to_dict().items() if value is not None and name in shared}
-    given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict hides them
+    given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict masks their values
     return SFTConfig(**given | {"completion_only_loss": True, "max_length": None, "packing": False})

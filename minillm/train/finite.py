@@ -1,4 +1,4 @@
-"""Training stops at the first number that is not finite, while the weights before it are still there."""
+"""Stops training at the first number that is not finite, before such a number is saved."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from minillm.train.mixin import TrainerPart
 class Finite(TrainerPart):
     """The part of a `transformers.Trainer` that stops every process at the update where a number is not finite.
 
-    The losses and the gradient norm are checked before the optimiser's step, the weights and its state after it, and
-    before anything is saved. With float16, gradients that overflow are left to the loss scaler, which skips the step
-    and scales down; they stop the training only once nothing is left to scale down. DeepSpeed steps in the backward
-    pass: a loss is checked before that, and the gradient norm after its step.
+    The losses and the gradient norm are checked before the optimiser's step. The weights and the optimiser's state are
+    checked after it, before anything is saved. With float16, gradients that overflow are left to the loss scaler, which
+    skips the step and scales down; they stop the training only once nothing is left to scale down. DeepSpeed steps in
+    the backward pass: a loss is checked before that, and the gradient norm after its step.
 
     A trainer calls `begin` with the micro-batches of an update and `see` with every loss, and names the rows of a
     micro-batch (`rows_of`).
@@ -72,7 +72,7 @@ class Finite(TrainerPart):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # Losses are checked separately: a fault that one process finds in a loss, all processes find in the norm.
+        # Losses come first: a bad one spoils the norm in every process, but only its own process can name its rows.
         self.stop_at(self._loss_faults())
         size = 0.0 if norm is None else float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         excused = math.isfinite(size) or self._scales_down()
@@ -122,13 +122,13 @@ class Finite(TrainerPart):
 
 
 def listed(what: str, numbers: Sequence[int], most: int = 20) -> str:
-    """Numbers after the noun that they number, in words: row 3; rows 3, 8."""
+    """A noun and its numbers, such as `row 3` or `rows 3, 8`."""
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
 
 
 def _are_finite(tensors: Iterable[Any]) -> bool:
-    """Whether the sums of the tensors are finite, which on a CPU costs a tenth of checking each number."""
+    """Whether the sum of all tensors is finite. On a CPU this takes a tenth of the time of checking each number."""
     local = [
         value.to_local() if isinstance(value, DTensor) else getattr(value, "ds_tensor", value) for value in tensors
     ]

@@ -53,7 +53,7 @@ class Metrics:
 
     @contextmanager
     def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
-        """Measure the time of a phase, which processes so many tokens."""
+        """Measure the time of a phase, which processes `tokens` tokens."""
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
@@ -97,10 +97,7 @@ class Metrics:
         return logged
 
     def _all_names(self, own: Iterable[str]) -> list[str]:
-        """The names that any process has.
-
-        Every process must take part in every sum, and one may have measured what another has not.
-        """
+        """The names that any process has. Every process must take part in every sum, even if it lacks the name."""
         if self._accelerator.num_processes == 1:
             return sorted(own)
         return sorted({name for names in gather_object([list(own)]) for name in names})

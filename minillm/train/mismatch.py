@@ -9,7 +9,7 @@ from minillm.train.log import Metrics
 logger = logging.getLogger(__name__)
 
 # In nats per token. bfloat16 engines differ from the trainer by some hundredths; an engine that differs this much
-# samples from another student.
+# samples from a different model than the one that is trained.
 _ALARM = 0.3
 
 
@@ -24,7 +24,7 @@ class MismatchMonitor:
         self._metrics, self._alarmed = metrics, False
 
     def note(self, total: float, tokens: float) -> None:
-        """Add the sum of |log q(engine) − log q(trainer)| over so many tokens that both gave with the same weights."""
+        """Add the sum of |log q(engine) − log q(trainer)| over `tokens` tokens, both with the same weights."""
         self._metrics.add_mean("engine_mismatch", total, tokens)
         if total > _ALARM * tokens and not self._alarmed:
             self._alarmed = True

@@ -1,8 +1,8 @@
 """The base class of the mixins of this room.
 
 A mixin is combined with a `transformers.Trainer`, or a subclass of it, and uses its attributes. Type checkers therefore
-see `TrainerPart` as the `Trainer` itself; when the code runs it is an empty class, so that the mixin goes with any
-trainer.
+see `TrainerPart` as the `Trainer` itself; when the code runs it is an empty class, so that the mixin can be combined
+with any trainer.
 """
 
 from __future__ import annotations

@@ -54,14 +54,14 @@ class MiniLLMTrainer(DistillationTrainer):
 
     Args:
         model: the student: a folder, a hub id or a loaded model. A student given by name is loaded in float32.
-        teacher: the teacher, likewise, with the student's vocabulary; or a `ServedTeacher`; or None for the base model
-            of a student with a LoRA adapter, as it is without the adapter.
+        teacher: the teacher, given in the same ways, with the student's vocabulary; or a `ServedTeacher`; or None for
+            the base model of a student with a LoRA adapter, with the adapter disabled.
         args: the arguments of the training.
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are sampled.
         train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
-        text_dataset: rows with `text`, for the language-model term; as many blocks as responses join each update. Of a
-            stream, which has no length, no more is read than `max_steps` updates need.
+        text_dataset: rows with `text`, for the language-model term; each update reads as many blocks as responses.
+            Of a stream (which has no length), only what `max_steps` updates need is read.
         responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
         processing_class: the student's tokenizer; by default the one in its folder.
         engine: an engine that samples, with a teacher where one is mixed in; by default one is started at first use.
@@ -69,7 +69,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     Attributes:
         rollouts: this process's rollouts of the current batch.
-        baselines: the baseline of the returns of each of them.
+        baselines: for each of these rollouts, the baseline of its returns.
         source: where rollouts come from.
         schedule: which rollouts and which text an update trains on.
 
@@ -190,7 +190,7 @@ class MiniLLMTrainer(DistillationTrainer):
         value = self.update_on(
             model, batch, loss, teacher, self.accelerator.num_processes, extra_divergence(self.objective.divergence)
         )
-        # Rewards are those of the first scoring: on later inner epochs KL(q‖p) has changed on the same prefixes.
+        # Later inner epochs keep the rewards of the first, although KL(q‖p) on the same prefixes has changed by then.
         reverse_kls = loss.reverse_kl.cpu().split([len(rollout.response_ids) for rollout in rollouts])
         for rollout, reverse_kl in zip(rollouts, reverse_kls, strict=True):
             if rollout.reverse_kl is None:
@@ -250,7 +250,7 @@ class MiniLLMTrainer(DistillationTrainer):
         if ahead:
             with self._checkpoint_on_engine_error():
                 self.sync()
-        # Not earlier: the checkpoint that a lost engine leaves has this batch sampled again.
+        # Only after `sync` has succeeded: if the engine is lost there, a resume samples this batch again.
         self.source.others.keep(sampled.rollouts)
         if ahead:
             assert self._engine is not None
@@ -300,8 +300,8 @@ class MiniLLMTrainer(DistillationTrainer):
     def _rescore(self, rollouts: Sequence[Rollout]) -> None:
         """Score a batch with the student before it trains on it.
 
-        This gives KL(q‖p), where returns are centred on their mean. Where the objective asks for the trainer's own
-        q_old, it replaces the engine's log q, and the p̃ computed from it.
+        This gives KL(q‖p), which centred returns need. If the objective asks for the trainer's own q_old, the trainer's
+        log q replaces the engine's, and p̃ is computed from it.
         """
         for rollout, scores in zip(rollouts, self.student_scores(rollouts, self._scores_first), strict=True):
             if self._scores_first:
@@ -367,7 +367,7 @@ class MiniLLMTrainer(DistillationTrainer):
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load the rollouts too: this is called however the weights are loaded (DeepSpeed loads its own)."""
+        """Load the rollouts too. Unlike the methods that load weights, this one is called with DeepSpeed as well."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return

@@ -103,7 +103,7 @@ def load_pair(
         InputError: the models cannot be used together, or not in this way.
     """
     served = teacher if isinstance(teacher, ServedTeacher) else None
-    # A different tokenizer is found before any weights load, if the teacher is still a name.
+    # If the teacher is given by name, a different tokenizer is found before any weights load.
     source = _tokenizer_source(teacher)
     if served or isinstance(teacher, str) or (source and Path(source, "tokenizer_config.json").is_file()):
         check_same_tokens(tokenizer, load_tokenizer(source))

@@ -43,12 +43,12 @@ def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = Non
 
 
 def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> None:
-    """Train, or only save the student where training had finished; see `train`."""
+    """Train, or only save the student if training had finished before; see `train`."""
     stopping = _StopCleanly()
     trainer.add_callback(_Stop(trainer, stopping))
     work = trainer.args.output_dir
     if os.path.isdir(work) and trainer.is_world_process_zero():
-        for left in Path(work).glob("checkpoint-*"):  # interrupted while it was written
+        for left in Path(work).glob("checkpoint-*"):  # its writing was interrupted
             if not (left / TRAINER_STATE_NAME).is_file():
                 shutil.rmtree(left, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -104,7 +104,7 @@ def _is_empty(path: Path) -> bool:
 
 
 def _is_complete(checkpoint: str) -> bool:
-    """Whether training had finished: the run ended between the last checkpoint and the saving of the student."""
+    """Whether training had finished, and the run ended before the student was saved."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     return state["global_step"] >= state["max_steps"]
 
@@ -136,14 +136,14 @@ class _StopCleanly:
 
 
 class _Stop(TrainerCallback):
-    """Saves and stops after an update during which Ctrl-C was received, after the same update in all processes."""
+    """Saves and stops after the update in which Ctrl-C was received: the same update in all processes."""
 
     def __init__(self, trainer: Any, stopping: _StopCleanly) -> None:
         self._trainer, self._stopping = trainer, stopping
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         asked = self._stopping.asked
-        if self._trainer.accelerator.num_processes > 1:  # whichever process received it first
+        if self._trainer.accelerator.num_processes > 1:  # any process may have received it
             asked = self._trainer.global_sum(float(asked)) > 0
         if asked:
             self._stopping.asked = True

@@ -1,4 +1,4 @@
-"""The part of a checkpoint that continues on-policy training: one file per process, beside the trainer's own files."""
+"""The rollouts in a checkpoint of on-policy training: one file per process, beside the trainer's own files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILE = "rollouts-{rank}.pt"
 
 @dataclass
 class RolloutCheckpoint:
-    """What continues on-policy training.
+    """What one process needs to continue on-policy training.
 
     Attributes:
         number: the number of the current batch of rollouts.
@@ -49,7 +49,7 @@ class RolloutCheckpoint:
             The state, or None if the checkpoint has no such files.
 
         Raises:
-            InputError: the checkpoint lies within a batch of rollouts, which only as many processes can continue.
+            InputError: the checkpoint was saved within a batch of rollouts, by another number of processes.
         """
         files, own = sorted(folder.glob(_FILE.format(rank="*"))), folder / _FILE.format(rank=rank)
         if not files:

@@ -34,7 +34,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class UpdatePosition:
-    """Where an update stands.
+    """The position of an update among rollout batches and inner epochs.
 
     Attributes:
         batch: the number of its rollout batch.
@@ -50,7 +50,7 @@ class UpdatePosition:
 
 
 class BatchSchedule:
-    """The order of updates, as a function of their numbers: the same in every process, and after a resume.
+    """The order of updates. It follows from their numbers, so it is the same in every process and after a resume.
 
     Args:
         config: settings of the rollouts.
@@ -93,12 +93,12 @@ class BatchSchedule:
         return self._config.num_rollouts // self.update_size
 
     def updates_per_epoch(self, prompts: int) -> int:
-        """Updates in one pass over the training data of so many prompts."""
+        """Updates in one pass over training data with `prompts` prompts."""
         responses = prompts * self._config.samples_per_prompt
         return max(1, responses // self._config.num_rollouts) * self.updates_per_batch
 
     def position(self, update: int) -> UpdatePosition:
-        """Where update number `update`, counted from 0, stands."""
+        """The position of update number `update`, counted from 0."""
         batch, within = divmod(update, self.updates_per_batch)
         inner_epoch, index = divmod(within, self._updates_per_inner_epoch)
         return UpdatePosition(batch, inner_epoch, index, first=within == 0)
@@ -111,7 +111,7 @@ class BatchSchedule:
         Args:
             update: the update's number, counted from 0.
             lengths: response tokens of each of this process's rollouts of the batch.
-            text: packed text; as many blocks as responses join the update.
+            text: packed text, of which the update reads as many blocks as it has responses.
             total: the sum of a number over all processes.
         """
         at = self.position(update)

@@ -79,7 +79,7 @@ class StudentMixin(TrainerPart):
         rollout_config: how the student is sampled.
         sampling: temperature, vocabulary and end tokens of its responses.
         width: the size of the shared vocabulary.
-        compute_dtype: the dtype that the student is sampled in.
+        compute_dtype: the dtype in which the student is sampled.
         metrics: what is measured between two logs.
         teacher: what the student is compared with; None if there is none.
     """
@@ -152,7 +152,7 @@ class StudentMixin(TrainerPart):
         return spare
 
     def save_student(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Save the student and its tokenizer. An adapter is merged, and saved by itself in the subfolder `adapter` too.
+        """Save the student and its tokenizer. An adapter is merged, and also saved alone in the subfolder `adapter`.
 
         Args:
             folder: where to save.
@@ -197,7 +197,7 @@ class StudentMixin(TrainerPart):
         return self.metrics.global_sum(value)
 
     def phase(self, name: str, tokens: int = 0) -> AbstractContextManager[None]:
-        """Measure the time of a phase, which processes so many tokens."""
+        """Measure the time of a phase, which processes `tokens` tokens."""
         return self.metrics.phase(name, tokens)
 
     @property

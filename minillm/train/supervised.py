@@ -24,10 +24,10 @@ class SupervisedTrainer(DistillationTrainer):
 
     Args:
         model: the student: a folder, a hub id or a loaded model.
-        teacher: the teacher, likewise; None for the base model of a student with an adapter.
+        teacher: the teacher, given in the same ways; None for the base model of a student with an adapter.
         args: the arguments of the training.
-        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). An epoch drops the rows that do not
-            fill a last update; another epoch drops other rows.
+        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). Each epoch leaves out the rows that
+            do not fill a last update; they differ between epochs.
         cross_entropy: λ; at 1 the teacher is not read.
         divergence: D, the forward KL by default, at `temperature`.
         cross_entropy_temperature: divides the student's logits in CE.

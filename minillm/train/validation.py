@@ -25,8 +25,7 @@ class ValidationMixin(StudentMixin):
     """
 
     validation_metrics: Mapping[str, bool | None] = METRICS
-    """What `evaluate` measures, without its prefix, and whether more of it is better; for subclasses that measure
-    more."""
+    """The metrics of `evaluate` without their prefix, and whether more is better. Subclasses may have others."""
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

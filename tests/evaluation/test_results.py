@@ -20,7 +20,7 @@ from minillm.evaluation.report.suite import write_suite_report
 from minillm.evaluation.results import current_files, current_results, number, with_interval
 from minillm.run.directory import RunState
 from minillm.run.recipe_file import load_recipe
-from tests.run.test_stages import run_tiny_recipe
+from tests.run.tiny_recipe import run_tiny_recipe
 
 
 def strictly(file: Path) -> Any:

@@ -15,7 +15,7 @@ from minillm import cli
 from minillm.data.files import read_jsonl
 from minillm.errors import DataError, RecipeError, VocabularyError
 from minillm.evaluation import evaluator, suite
-from minillm.evaluation.config import Suite, TestSet
+from minillm.evaluation.config import Suite, TestSet, named_models
 from minillm.evaluation.metrics import calibration_error, excess_error, rouge_l
 from minillm.evaluation.report.console import show_suite
 from minillm.evaluation.report.suite import write_suite_report
@@ -329,8 +329,8 @@ def test_errors_name_the_setting_or_the_set(data: str, tmp_path: Path, models: d
         (["x:"], "model=NAME:FOLDER"),
     ):
         with pytest.raises(ValueError, match=message):
-            cli._models(given)
-    assert cli._models(["runs/a", "mine:runs/b"]) == {"a": "runs/a", "mine": "runs/b"}
+            named_models(given)
+    assert named_models(["runs/a", "mine:runs/b"]) == {"a": "runs/a", "mine": "runs/b"}
 
 
 @pytest.mark.parametrize("name", ["local", "paper"])

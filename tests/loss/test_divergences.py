@@ -154,7 +154,7 @@ def test_a_function_that_the_table_does_not_list_is_a_defect() -> None:
         return student_logits - teacher_logits * order
 
     with pytest.raises(TypeError, match=r"needs the entry 'forward_kl': \('order',\)"):
-        d._register(forward_kl)
+        d.register(forward_kl)
     assert d.DIVERGENCES["forward_kl"] is d.forward_kl
 
 

@@ -39,7 +39,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         pytest.skip("runs in the process with Triton's interpreter")
     from minillm.loss import triton_kernels
 
-    monkeypatch.setattr(triton_kernels, "_BLOCK", 128)
+    monkeypatch.setattr(triton_kernels, "MAX_BLOCK", 128)
     return triton_kernels
 
 

@@ -50,21 +50,20 @@ class FixedAnswer:
         return [action() for action in actions]
 
 
-def served(rows: list[dict[str, float]]) -> TeacherTargets:
+def served(rows: list[dict[str, float]], patch: pytest.MonkeyPatch) -> TeacherTargets:
+    patch.setattr("minillm.teacher.served.Servers", lambda *_, **__: FixedAnswer(rows))
     teacher = ServedTeacher(["http://nowhere"], "none", top_k=2)
-    teacher.close()
-    teacher._servers = FixedAnswer(rows)  # pyright: ignore[reportAttributeAccessIssue]
     drawn = torch.tensor([-0.1, -0.2])
     rollout = Rollout([3], [5, 1], drawn, drawn, 0, True, top_logprobs=[{5: -0.1, 6: -2.4}, {1: -0.2, 6: -1.7}])
     [targets] = teacher.score([rollout], Sampling(2, (1,), 32, top_logprobs=2))
     return targets
 
 
-def test_a_served_teachers_zeros_are_floored_and_invalid_logprobs_are_refused() -> None:
-    targets = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}])
+def test_a_served_teachers_zeros_are_floored_and_invalid_logprobs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}], monkeypatch)
     assert targets.rows is not None
     assert targets.rows.logprobs.tolist() == [pytest.approx([-0.3, LOG_ZERO]), pytest.approx([LOG_ZERO, -0.4])]
     assert targets.token_logprobs.tolist() == pytest.approx([-0.3, LOG_ZERO])
     for value in (NAN, INF, 0.5):
         with pytest.raises(ValueError, match="invalid log-probability"):
-            served([{"5": -0.3, "6": value}, {"1": -0.2, "6": -0.4}])
+            served([{"5": -0.3, "6": value}, {"1": -0.2, "6": -0.4}], monkeypatch)

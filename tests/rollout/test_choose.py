@@ -59,11 +59,18 @@ def test_the_engine_of_a_request_is_created(tmp_path: Path, monkeypatch: pytest.
         choose.make_engine(config, folder, sizing, model=model, work=tmp_path)
     monkeypatch.setattr(vllm_engine, "vllm_is_installed", lambda: False)
     other = choose.make_engine(config, folder, sizing)
-    assert isinstance(other, TransformersEngine)
-    assert other._model is not model
     same = choose.make_engine(RolloutConfig(engine="transformers"), folder, sizing, model=model)
-    assert isinstance(same, TransformersEngine)
-    assert same._model is model
+    engines = (other, same)
+    assert all(isinstance(engine, TransformersEngine) for engine in engines)
+    sampling = Sampling(2, (1,), 32)
+    before = [engine.logprobs_of([[2]], [[3, 4]], sampling)[0] for engine in engines]
+    assert torch.equal(*before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    after = [engine.logprobs_of([[2]], [[3, 4]], sampling)[0] for engine in engines]
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
 
 
 def test_a_module_that_the_plan_needs_loads_without_torch() -> None:

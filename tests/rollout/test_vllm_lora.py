@@ -41,7 +41,7 @@ def test_vllm_samples_a_lora_student_with_its_adapter(tmp_path: Path) -> None:
         lora="adapter",
         num_rollouts=8,
         inner_epochs=1,
-        teacher_mix=0.3,
+        teacher_mix=0.0,
         max_new_tokens=10,
         max_prompt_tokens=8,
         engine_memory=0.1,

@@ -118,8 +118,8 @@ def hanging_up(handler: Any, body: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr(serving, "_LONGEST_BACKOFF", 0.05)
+    monkeypatch.setattr(serving, "FIRST_BACKOFF", 0.02)
+    monkeypatch.setattr(serving, "LONGEST_BACKOFF", 0.05)
 
 
 @pytest.fixture

@@ -218,9 +218,9 @@ def test_a_run_without_validation_has_no_best_score(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(
         json.dumps({"log_history": [{"step": 1, "loss": 1.0, "reverse_kl": float("nan")}]})
     )
-    found = comparison._validated(tmp_path)
+    found = comparison.validation_summary(tmp_path)
     assert (found["rouge_l"], found["update"]) == (None, None)
-    assert comparison._best([{"rouge_l": None}, {"rouge_l": 0.0}]) == 1
+    assert comparison.best_outcome([{"rouge_l": None}, {"rouge_l": 0.0}]) == 1
 
 
 def test_several_processes_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

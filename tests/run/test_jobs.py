@@ -34,7 +34,7 @@ def make(folder: Path, names: list[str], others: int = 1) -> list[Job]:
 def test_jobs_run_side_by_side_and_one_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "_gpu", lambda slot: f"gpu-{slot}")
+    monkeypatch.setattr(jobs, "gpu_of_slot", lambda slot: f"gpu-{slot}")
     ended: list[int] = []
     with pytest.raises(JobError, match=r"1 of 3 failed.*bad \(.*bad\.log\)"):
         run_jobs(make(tmp_path, ["bad", "one", "two"], others=2), 2, lambda: ended.append(len(ended)))
@@ -55,14 +55,14 @@ def note_with_cores(folder: Path, name: str, others: int) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or (os.cpu_count() or 1) < 2, reason="no cores to share out")
 def test_without_gpus_each_has_cores_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_gpu", lambda _: None)
+    monkeypatch.setattr(jobs, "gpu_of_slot", lambda _: None)
     run_jobs([Job(name, note_with_cores, (tmp_path, name, 2), tmp_path / f"{name}.log") for name in ("one", "two")], 2)
     one, two = (set((tmp_path / f"{name}.cores").read_text().split(",")) for name in ("one", "two"))
     assert not one & two
     assert len(one) == len(two) == len(os.sched_getaffinity(0)) // 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
-    assert [jobs._cores(slot, 2) for slot in range(2)] == [[0], [1]]
-    assert [jobs._cores(slot, 4) for slot in range(4)] == [[0], [1], [2], [0]]
+    assert [jobs.cores_of_slot(slot, 2) for slot in range(2)] == [[0], [1]]
+    assert [jobs.cores_of_slot(slot, 4) for slot in range(4)] == [[0], [1], [2], [0]]
 
 
 def test_one_at_a_time_is_here(tmp_path: Path) -> None:
@@ -73,6 +73,6 @@ def test_one_at_a_time_is_here(tmp_path: Path) -> None:
 def test_gpus_are_given_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [jobs._gpu(slot) for slot in range(3)] == ["0", "1", "0"]
+    assert [jobs.gpu_of_slot(slot) for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [jobs._gpu(slot) for slot in range(3)] == ["4", "6", "4"]
+    assert [jobs.gpu_of_slot(slot) for slot in range(3)] == ["4", "6", "4"]

@@ -165,8 +165,7 @@ def test_several_samples_of_a_prompt_differ(pair: tuple[str, str], tmp_path: Pat
     assert all(len(batch) == 8 and len(set(batch)) == 2 for batch in rows)
     assert sorted(row for batch in rows for row in batch) == sorted([*range(12)] * 4)  # six batches are a pass
     assert trainer.updates_per_epoch() == 6 * 2 * ROLLOUT.inner_epochs
-    trainer.sync()
-    drawn = trainer._sample(0).rollouts
+    drawn = trainer.source.sample(0, trainer.sync(), trainer.sampling).rollouts
     assert len({tuple(r.response_ids) for r in drawn}) > 4
 
 

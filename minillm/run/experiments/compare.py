@@ -182,7 +182,7 @@ class _ComparisonRun:
         """Choose the best tuning run of each tested method, and make its recipes with the other training seeds."""
         for name in self.tested:
             method = self.comparison.methods[name]
-            self.chosen[name] = _best([_outcome(recipe, method) for recipe in self.tuned[name]])
+            self.chosen[name] = best_outcome([_outcome(recipe, method) for recipe in self.tuned[name]])
             tuning = method.tuning[self.chosen[name]]
             self.seeded[name] = {seed: self._recipe(name, tuning, seed, f"seed-{seed}") for seed in method.seeds[1:]}
 
@@ -224,7 +224,7 @@ class _ComparisonRun:
         """Write what is known so far to `compare.json`, and its report."""
         self.results["tuning"] = self._tuning()
         if "warmup" in self.comparison.start:
-            self.results["start"] = _validated(Path(self.start.warmed))
+            self.results["start"] = validation_summary(Path(self.start.warmed))
         write_json(self.root / "compare.json", self.results)
         write_comparison_report(self.root)
 
@@ -240,7 +240,7 @@ class _ComparisonRun:
                 continue
             outcomes = [_outcome(recipe, method) for recipe in recipes]
             tried = [{"settings": tuning, **one} for tuning, one in zip(method.tuning, outcomes, strict=True)]
-            out[name] = {"tried": tried, "chosen": _best(outcomes)}
+            out[name] = {"tried": tried, "chosen": best_outcome(outcomes)}
             others = [
                 {"seed": seed, **_outcome(recipe, method)}
                 for seed, recipe in self.seeded.get(name, {}).items()
@@ -262,17 +262,27 @@ def _finished(recipe: Recipe, method: Method) -> bool:
     return state.finished(method.stage)
 
 
-def _best(outcomes: Sequence[dict[str, Any]]) -> int:
-    """The number of the run with the highest Rouge-L on validation; a run without validation comes last."""
+def best_outcome(outcomes: Sequence[dict[str, Any]]) -> int:
+    """Choose the run with the highest Rouge-L on validation; a run without validation is the worst.
+
+    Args:
+        outcomes: what `validation_summary` says of each run.
+
+    Returns:
+        The index of the best run.
+    """
     return max(range(len(outcomes)), key=lambda i: -1.0 if outcomes[i]["rouge_l"] is None else outcomes[i]["rouge_l"])
 
 
 def _outcome(recipe: Recipe, method: Method) -> dict[str, Any]:
-    return {"run": str(recipe.run_dir), **_validated(recipe.run_dir / _folder(method))}
+    return {"run": str(recipe.run_dir), **validation_summary(recipe.run_dir / _folder(method))}
 
 
-def _validated(folder: Path) -> dict[str, Any]:
+def validation_summary(folder: Path) -> dict[str, Any]:
     """Summarise the log of a finished run.
+
+    Args:
+        folder: the folder of the run's student, which holds `trainer_state.json`.
 
     Returns:
         `rouge_l` and `update`: the best Rouge-L on validation and the update that had it, None without validation;

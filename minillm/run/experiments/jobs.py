@@ -60,7 +60,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
             while waiting or running:
                 while waiting and free_slots:
                     job, slot = waiting.popleft(), free_slots.popleft()
-                    arguments = (job, _gpu(slot), _cores(slot, at_once))
+                    arguments = (job, gpu_of_slot(slot), cores_of_slot(slot, at_once))
                     process = context.Process(target=_run_in_process, args=arguments, name=job.name)
                     process.start()
                     running[process.sentinel] = (process, job, slot)
@@ -85,8 +85,15 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
         )
 
 
-def _gpu(slot: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES for the process in a slot; None where there are no GPUs."""
+def gpu_of_slot(slot: int) -> str | None:
+    """Choose the GPU of a process. GPUs are given out in turns.
+
+    Args:
+        slot: number of the process among those that run at the same time.
+
+    Returns:
+        The value of CUDA_VISIBLE_DEVICES for the process; None if there are no GPUs.
+    """
     count = torch.cuda.device_count()
     if not count:
         return None
@@ -94,8 +101,16 @@ def _gpu(slot: int) -> str | None:
     return (visible.split(",") if visible else [str(i) for i in range(count)])[slot % count]
 
 
-def _cores(slot: int, at_once: int) -> list[int]:
-    """The numbers of the CPU cores for the process in a slot; processes share cores only where there are too few."""
+def cores_of_slot(slot: int, at_once: int) -> list[int]:
+    """Choose the CPU cores of a process. Processes share cores only if there are fewer cores than processes.
+
+    Args:
+        slot: number of the process among those that run at the same time.
+        at_once: how many processes run at the same time.
+
+    Returns:
+        The numbers of the cores.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     each = len(cores) // at_once
     return cores[slot * each : (slot + 1) * each] if each else [cores[slot % len(cores)]]

@@ -194,16 +194,16 @@ def _cpu_machine(
 ) -> tuple[Machine, str]:
     """This machine's CPU as one process, and where the numbers of its speed come from; see `machine_for`."""
     bf16 = cpu_multiplies_bfloat16()
-    float32 = flops or _multiplication_speed(torch.float32)
-    fastest = flops or (_multiplication_speed(torch.bfloat16) if bf16 else float32)
+    float32 = flops or multiplication_speed(torch.float32)
+    fastest = flops or (multiplication_speed(torch.bfloat16) if bf16 else float32)
     machine = Machine(
-        memory=memory or _machine_memory(),
+        memory=memory or machine_memory(),
         gpu=False,
         bf16=bf16,
         shard=shard,
         flops=fastest,
         utilisation=utilisation or _CPU_UTILISATION,
-        bandwidth=_reading_speed(),
+        bandwidth=reading_speed(),
         float32=float32,
         vllm=vllm_is_installed(),
     )
@@ -212,7 +212,7 @@ def _cpu_machine(
     return machine, speed + (", as given" if flops else ", as measured just now")
 
 
-def _machine_memory() -> int:
+def machine_memory() -> int:
     """Bytes of this machine's memory, or the limit of its container where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -222,14 +222,14 @@ def _machine_memory() -> int:
 
 
 @cache
-def _multiplication_speed(dtype: torch.dtype) -> float:
+def multiplication_speed(dtype: torch.dtype) -> float:
     """Operations per second of this CPU's threads, in the fastest of several products of 1,024 × 1,024 matrices."""
     left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     return 2 * 1024**3 / _fastest_seconds(lambda: torch.nn.functional.linear(left, right))
 
 
 @cache
-def _reading_speed() -> float:
+def reading_speed() -> float:
     """Bytes per second that all threads of this CPU read from memory."""
     numbers = torch.ones(1 << 26)
     return numbers.nbytes / _fastest_seconds(numbers.sum)

@@ -1,7 +1,7 @@
 """The stages of a recipe, in the order in which they build on each other.
 
-A new stage is a file in this folder and an entry of `STAGES`. Whatever lists stages reads this tuple: the fields of a
-recipe, `--stage`, the run directory, the runner, `minillm plan`, the report and the model card.
+A new stage is a file in this folder and an entry of `STAGES`. Everything that lists stages reads this tuple: the fields
+of a recipe, `--stage`, the run directory, the runner, `minillm plan`, the report and the model card.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 
 def stage_named(name: str) -> Stage:
-    """The stage that a recipe or `--stage` names.
+    """Find a stage by the name that a recipe or `--stage` uses.
 
     Raises:
         InputError: there is no such stage.
@@ -45,7 +45,7 @@ def stage_named(name: str) -> Stage:
 
 
 def check_stage_name(name: str) -> str:
-    """The name of a stage, unchanged.
+    """Check that a stage of this name exists, and return the name.
 
     Raises:
         InputError: there is no such stage.

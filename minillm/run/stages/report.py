@@ -32,7 +32,7 @@ def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None) ->
 
     Args:
         run_dir: the run directory.
-        prompts: texts of the held-out prompts by row, where the run directory has none.
+        prompts: texts of the held-out prompts by row, if the run directory has none.
 
     Returns:
         The path of the report.

@@ -1,4 +1,4 @@
-"""What the stages that train have in common: arguments, the models that trainers get, and how they are run."""
+"""Code that the training stages share: their arguments, the models that their trainers get, and how they are run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def training_arguments(run: Run, stage: Stage, given: dict[str, Any] | None = No
     """The `TrainingArguments` of a stage, with defaults that suit a stage of a run.
 
     Args:
-        given: instead of those in the recipe.
+        run: the run.
+        stage: the stage.
+        given: the arguments that the user set; by default those in the recipe.
     """
     given = stage.arguments(run.recipe) if given is None else given
     if given.get("bf16") and not fast_bfloat16():
@@ -38,7 +40,7 @@ def training_arguments(run: Run, stage: Stage, given: dict[str, Any] | None = No
         "use_cpu": not torch.accelerator.is_available(),
         "report_to": "none",
         "logging_steps": 1,
-        # With a single one, the last checkpoint would be deleted for the best when training stops.
+        # With a limit of 1, only the best checkpoint would be left when training stops, and not the last.
         "save_total_limit": 2 if given.get("load_best_model_at_end") else 1,
         "logging_first_step": True,
         "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not given.get("fp16"),
@@ -55,7 +57,7 @@ def student_arguments(run: Run, folder: str, arguments: TrainingArguments) -> di
 
 
 def load_scoring_teacher(run: Run, arguments: TrainingArguments) -> Any:
-    """The teacher as a trainer takes it: its folder's name, or the loaded model where it is quantised."""
+    """The teacher as a trainer takes it: its folder's name, or the loaded model if it is quantised."""
     bits = run.recipe.teacher.quantization
     return run.teacher if bits is None else load_model(run.teacher, compute_dtype(arguments), bits)
 
@@ -82,14 +84,18 @@ def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> 
     """Train a stage, or continue from its last checkpoint, and leave the model in `folder`.
 
     Args:
-        final: no later stage continues from this folder, so that it is saved in the dtype that the recipe wants.
+        run: the run.
+        stage: the stage.
+        trainer: the trainer of the stage.
+        folder: where the trained model is saved.
+        final: whether no later stage trains this model further. It is then saved in the dtype that the recipe asks for.
     """
     run.processes = trainer.accelerator.num_processes
     train_resumably(trainer, folder, stage.name, _saved_dtype(run) if final else None)
 
 
 def _saved_dtype(run: Run) -> torch.dtype:
-    """The dtype that the finished student is saved in."""
+    """The dtype in which the finished student is saved."""
     name = run.recipe.student.dtype
     if name == "auto":
         name = str(getattr(text_config(run.teacher), "dtype", None) or "float32").removeprefix("torch.")

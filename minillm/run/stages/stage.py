@@ -1,4 +1,4 @@
-"""What a stage is: its facts, which everything that lists stages reads, and the methods that do its work."""
+"""The base class of stages: the facts that other modules need about a stage, and the methods that do its work."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Panel = tuple[str, dict[str, str]]
 class Stage(ABC):
     """One step of a recipe. A stage is a subclass in a file of its own and an entry of `minillm.run.stages.STAGES`.
 
-    The module of a stage is imported whenever a recipe is read: `run` imports what is slow to import.
+    The module of a stage is imported whenever a recipe is read, so slow imports belong into `run`.
 
     Attributes:
-        name: what the recipe's `stages` and `--stage` call it.
-        fields: fields that it adds to the recipe: name to (type, default, documentation).
+        name: its name in the recipe's `stages` and in `--stage`.
+        fields: the fields that it adds to the recipe. Each name has a type, a default and a documentation.
         needs: stages that it builds on.
         reads: settings that decide its result, by the beginning of their dotted names. A finished stage is stale when
             one of them changes.
-        default: whether a recipe that lists no stages has it.
-        training: dotted name of the setting that holds its `transformers.TrainingArguments`; None where it trains
-            nothing. A stage that trains runs in every process of a launch, the others in one.
+        default: whether it is part of a recipe that does not list its stages.
+        training: dotted name of the setting that holds its `transformers.TrainingArguments`; None if it trains
+            nothing. A stage that trains runs in every process of a launch; other stages run in one process.
         trains: which model it trains.
-        folder: the folder of the run directory that it leaves a model in.
-        label: what results call the student that it leaves.
-        engine: whether it samples.
+        folder: the folder in the run directory where it saves a model.
+        label: the name of its student in results.
+        engine: whether it samples responses.
         references: whether it trains on references of the data, or on responses cut to the same length.
         curve_title, curves: the plots that the report draws of its log.
     """
@@ -66,14 +66,15 @@ class Stage(ABC):
         """Run the stage, or continue it where it was interrupted."""
 
     def discard(self, run: Run, requested: bool) -> None:  # noqa: B027 (most stages leave nothing to delete)
-        """Delete what a stage that is made again must not find.
+        """Delete earlier results that the stage must not find when it runs again.
 
         Args:
-            requested: `--redo` named this very stage, rather than one that it builds on.
+            run: the run.
+            requested: whether `--redo` named this stage, and not one that it builds on.
         """
 
     def phases(self, planner: Planner) -> list[Phase]:
-        """What the stage takes of memory and time, for `minillm plan`."""
+        """Estimate the memory and the time of the stage, for `minillm plan`."""
         return []
 
     def describe(self, recipe: Recipe) -> str:

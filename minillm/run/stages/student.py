@@ -1,4 +1,4 @@
-"""Stage `student`: the student is cut from the teacher by depth pruning, where the recipe says so."""
+"""Stage `student`: if the recipe asks for it, the student is made from the teacher by depth pruning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `teacher`: a teacher in a GGUF file, or with an adapter, becomes a plain model folder."""
+"""Stage `teacher`: a teacher that is a GGUF file, or that has an adapter, is saved as a plain model folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Teacher(Stage):
         from minillm.models.load import load_model
 
         if run.untuned == run.recipe.teacher.source:
-            return  # a folder or hub id is used where it is
+            return  # it is a plain folder or hub id, which needs no copy
         model: Any = load_model(run.recipe.teacher.source)
         if run.recipe.teacher.adapter:
             model = merge_adapter(model, run.recipe.teacher.adapter)

@@ -29,7 +29,7 @@ class WarmupConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits of student and teacher in D."""
     cross_entropy_temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the student's logits in the cross-entropy. At 1 the student is fitted as it is sampled."""
+    """Divides the student's logits in the cross-entropy. With 1, it fits the student's own distribution."""
     training: dict[str, Any] = {}
     """`transformers.TrainingArguments` of this stage."""
 
@@ -91,7 +91,7 @@ class Warmup(Stage):
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
-    """The answers that the recipe wants the student to be trained on."""
+    """The answers that the recipe trains the student on."""
     from minillm.data.files import read_jsonl
 
     given = run.recipe.responses.file
