@@ -122,7 +122,12 @@ def test_what_moves_a_peak(tmp_path: Path) -> None:
     assert quantised["teacher"] == large.body + 2 * (m - large.body)
     assert quantised["student"] == pytest.approx(0.516 * small.body + 2 * (n - small.body))
     sampling = phase(whole, "rollouts").parts
-    assert {"vLLM's weights", "vLLM's cache", "teacher's cache"} <= sampling.keys()
+    assert {"vLLM's weights", "vLLM's cache"} <= sampling.keys()
+    assert sampling["vLLM's copy of the teacher"] == 2 * m
+    alone = phase(plan(recipe(tmp_path, rollout={"num_rollouts": 64, "teacher_mix": 0}), Machine(8)), "rollouts").parts
+    assert "vLLM's copy of the teacher" not in alone
+    quantised_teacher = phase(plan(bits, Machine(8)), "rollouts").parts  # vLLM does not mix it in
+    assert {"the sampled model's cache", "teacher's cache"} <= quantised_teacher.keys()
     assert "vLLM's weights" not in update  # on a GPU vLLM frees its memory while the student is trained
     cpu = phase(plan(recipe(tmp_path), Machine(gpu=False, bf16=False)), "update").parts
     assert "vLLM's weights" in cpu
@@ -195,23 +200,24 @@ def test_the_cache_is_the_one_that_the_engine_asks_for(tmp_path: Path, monkeypat
         {"num_rollouts": 64},
         {"num_rollouts": 1 << 20},
         {"num_rollouts": 64, "engine_memory": 6},
-        {"num_rollouts": 4096},
+        {"num_rollouts": 1024},
     ):
         given = recipe(tmp_path, rollout=rollout)
         sizing = EngineSizing.from_config(given.rollout, 256 + 128, given.rollout.num_rollouts, torch.bfloat16)
-        asked = memory_settings(tmp_path / "s", sizing)
+        asked = memory_settings(tmp_path / "s", sizing, shape_of(str(tmp_path / "t")).config)
         parts = phase(plan(given, Machine(gpu=False)), "rollouts").parts
         assert parts["vLLM's cache"] == asked["kv_cache_memory_bytes"]
     assert parts["vLLM's cache"] < 4 * GIB
-    config = shape_of(str(tmp_path / "s")).config
+    configs = [shape_of(str(tmp_path / name)).config for name in ("s", "t")]
     roomy = phase(plan(recipe(tmp_path, rollout={"num_rollouts": 4096}), Machine(memory=1 << 50)), "rollouts").parts
-    assert roomy["vLLM's cache"] == cache_needed(config, max_length=256 + 128, sequences=4096, itemsize=2)
+    needed = sum(cache_needed(config, max_length=256 + 128, sequences=4096, itemsize=2) for config in configs)
+    assert roomy["vLLM's cache"] == needed
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 45, 1 << 45))
-    settings = memory_settings(tmp_path / "s", EngineSizing(384, torch.bfloat16, sequences=4096))
+    settings = memory_settings(tmp_path / "s", EngineSizing(384, torch.bfloat16, sequences=4096), configs[1])
     assert settings["kv_cache_memory_bytes"] == roomy["vLLM's cache"]
-    whole = sum(roomy[f"vLLM's {part}"] for part in ("weights", "cache", "buffers"))
+    whole = sum(roomy[f"vLLM's {part}"] for part in ("weights", "copy of the teacher", "cache", "buffers"))
     assert settings["gpu_memory_utilization"] == round(whole / (1 << 45), 3)
 
 
@@ -276,15 +282,11 @@ def test_a_server_of_the_runs_own_takes_room_beside_the_updates(tmp_path: Path) 
     assert "vLLM's weights" not in phase(other, "rollouts").parts
 
 
-def test_rollouts_that_are_drawn_meanwhile_take_the_teachers_cache_beside_the_update_and_less_time(
-    tmp_path: Path,
-) -> None:
+def test_rollouts_that_are_drawn_meanwhile_take_less_time(tmp_path: Path) -> None:
     def found(overlap: bool) -> Plan:
         rollout = {"num_rollouts": 64, "engine": "server", "servers": ["http://x:1"], "overlap": overlap}
         return plan(recipe(tmp_path, rollout=rollout), Machine(8))
 
-    assert "teacher's cache" in phase(found(True), "update").parts
-    assert "teacher's cache" not in phase(found(False), "update").parts
     assert found(True).hours < found(False).hours
 
 

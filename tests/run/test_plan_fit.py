@@ -96,13 +96,13 @@ def fit(file: Path, machine: Machine, *given: str) -> tuple[Plan, Recipe]:
     return fit_recipe(load_recipe(file, given), machine, lambda changes: load_recipe(file, [*given, *changes]))
 
 
-def test_a_card_that_the_teachers_cache_does_not_fit_on_is_offered_fewer_rollouts() -> None:
-    """The keys and values of 256 rollouts of 1,024 tokens take 48 GiB in SmolLM2 1.7B, those of 64 rollouts 12 GiB."""
+def test_a_card_that_the_cache_of_all_rollouts_does_not_fit_on_samples_fewer_at_a_time() -> None:
+    """The keys and values of 256 rollouts of 1,024 tokens take 48 GiB in SmolLM2 1.7B alone."""
     found, changed = fit(RECIPES / "smollm2" / "135m.yaml", Machine(memory=24 * GIB))
     assert found.fits
-    assert found.overrides == ["rollout.num_rollouts=64"]
-    assert phase(found, "rollouts").parts["teacher's cache"] == 12 * GIB
-    assert changed.rollout.num_rollouts == 64
+    assert found.overrides == []
+    assert GIB < phase(found, "rollouts").parts["vLLM's cache"] < 20 * GIB
+    assert changed.rollout.num_rollouts == 256
 
 
 def test_fewer_rollouts_are_a_multiple_of_an_update_and_then_mixing_goes(tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_fewer_rollouts_are_a_multiple_of_an_update_and_then_mixing_goes(tmp_pat
         training={"max_steps": 10, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 64, "bf16": True},
     )
     given = load_recipe(file)
-    need, cache = plan(given, Machine()).peak, phase(plan(given, Machine()), "rollouts").parts["teacher's cache"]
-    found, changed = fit(file, Machine(memory=int(need - cache / 2)))
+    need, held = plan(given, Machine()).peak, phase(plan(given, Machine()), "rollouts").parts["teacher's hidden states"]
+    found, changed = fit(file, Machine(memory=int(need - held / 2)))
     assert found.overrides == [f"rollout.num_rollouts={2048 * 3}"]
-    found, changed = fit(file, Machine(memory=int(need - cache * 7 / 8)))
+    found, changed = fit(file, Machine(memory=int(need - held * 7 / 8)))
     assert found.fits
     assert changed.rollout.num_rollouts == 512 * 3  # an update of 512, three responses to a prompt
     assert work.why_refused(changed, Machine()) is None
