@@ -272,6 +272,18 @@ def test_a_sleeping_engine_wakes_in_the_order_that_vllm_needs() -> None:
         ("reload_weights", n),
         "reset",
     ]
+    # A teacher beside the student was given up too, and is filled in again from the trainer's copy.
+    calls.clear()
+    engine._pair = SimpleNamespace(  # pyright: ignore
+        load_student=lambda weights: calls.append(("student", len(weights))),
+        load_teacher=lambda: calls.append("teacher"),
+    )
+    engine.sleep()
+    engine.update_weights(weights, 5)
+    engine.update_weights(weights, 6)
+    woken = [("sleep", 2), ("wake", "weights"), ("student", n), "teacher", ("wake", "kv_cache"), "reset"]
+    assert calls == [*woken, ("student", n), "reset"]
+    engine._pair = None
     engine._can_sleep = False
     engine.sleep()
     assert calls[-1] == "reset"

@@ -110,11 +110,19 @@ def test_frequencies_of_pairs(name: str, tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.vllm
 @pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed")
-def test_preempted_requests_go_on_as_if_they_were_not(tmp_path: Path) -> None:
-    """The cache has room for a few of 64 responses. Preempted ones are read again, and draw the same tokens."""
+def test_preemption_and_prefill_in_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache has room for a few of 64 responses. Preempted ones are read again, and draw the same tokens. Prompts
+    are prefilled in chunks, as they are on a GPU."""
+    chunks = {"block_size": 32, "enforce_eager": True, "enable_chunked_prefill": True}
+    monkeypatch.setattr("minillm.rollout.engines.vllm._device_settings", lambda on_gpu: chunks)
     student, local = llama(), LocalTeacher(tiny_llama(4, layers=2, vocab=8, scale=0.4))
     sampling, prompts = Sampling(60, (7,), 7, teacher_mix=0.4), [[2, 3, 4], [5] * 30] * 32
-    engine = VLLMEngine(save(student, tmp_path), EngineSizing(96, torch.float32, 64, memory=0.0012), teacher=local)
+    engine = VLLMEngine(
+        save(student, tmp_path),
+        EngineSizing(96, torch.float32, 64, memory=0.0012),
+        teacher=local,
+        options={"max_num_seqs": 48, "max_num_batched_tokens": 64},
+    )
     preempted = []
     try:
         scheduler: Any = engine._llm.llm_engine.engine_core.engine_core.scheduler  # pyright: ignore

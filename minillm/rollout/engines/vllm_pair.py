@@ -67,11 +67,9 @@ class StudentAndTeacher(nn.Module):
                 vllm_config, hf_config=teacher, prefix=maybe_prefix(prefix, "teacher")
             )
         # Further weights that vLLM's loader reads.
-        self.secondary_weights = (
-            [DefaultModelLoader.Source(model_or_path=folder, revision=None, prefix=_TEACHER)]
-            if config.minillm_loads_teacher
-            else []
-        )
+        self._loads_teacher = bool(config.minillm_loads_teacher)
+        source = DefaultModelLoader.Source(model_or_path=folder, revision=None, prefix=_TEACHER)
+        self.secondary_weights = [source] if self._loads_teacher else []
         self.record: MixtureRecord | None = None
         self.reads_alone = False
         self._width = config.get_text_config().hidden_size
@@ -100,7 +98,7 @@ class StudentAndTeacher(nn.Module):
         return self.student.compute_logits(hidden_states[:, : self._width].contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load weights of either model and return their names. All of an absent teacher's count as loaded."""
+        """Load weights of either model, and return the names of those that are loaded or will arrive later."""
         loaded: set[str] = set()
         for of_teacher, part in groupby(weights, key=lambda item: item[0].startswith(_TEACHER)):
             if of_teacher:
@@ -108,9 +106,9 @@ class StudentAndTeacher(nn.Module):
                 loaded |= {_TEACHER + name for name in names}
             else:
                 loaded |= {f"student.{name}" for name in self.student.load_weights(part)}
-        # Once loaded, the teacher is not read again when the student gets new weights.
-        self.secondary_weights = []
-        return loaded | {_TEACHER + name for name, _ in self.teacher.named_parameters()}
+        if not self._loads_teacher:
+            loaded |= {_TEACHER + name for name, _ in self.teacher.named_parameters()}  # they arrive later
+        return loaded
 
     def sample(self, rows: Sequence[MixedRow], logits: Tensor) -> MixedTokens:
         """Sample the tokens of those rows of a step that are mixed.
