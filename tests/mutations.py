@@ -215,7 +215,7 @@ MUTATIONS = [
         "teacher read anew in every epoch",
         "train/on_policy.py",
         "        states = None\n",
-        "        states = None\n        self.local_teacher.score(rollouts, self.sampling)\n",
+        "        states = None\n        self.states_teacher.score(rollouts, self.sampling)\n",
     ),
     Mutation(
         "padding of the vocabulary trained on",
