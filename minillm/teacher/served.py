@@ -89,8 +89,9 @@ class ServedTeacher:
             The teacher. It is exact if it is a `ServedStates`.
 
         Raises:
-            EngineError: a server is unreachable, serves shorter sequences or another model than the others.
-            InputError: the head of `source` is not the one that belongs to the states.
+            EngineError: a server is unreachable, serves shorter sequences or another model than the others, or returns
+                states that do not fit the head of `source`.
+            InputError: the logits of `source` are made in a way that is not scored.
         """
         if self.returns_states():
             head = load_head(self.source, dtype, device or torch.device("cpu"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minillm.errors import EngineError, InputError
+from minillm.errors import EngineError
 from minillm.models.head import Head
 from minillm.models.servers import Server, Servers, TransientServerError
 from minillm.teacher.config import START_COMMAND
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 STATES_PATH = "/pooling"
-_FIXED_PROMPT = list(range(3, 11))
+# Its length is a prime that divides no usual width, so that missing states do not look like states of another width.
+_FIXED_PROMPT = list(range(3, 14))
 # Relative difference of two servers' states of one prompt that counts as rounding, by the dtype of the states. The
 # dtypes are those that a server can send, the ones with fewer bytes first.
 _ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.005}
@@ -46,8 +47,8 @@ class ServedStates(StatesTeacher):
         dtype: what states are sent in: the dtype with the fewest bytes that loses nothing of what the servers compute.
 
     Raises:
-        EngineError: a server is unreachable, serves shorter sequences, or returns other states than the first.
-        InputError: the states do not fit the head.
+        EngineError: a server is unreachable, serves shorter sequences, or returns states that do not fit the head or
+            differ from those of the first.
     """
 
     def __init__(self, urls: Sequence[str], head: Head, *, max_length: int, patience: float = 600.0) -> None:
@@ -149,8 +150,8 @@ class ServedStates(StatesTeacher):
         """A server's states of the fixed prompt, float32.
 
         Raises:
-            EngineError: they depend on later tokens, or are normalised; or the server refuses the request.
-            InputError: they do not have the width of the head.
+            EngineError: they depend on later tokens, are normalised, or do not have the width of the head; or the
+                server refuses the request.
         """
         states = self._fixed_prompt_states(server, len(_FIXED_PROMPT))
         beginning = self._fixed_prompt_states(server, len(_FIXED_PROMPT) // 2)
@@ -168,10 +169,12 @@ class ServedStates(StatesTeacher):
         except EngineError as error:
             raise EngineError(f"{error}; the server has to be started with {START_COMMAND}") from error
         width = self._head.weight.shape[1]
-        if not isinstance(answer, bytes) or len(answer) % (4 * length):
+        if not isinstance(answer, bytes) or not answer:
             raise TransientServerError(f"{STATES_PATH} answered no states: {str(answer)[:80]!r}")
+        if len(answer) < 4 * length * width and len(answer) % (4 * width) == 0:
+            raise TransientServerError(f"{STATES_PATH} answered {len(answer) // (4 * width)} of {length} states")
         if len(answer) != 4 * length * width:
-            raise InputError(
+            raise EngineError(
                 f"{server.url} returns states of {len(answer) // (4 * length)} numbers, and the head of the teacher's "
                 f"source takes {width}: they are not of one model"
             )
