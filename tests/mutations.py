@@ -21,6 +21,7 @@ SUITE = [
     "tests/data",
     "tests/loss/test_reference.py",
     "tests/models",
+    "tests/teacher",
     "tests/loss/test_objective.py",
     "tests/loss/test_token_scores.py",
     "tests/rollout/test_teacher_mixed.py",
@@ -301,6 +302,18 @@ MUTATIONS = [
         "share = 1",
     ),
     Mutation("whitened in each process by itself", "train/on_policy.py", "total=self.global_sum,", "total=float,"),
+    Mutation(
+        "served states of the next token",
+        "teacher/served_states.py",
+        "[[*p, *r][:-1] for p, r",
+        "[[*p, *r] for p, r",
+    ),
+    Mutation(
+        "a restarted teacher's weights not compared",
+        "teacher/served_states.py",
+        "if difference > max(",
+        "if False and difference > max(",
+    ),
     Mutation(
         "others of a served teacher's row as likely as the student's",
         "loss/elementwise.py",
