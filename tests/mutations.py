@@ -21,6 +21,7 @@ SUITE = [
     "tests/data",
     "tests/loss/test_reference.py",
     "tests/models",
+    "tests/teacher",
     "tests/loss/test_objective.py",
     "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
@@ -237,7 +238,7 @@ MUTATIONS = [
         "teacher read anew in every epoch",
         "train/on_policy.py",
         "        states = None\n",
-        "        states = None\n        self.local_teacher.score(rollouts, self.sampling)\n",
+        "        states = None\n        self.states_teacher.score(rollouts, self.sampling)\n",
     ),
     Mutation(
         "padding of the vocabulary trained on",
@@ -323,6 +324,18 @@ MUTATIONS = [
         "share = 1",
     ),
     Mutation("whitened in each process by itself", "train/on_policy.py", "total=self.global_sum,", "total=float,"),
+    Mutation(
+        "served states of the next token",
+        "teacher/served_states.py",
+        "[[*p, *r][:-1] for p, r",
+        "[[*p, *r] for p, r",
+    ),
+    Mutation(
+        "a restarted teacher's weights not compared",
+        "teacher/served_states.py",
+        "if difference > max(",
+        "if False and difference > max(",
+    ),
     Mutation(
         "others of a served teacher's row as likely as the student's",
         "loss/elementwise.py",

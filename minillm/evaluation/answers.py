@@ -18,9 +18,9 @@ from minillm.data.seeding import seed_of
 from minillm.evaluation.store import Row
 from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.token_scores import ScoringSettings
-from minillm.models.head import TeacherStates, head_of
+from minillm.models.head import TeacherStates
 from minillm.rollout.engines.base import Engine
-from minillm.teacher.local import LocalTeacher
+from minillm.teacher.states import StatesTeacher
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 """Metrics that `add_divergences` can write, in the order in which `token_divergences` returns them."""
@@ -56,7 +56,7 @@ def answer(
 
 def token_divergences(
     student: Any,
-    teacher: LocalTeacher,
+    teacher: StatesTeacher,
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     width: int,
@@ -86,7 +86,7 @@ def token_divergences(
         hidden = torch.cat(teacher.hidden(own, theirs)).to(device)
         settings = ScoringSettings(temperature=temperature, width=width)
         with torch.no_grad():
-            _, scores = score(student, Scoring(batch, settings, TeacherStates(hidden, head_of(teacher.model))))
+            _, scores = score(student, Scoring(batch, settings, TeacherStates(hidden, teacher.head)))
         parts = (
             values.double().cpu().split(batch.lengths.tolist()) for values in (scores.reverse_kl, scores.forward_kl)
         )
@@ -99,7 +99,7 @@ def add_divergences(
     rows: Sequence[Row],
     prompts: Sequence[Prompt],
     student: PreTrainedModel,
-    teacher: LocalTeacher,
+    teacher: StatesTeacher,
     width: int,
     temperature: float,
     keys: Sequence[str] = DIVERGENCES,

@@ -81,6 +81,21 @@ def check_head(model: PreTrainedModel, name: str) -> None:
     own = model(input_ids=ids, use_cache=False).logits[0].float()
     ours = head_of(model).logits(body(model)(input_ids=ids, use_cache=False).last_hidden_state[0])
     model.train(was_training)
+    check_logits(model, name, own, ours)
+
+
+def check_logits(model: PreTrainedModel, name: str, own: Tensor, ours: Tensor) -> None:
+    """Check that logits of a `Head` are the model's own.
+
+    Args:
+        model: The model.
+        name: `student` or `teacher`, for the error message.
+        own: Logits of the model, float32.
+        ours: Logits of its head.
+
+    Raises:
+        InputError: They differ by more than rounding.
+    """
     if not (own - ours.to(own.dtype)).norm() <= _HEAD_TOLERANCE * own.norm() + 1e-6:
         raise InputError(
             f"the {name} ({type(model).__name__}) makes its logits in a way that is not scored here: supported is a "

@@ -34,8 +34,8 @@ PLAIN: dict[str, Any] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 10.0
-"""Seconds before the first retry of a failed request, and the most between two retries."""
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 10.0  # seconds before the first retry of a request, and the most between two
+_COMPLETIONS, _PATIENCE = "/v1/completions", "rollout.server_patience"
 _CONNECT_TIMEOUT = 5.0  # seconds
 _ROUNDING = 1e-3  # how far above 0 a log-probability may be rounded
 T = TypeVar("T")
@@ -74,19 +74,19 @@ class Server:
         self._client = client
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Send one request and return the JSON of the answer, or None where the answer is empty.
+        """Send one request and return the JSON of the answer, its bytes if it is binary, or None if it is empty.
 
         Raises:
             TransientServerError: The request failed in a way that another try may mend.
             EngineError: The server refuses the request.
         """
         answer = self._request(method, path, body)
-        if answer.status_code >= 500 or answer.status_code in (408, 429):
-            raise TransientServerError(f"{path} answered {answer.status_code}: {answer.text[:200]}")
         if answer.status_code >= 400:
             raise EngineError(
                 f"{self.url}{path} answered {answer.status_code}: {answer.text[:300]}{_hint(path, answer.status_code)}"
             )
+        if answer.headers.get("content-type") == "application/octet-stream":
+            return answer.content
         try:
             return answer.json() if answer.content else None
         except ValueError as error:
@@ -98,27 +98,29 @@ class Server:
         The result is None where the server's metrics do not report it (with several API processes).
         Raises a TransientServerError where the server does not answer.
         """
-        answer = self._request("GET", "/metrics")
-        if answer.status_code >= 500:
-            raise TransientServerError(f"/metrics answered {answer.status_code}: {answer.text[:200]}")
-        found = re.search(r"^process_start_time_seconds (\S+)", answer.text, re.MULTILINE)
+        found = re.search(r"^process_start_time_seconds (\S+)", self._request("GET", "/metrics").text, re.MULTILINE)
         return float(found[1]) if found else None
 
-    def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """Request one completion.
+    def has_route(self, path: str) -> bool:
+        """Return whether the server knows a path, for whatever method. Raises a TransientServerError, as `ask` does."""
+        return self._request("GET", path).status_code != 404
+
+    def complete(self, body: dict[str, Any], read: Callable[[Any], T], path: str = _COMPLETIONS) -> T:
+        """Request one completion, or what the server computes at another path.
 
         Args:
             body: The request, without the model.
-            read: Converts the answer's JSON to the result, and raises where the answer is not valid.
+            read: Converts what `ask` returns to the result, and raises where the answer is not valid.
+            path: Where the request is sent.
 
         Raises:
             TransientServerError, EngineError: As in `ask`; also where `read` cannot read the answer.
         """
-        answer = self.ask("POST", "/v1/completions", body | {"model": self.model})
+        answer = self.ask("POST", path, body | {"model": self.model})
         try:
             return read(answer)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise TransientServerError(f"/v1/completions answered garbage ({type(error).__name__}: {error})") from error
+            raise TransientServerError(f"{path} answered garbage ({type(error).__name__}: {error})") from error
 
     def attach(self, max_length: int) -> None:
         """Find out which model is served.
@@ -136,11 +138,14 @@ class Server:
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
-            return self._client.request(method, self.url + path, json=body)
+            answer = self._client.request(method, self.url + path, json=body)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise EngineError(f"{self.url} is no address of a server: use http://host:port ({error})") from error
         except httpx.RequestError as error:
             raise TransientServerError(f"{type(error).__name__}: {error}") from error
+        if answer.status_code >= 500 or answer.status_code in (408, 429):
+            raise TransientServerError(f"{path} answered {answer.status_code}: {answer.text[:200]}")
+        return answer
 
 
 def _hint(path: str, status: int) -> str:
@@ -156,11 +161,11 @@ class Servers:
 
     Args:
         urls: `http://host:port` of each server.
-        refresh: Sends the current weights to a server. It is called before a request to a server that lacks them.
-        patience: Seconds for which failing requests are retried.
+        refresh: Sends a server the current weights, or checks them. Called before a request to one that may lack them.
+        patience: Seconds for which failing requests are retried (`rollout.server_patience`).
         timeout: Seconds that one request may take.
         concurrency: Requests in flight per server, at most.
-        setting: Name of the recipe setting behind `patience`, for error messages.
+        path: Where the servers take the requests.
         exit_reason: Returns why retrying is pointless, or None while it is not.
     """
 
@@ -172,7 +177,7 @@ class Servers:
         patience: float = 600.0,
         timeout: float = 300.0,
         concurrency: int = 64,
-        setting: str = "rollout.server_patience",
+        path: str = _COMPLETIONS,
         exit_reason: Callable[[], str | None] | None = None,
     ) -> None:
         key = os.environ.get("VLLM_API_KEY")
@@ -183,14 +188,10 @@ class Servers:
             headers={"Authorization": f"Bearer {key}"} if key else None,
         )
         self.each = [Server(url, self._client) for url in urls]
-        self._refresh, self._patience, self._setting, self._exit_reason = refresh, patience, setting, exit_reason
+        self._refresh, self._patience, self._path, self._exit_reason = refresh, patience, path, exit_reason
         self._pool = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="vllm")
         self._selection_lock = threading.Lock()
         self._closed = False
-
-    def complete(self, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """Request one completion from any server; see `Server.complete`, and for errors `complete_all`."""
-        return self._complete(body, read)[0]
 
     def complete_all(
         self, requests: Sequence[tuple[dict[str, Any], Callable[[Any], T]]], progress: bool = False
@@ -204,8 +205,7 @@ class Servers:
             requests: For each completion, the arguments of `complete`.
             progress: Whether to show a progress bar.
 
-        Returns:
-            The completions, in the order of the requests.
+        Returns: The completions, in the order of the requests.
 
         Raises:
             EngineError: No server answered within `patience` seconds, a server refuses a request, or another process
@@ -225,7 +225,7 @@ class Servers:
             if replaced and time.monotonic() > deadline:
                 raise EngineError(
                     f"{', '.join(sorted(replaced))}: the answers came from changing processes (by their start time in "
-                    f"/metrics) for {self._patience:g} s ({self._setting}); an address must be one server, not several "
+                    f"/metrics) for {self._patience:g} s ({_PATIENCE}); an address must be one server, not several "
                     "behind a balancer"
                 )
         return [completed[i] for i in range(len(requests))]
@@ -294,7 +294,7 @@ class Servers:
                 if not server.has_current_weights and self._refresh is not None:
                     self._refresh(server)
                     started_at = server.started_at
-                answer = server.complete(body, read)
+                answer = server.complete(body, read, self._path)
                 server.healthy, server.backoff = True, FIRST_BACKOFF
                 return answer, server, started_at
             except TransientServerError as error:
@@ -334,7 +334,7 @@ class Servers:
         if self._exit_reason is not None and (reason := self._exit_reason()) is not None:
             raise EngineError(f"{server.url}: {reason}") from error
         if self._closed or time.monotonic() >= deadline:
-            raise EngineError(f"{server.url}: {error}; tried for {self._patience:g} s ({self._setting})") from error
+            raise EngineError(f"{server.url}: {error}; tried for {self._patience:g} s ({_PATIENCE})") from error
         time.sleep(max(min(seconds, deadline - time.monotonic()), 0.0))
 
 

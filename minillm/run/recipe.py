@@ -80,7 +80,7 @@ class SharedRecipe(Section):
         if self.teacher.shard:
             check_sharded_teacher(self.rollout, self.objective, self.data.text is not None)
         if self.teacher.servers:
-            check_served_teacher(self.rollout, self.objective)
+            check_served_teacher(self.rollout)
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from minillm.config import ModelSource, Section
 from minillm.errors import InputError
 
+START_COMMAND = """vllm serve TEACHER --runner pooling --pooler-config '{"task": "token_embed"}'"""
+"""How a server is started that returns the teacher's states, from which every score is exact."""
+
 
 class TeacherConfig(Section):
     """Which model the teacher is, and how it is loaded."""
@@ -22,11 +25,13 @@ class TeacherConfig(Section):
     """Shard the teacher's decoder layers over all processes of the warm-up and minillm stages (FSDP2), for a teacher
     that does not fit on one GPU. It excludes teacher mixing, for which every process needs the whole teacher."""
     servers: list[str] = []
-    """`http://host:port` of `vllm serve` processes that hold the teacher. In the minillm stage they score the rollouts,
-    and only the tokenizer and the config of `source` are read. See `minillm.teacher.served` for what that costs in
-    exactness."""
+    """`http://host:port` of processes that hold the teacher: `vllm serve TEACHER --runner pooling --pooler-config
+    '{"task": "token_embed"}'`. In the warm-up and minillm stages they return its final hidden states, and only the
+    tokenizer, the config and the output head of `source` are read; every score is that of a teacher in this process.
+    Servers that were started to generate return log-probabilities of a few tokens: then the minillm stage estimates
+    KL(q‖p), as `minillm.teacher.served_logprobs` describes, and the warm-up loads `source`."""
     top_k: Annotated[int, Field(ge=1, le=19)] = 16
-    """How many of the student's most likely tokens a served teacher returns log p for, for the single-step term."""
+    """Of how many of the student's most likely tokens servers that were started to generate return log p."""
     quantization: Literal["8bit", "4bit"] | None = None
     """Load the teacher in 8 bits (LLM.int8) or 4 bits (NF4) with bitsandbytes where it scores: in warm-up, minillm and
     evaluation. Its head and embeddings keep their dtype, and so does the teacher that answers in the responses

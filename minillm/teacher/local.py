@@ -1,8 +1,4 @@
-"""A teacher as a model in this process.
-
-It computes the final hidden states once, and log-probabilities from them as often as they are needed. A final hidden
-state has H numbers where a row of logits has V: 10 KB per token for a 13B teacher instead of 100 to 600.
-"""
+"""A teacher as a model in this process."""
 
 from __future__ import annotations
 
@@ -17,23 +13,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket, pad
-from minillm.data.rollouts import Rollout, TeacherTargets
-from minillm.data.sampling import Sampling
-from minillm.models.head import head_of, hidden_states
+from minillm.models.head import Head, head_of, hidden_states
 from minillm.models.saving import save_plain
 from minillm.models.shards import is_sharded
 from minillm.models.weights import plain_weights
+from minillm.teacher.states import StatesTeacher
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_CPU_ROWS = 256  # rows of logits in memory at once on a CPU
-# A GPU waits for kernel launches unless each one has more to do: logits (2^27 are half a GiB in float32), tokens and
-# sequences that are processed at once.
-_GPU_LOGITS, _GPU_TOKENS, _GPU_SEQUENCES = 1 << 27, 1 << 15, 256
+# Tokens and sequences that a GPU processes at once. It waits for kernel launches unless each one has more to do.
+_GPU_TOKENS, _GPU_SEQUENCES = 1 << 15, 256
 
 
-class LocalTeacher:
+class LocalTeacher(StatesTeacher):
     """A frozen teacher in this process.
 
     Args:
@@ -47,6 +40,11 @@ class LocalTeacher:
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.sharded = is_sharded(model)
+
+    @property
+    def head(self) -> Head:
+        """The output head of the model."""
+        return head_of(self.model)
 
     def reading(self) -> AbstractContextManager[Any]:
         """Context manager for every forward of the teacher."""
@@ -84,15 +82,7 @@ class LocalTeacher:
     def hidden(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ) -> list[Float[Tensor, "tokens hidden"]]:
-        """Final hidden states that predict each response's tokens, computed in one forward without gradient.
-
-        Args:
-            prompts: token ids, at least one per prompt.
-            responses: token ids of the response to each prompt.
-
-        Returns:
-            For response i of T_i tokens, a tensor [T_i, H] on the model's device.
-        """
+        """Final hidden states, each response's in one forward; see `StatesTeacher.hidden`."""
         out: list[Tensor | None] = [None] * len(prompts)
         for group in self.groups([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]):
             with torch.no_grad(), self.reading():
@@ -101,41 +91,6 @@ class LocalTeacher:
             for i, state in zip(group, states, strict=True):
                 out[i] = state
         return [state for state in out if state is not None]
-
-    def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> list[TeacherTargets]:
-        """Score responses: final hidden states and token log-probabilities; see `Teacher.score`."""
-        hidden = self.hidden([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
-        return [
-            TeacherTargets(self.token_logprobs(states, rollout.response_ids, sampling), hidden=states)
-            for rollout, states in zip(rollouts, hidden, strict=True)
-        ]
-
-    def token_logprobs(
-        self, hidden: Float[Tensor, "tokens hidden"], ids: Sequence[int], sampling: Sampling
-    ) -> Float[Tensor, " tokens"]:
-        """Log p of one token per hidden state.
-
-        Args:
-            hidden: final hidden states.
-            ids: the token whose log-probability is wanted at each position.
-            sampling: the temperature and the vocabulary.
-
-        Returns:
-            float32, on the CPU.
-        """
-        rows = _CPU_ROWS if hidden.device.type == "cpu" else max(_CPU_ROWS, _GPU_LOGITS // sampling.vocab_size)
-        tokens = torch.tensor(list(ids), device=hidden.device)[:, None]
-        out = [
-            self.distribution(states, sampling).gather(1, part)[:, 0]
-            for states, part in zip(hidden.split(rows), tokens.split(rows), strict=True)
-        ]
-        return torch.cat(out).cpu() if len(ids) else torch.zeros(0)
-
-    @torch.no_grad()
-    def distribution(self, hidden: Float[Tensor, "tokens hidden"], sampling: Sampling) -> Float[Tensor, "tokens vocab"]:
-        """Log p over the shared vocabulary at each hidden state, float32."""
-        head = head_of(self.model).narrow(sampling.vocab_size)
-        return torch.log_softmax(head.logits(hidden, sampling.temperature), dim=-1)
 
     def close(self) -> None:
         """Nothing has to be released."""

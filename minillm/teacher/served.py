@@ -1,51 +1,38 @@
-"""A teacher behind stock `vllm serve` processes.
+"""A teacher behind `vllm serve` processes, as a user names it: exact where they return states, otherwise an estimate.
 
-It returns log-probabilities of the sampled tokens and of some others. One request per response gives log p of every
-sampled token, which is all that sampled rewards need: with `reward: sampled` the long-term term is the same as with a
-teacher in this process. KL(q‖p) would need whole rows of log-probabilities. It is computed over a partition instead:
-the student's `top_k` most likely tokens, the sampled token, and all others as one event. This is smaller than the true
-value by q(others) · KL(q‖p within the others); the README gives the size of that for a real pair. The same holds for
-`reward: expected`.
-
-The request also returns the teacher's own most likely tokens. Where they leave out one of the student's, a second
-request asks for that position alone, which costs one block of tokens because the server caches prefixes.
-
-A token that the teacher excludes has log p = −inf, or the −9999 that vLLM writes for it. Its mass is 0, and its log p
-becomes `minillm.data.logprobs.LOG_ZERO`, as with a teacher in this process. A value above 0, or one that is not a
-number, counts as an invalid response, and the request is repeated.
+A server that was started as `minillm.teacher.config.START_COMMAND` says returns the teacher's final hidden states
+(`served_states`), and every score is that of a teacher in this process. A server that was started to generate returns
+log-probabilities of a few tokens only (`served_logprobs`). Which of the two it is turns out when the servers are
+attached.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from minillm.data.rollouts import Rollout, TeacherRows, TeacherTargets
-from minillm.data.sampling import Sampling
-from minillm.errors import InputError
-from minillm.models.servers import PLAIN, Servers, checked_logprob, read_completion
+from minillm.errors import EngineError, InputError
+from minillm.models.head_weights import load_head
+from minillm.models.servers import Servers
+from minillm.teacher.config import START_COMMAND
+from minillm.teacher.served_logprobs import TOP_LOGPROBS, ServedLogprobs
+from minillm.teacher.served_states import STATES_PATH, ServedStates
 
-_TOP_LOGPROBS = 20  # the most that a server returns unless --max-logprobs says otherwise
-_NEGLIGIBLE = -9.2  # log 1e-4: less likely tokens of the student are counted among the others
-
-LogprobTable = dict[int, float]
-"""Log p of some tokens at one position, by token id."""
+logger = logging.getLogger(__name__)
 
 
 class ServedTeacher:
-    """Scores rollouts by requests to servers; it holds no model.
-
-    Rows of the teacher's head beyond the vocabulary, which a teacher in this process leaves out, count in the server's
-    log-probabilities: log p is smaller by log(1 − their mass), which for trained models is far below rounding.
+    """Names a teacher's servers. They are asked for nothing before `attach`, and no model is held here.
 
     Args:
-        urls: `http://host:port` of each server. The servers need no special settings; `VLLM_API_KEY` is sent if it is
-            set.
-        source: folder or hub id of the teacher's tokenizer and config.
-        top_k: how many of the student's most likely tokens are scored per position; 0 where only sampled tokens count.
+        urls: `http://host:port` of each server. All of them must return the same. `VLLM_API_KEY` is sent if it is set.
+        source: folder or hub id of the teacher. Its tokenizer and config are read, and the weights of its head if the
+            servers return states.
+        top_k: how many of the student's most likely tokens are scored per position where the servers return
+            log-probabilities only; 0 where only sampled tokens count.
         patience: seconds for which a server that does not answer is retried.
 
     Raises:
@@ -55,95 +42,66 @@ class ServedTeacher:
     def __init__(self, urls: Sequence[str], source: str, *, top_k: int = 16, patience: float = 600.0) -> None:
         if not urls:
             raise InputError("teacher.servers: no address is given")
-        if top_k >= _TOP_LOGPROBS:
+        if top_k >= TOP_LOGPROBS:
             raise InputError(
-                f"teacher.top_k ({top_k}) must be less than {_TOP_LOGPROBS}, the number of tokens that a server returns"
+                f"teacher.top_k ({top_k}) must be less than {TOP_LOGPROBS}, the number of tokens that a server returns"
             )
-        self.source, self.top_k = source, top_k
-        self._servers = Servers(urls, patience=patience, setting="rollout.server_patience")
+        self.urls, self.source, self.top_k, self.patience = urls, source, top_k, patience
 
     @property
     def vocab_size(self) -> int:
         """Rows of the teacher's head."""
         return AutoConfig.from_pretrained(self.source).get_text_config().vocab_size
 
-    def attach(self, max_length: int) -> None:
-        """Check that every server is reachable and accepts sequences of `max_length` tokens.
+    def returns_states(self) -> bool:
+        """Ask every server whether it returns states.
 
         Raises:
-            EngineError: a server is unreachable, or serves shorter sequences.
+            EngineError: a server is unreachable, or some servers return states and others do not.
         """
-        for server in self._servers.each:
-            # A request for log-probabilities has to sample one more token, which needs a position too.
-            self._servers.call_with_retries(lambda server=server: server.attach(max_length + 1), server)
+        servers, found = Servers(self.urls, patience=self.patience), dict[str, bool]()
+        try:
+            for server in servers.each:
+                servers.call_with_retries(
+                    lambda server=server: found.update({server.url: server.has_route(STATES_PATH)}), server
+                )
+        finally:
+            servers.close()
+        without = [url for url, does in found.items() if not does]
+        if without and len(without) < len(found):
+            raise EngineError(
+                f"teacher.servers: {', '.join(without)} do not return states, as the other servers do: start all in "
+                f"the same way ({START_COMMAND})"
+            )
+        return not without
 
-    def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> list[TeacherTargets]:
-        """Score responses: log p of their tokens and of the student's most likely ones; see `Teacher.score`.
+    def attach(
+        self, max_length: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> ServedStates | ServedLogprobs:
+        """Connect to the servers and check that they accept sequences of `max_length` tokens.
+
+        Args:
+            max_length: tokens of the longest sequence that will be scored.
+            dtype: dtype of states and head.
+            device: where states and head are put; the CPU by default.
+
+        Returns:
+            The teacher. It is exact if it is a `ServedStates`.
 
         Raises:
-            InputError: the temperature is not 1, which is the temperature of the servers' log-probabilities.
+            EngineError: a server is unreachable, serves shorter sequences or another model than the others, or returns
+                states that do not fit the head of `source`.
+            InputError: the logits of `source` are made in a way that is not scored.
         """
-        if sampling.temperature != 1.0:
-            raise InputError(f"a served teacher's log-probabilities are of temperature 1, not {sampling.temperature:g}")
-        tables = self._servers.all([lambda r=r: self._request_response(r) for r in rollouts])
-        incomplete = [
-            (table, rollout.prompt_ids + rollout.response_ids[:position], unknown)
-            for rollout, rows in zip(rollouts, tables, strict=True)
-            for position, table in enumerate(rows)
-            if (unknown := [token for token in self._wanted(rollout, position) if token not in table])
-        ]
-        found = self._servers.all(
-            [lambda prefix=prefix, ids=ids: self._request_position(prefix, ids) for _, prefix, ids in incomplete]
+        if self.returns_states():
+            head = load_head(self.source, dtype, device or torch.device("cpu"))
+            return ServedStates(self.urls, head, max_length=max_length, patience=self.patience)
+        logger.warning(
+            "%s return log-probabilities of a few tokens, so that KL(q‖p) is that of the student's %d most likely "
+            "tokens, the sampled one, and all others as one event: 26 to 67 %% of it at temperature 1, as measured "
+            "(README, A teacher elsewhere). Servers that return states are exact: %s",
+            ", ".join(self.urls),
+            self.top_k,
+            START_COMMAND,
         )
-        for (table, _, _), more in zip(incomplete, found, strict=True):
-            table |= more
-        return [self._targets(rollout, rows) for rollout, rows in zip(rollouts, tables, strict=True)]
-
-    def close(self) -> None:
-        """Close the connections to the servers."""
-        self._servers.close()
-
-    def _wanted(self, rollout: Rollout, position: int) -> list[int]:
-        """The student's most likely tokens at a position, without the sampled one."""
-        if not self.top_k or rollout.top_logprobs is None:
-            return []
-        sampled = rollout.response_ids[position]
-        top_logprobs = sorted(rollout.top_logprobs[position].items(), key=lambda entry: -entry[1])
-        return [token for token, logq in top_logprobs if token != sampled and logq > _NEGLIGIBLE][: self.top_k]
-
-    def _request_response(self, rollout: Rollout) -> list[LogprobTable]:
-        """At each position of a response, log p of the sampled token and of the teacher's most likely ones."""
-        tokens = len(rollout.response_ids)
-        body = PLAIN | {
-            "prompt": rollout.prompt_ids + rollout.response_ids,
-            "max_tokens": 1,
-            "temperature": 1.0,
-            "prompt_logprobs": _TOP_LOGPROBS if self.top_k else 0,
-        }
-
-        def read(answer: Any) -> list[LogprobTable]:
-            [choice] = answer["choices"]
-            rows = choice["prompt_logprobs"][-tokens:]
-            tables = [{int(token): checked_logprob(entry["logprob"]) for token, entry in row.items()} for row in rows]
-            if len(tables) != tokens or any(
-                token not in table for token, table in zip(rollout.response_ids, tables, strict=True)
-            ):
-                raise InputError("log-probabilities of some tokens are missing")
-            return tables
-
-        return self._servers.complete(body, read)
-
-    def _request_position(self, prefix: list[int], ids: list[int]) -> LogprobTable:
-        """Log p of some tokens after one prefix."""
-        body = PLAIN | {"prompt": prefix, "max_tokens": 1, "temperature": 1.0, "logprobs": 1, "logprob_token_ids": ids}
-        [table] = self._servers.complete(body, lambda answer: read_completion(answer, ids)).tables
-        return {token: table[token] for token in ids}
-
-    def _targets(self, rollout: Rollout, tables: list[LogprobTable]) -> TeacherTargets:
-        """The targets of a response, from the tables of its positions."""
-        slots = [[token, *self._wanted(rollout, position)] for position, token in enumerate(rollout.response_ids)]
-        width = max(map(len, slots))
-        ids = [row + row[:1] * (width - len(row)) for row in slots]
-        logprobs = [[table[token] for token in row] for row, table in zip(ids, tables, strict=True)]
-        rows = TeacherRows(torch.tensor(ids), torch.tensor(logprobs))
-        return TeacherTargets(rows.logprobs[:, 0].clone(), rows=rows)
+        return ServedLogprobs(self.urls, top_k=self.top_k, max_length=max_length, patience=self.patience)

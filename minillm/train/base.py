@@ -16,12 +16,14 @@ from minillm.errors import InputError
 from minillm.loss.in_forward import Scoring, score
 from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings
 from minillm.models.conventions import Conventions
-from minillm.models.head import TeacherStates, head_of
+from minillm.models.head import TeacherStates
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
-from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.served_logprobs import ServedLogprobs
+from minillm.teacher.states import StatesTeacher
 from minillm.train.arguments import check_arguments
+from minillm.train.checks import STATES_REMEDY
 from minillm.train.finite import Finite
 from minillm.train.pair import load_pair, resolve_tokenizer
 from minillm.train.student import check_one_gpu
@@ -46,6 +48,8 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         engine: an engine that samples; by default one is started when it is needed.
         eval_dataset: rows for validation; see `ValidationMixin`.
         shard_teacher: shard the teacher's decoder layers over the processes.
+        longest: tokens of the longest sequence that the teacher scores; the servers of a served teacher are asked
+            whether they accept it.
         conventions: vocabulary and end tokens. By default they follow from the tokenizer and the teacher. They are
             saved with the student.
         **kwargs: further parameters of `transformers.Trainer`.
@@ -55,7 +59,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
     """
 
     text_temperature: float = 1.0
-    teacher: LocalTeacher | ServedTeacher | None
+    teacher: StatesTeacher | ServedLogprobs | None
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         engine: Engine | None = None,
         eval_dataset: Sequence[dict[str, Any]] | None = None,
         shard_teacher: bool = False,
+        longest: int = 1,
         conventions: Conventions | None = None,
         **kwargs: Any,
     ) -> None:
@@ -76,7 +81,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         check_arguments(
             args,
             eval_dataset=eval_dataset,
-            reads_teacher=not isinstance(teacher, ServedTeacher),
+            reads_teacher=True,
             metrics=self.validation_metrics,
         )
         tokenizer = resolve_tokenizer(model, processing_class)
@@ -100,7 +105,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             )
         sharded = shard_teacher and self.accelerator.num_processes > 1
         # The mixin only closes the teacher, so it declares a wider type.
-        self.teacher = pair.teacher(args, sharded=sharded)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.teacher = pair.teacher(args, sharded=sharded, longest=longest)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._logged_at: int | None = None  # the update after which metrics were last logged
 
     def updates_per_epoch(self) -> int:
@@ -112,17 +117,14 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         raise NotImplementedError("a subclass says what an update trains on")
 
     @property
-    def local_teacher(self) -> LocalTeacher:
-        """The teacher, if it is a model in this process.
+    def states_teacher(self) -> StatesTeacher:
+        """The teacher, if it returns states.
 
         Raises:
-            InputError: it is served.
+            InputError: it returns log-probabilities of some tokens only.
         """
-        if not isinstance(self.teacher, LocalTeacher):
-            raise InputError(
-                "a served teacher returns log-probabilities of some tokens only: this needs the teacher's model in "
-                "this process"
-            )
+        if not isinstance(self.teacher, StatesTeacher):
+            raise InputError(f"the teacher's servers return log-probabilities of some tokens only: {STATES_REMEDY}")
         return self.teacher
 
     def get_train_dataloader(self) -> DataLoader:
@@ -162,7 +164,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             divergence: a further divergence to compute.
         """
         settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
-        known = TeacherStates(teacher, head_of(self.local_teacher.model)) if isinstance(teacher, Tensor) else teacher
+        known = TeacherStates(teacher, self.states_teacher.head) if isinstance(teacher, Tensor) else teacher
         return Scoring(batch, settings, known, loss_fn, divergence)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

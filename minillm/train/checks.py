@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from minillm.errors import InputError
 from minillm.loss.config import Objective
 from minillm.rollout.config import RolloutConfig
+from minillm.teacher.config import START_COMMAND
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+STATES_REMEDY = f"start servers that return states: {START_COMMAND}"
 
 
 def check_on_policy(
@@ -34,7 +42,7 @@ def check_on_policy(
         InputError: the message names the setting to change.
     """
     if served_teacher:
-        check_served_teacher(rollout, objective)
+        check_served_teacher(rollout)
     check_off_policy(rollout, objective)
     if sharded_teacher:
         check_sharded_teacher(rollout, objective, text)
@@ -71,28 +79,49 @@ def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
             )
 
 
-def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
-    """Refuse settings that need more than a served teacher returns: the log-probabilities of some tokens.
+def check_served_teacher(rollout: RolloutConfig) -> None:
+    """Refuse what no served teacher can do, whatever its servers return.
 
     Raises:
         InputError: the message names the setting to change.
     """
-    if rollout.temperature != 1.0:
-        raise InputError(
-            f"rollout.temperature: {rollout.temperature:g} with a served teacher: its log-probabilities are of "
-            "temperature 1, and those of another temperature need every logit: set 1"
-        )
-    if rollout.on_policy < 1:
-        raise InputError(
-            "rollout.on_policy below 1 with a served teacher: the student's most likely tokens are known for sampled "
-            "responses only: set 1"
-        )
     if rollout.teacher_mix:
         raise InputError(
             "rollout.teacher_mix with a served teacher: mixing samples from the teacher's whole distribution: set 0"
         )
-    if objective.language_model and objective.language_model_distill:
-        raise InputError("objective.language_model_distill with a served teacher: it does not score text: set 0")
+
+
+def check_logprob_teacher(rollout: RolloutConfig, objective: Objective, args: TrainingArguments) -> None:
+    """Refuse what a teacher cannot do whose servers return log-probabilities of some tokens only.
+
+    Args:
+        rollout: settings of the rollouts.
+        objective: the loss.
+        args: the arguments of the training.
+
+    Raises:
+        InputError: the message names the setting to change, and how a server that can do it is started.
+    """
+    found = None
+    if rollout.temperature != 1.0:
+        found = (
+            f"rollout.temperature: {rollout.temperature:g} with log-probabilities of a served teacher: they are of "
+            "temperature 1, and those of another temperature need every logit: set 1"
+        )
+    elif rollout.on_policy < 1:
+        found = (
+            "rollout.on_policy below 1 with log-probabilities of a served teacher: the student's most likely tokens "
+            "are known for sampled responses only: set 1"
+        )
+    elif objective.language_model and objective.language_model_distill:
+        found = (
+            "objective.language_model_distill with log-probabilities of a served teacher: they are not those of text: "
+            "set 0"
+        )
+    elif (args.metric_for_best_model or "").removeprefix("eval_") == "reverse_kl":
+        found = "args.metric_for_best_model: reverse_kl needs the teacher's states: choose another"
+    if found is not None:
+        raise InputError(f"{found}, or {STATES_REMEDY}")
 
 
 def check_sharded_teacher(rollout: RolloutConfig, objective: Objective, text: bool) -> None:

@@ -33,6 +33,21 @@ def check_context(config: RolloutConfig, student: PreTrainedModel) -> None:
         )
 
 
+def longest_scored(config: RolloutConfig, objective: Objective, text: bool, responses: Sequence[dict[str, Any]]) -> int:
+    """Tokens of the longest sequence that the teacher will score.
+
+    Args:
+        config: the longest prompt and response.
+        objective: whether the teacher reads text too, and the length of its blocks.
+        text: whether there is text.
+        responses: given responses.
+    """
+    reads_text = text and objective.language_model > 0 and objective.language_model_distill > 0
+    given = (len(row["prompt_ids"]) + len(row["response_ids"]) for row in responses)
+    rollout = config.max_prompt_tokens + config.max_new_tokens
+    return max(rollout, objective.language_model_block if reads_text else 0, *given)
+
+
 def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prompt_tokens: int) -> list[list[int]]:
     """Token ids of every prompt of a data set.
 

@@ -35,10 +35,11 @@ from minillm.rollout.worker import Worker
 from minillm.teacher.base import score_missing
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.assembly import pad_micro_batch, sampled_tokens, teacher_inputs
 from minillm.train.base import DistillationTrainer
-from minillm.train.checks import check_on_policy
-from minillm.train.datasets import check_context, pack_text_dataset, tokenize_prompts
+from minillm.train.checks import check_logprob_teacher, check_on_policy
+from minillm.train.datasets import check_context, longest_scored, pack_text_dataset, tokenize_prompts
 from minillm.train.finite import listed
 from minillm.train.mismatch import MismatchMonitor
 from minillm.train.rollout_checkpoint import RolloutCheckpoint
@@ -114,8 +115,12 @@ class MiniLLMTrainer(DistillationTrainer):
             rollout=config,
             engine=engine,
             train_dataset=train_dataset,
+            longest=longest_scored(config, self.objective, text_dataset is not None, responses or []),
             **kwargs,
         )
+        if isinstance(self.teacher, ServedLogprobs):
+            check_logprob_teacher(config, self.objective, args)
+            self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
         self.text_temperature = self.objective.language_model_temperature
         self._set_up_data(config, train_dataset, text_dataset, responses or [])
         self._centred = self.objective.baseline == "centre" and self.objective.long_term > 0
@@ -134,7 +139,7 @@ class MiniLLMTrainer(DistillationTrainer):
         text_dataset: Iterable[dict[str, Any]] | None,
         responses: Sequence[dict[str, Any]],
     ) -> None:
-        """Prepare the schedule, the text, the teacher's servers and the rollout source."""
+        """Prepare the schedule, the text and the rollout source."""
         args, objective = self.args, self.objective
         worker = Worker(args.seed, self.accelerator.process_index, self.accelerator.num_processes)
         sizes, by_update = (args.per_device_train_batch_size, args.gradient_accumulation_steps), objective.normalise
@@ -145,9 +150,6 @@ class MiniLLMTrainer(DistillationTrainer):
         self.text = pack_text_dataset(
             text_dataset, self._student, self.student_tokenizer, objective, args, self.schedule.update_size
         )
-        if isinstance(self.teacher, ServedTeacher):
-            self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
-            self.teacher.attach(config.max_prompt_tokens + config.max_new_tokens)
         self.source = RolloutSource(
             config,
             prompts,
@@ -217,7 +219,7 @@ class MiniLLMTrainer(DistillationTrainer):
         """The teacher's states, or its rows, for the tokens of rollouts followed by pieces of text."""
         states = None
         if text and self.objective.language_model_distill:
-            states = self.local_teacher.hidden([ids[:1] for ids in text], [ids[1:] for ids in text])
+            states = self.states_teacher.hidden([ids[:1] for ids in text], [ids[1:] for ids in text])
         return teacher_inputs(rollouts, text, states, self.args.device)
 
     # Rollouts
@@ -225,7 +227,8 @@ class MiniLLMTrainer(DistillationTrainer):
     @property
     def mixed_teacher(self) -> LocalTeacher | None:
         """The teacher that the engine holds beside the student, if it is mixed in."""
-        return self.local_teacher if self.rollout_config.teacher_mix else None
+        teacher = self.teacher
+        return teacher if self.rollout_config.teacher_mix and isinstance(teacher, LocalTeacher) else None
 
     @property
     def _mixed_sampling(self) -> Sampling:
@@ -330,10 +333,7 @@ class MiniLLMTrainer(DistillationTrainer):
         return rollout.weights_version == self.state.global_step
 
     def _release_cpu_memory(self) -> None:
-        """On a CPU, return freed memory to the operating system between sampling and updates.
-
-        Their allocation sizes differ, and would fragment the heap.
-        """
+        """On a CPU, return freed memory: sampling and updates allocate different sizes, which fragments the heap."""
         if self.args.device.type == "cpu":
             release_memory()
 

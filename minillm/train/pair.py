@@ -21,7 +21,9 @@ from minillm.models.shards import is_sharded
 from minillm.models.vocabulary import check_same_tokens, head_width
 from minillm.teacher.local import AdapterOff, LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.teacher.sharded import shard
+from minillm.teacher.states import StatesTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class ModelPair:
         teacher_model: the teacher's model in this process; None for a served teacher.
         source: what the caller gave as the teacher.
         conventions: vocabulary and end tokens that both share.
-        compute_dtype: the dtype that a teacher given by name is loaded in, and that the student is sampled in.
+        compute_dtype: the dtype of a teacher that is given by name or served, and that the student is sampled in.
     """
 
     student: Any
@@ -47,16 +49,20 @@ class ModelPair:
     conventions: Conventions
     compute_dtype: torch.dtype
 
-    def teacher(self, args: TrainingArguments, *, sharded: bool) -> LocalTeacher | ServedTeacher:
+    def teacher(self, args: TrainingArguments, *, sharded: bool, longest: int) -> StatesTeacher | ServedLogprobs:
         """The teacher on this process's device.
 
         Args:
             args: device and batch size.
             sharded: whether to shard the teacher over processes.
+            longest: tokens of the longest sequence that it will score, which servers have to accept.
+
+        Raises:
+            EngineError: a served teacher is unreachable, or cannot score such sequences.
         """
         batch_size = max(args.per_device_train_batch_size, 16)
         if isinstance(self.source, ServedTeacher):
-            return self.source
+            return self.source.attach(longest, self.compute_dtype, args.device)
         if self.source is None:
             return AdapterOff(self.student, batch_size=batch_size)
         model = shard(self.teacher_model, args.device) if sharded else self.teacher_model.to(args.device)

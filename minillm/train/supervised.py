@@ -15,6 +15,7 @@ from minillm.errors import InputError
 from minillm.loss.config import DivergenceConfig
 from minillm.loss.supervised import SupervisedLoss
 from minillm.loss.terms import extra_divergence
+from minillm.teacher.served import ServedTeacher
 from minillm.train.base import DistillationTrainer
 from minillm.train.finite import listed
 
@@ -24,7 +25,8 @@ class SupervisedTrainer(DistillationTrainer):
 
     Args:
         model: the student: a folder, a hub id or a loaded model.
-        teacher: the teacher, given in the same ways; None for the base model of a student with an adapter.
+        teacher: the teacher, given in the same ways, or a `ServedTeacher` whose servers return states; None for the
+            base model of a student with an adapter.
         args: the arguments of the training.
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). Each epoch leaves out the rows that
             do not fill a last update; they differ between epochs.
@@ -40,7 +42,7 @@ class SupervisedTrainer(DistillationTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher: str | PreTrainedModel | None,
+        teacher: str | PreTrainedModel | ServedTeacher | None,
         args: TrainingArguments,
         *,
         train_dataset: Sequence[dict[str, Any]],
@@ -49,7 +51,9 @@ class SupervisedTrainer(DistillationTrainer):
         cross_entropy_temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model, teacher, args, train_dataset=train_dataset, **kwargs)
+        longest = max((len(row["prompt_ids"]) + len(row["response_ids"]) for row in train_dataset), default=1)
+        super().__init__(model, teacher, args, train_dataset=train_dataset, longest=longest, **kwargs)
+        _ = self.states_teacher  # refuses log-probabilities of some tokens before anything is trained
         self.text_temperature = cross_entropy_temperature
         self._cross_entropy = cross_entropy
         self._divergence = divergence or DivergenceConfig(name="forward_kl")
@@ -95,7 +99,7 @@ class SupervisedTrainer(DistillationTrainer):
         teacher = None
         if self._cross_entropy < 1:
             with self.phase("teacher", len(batch.targets)):
-                teacher = torch.cat(self.local_teacher.hidden(prompts, responses))
+                teacher = torch.cat(self.states_teacher.hidden(prompts, responses))
         loss = SupervisedLoss(self._cross_entropy, count, self._divergence)
         divergence = None if teacher is None else extra_divergence(self._divergence)
         value = self.update_on(model, batch, loss, teacher, self._processes, divergence)

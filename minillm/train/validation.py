@@ -10,7 +10,7 @@ from minillm.data.rollouts import Rollout
 from minillm.data.seeding import seed_of
 from minillm.evaluation import metrics
 from minillm.evaluation.answers import token_divergences
-from minillm.teacher.local import LocalTeacher
+from minillm.teacher.states import StatesTeacher
 from minillm.train.best_checkpoint import METRICS
 from minillm.train.student import StudentMixin
 
@@ -39,7 +39,8 @@ class ValidationMixin(StudentMixin):
 
         Returns:
             Rouge-L in percent against the best reference; the share of finished responses in percent; their length in
-            tokens; and, with a teacher in this process, KL(q‖p) in nats per token on the sampled responses.
+            tokens; and, unless the teacher returns log-probabilities only, KL(q‖p) in nats per token on the sampled
+            responses.
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         own = [rows[i] for i in range(len(rows))][self.accelerator.process_index :: self.accelerator.num_processes]
@@ -52,7 +53,7 @@ class ValidationMixin(StudentMixin):
                 sums["finished"] += 100 * rollout.finished
                 sums["length"] += len(rollout.response_ids)
             found = {name: self.global_sum(total) / len(rows) for name, total in sums.items()}
-            if isinstance(self.teacher, LocalTeacher):
+            if isinstance(self.teacher, StatesTeacher):
                 total = self.global_sum(self._total_reverse_kl(self.teacher, sampled, rows))
                 found["reverse_kl"] = total / self.global_sum(sums["length"])
         out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -68,7 +69,7 @@ class ValidationMixin(StudentMixin):
         engine.sleep()
         return sampled
 
-    def _total_reverse_kl(self, teacher: LocalTeacher, sampled: Sequence[Rollout], rows: Any) -> float:
+    def _total_reverse_kl(self, teacher: StatesTeacher, sampled: Sequence[Rollout], rows: Any) -> float:
         """The sum of KL(q‖p) over the tokens of this process's responses, in nats."""
         # With a sharded model every forward involves all processes, so a process with one row fewer than others reads
         # one more, which does not count.

@@ -11,7 +11,7 @@ from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.models.servers import read_completion
-from minillm.teacher.served import ServedTeacher
+from minillm.teacher.served_logprobs import ServedLogprobs
 
 NAN, INF = float("nan"), float("inf")
 
@@ -43,16 +43,13 @@ class FixedAnswer:
     def __init__(self, rows: list[dict[str, float]]) -> None:
         self.rows = [{token: {"logprob": value} for token, value in row.items()} for row in rows]
 
-    def complete(self, _: Any, read: Any) -> Any:
-        return read({"choices": [{"prompt_logprobs": [None, *self.rows]}]})
-
-    def all(self, actions: Any) -> list[Any]:
-        return [action() for action in actions]
+    def complete_all(self, requests: Any) -> list[Any]:
+        return [read({"choices": [{"prompt_logprobs": [None, *self.rows]}]}) for _, read in requests]
 
 
-def served(rows: list[dict[str, float]], patch: pytest.MonkeyPatch) -> TeacherTargets:
-    patch.setattr("minillm.teacher.served.Servers", lambda *_, **__: FixedAnswer(rows))
-    teacher = ServedTeacher(["http://nowhere"], "none", top_k=2)
+def served(rows: list[dict[str, float]]) -> TeacherTargets:
+    teacher = object.__new__(ServedLogprobs)
+    teacher.top_k, teacher._servers = 2, FixedAnswer(rows)  # pyright: ignore[reportAttributeAccessIssue]
     drawn = torch.tensor([-0.1, -0.2])
     rollout = Rollout([3], [5, 1], drawn, drawn, 0, True, top_logprobs=[{5: -0.1, 6: -2.4}, {1: -0.2, 6: -1.7}])
     [targets] = teacher.score([rollout], Sampling(2, (1,), 32, top_logprobs=2))

@@ -38,6 +38,7 @@ from minillm.rollout.engines.vllm import VLLMEngine
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
+from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama
 from tests.rollout.mixture import PROMPT, SAMPLING, enumerate_mixture, fits
@@ -301,8 +302,8 @@ def test_a_served_teacher_scores_as_a_local_one(as_saved: Engine, student: Any, 
     rollouts = other.generate([[2], [3, 4, 5], [9] * 40], sampling, [1, 2, 3])
     here = LocalTeacher(student)
     for k in (5, 0):
-        teacher = ServedTeacher([url], folder, top_k=k, patience=10)
-        teacher.attach(80)
+        teacher = ServedTeacher([url], folder, top_k=k, patience=10).attach(80)
+        assert isinstance(teacher, ServedLogprobs)
         for r, targets in zip(rollouts, teacher.score(rollouts, sampling), strict=True):
             rows = targets.rows
             assert rows is not None
@@ -313,9 +314,9 @@ def test_a_served_teacher_scores_as_a_local_one(as_saved: Engine, student: Any, 
             for position, (ids, table) in enumerate(zip(rows.ids.tolist(), r.top_logprobs, strict=True)):
                 top_logprobs = sorted(table, key=lambda token: -table[token])[:k]
                 assert set(ids) == {r.response_ids[position], *top_logprobs}
+        with pytest.raises(ValueError, match=r"of temperature 1, not 0\.7"):
+            teacher.score(rollouts, replace(sampling, temperature=0.7))
         teacher.close()
-    with pytest.raises(ValueError, match=r"of temperature 1, not 0\.7"):
-        ServedTeacher([url], folder).score(rollouts, replace(sampling, temperature=0.7))
     with pytest.raises(EngineError, match="serves 96 tokens; prompt and response need 97"):
         ServedTeacher([url], folder, patience=5).attach(96)
     # In training, the long-term term with sampled rewards is exact.

@@ -329,7 +329,7 @@ def test_retries_end_when_the_runs_own_server_has_ended(servers: list[FakeServer
         exit_reason=lambda: "the run's own server ended (exit status 1); log ends with\nno memory",
     )
     with pytest.raises(EngineError, match=r"exit status 1\); log ends with\nno memory"):
-        engine.complete({"prompt": [1]}, lambda answer: answer)
+        engine.complete_all([({"prompt": [1]}, lambda answer: answer)])
     assert time.monotonic() - start < 10
 
 

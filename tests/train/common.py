@@ -18,6 +18,7 @@ from minillm.models.load import load_model
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.teacher.local import LocalTeacher
+from minillm.train.base import DistillationTrainer
 from minillm.train.on_policy import MiniLLMTrainer
 
 PROMPTS = [{"prompt": f"<user> w{i} w{i + 1} <bot>"} for i in range(12)]
@@ -90,6 +91,12 @@ class OwnEngine(TransformersEngine):
         time.sleep(0.2)
         self._trace.append(("generate", start, time.monotonic()))
         return out
+
+
+def teacher_model(trainer: DistillationTrainer) -> Any:
+    """The model of a teacher in this process."""
+    assert isinstance(trainer.teacher, LocalTeacher)
+    return trainer.teacher.model
 
 
 def launch(pair: tuple[str, str], folder: Path, kind: str) -> None:

@@ -15,7 +15,7 @@ from minillm.models.load import load_model
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.teacher.local import LocalTeacher
 from minillm.train.on_policy import MiniLLMTrainer
-from tests.train.common import OFF_POLICY, PROMPTS, ROLLOUT, OwnEngine, arguments, train
+from tests.train.common import OFF_POLICY, PROMPTS, ROLLOUT, OwnEngine, arguments, teacher_model, train
 
 
 def test_a_resumed_run_samples_the_same_from_the_mixture(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str
         objective=Objective.model_validate({"preset": preset}),
     )
     read: dict[str, list[int]] = {"student": [], "teacher": []}
-    for name, model in (("student", trainer.model), ("teacher", trainer.local_teacher.model)):
+    for name, model in (("student", trainer.model), ("teacher", teacher_model(trainer))):
         count: Any = lambda _, args, kwargs, name=name: read[name].append(kwargs["input_ids"].numel())  # noqa: E731
         model.base_model.register_forward_pre_hook(count, with_kwargs=True)  # pyright: ignore
     trainer.train()
@@ -63,7 +63,7 @@ def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str
 def test_a_mixed_rollout_is_read_by_the_teacher_while_it_is_drawn(pair: tuple[str, str], tmp_path: Path) -> None:
     trainer = MiniLLMTrainer(*pair, arguments(tmp_path, max_steps=4), rollout=ROLLOUT, train_dataset=PROMPTS)
     calls: list[str] = []
-    trainer.local_teacher.model.base_model.register_forward_hook(lambda *_: calls.append("teacher"))  # pyright: ignore
+    teacher_model(trainer).base_model.register_forward_hook(lambda *_: calls.append("teacher"))  # pyright: ignore
     original = trainer.update_on
     trainer.update_on = lambda *args: calls.append("update") or original(*args)  # pyright: ignore
     trainer.train()

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from minillm.teacher.served import ServedTeacher
 from minillm.train.arguments import check_arguments
 from minillm.train.best_checkpoint import METRICS, with_given
 from minillm.train.finetune import FineTuner
@@ -142,20 +141,6 @@ def test_reverse_kl_needs_the_teachers_model(tmp_path: Path) -> None:
         ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
     ):
         FineTuner(NOWHERE, args, train_dataset=ROWS, eval_dataset=VALIDATION)
-    served = object.__new__(ServedTeacher)
-    rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0})
-    with pytest.raises(
-        ValueError, match=r"args\.metric_for_best_model: reverse_kl needs the teacher's model in this process"
-    ):
-        MiniLLMTrainer(
-            NOWHERE,
-            served,
-            args,
-            train_dataset=PROMPTS,
-            rollout=rollout,
-            processing_class=tiny_tokenizer(),
-            eval_dataset=VALIDATION,
-        )
 
 
 def test_a_subclass_may_measure_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

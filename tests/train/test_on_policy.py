@@ -12,7 +12,7 @@ from minillm.loss.config import Objective
 from minillm.models.load import load_model
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
-from tests.train.common import PROMPTS, ROLLOUT, arguments, train
+from tests.train.common import PROMPTS, ROLLOUT, arguments, teacher_model, train
 
 
 def test_every_layer_moves_and_the_teacher_does_not(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_every_layer_moves_and_the_teacher_does_not(pair: tuple[str, str], tmp_p
     unmoved = [name for name, value in before.items() if torch.equal(value, after[name]) and "rotary" not in name]
     assert not unmoved
     teacher = load_model(pair[1], torch.float32).state_dict()
-    for name, value in trainer.local_teacher.model.state_dict().items():
+    for name, value in teacher_model(trainer).state_dict().items():
         assert torch.equal(value, teacher[name])
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 4
@@ -133,7 +133,7 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
             assert r.teacher is not None
             ids, n = torch.tensor([r.prompt_ids + r.response_ids]), len(r.response_ids)
             with torch.no_grad():
-                models: list[Any] = [trainer.model, trainer.local_teacher.model]
+                models: list[Any] = [trainer.model, teacher_model(trainer)]
                 logq, logp = (torch.log_softmax(m(ids).logits[0, -n - 1 : -1].double(), -1) for m in models)
             rewards = -(logq.exp() * (logq - logp)).sum(-1)
             if objective.reward == "sampled":

@@ -15,8 +15,7 @@ minillm installed on its machine, and in addition
                      "minillm_teacher": "TEACHER", "minillm_loads_teacher": true}'
     --worker-extension-cls minillm.rollout.engines.vllm_pair.PairWorker
 
-with the student's own architecture in the place of `LlamaForCausalLM`. The teacher's hidden states do not come back, so
-the teacher in the training process scores the responses.
+with the student's own architecture for `LlamaForCausalLM`. The teacher in the training process scores the responses.
 
 The weights are written as safetensors to a folder that the trainer and the servers must both see. Every server loads
 the current weights before it samples, because a server that was restarted has the weights of MODEL. Load balancing and

@@ -41,8 +41,11 @@ def frozen_weights(model: Shape, itemsize: int, quantization: str | None) -> flo
     return model.body * _QUANTIZED_BYTES[quantization] + (model.parameters - model.body) * itemsize
 
 
-def scoring_teacher(recipe: Recipe, machine: Machine, teacher: Shape, itemsize: int) -> float:
-    """Bytes of the teacher in the warmup and minillm stages, which shard it where the recipe says so.
+def scoring_teacher(recipe: Recipe, machine: Machine, teacher: Shape, itemsize: int) -> Parts:
+    """Memory of the teacher in the warmup and minillm stages, which shard it where the recipe says so.
+
+    If it is served, its head alone is held here. Servers that return log-probabilities leave even that away; which kind
+    they are is not known before a run.
 
     Args:
         recipe: the recipe.
@@ -51,10 +54,12 @@ def scoring_teacher(recipe: Recipe, machine: Machine, teacher: Shape, itemsize: 
         itemsize: bytes of a weight that is not quantised.
 
     Returns:
-        The bytes in one process.
+        Bytes in one process.
     """
+    if recipe.teacher.servers:
+        return {"teacher's head": teacher.head * itemsize}
     whole = frozen_weights(teacher, itemsize, recipe.teacher.quantization)
-    return whole / machine.processes if recipe.teacher.shard else whole
+    return {"teacher": whole / machine.processes if recipe.teacher.shard else whole}
 
 
 def trained_weights(training: StageTraining, model: Shape) -> Parts:

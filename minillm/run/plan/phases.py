@@ -204,7 +204,7 @@ class Planner:
         # The warm-up always holds the teacher; sft holds it for the KL of its validation. Beside TRL's trainer the
         # teacher is not sharded.
         if name == "warmup":
-            idle["teacher"] = memory.scoring_teacher(self.recipe, self.machine, self.teacher, training.itemsize)
+            idle |= memory.scoring_teacher(self.recipe, self.machine, self.teacher, training.itemsize)
         elif name == "sft" and self.recipe.data.validation is not None:
             quantization = self.recipe.teacher.quantization
             idle["teacher"] = memory.frozen_weights(self.teacher, training.itemsize, quantization)
@@ -240,8 +240,14 @@ class Planner:
         body, head = _training_flops(training)
         flops = body * model.body * (prompt + response)
         flops += head * model.head * (prompt + response if all_tokens else response)
-        flops += 0 if scoring is None else _scoring_flops(scoring, prompt, response)
+        flops += 0 if scoring is None else self._teacher_flops(prompt, response)
         return training.responses_per_update * flops
+
+    def _teacher_flops(self, prompt: float, response: float) -> float:
+        """Operations of this run for the teacher's scores of a response, which are its head's if it is served."""
+        if self.recipe.teacher.servers:
+            return 2 * self.teacher.head * response
+        return _scoring_flops(self.teacher, prompt, response)
 
     # Validation
 
@@ -276,8 +282,8 @@ class Planner:
         model, rows, times = self._trained_model(training), work.rows(recipe, "validation"), training.validations
         prompt, longest = rows.prompt_tokens, recipe.rollout.max_new_tokens
         each = _scoring_flops(model, prompt, longest / 2)
-        if training.stage != "finetune" and not (training.stage == "minillm" and recipe.teacher.servers):
-            each += sum(_scoring_flops(scoring, prompt, longest / 2) for scoring in (model, self.teacher))
+        if training.stage != "finetune":
+            each += _scoring_flops(model, prompt, longest / 2) + self._teacher_flops(prompt, longest / 2)
         flops = times * rows.referenced * each
         in_one_process = -(-rows.referenced // machine.processes)
         decoding = machine.decoding_seconds(model, itemsize, in_one_process, longest, prompt + longest)
@@ -303,13 +309,12 @@ class Planner:
     def _on_policy_memory(self, training: StageTraining) -> tuple[Parts, Parts]:
         """Memory of the minillm stage: while it samples rollouts, and during a weight update."""
         recipe, machine, teacher, itemsize = self.recipe, self.machine, self.teacher, training.itemsize
-        rollout, served = recipe.rollout, bool(recipe.teacher.servers)
+        rollout = recipe.rollout
         own_rollouts = max(rollout.num_rollouts // machine.processes, 1)
         length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
         update: Parts = {"process": memory.PROCESS, **memory.trained_weights(training, self.student)}
-        if not served:
-            update["teacher"] = memory.scoring_teacher(recipe, machine, teacher, itemsize)
-            update["teacher's hidden states"] = own_rollouts * rollout.max_new_tokens * teacher.hidden * itemsize
+        update |= memory.scoring_teacher(recipe, machine, teacher, itemsize)
+        update["teacher's hidden states"] = own_rollouts * rollout.max_new_tokens * teacher.hidden * itemsize
         mixed = teacher if rollout.teacher_mix else None
         engine, stays = SampledModel(recipe, machine, self.student, itemsize, mixed).engine_while_training()
         without_gradients = {
@@ -324,7 +329,7 @@ class Planner:
             block = recipe.objective.language_model_block
             update["activations"] += memory.activations(training, self.student, block)
             tokens += training.micro_batch_size * block
-        update["head"] = memory.scoring_head(self.student, tokens, itemsize, with_teacher=not served)
+        update["head"] = memory.scoring_head(self.student, tokens, itemsize, with_teacher=True)
         return sampling, update
 
     def _on_policy_flops(self, training: StageTraining) -> float:
@@ -333,12 +338,12 @@ class Planner:
         prompt, response = work.rows(self.recipe, "train").prompt_tokens, self.recipe.rollout.max_new_tokens / 2
         body, head = _training_flops(training)
         # The teacher's hidden states are kept from the rollouts; only its head is computed again.
-        heads = head * student.head + (0 if self.recipe.teacher.servers else 2 * teacher.head)
+        heads = head * student.head + 2 * teacher.head
         each = body * student.body * (prompt + response) + heads * response
         if self._trains_on_text:
             block = objective.language_model_block
             each += block * (body * student.body + head * student.head)
-            each += _scoring_flops(teacher, 0, block) * (objective.language_model_distill > 0)
+            each += self._teacher_flops(0, block) * (objective.language_model_distill > 0)
         return training.responses_per_update * each
 
     def _rollout_cost(self, training: StageTraining, training_seconds: float) -> tuple[float, float]:
@@ -348,16 +353,14 @@ class Planner:
             training: the minillm stage.
             training_seconds: the time of all weight updates, during which rollouts are sampled where they overlap.
         """
-        recipe, machine, student, teacher = self.recipe, self.machine, self.student, self.teacher
+        recipe, machine, student = self.recipe, self.machine, self.student
         rollout, itemsize = recipe.rollout, training.itemsize
         prompt, response = work.rows(recipe, "train").prompt_tokens, rollout.max_new_tokens / 2
         batches = math.ceil(training.updates / work.updates_of_batch(recipe, machine))
         given = round((1 - rollout.on_policy) * rollout.num_rollouts)
         sampled = rollout.num_rollouts - given - round(rollout.replay * (rollout.num_rollouts - given))
         sampling = batches * sampled * _scoring_flops(student, prompt, response)
-        scoring = 0.0
-        if not recipe.teacher.servers:
-            scoring = batches * rollout.num_rollouts * _scoring_flops(teacher, prompt, response)
+        scoring = batches * rollout.num_rollouts * self._teacher_flops(prompt, response)
         # Responses whose log-probabilities under the student come from a forward of the trainer.
         rescored = rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
         rescoring = batches * rescored * _scoring_flops(student, prompt, response)

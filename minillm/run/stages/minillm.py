@@ -45,25 +45,14 @@ class MiniLLM(Stage):
     )
 
     def run(self, run: Run) -> None:
-        from minillm.run.stages.shared import load_scoring_teacher, student_arguments, train, training_arguments
-        from minillm.teacher.served import ServedTeacher
+        from minillm.run.stages import shared
         from minillm.train.on_policy import MiniLLMTrainer
 
         recipe, rollout = run.recipe, run.rollout()
-        arguments = training_arguments(run, self)
-        teacher: Any = load_scoring_teacher(run, arguments)
-        if recipe.teacher.servers:
-            # Without a single step, and with sampled rewards, the log-probabilities of the sampled tokens are enough.
-            needs_rows = recipe.objective.single_step or recipe.objective.reward == "expected"
-            teacher = ServedTeacher(
-                recipe.teacher.servers,
-                run.teacher,
-                top_k=recipe.teacher.top_k if needs_rows else 0,
-                patience=rollout.server_patience,
-            )
+        arguments = shared.training_arguments(run, self)
         trainer = MiniLLMTrainer(
-            **student_arguments(run, run.warmed, arguments),
-            teacher=teacher,
+            **shared.student_arguments(run, run.warmed, arguments),
+            teacher=shared.served_teacher(run) or shared.load_scoring_teacher(run, arguments),
             args=arguments,
             objective=recipe.objective,
             shard_teacher=recipe.teacher.shard,
@@ -73,7 +62,7 @@ class MiniLLM(Stage):
             text_dataset=_texts(recipe),
             responses=run.references if rollout.on_policy < 1 else None,
         )
-        train(run, self, trainer, run.student, final=True)
+        shared.train(run, self, trainer, run.student, final=True)
 
     def phases(self, planner: Planner) -> list[Phase]:
         return planner.on_policy()

@@ -15,6 +15,7 @@ from minillm.models.load import load_model
 from minillm.models.lora import load_student
 from minillm.run.context import Run
 from minillm.run.stages.stage import Stage
+from minillm.teacher.served import ServedTeacher
 from minillm.train.best_checkpoint import with_given
 from minillm.train.pair import compute_dtype
 from minillm.train.resume import train as train_resumably
@@ -54,6 +55,21 @@ def student_arguments(run: Run, folder: str, arguments: TrainingArguments) -> di
     lora = run.recipe.student.lora
     model = folder if lora is None else load_student(folder, lora, compute_dtype(arguments))
     return {"model": model, "processing_class": run.conventions.tokenizer, "conventions": run.conventions}
+
+
+def served_teacher(run: Run) -> ServedTeacher | None:
+    """The teacher behind the servers of the recipe, if it names any."""
+    recipe, rollout = run.recipe, run.rollout()
+    if not recipe.teacher.servers:
+        return None
+    # Without a single step, and with sampled rewards, the log-probabilities of the sampled tokens are enough.
+    needs_rows = recipe.objective.single_step or recipe.objective.reward == "expected"
+    return ServedTeacher(
+        recipe.teacher.servers,
+        run.teacher,
+        top_k=recipe.teacher.top_k if needs_rows else 0,
+        patience=rollout.server_patience,
+    )
 
 
 def load_scoring_teacher(run: Run, arguments: TrainingArguments) -> Any:

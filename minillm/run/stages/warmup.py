@@ -59,14 +59,16 @@ class Warmup(Stage):
     )
 
     def run(self, run: Run) -> None:
-        from minillm.run.stages.shared import load_scoring_teacher, student_arguments, train, training_arguments
+        from minillm.run.stages import shared
         from minillm.train.supervised import SupervisedTrainer
 
         settings, recipe = run.recipe.warmup, run.recipe
-        arguments = training_arguments(run, self)
+        arguments = shared.training_arguments(run, self)
+        served = shared.served_teacher(run)
+        by_servers = served is not None and served.returns_states()
         trainer = SupervisedTrainer(
-            **student_arguments(run, run.start, arguments),
-            teacher=load_scoring_teacher(run, arguments),
+            **shared.student_arguments(run, run.start, arguments),
+            teacher=served if by_servers else shared.load_scoring_teacher(run, arguments),
             args=arguments,
             shard_teacher=recipe.teacher.shard,
             train_dataset=_rows(run),
@@ -77,7 +79,7 @@ class Warmup(Stage):
             cross_entropy_temperature=settings.cross_entropy_temperature,
             eval_dataset=run.validation,
         )
-        train(run, self, trainer, run.warmed, final="minillm" not in recipe.stages)
+        shared.train(run, self, trainer, run.warmed, final="minillm" not in recipe.stages)
 
     def phases(self, planner: Planner) -> list[Phase]:
         return planner.supervised(self.name)

@@ -1,0 +1,189 @@
+"""A teacher whose final hidden states come from stock `vllm serve` processes, and whose head is in this process.
+
+vLLM's pooling runner with the task `token_embed` returns the state of every token after the final norm, which the head
+is applied to here. So every divergence, every temperature and the language-model term are those of a teacher in this
+process, for H numbers of two or four bytes per token of prompt and response.
+
+What is trusted is checked when a server is attached, and again when its process has been replaced: the states of a
+fixed prompt have the width of the head, depend on earlier tokens only, are not normalised, and are those that all the
+other servers gave. Of every answer, the number of states is checked, and that they are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minillm.errors import EngineError
+from minillm.models.head import Head
+from minillm.models.servers import Server, Servers, TransientServerError
+from minillm.teacher.config import START_COMMAND
+from minillm.teacher.states import StatesTeacher
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+STATES_PATH = "/pooling"
+# Its length is a prime that divides no usual width, so that missing states do not look like states of another width.
+_FIXED_PROMPT = list(range(3, 14))
+# Relative difference of two servers' states of one prompt that counts as rounding, by the dtype of the states. The
+# dtypes are those that a server can send, the ones with fewer bytes first.
+_ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.005}
+
+
+class ServedStates(StatesTeacher):
+    """Scores by the states that servers return.
+
+    Args:
+        urls: `http://host:port` of each server.
+        head: the teacher's output head. States get its dtype and device.
+        max_length: tokens of the longest sequence that will be scored.
+        patience: seconds for which a server that does not answer is retried.
+
+    Attributes:
+        dtype: what states are sent in: the dtype with the fewest bytes that loses nothing of what the servers compute.
+
+    Raises:
+        EngineError: a server is unreachable, serves shorter sequences, or returns states that do not fit the head or
+            differ from those of the first.
+    """
+
+    def __init__(self, urls: Sequence[str], head: Head, *, max_length: int, patience: float = 600.0) -> None:
+        self._head, self._max_length = head, max_length
+        self._servers = Servers(urls, refresh=self._verify, patience=patience, path=STATES_PATH)
+        self._fixed_states: Tensor | None = None
+        self.dtype = next(iter(_ROUNDING))
+        try:
+            for server in self._servers.each:
+                server.has_current_weights = False
+                self._servers.call_with_retries(lambda server=server: self._verify(server), server)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def head(self) -> Head:
+        """The output head."""
+        return self._head
+
+    def hidden(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[Float[Tensor, "tokens hidden"]]:
+        """Final hidden states, one request per response; see `StatesTeacher.hidden`.
+
+        Raises:
+            EngineError: no server answered for `patience` seconds, or one was restarted with other weights.
+        """
+        weight = self._head.weight
+        # The last token of a response predicts nothing.
+        sequences = [[*p, *r][:-1] for p, r in zip(prompts, responses, strict=True) if r]
+        lengths = [len(response) for response in responses if response]
+        states = iter(
+            self._servers.complete_all(
+                [(self._request(ids), self._reader(ids, n)) for ids, n in zip(sequences, lengths, strict=True)]
+            )
+        )
+        return [
+            next(states).to(weight.device, weight.dtype) if response else weight.new_zeros(0, weight.shape[1])
+            for response in responses
+        ]
+
+    def close(self) -> None:
+        """Close the connections to the servers."""
+        self._servers.close()
+
+    def _request(self, ids: Sequence[int]) -> dict[str, Any]:
+        """The body of a request for the states of every token of a sequence."""
+        return {
+            "input": list(ids),
+            "add_special_tokens": False,
+            "task": "token_embed",
+            "use_activation": False,  # no normalisation
+            "encoding_format": "bytes_only",
+            "embed_dtype": str(self.dtype).removeprefix("torch."),
+            "endianness": "little",
+        }
+
+    def _reader(self, ids: Sequence[int], last: int) -> Callable[[Any], Tensor]:
+        """What reads the last `last` states from the answer to a request."""
+        dtype, width = self.dtype, self._head.weight.shape[1]
+
+        def read(answer: Any) -> Tensor:
+            if not isinstance(answer, bytes) or len(answer) != len(ids) * width * dtype.itemsize:
+                what = f"{len(answer)} bytes" if isinstance(answer, bytes) else f"{str(answer)[:80]!r}"
+                raise ValueError(f"{what} for {len(ids)} states of {width} {dtype} numbers")
+            states = torch.frombuffer(bytearray(answer), dtype=dtype).view(-1, width)[-last:].clone()
+            if not states.isfinite().all():
+                raise ValueError("states that are not finite")
+            return states
+
+        return read
+
+    def _verify(self, server: Server) -> None:
+        """Check that a server returns the teacher's states, unless its process has been checked."""
+        with server.lock:
+            if server.has_current_weights:
+                return
+            server.attach(self._max_length)
+            # Read before the states are requested, so that a later restart shows as another start time.
+            server.started_at = server.process_start_time()
+            states = self._checked_states(server)
+            exact = next(dtype for dtype in _ROUNDING if torch.equal(states.to(dtype).float(), states))
+            first = self._fixed_states is None
+            if self._fixed_states is None:
+                self._fixed_states = states
+            difference = _difference(states, self._fixed_states)
+            if difference > max(_ROUNDING[exact], _ROUNDING[self.dtype]):
+                raise EngineError(
+                    f"{server.url}: its states of a fixed prompt differ by {difference:.1%} from those that "
+                    f"{self._servers.each[0].url} returned at first: it holds another model, or was restarted with "
+                    "other weights"
+                )
+            if first or exact.itemsize > self.dtype.itemsize:
+                self.dtype = exact
+            server.has_current_weights = True
+
+    def _checked_states(self, server: Server) -> Tensor:
+        """A server's states of the fixed prompt, float32.
+
+        Raises:
+            EngineError: they depend on later tokens, are normalised, or do not have the width of the head; or the
+                server refuses the request.
+        """
+        states = self._fixed_prompt_states(server, len(_FIXED_PROMPT))
+        beginning = self._fixed_prompt_states(server, len(_FIXED_PROMPT) // 2)
+        if _difference(states[: len(beginning)], beginning) > _ROUNDING[torch.bfloat16]:
+            raise EngineError(f"{server.url}: its states depend on later tokens, as those of an encoder do")
+        if (states.norm(dim=1) - 1).abs().max() < 1e-2:
+            raise EngineError(f"{server.url}: its states are normalised, although the request asks for plain ones")
+        return states
+
+    def _fixed_prompt_states(self, server: Server, length: int) -> Tensor:
+        """A server's states of the first tokens of the fixed prompt, float32."""
+        body = {**self._request(_FIXED_PROMPT[:length]), "model": server.model, "embed_dtype": "float32"}
+        try:
+            answer = server.ask("POST", STATES_PATH, body)
+        except EngineError as error:
+            raise EngineError(f"{error}; the server has to be started with {START_COMMAND}") from error
+        width = self._head.weight.shape[1]
+        if not isinstance(answer, bytes) or not answer:
+            raise TransientServerError(f"{STATES_PATH} answered no states: {str(answer)[:80]!r}")
+        if len(answer) < 4 * length * width and len(answer) % (4 * width) == 0:
+            raise TransientServerError(f"{STATES_PATH} answered {len(answer) // (4 * width)} of {length} states")
+        if len(answer) != 4 * length * width:
+            raise EngineError(
+                f"{server.url} returns states of {len(answer) // (4 * length)} numbers, and the head of the teacher's "
+                f"source takes {width}: they are not of one model"
+            )
+        states = torch.frombuffer(bytearray(answer), dtype=torch.float32).view(length, width)
+        if not states.isfinite().all():
+            raise TransientServerError(f"{STATES_PATH} answered states that are not finite")
+        return states
+
+
+def _difference(states: Tensor, others: Tensor) -> float:
+    """The relative difference of two sets of states."""
+    return float((states - others).norm() / others.norm())
