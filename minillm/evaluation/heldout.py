@@ -6,6 +6,7 @@ It is a test set whose references are the teacher's answers of the other seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from minillm.data.files import write_json
 from minillm.evaluation import scores, verdict
 from minillm.evaluation.answers import DIVERGENCES
 from minillm.evaluation.config import EvaluateConfig
+from minillm.evaluation.dependencies import Dependencies
 from minillm.evaluation.evaluator import Evaluator
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.report.console import announce
-from minillm.evaluation.store import AnswerStore, Row, digest, file_times
+from minillm.evaluation.store import AnswerStore, Row, Task
 from minillm.models.configs import text_config
 from minillm.models.conventions import Conventions
 from minillm.rollout.config import RolloutConfig
@@ -29,7 +31,7 @@ _ANSWER_SETTINGS = ("evaluate.", "data.", "rollout.stop", "teacher.")  # the rec
 
 
 def evaluate_heldout(
-    run_dir: Path,
+    folder: Path,
     models: Mapping[str, str],
     prompts: Sequence[Prompt],
     conventions: Conventions,
@@ -41,12 +43,11 @@ def evaluate_heldout(
 ) -> dict[str, Any]:
     """Have every model of a run answer the held-out prompts, score the answers, and judge the minillm stage.
 
-    An answer's references are the teacher's answers to the same prompt with the other seeds. A model's answers are kept
-    in `evaluate/NAME.jsonl`, with what they depend on in `evaluate/NAME.json`, and are not sampled again while that
-    stays the same. The prompts' texts are kept in `evaluate/prompts.json`, the results in `results.json`.
+    An answer's references are the teacher's answers to the same prompt with the other seeds. Answers are not sampled
+    again while what they depend on stays the same.
 
     Args:
-        run_dir: The run's directory.
+        folder: Where the answers are kept, `NAME.jsonl`, and the prompts' texts, `prompts.json`.
         models: Folder or hub id of each model by name, `teacher` among them. Where both `warmed` and `minillm` are
             there, they are compared.
         prompts: The held-out prompts.
@@ -61,50 +62,56 @@ def evaluate_heldout(
         The results: `models` (of each the metrics of `scores.summarise`), `prompts` (their number), `seeds`; and of the
         comparison `minillm_against_warmed` (`scores.compare`) and `check` (`verdict.check`).
     """
-    store = AnswerStore(run_dir / "evaluate", ".json")
-    depends_on = {
-        name: _dependencies(folder, prompts, conventions, rollout, recorded) for name, folder in models.items()
-    }
+    store, max_length = AnswerStore(folder), rollout.max_prompt_tokens + config.max_new_tokens
+    sampling = conventions.sampling(config.max_new_tokens, config.temperature, rollout.stop)
     divergences = [metric.key for metric in HELD_OUT if metric.key in DIVERGENCES]
-    max_length = rollout.max_prompt_tokens + config.max_new_tokens
-    rows: dict[str, list[Row]] = {}
+
+    def answers(name: str, seeds: Sequence[int]) -> list[Row]:
+        announce(f"  {name}")
+        model = evaluator.load(models[name])
+        found = evaluator.answer(model, models[name], prompts, sampling, seeds, conventions.tokenizer)
+        evaluator.sleep()
+        rows = [row for some in found.values() for row in some]
+        if name == TEACHER:
+            evaluator.score_with(model)
+            for row in rows:
+                row |= dict.fromkeys(divergences, 0.0)  # the divergence of a model from itself
+        else:
+            evaluator.add_divergences(rows, prompts, model, sampling, divergences)
+        return rows
+
+    tasks = [
+        Task(
+            _dependencies(folder, models[TEACHER], prompts, conventions, rollout, recorded),
+            {name: config.seeds},
+            partial(answers, name),
+        )
+        for name, folder in models.items()
+    ]
     with Evaluator(rollout, max_length, teacher=models[TEACHER], quantization=quantization) as evaluator:
-        for name, folder in models.items():
-            if store.has(name, depends_on[name]):
-                rows[name] = store.read(name)
-                continue
-            announce(f"  {name}")
-            sampling = conventions.sampling(config.max_new_tokens, config.temperature, rollout.stop)
-            model = evaluator.load(folder)
-            answers = evaluator.answer(model, folder, prompts, sampling, config.seeds, conventions.tokenizer)
-            evaluator.sleep()
-            rows[name] = [row for some in answers.values() for row in some]
-            if name == TEACHER:
-                evaluator.score_with(model)
-                for row in rows[name]:
-                    row |= dict.fromkeys(divergences, 0.0)  # the divergence of a model from itself
-            else:
-                evaluator.add_divergences(rows[name], prompts, model, sampling, divergences)
-            store.write(name, rows[name], depends_on[name])
-    write_json(store.folder / "prompts.json", {prompt.example.row: prompt.example.text for prompt in prompts})
-    return write_json(run_dir / "results.json", _results(rows, len(prompts), config))
+        store.complete(tasks)
+    write_json(folder / "prompts.json", {prompt.example.row: prompt.example.text for prompt in prompts})
+    return _results({name: store.read(name) for name in models}, len(prompts), config)
 
 
 def _dependencies(
-    folder: str,
+    model: str,
+    teacher: str,
     prompts: Sequence[Prompt],
     conventions: Conventions,
     rollout: RolloutConfig,
     recorded: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> Dependencies:
     """What a model's answers depend on."""
-    inputs = [prompt.ids for prompt in prompts], conventions.eos_ids, conventions.vocab_size
-    return {
-        "weights": file_times(folder, "*.safetensors") or folder,
-        "settings": {key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
-        "prompts": digest(*inputs)[:16],
-        "engine": choose_engine(rollout.engine, text_config(folder)),
-    }
+    return Dependencies(
+        model,
+        conventions.tokenizer,
+        choose_engine(rollout.engine, text_config(model)),
+        {key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
+        prompts,
+        teacher=teacher,
+        ends=(conventions.eos_ids, conventions.vocab_size),
+    )
 
 
 def _results(rows: Mapping[str, Sequence[Row]], prompts: int, config: EvaluateConfig) -> dict[str, Any]:

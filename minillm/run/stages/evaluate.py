@@ -35,13 +35,14 @@ class Evaluate(Stage):
         return planner.evaluation()
 
     def run(self, run: Run) -> None:
+        from minillm.data.files import write_json
         from minillm.evaluation.heldout import TEACHER, evaluate_heldout
 
         recipe = run.recipe
         untrained = "pruned" if recipe.student.source == "prune" else "student"
         models = {TEACHER: run.teacher, untrained: run.start, **run.trained_by_label()}
-        evaluate_heldout(
-            run.dir,
+        results = evaluate_heldout(
+            run.dir / "evaluate",
             models,
             run.heldout_prompts,
             run.conventions,
@@ -50,3 +51,4 @@ class Evaluate(Stage):
             recorded=run.state.settings(self.name),
             quantization=recipe.teacher.quantization,
         )
+        write_json(run.dir / "results.json", results)
