@@ -33,7 +33,7 @@ class Metric:
         value: For metrics per `answer` that need no references: computes an answer's value from its row; by default the
             row's entry `key`. For metrics per `seed` and per `choice`: computes the number from a list of rows.
         scale: Factor from an answer's value to `unit`, for metrics per `answer`.
-        held_out: Whether the evaluation of a run's held-out prompts and the validation in training report it too, beside
+        held_out: Whether the evaluation of a run's held-out prompts and validation in training report it too, beside
             suites of test sets. This is possible for metrics per `answer` and per `token`.
         greater_is_better: Whether more of it is better; None if that depends on the purpose. The best checkpoint of a
             training is chosen accordingly.

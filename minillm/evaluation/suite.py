@@ -12,8 +12,8 @@ from minillm.data.examples import Example
 from minillm.data.files import write_json
 from minillm.evaluation import scores, statistics
 from minillm.evaluation.config import Suite
+from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRICS, Metric, excess_error, excess_error_interval
-from minillm.evaluation.results import AVERAGE
 from minillm.evaluation.statistics import Floats
 from minillm.evaluation.store import AnswerStore, Row, part, suite_store
 from minillm.evaluation.suite_answers import answer_suite, superset_of

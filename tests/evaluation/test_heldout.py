@@ -33,7 +33,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def evaluated(run_dir: Path, models: dict[str, str], recorded: dict[str, Any]) -> dict[str, Any]:
     return evaluate_heldout(
-        run_dir,
+        run_dir / "evaluate",
         models,
         PROMPTS,
         settle_run(models["teacher"], template=False),
@@ -58,8 +58,7 @@ def test_every_model_is_loaded_once_and_answered_once(pair: tuple[str, str], tmp
         assert all(set(row) == {"row", "seed", "ids", "finished", "text", "reverse_kl"} for row in rows)
         note = json.loads((folder / f"{name}.json").read_text())
         assert note["settings"] == {"evaluate.max_new_tokens": 5, "teacher.source": teacher}  # not those of training
-        assert list(note["weights"]) == ["model.safetensors"]
-    assert results == json.loads((tmp_path / "results.json").read_text())
+        assert list(note["weights"]) == list(note["teacher"]) == ["generation_config.json", "model.safetensors"]
     assert results["prompts"] == 4
     assert results["models"]["teacher"]["reverse_kl"]["mean"] == 0
     assert results["models"]["warmed"]["reverse_kl"]["mean"] > 0.01

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.files import read_json, read_jsonl
+from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRICS
 from minillm.evaluation.report.html import (
     answers_table,
     deviation_cell,
     draw_curves,
     heading,
-    html_page,
     interval_cell,
     note,
     number_cell,
     table,
     text_cell,
+    write_page,
 )
-from minillm.evaluation.results import AVERAGE
 from minillm.evaluation.store import part, suite_store
 
 
@@ -33,13 +33,9 @@ def write_suite_report(out: Path) -> Path:
         The report's path.
     """
     results = read_json(out / "results.json")
-    parts = [heading(out.name, level=1)]
-    parts += [set_table(results, name) for name in (*results["prompts"], AVERAGE)]
-    parts += [reference_words_tables(results), _exposure(results)]
-    parts += [_answers(out, results, name) for name in results["prompts"]]
-    page = out / "report.html"
-    page.write_text(html_page(out.name, parts), encoding="utf-8")
-    return page
+    tables = [set_table(results, name) for name in (*results["prompts"], AVERAGE)]
+    answers = [_answers(out, results, name) for name in results["prompts"]]
+    return write_page(out, [*tables, reference_words_tables(results), _exposure(results), *answers])
 
 
 def set_table(results: dict[str, Any], name: str) -> str:
