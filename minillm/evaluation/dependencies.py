@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from minillm.data.examples import Prompt
+from minillm.models.configs import text_config
+from minillm.rollout.engines.choose import choose_engine
 
 _MODEL_FILES = ("*.safetensors", "*.bin", "generation_config.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dependencies:
     """What a model's answers to a set of prompts depend on.
 
     Attributes:
-        model: Folder or hub id.
-        tokenizer: Encodes prompts and decodes answers.
+        model: Folder or hub id; `of` fills it in, with the engine.
         engine: Name of the engine that samples.
+        tokenizer: Encodes prompts and decodes answers.
         settings: How answers are sampled and scored, in values that JSON can hold.
         prompts: The rendered prompts.
         choices: The possible answers, if it is a classification task.
@@ -30,15 +32,24 @@ class Dependencies:
         ends: The end tokens and the size of the vocabulary, where they do not follow from the model alone.
     """
 
-    model: str
+    model: str = ""
+    engine: str = ""
     tokenizer: Any
-    engine: str
     settings: Mapping[str, Any]
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Prompt] = ()
     choices: Sequence[str] = ()
     teacher: str | None = None
     ends: tuple[Sequence[int], int] | None = None
 
+    def of(self, model: str, engine: str) -> Dependencies:
+        """The same for a model, given the setting that chooses its engine.
+
+        Raises:
+            EngineError: The engine is not available, or cannot sample the model.
+        """
+        return replace(self, model=model, engine=choose_engine(engine, text_config(model)))
+
+    @cached_property
     def note(self) -> str:
         """All facts, as text that is the same while they are. It is kept beside the answers."""
         facts = {
@@ -54,7 +65,7 @@ class Dependencies:
     def agree_with(self, note: str) -> bool:
         """Whether a note beside answers states these facts, perhaps in the form of an earlier version."""
         if note.startswith("{"):
-            return note == self.note() or json.loads(note) == self._earlier_facts_of_a_run()
+            return note == self.note or json.loads(note) == self._earlier_facts_of_a_run()
         return note == self._earlier_digest_of_a_suite()
 
     def _rendered(self) -> list[Any]:

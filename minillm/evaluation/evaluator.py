@@ -61,11 +61,6 @@ class Evaluator:
         return _to_device(load_model(folder, working_dtype()))
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether answers can be scored with a teacher."""
-        return self._teacher_folder is not None
-
-    @property
     def teacher(self) -> LocalTeacher:
         """The teacher, which is loaded at the first access.
 

@@ -1,6 +1,9 @@
 """The evaluation of a run on its held-out prompts.
 
-It is a test set whose references are the teacher's answers of the other seeds.
+It is a test set whose references are the teacher's answers to the same prompt with the other seeds. Answers are kept
+and made again as those of a suite are (`minillm.evaluation.store`); their results are put together here, because the
+two have no key but `models` and `seeds` in common: intervals over prompts and a verdict here, scores by set and seed
+and differences to the first model there.
 """
 
 from __future__ import annotations
@@ -20,10 +23,8 @@ from minillm.evaluation.evaluator import Evaluator
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.report.console import announce
 from minillm.evaluation.store import AnswerStore, Row, Task
-from minillm.models.configs import text_config
 from minillm.models.conventions import Conventions
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.choose import choose_engine
 
 TEACHER = "teacher"
 """Name of the model that gives the references."""
@@ -41,15 +42,11 @@ def evaluate_heldout(
     recorded: Mapping[str, Any],
     quantization: str | None = None,
 ) -> dict[str, Any]:
-    """Have every model of a run answer the held-out prompts, score the answers, and judge the minillm stage.
-
-    An answer's references are the teacher's answers to the same prompt with the other seeds. Answers are not sampled
-    again while what they depend on stays the same.
+    """Have every model answer the held-out prompts, score the answers, and judge the minillm stage.
 
     Args:
         folder: Where the answers are kept, `NAME.jsonl`, and the prompts' texts, `prompts.json`.
-        models: Folder or hub id of each model by name, `teacher` among them. Where both `warmed` and `minillm` are
-            there, they are compared.
+        models: Folder or hub id of each model by name, `teacher` among them.
         prompts: The held-out prompts.
         conventions: The tokenizer, end tokens and vocabulary that all the models share.
         rollout: Engine and stop strings; `max_prompt_tokens` is the length of the longest prompt.
@@ -59,8 +56,9 @@ def evaluate_heldout(
             from the unquantised teacher.
 
     Returns:
-        The results: `models` (of each the metrics of `scores.summarise`), `prompts` (their number), `seeds`; and of the
-        comparison `minillm_against_warmed` (`scores.compare`) and `check` (`verdict.check`).
+        The results: `models` (of each the metrics of `scores.summarise`), `prompts` (their number), `seeds`; and where
+        both `warmed` and `minillm` are there, `minillm_against_warmed` (`scores.compare`) and `check`
+        (`verdict.check`).
     """
     store, max_length = AnswerStore(folder), rollout.max_prompt_tokens + config.max_new_tokens
     sampling = conventions.sampling(config.max_new_tokens, config.temperature, rollout.stop)
@@ -80,38 +78,21 @@ def evaluate_heldout(
             evaluator.add_divergences(rows, prompts, model, sampling, divergences)
         return rows
 
+    facts = Dependencies(
+        tokenizer=conventions.tokenizer,
+        settings={key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
+        prompts=prompts,
+        teacher=models[TEACHER],
+        ends=(conventions.eos_ids, conventions.vocab_size),
+    )
     tasks = [
-        Task(
-            _dependencies(folder, models[TEACHER], prompts, conventions, rollout, recorded),
-            {name: config.seeds},
-            partial(answers, name),
-        )
+        Task(facts.of(folder, rollout.engine), {name: config.seeds}, partial(answers, name))
         for name, folder in models.items()
     ]
     with Evaluator(rollout, max_length, teacher=models[TEACHER], quantization=quantization) as evaluator:
         store.complete(tasks)
     write_json(folder / "prompts.json", {prompt.example.row: prompt.example.text for prompt in prompts})
     return _results({name: store.read(name) for name in models}, len(prompts), config)
-
-
-def _dependencies(
-    model: str,
-    teacher: str,
-    prompts: Sequence[Prompt],
-    conventions: Conventions,
-    rollout: RolloutConfig,
-    recorded: Mapping[str, Any],
-) -> Dependencies:
-    """What a model's answers depend on."""
-    return Dependencies(
-        model,
-        conventions.tokenizer,
-        choose_engine(rollout.engine, text_config(model)),
-        {key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
-        prompts,
-        teacher=teacher,
-        ends=(conventions.eos_ids, conventions.vocab_size),
-    )
 
 
 def _results(rows: Mapping[str, Sequence[Row]], prompts: int, config: EvaluateConfig) -> dict[str, Any]:

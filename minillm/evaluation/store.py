@@ -61,7 +61,7 @@ class AnswerStore:
         for note in self._notes(part):
             note.unlink(missing_ok=True)  # an interruption must not leave new rows beside an old note
         write_jsonl(self.file(part), finite(rows))
-        self._notes(part)[0].write_text(depends_on.note(), encoding="utf-8")
+        self._notes(part)[0].write_text(depends_on.note, encoding="utf-8")
 
     def complete(self, tasks: Sequence[Task]) -> bool:
         """Make the parts that are missing, or were made from something else.
@@ -84,13 +84,8 @@ class AnswerStore:
         return [self.file(part).with_suffix(suffix) for suffix in _NOTE_SUFFIXES]
 
 
-def suite_store(out: Path, model: str) -> AnswerStore:
-    """The answers of one model to the sets of a suite that is kept in `out`; `part` names its parts."""
-    return AnswerStore(out / model)
-
-
 def part(key: str, of: int | str) -> str:
-    """The part of a `suite_store` with a model's answers to set `key` with one seed.
+    """The part of a suite's store with a model's answers to set `key` with one seed.
 
     Instead of a seed, `choices` stands for the probabilities of the choices, and `exposure` for the divergences from
     which the exposure bias is computed.

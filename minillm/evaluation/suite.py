@@ -15,7 +15,7 @@ from minillm.evaluation.config import Suite
 from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRICS, Metric, excess_error, excess_error_interval
 from minillm.evaluation.statistics import Floats
-from minillm.evaluation.store import AnswerStore, Row, part, suite_store
+from minillm.evaluation.store import AnswerStore, Row, part
 from minillm.evaluation.suite_answers import answer_suite, superset_of
 from minillm.evaluation.text_metrics import is_latin
 
@@ -71,7 +71,7 @@ def pooled_differences(suite: Suite, groups: Mapping[str, Sequence[str]]) -> dic
 
 
 def _read_seeds(suite: Suite, name: str, key: str) -> Groups:
-    store = suite_store(suite.out, name)
+    store = AnswerStore(suite.out / name)
     return [store.read(part(key, seed)) for seed in suite.seeds]
 
 
@@ -79,7 +79,7 @@ def _results(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
     answers = {name: {key: _read_seeds(suite, name, key) for key in sets} for name in names}
     models: dict[str, Any] = {}
     for name in names:
-        store = suite_store(suite.out, name)
+        store = AnswerStore(suite.out / name)
         models[name] = {key: _set_scores(suite, key, answers[name][key], store) for key in sets}
         scored = [found[HEADLINE.key]["by_seed"] for found in models[name].values() if HEADLINE.key in found]
         if scored:

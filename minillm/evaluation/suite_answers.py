@@ -24,9 +24,8 @@ from minillm.evaluation.dependencies import Dependencies
 from minillm.evaluation.evaluator import Evaluator
 from minillm.evaluation.scores import score_text
 from minillm.evaluation.sets import SuiteModel, check_suite
-from minillm.evaluation.store import Row, Task, part, suite_store
+from minillm.evaluation.store import AnswerStore, Row, Task, part
 from minillm.loss.in_forward import bind_scoring
-from minillm.models.configs import text_config
 from minillm.models.conventions import settle
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.choose import choose_engine
@@ -90,17 +89,16 @@ class _Answering:
 
     def __init__(self, suite: Suite, model: SuiteModel, evaluator: Evaluator) -> None:
         self._suite, self._model, self._evaluator = suite, model, evaluator
-        self._store = suite_store(suite.out, model.name)
+        self._store = AnswerStore(suite.out / model.name)
 
     def complete(self) -> None:
         """Make every part of the model that is missing."""
         suite, model = self._suite, self._model
-        engine = choose_engine(_engine_setting(suite), text_config(model.folder))
         settings = suite.model_dump(mode="json", include=_ANSWER_SETTINGS)
+        facts = Dependencies(tokenizer=model.tokenizer, settings=settings, teacher=suite.teacher)
+        facts = facts.of(model.folder, _engine_setting(suite))
         depends_on = {
-            key: Dependencies(
-                model.folder, model.tokenizer, engine, settings, prompts, suite.sets[key].choices, suite.teacher
-            )
+            key: replace(facts, prompts=prompts, choices=suite.sets[key].choices)
             for key, prompts in model.prompts.items()
         }
         tasks = [
@@ -142,7 +140,7 @@ class _Answering:
             for row, prompt in zip(rows, prompts, strict=True):
                 references = prompt.example.references
                 row |= {"references": list(references), **score_text(row["text"], references)}
-        if self._evaluator.has_teacher and suite.seeds[0] in answers:
+        if suite.teacher is not None and suite.seeds[0] in answers:
             self._evaluator.add_divergences(answers[suite.seeds[0]], prompts, self._loaded, self._sampling)
         return [row for rows in answers.values() for row in rows]
 

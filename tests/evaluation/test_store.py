@@ -16,7 +16,7 @@ import pytest
 from minillm.data.examples import Example, Prompt
 from minillm.evaluation import store as module
 from minillm.evaluation.dependencies import Dependencies
-from minillm.evaluation.store import AnswerStore, Row, Task, part, suite_store
+from minillm.evaluation.store import AnswerStore, Row, Task, part
 from tests.conftest import tiny_tokenizer
 
 ROWS = [{"row": 0, "seed": 1, "text": "w1"}, {"row": 1, "seed": 1, "text": "w2"}]
@@ -32,7 +32,14 @@ def facts(tmp_path: Path) -> Dependencies:
             (tmp_path / name / file).write_text("")
     folders = str(tmp_path / "model"), str(tmp_path / "teacher")
     return Dependencies(
-        folders[0], tiny_tokenizer(), "vllm", SETTINGS, PROMPTS, ["yes", "no"], folders[1], ends=((1, 3), 32)
+        model=folders[0],
+        engine="vllm",
+        tokenizer=tiny_tokenizer(),
+        settings=SETTINGS,
+        prompts=PROMPTS,
+        choices=["yes", "no"],
+        teacher=folders[1],
+        ends=((1, 3), 32),
     )
 
 
@@ -47,7 +54,7 @@ def touched(model: str, file: str) -> Callable[[Dependencies], Dependencies]:
         path = Path(getattr(facts, model)) / file
         path.write_text("")
         os.utime(path, ns=(1, 1))
-        return facts
+        return replace(facts)
 
     return change
 
@@ -77,8 +84,7 @@ def test_a_part_is_there_only_with_the_same_dependencies(
     assert not store.has("one", facts)
     store.write("one", ROWS, facts)
     assert store.read("one") == ROWS
-    touched("model", "README.md")(facts)
-    assert store.has("one", replace(facts, settings=dict(reversed(SETTINGS.items()))))
+    assert store.has("one", replace(touched("model", "README.md")(facts), settings=dict(reversed(SETTINGS.items()))))
     assert not store.has("two", facts)
     assert not store.has("one", change(facts))
     store.file("one").unlink()
@@ -111,7 +117,8 @@ def test_the_notes_of_earlier_versions_are_read(facts: Dependencies, tmp_path: P
     vocabulary = sorted(facts.tokenizer.get_vocab().items()), facts.tokenizer.eos_token_id
     shared = sha(time_of(facts.model, *files), SETTINGS, "vllm", vocabulary, time_of(facts.teacher, *files))
     (folder / "some-1.made_from").write_text(sha(shared, ["yes", "no"], [([4, 5], ("w1",)), ([5, 6], ())]))
-    store = AnswerStore(folder)
+    store, weights = AnswerStore(folder), Path(facts.model) / "model.safetensors"
+    before = weights.stat().st_mtime_ns
     for name, same in (("teacher", facts), ("some-1", of_suite)):
         assert store.has(name, same)
         for changed in (
@@ -120,9 +127,10 @@ def test_the_notes_of_earlier_versions_are_read(facts: Dependencies, tmp_path: P
             replace(same, prompts=PROMPTS[:1]),
         ):
             assert not store.has(name, changed)
-        touched("model", "model.safetensors")(facts)
-        assert not store.has(name, same)
-        store.write(name, ROWS, same)
+        newer = touched("model", "model.safetensors")(same)
+        assert not store.has(name, newer)
+        store.write(name, ROWS, newer)
+        os.utime(weights, ns=(before, before))
     assert sorted(file.name for file in folder.iterdir()) == [
         "some-1.json",
         "some-1.jsonl",
@@ -173,7 +181,7 @@ def test_only_missing_parts_are_made_and_those_of_a_task_together(facts: Depende
 
 
 def test_numbers_that_json_lacks_become_null(facts: Dependencies, tmp_path: Path) -> None:
-    store = suite_store(tmp_path, "model")
+    store = AnswerStore(tmp_path / "model")
     store.write(part("some", 1), [{"row": 0, "reverse_kl": math.inf}], facts)
     assert (tmp_path / "model" / "some-1.jsonl").read_text() == '{"row": 0, "reverse_kl": null}\n'
     assert json.loads((tmp_path / "model" / "some-1.json").read_text())["engine"] == "vllm"

@@ -20,7 +20,7 @@ from minillm.evaluation.report.html import (
     text_cell,
     write_page,
 )
-from minillm.evaluation.store import part, suite_store
+from minillm.evaluation.store import AnswerStore, part
 
 
 def write_suite_report(out: Path) -> Path:
@@ -117,7 +117,7 @@ def _exposure(results: dict[str, Any]) -> str:
 
 def _answers(out: Path, results: dict[str, Any], name: str) -> str:
     """Answers of the first seed to one set. A model whose tokenizer makes a prompt too long has no answer to it."""
-    files = {model: suite_store(out, model).file(part(name, results["seeds"][0])) for model in results["models"]}
+    files = {model: AnswerStore(out / model).file(part(name, results["seeds"][0])) for model in results["models"]}
     rows = {model: read_jsonl(file) for model, file in files.items() if file.is_file()}
     references = {row["row"]: " / ".join(row.get("references", [])) for some in reversed(rows.values()) for row in some}
     answers = {model: {row["row"]: row["text"] for row in some} for model, some in rows.items()}
