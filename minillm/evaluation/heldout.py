@@ -28,6 +28,7 @@ from minillm.rollout.config import RolloutConfig
 
 TEACHER = "teacher"
 """Name of the model that gives the references."""
+_DIVERGENCES = [metric.key for metric in HELD_OUT if metric.key in DIVERGENCES]
 _ANSWER_SETTINGS = ("evaluate.", "data.", "rollout.stop", "teacher.")  # the recipe's settings that answers depend on
 
 
@@ -60,9 +61,8 @@ def evaluate_heldout(
         both `warmed` and `minillm` are there, `minillm_against_warmed` (`scores.compare`) and `check`
         (`verdict.check`).
     """
-    store, max_length = AnswerStore(folder), rollout.max_prompt_tokens + config.max_new_tokens
+    store = AnswerStore(folder)
     sampling = conventions.sampling(config.max_new_tokens, config.temperature, rollout.stop)
-    divergences = [metric.key for metric in HELD_OUT if metric.key in DIVERGENCES]
 
     def answers(name: str, seeds: Sequence[int]) -> list[Row]:
         announce(f"  {name}")
@@ -73,9 +73,9 @@ def evaluate_heldout(
         if name == TEACHER:
             evaluator.score_with(model)
             for row in rows:
-                row |= dict.fromkeys(divergences, 0.0)  # the divergence of a model from itself
+                row |= dict.fromkeys(_DIVERGENCES, 0.0)  # the divergence of a model from itself
         else:
-            evaluator.add_divergences(rows, prompts, model, sampling, divergences)
+            evaluator.add_divergences(rows, prompts, model, sampling, _DIVERGENCES)
         return rows
 
     facts = Dependencies(
@@ -85,12 +85,10 @@ def evaluate_heldout(
         teacher=models[TEACHER],
         ends=(conventions.eos_ids, conventions.vocab_size),
     )
-    tasks = [
-        Task(facts.of(folder, rollout.engine), {name: config.seeds}, partial(answers, name))
-        for name, folder in models.items()
-    ]
+    of = {name: facts.of(source, rollout.engine) for name, source in models.items()}
+    max_length = rollout.max_prompt_tokens + config.max_new_tokens
     with Evaluator(rollout, max_length, teacher=models[TEACHER], quantization=quantization) as evaluator:
-        store.complete(tasks)
+        store.complete([Task(of[name], {name: config.seeds}, partial(answers, name)) for name in models])
     write_json(folder / "prompts.json", {prompt.example.row: prompt.example.text for prompt in prompts})
     return _results({name: store.read(name) for name in models}, len(prompts), config)
 

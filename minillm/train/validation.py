@@ -10,7 +10,6 @@ from minillm.data.rollouts import Rollout
 from minillm.data.seeding import seed_of
 from minillm.evaluation.answers import DIVERGENCES, token_divergences
 from minillm.evaluation.metrics import HELD_OUT
-from minillm.evaluation.scores import score_text
 from minillm.teacher.local import LocalTeacher
 from minillm.train.best_checkpoint import METRICS
 from minillm.train.student import StudentMixin
@@ -73,7 +72,7 @@ class ValidationMixin(StudentMixin):
     def _answer(self, row: Mapping[str, Any], rollout: Rollout) -> dict[str, Any]:
         """A response with what the metrics of an answer read, and with its scores against the references."""
         text = self.student_tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()
-        scores = score_text(text, row["references"], HELD_OUT)
+        scores = {metric.key: metric.score(text, row["references"]) for metric in HELD_OUT if metric.score is not None}
         return {"ids": rollout.response_ids, "finished": rollout.finished, **scores}
 
     def _divergences(self, teacher: LocalTeacher, sampled: Sequence[Rollout], rows: Any) -> dict[str, float]:
