@@ -9,6 +9,7 @@ and differences to the first model there.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from minillm.rollout.config import RolloutConfig
 TEACHER = "teacher"
 """Name of the model that gives the references."""
 _DIVERGENCES = [metric.key for metric in HELD_OUT if metric.key in DIVERGENCES]
-_ANSWER_SETTINGS = ("evaluate.", "data.", "rollout.stop", "teacher.")  # the recipe's settings that answers depend on
 
 
 def evaluate_heldout(
@@ -40,7 +40,7 @@ def evaluate_heldout(
     rollout: RolloutConfig,
     config: EvaluateConfig,
     *,
-    recorded: Mapping[str, Any],
+    settings: Mapping[str, Any],
     quantization: str | None = None,
 ) -> dict[str, Any]:
     """Have every model answer the held-out prompts, score the answers, and judge the minillm stage.
@@ -52,7 +52,7 @@ def evaluate_heldout(
         conventions: The tokenizer, end tokens and vocabulary that all the models share.
         rollout: Engine and stop strings; `max_prompt_tokens` is the length of the longest prompt.
         config: How the models are sampled and compared.
-        recorded: The flattened settings of the recipe that the stage depends on, data files by their content.
+        settings: Settings that the answers depend on, in values that JSON can hold; they are noted beside the answers.
         quantization: The precision in which the teacher is loaded to score answers with; its own answers are sampled
             from the unquantised teacher.
 
@@ -80,14 +80,14 @@ def evaluate_heldout(
 
     facts = Dependencies(
         tokenizer=conventions.tokenizer,
-        settings={key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
+        settings=settings,
         prompts=prompts,
         teacher=models[TEACHER],
         ends=(conventions.eos_ids, conventions.vocab_size),
     )
     of = {name: facts.of(source, rollout.engine) for name, source in models.items()}
     max_length = rollout.max_prompt_tokens + config.max_new_tokens
-    with Evaluator(rollout, max_length, teacher=models[TEACHER], quantization=quantization) as evaluator:
+    with closing(Evaluator(rollout, max_length, teacher=models[TEACHER], quantization=quantization)) as evaluator:
         store.complete([Task(of[name], {name: config.seeds}, partial(answers, name)) for name in models])
     write_json(folder / "prompts.json", {prompt.example.row: prompt.example.text for prompt in prompts})
     return _results({name: store.read(name) for name in models}, len(prompts), config)

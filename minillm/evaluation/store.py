@@ -1,4 +1,8 @@
-"""Answers on disk, each file with a note of what its answers depend on, so that nothing is answered twice."""
+"""Answers on disk, each file with a note of what its answers depend on, so that nothing is answered twice.
+
+The held-out prompts of a run and the sets of a suite are both answered by way of `AnswerStore.complete`. A run keeps
+one file for each model, because all its answers have the same seeds, and a suite one for each model, set and seed.
+"""
 
 from __future__ import annotations
 

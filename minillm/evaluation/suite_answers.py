@@ -7,6 +7,7 @@ again. The seeds of a set that are missing are sampled together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Literal
@@ -55,7 +56,8 @@ def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Exam
     choose_engine(rollout.engine)
     answers = max(len(examples) for examples in sets.values()) * len(suite.seeds)
     max_length = suite.max_prompt_tokens + suite.max_new_tokens
-    with Evaluator(rollout, max_length, sequences=min(answers, _MAX_SEQUENCES), teacher=suite.teacher) as evaluator:
+    sequences = min(answers, _MAX_SEQUENCES)
+    with closing(Evaluator(rollout, max_length, sequences=sequences, teacher=suite.teacher)) as evaluator:
         for model in checked:
             _Answering(suite, model, evaluator).complete()
     return sets

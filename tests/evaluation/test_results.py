@@ -119,6 +119,14 @@ def test_an_evaluation_writes_the_report_and_the_model_cards_again(
     assert "w0 w3" in report.read_text()
 
 
+def test_the_notes_of_a_run_hold_no_settings_of_training(recipe: Path) -> None:
+    """They decide the weights of the models, which are noted too."""
+    settings = json.loads((recipe.parent / "run" / "evaluate" / "minillm.json").read_text())["settings"]
+    assert settings["evaluate.max_new_tokens"] == 8
+    assert {key.split(".")[0] for key in settings} == {"data", "evaluate", "rollout", "teacher"}
+    assert {key for key in settings if key.startswith("rollout")} == {"rollout.stop"}
+
+
 def test_only_valid_results_are_shown(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recipe.parent / "run"
     report, results, student = (run / name for name in ("report.html", "results.json", "student"))
