@@ -58,7 +58,7 @@ def run(
 
     done = run_recipe(loaded, stage, redo)
     if int(os.environ.get("RANK", 0)) == 0:
-        from minillm.evaluation.report.console import show_results
+        from minillm.run.results import show_results
 
         if stage == "evaluate":
             describe(done)  # the report and the cards that are there describe other answers
@@ -211,7 +211,7 @@ def _bytes(text: str) -> int:
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/quickstart.")]) -> None:
     """Write a run's report.html again from what its directory holds."""
-    from minillm.run.stages.report import write_run_report
+    from minillm.run.report import write_run_report
 
     typer.echo(f"wrote {write_run_report(run_dir)}")
 

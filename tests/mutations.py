@@ -32,6 +32,7 @@ SUITE = [
     "tests/rollout/test_engines.py",
     "tests/rollout/test_vllm_lora.py",
     "tests/train",
+    "tests/evaluation/test_store.py",
     "tests/evaluation/test_suite.py",
     "tests/run/test_jobs.py",
     "tests/run/test_plan.py",
@@ -395,6 +396,18 @@ MUTATIONS = [
         "evaluation/answers.py",
         'seed_of("evaluate", seed, ',
         'seed_of("evaluate", seeds[0], ',
+    ),
+    Mutation(
+        "answers kept with other end tokens",
+        "evaluation/dependencies.py",
+        '"*.bin", "generation_config.json")',
+        '"*.bin")',
+    ),
+    Mutation(
+        "notes of earlier suites not read",
+        "evaluation/store.py",
+        '(".json", ".made_from")',
+        '(".json",)',
     ),
     Mutation(
         "all processes of a comparison on the same cores",

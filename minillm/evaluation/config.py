@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from minillm.config import Positive, Section, unique
 from minillm.data.config import Source, Template
 from minillm.errors import InputError
-from minillm.evaluation.results import AVERAGE
+from minillm.evaluation.formatting import AVERAGE
 
 
 class EvaluateConfig(Section):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ class Evaluator:
     """Samples one model after another with one engine, and scores their answers with one teacher.
 
     The engine is started for the first model and reused for later models of the same shape. The teacher is loaded when
-    it is first needed. Use it as a context manager, or call `close`.
+    it is first needed. Call `close` at the end, e.g. by way of `contextlib.closing`.
 
     Args:
         rollout: Chooses the engine.
@@ -48,22 +47,9 @@ class Evaluator:
         self._teacher_folder, self._quantization = teacher, quantization
         self._teacher: LocalTeacher | None = None
 
-    def __enter__(self) -> Evaluator:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def load(self, folder: str) -> PreTrainedModel:
         """Load a model onto this process's device."""
         return _to_device(load_model(folder, working_dtype()))
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether answers can be scored with a teacher."""
-        return self._teacher_folder is not None
 
     @property
     def teacher(self) -> LocalTeacher:

@@ -33,8 +33,10 @@ class Metric:
         value: For metrics per `answer` that need no references: computes an answer's value from its row; by default the
             row's entry `key`. For metrics per `seed` and per `choice`: computes the number from a list of rows.
         scale: Factor from an answer's value to `unit`, for metrics per `answer`.
-        held_out: Whether the evaluation of a run's held-out prompts reports it too, beside suites of test sets. This is
-            possible for metrics per `answer` and per `token`.
+        held_out: Whether the evaluation of a run's held-out prompts and validation in training report it too, beside
+            suites of test sets. This is possible for metrics per `answer` and per `token`.
+        greater_is_better: Whether more of it is better; None if that depends on the purpose. The best checkpoint of a
+            training is chosen accordingly.
         compared: Whether a run's results compare two models by it: a metric per `answer` by its difference
             (`KEY_change` in `results.json`), a metric per `token` by its relative reduction (`KEY_reduction`).
     """
@@ -47,6 +49,7 @@ class Metric:
     value: Callable[[Any], float] | None = None
     scale: float = 1.0
     held_out: bool = False
+    greater_is_better: bool | None = None
     compared: bool = False
 
     @property
@@ -183,12 +186,12 @@ def calibration_error(confidences: Sequence[float] | Floats, correct: Sequence[b
 
 
 METRICS = (
-    Metric("rouge_l", "Rouge-L", "", "answer", score=rouge_l, held_out=True, compared=True),
-    Metric("exact_match", "exact match", "%", "answer", score=exact_match),
-    Metric("reverse_kl", "KL(q‖p)", "nats a token", "token", held_out=True, compared=True),
-    Metric("forward_kl", "KL(p‖q)", "nats a token", "token"),
+    Metric("rouge_l", "Rouge-L", "", "answer", score=rouge_l, held_out=True, greater_is_better=True, compared=True),
+    Metric("exact_match", "exact match", "%", "answer", score=exact_match, greater_is_better=True),
+    Metric("reverse_kl", "KL(q‖p)", "nats a token", "token", held_out=True, greater_is_better=False, compared=True),
+    Metric("forward_kl", "KL(p‖q)", "nats a token", "token", greater_is_better=False),
     Metric("distinct_4", "distinct-4", "%", "seed", value=lambda rows: distinct_n([row["ids"] for row in rows])),
-    Metric("finished", "finished", "%", "answer", scale=100, held_out=True, compared=True),
+    Metric("finished", "finished", "%", "answer", scale=100, held_out=True, greater_is_better=True, compared=True),
     Metric("length", "length", "tokens", "answer", value=lambda row: len(row["ids"]), held_out=True),
     Metric(
         "ece",
@@ -196,12 +199,13 @@ METRICS = (
         "0 to 1",
         "choice",
         value=lambda rows: calibration_error([row["confidence"] for row in rows], [row["correct"] for row in rows]),
+        greater_is_better=False,
     ),
 )
 """Every metric, in the order of the columns of tables."""
 METRIC = {metric.key: metric for metric in METRICS}
 """Every metric by its key."""
 HELD_OUT = tuple(metric for metric in METRICS if metric.held_out)
-"""The metrics of a run's held-out prompts."""
+"""The metrics of a run's held-out prompts, and of the validation in training."""
 HEADLINE = METRIC["rouge_l"]
 """The metric by which suites compare models."""

@@ -1,33 +1,51 @@
-"""Answers on disk, each file with a note of what its answers depend on, so that nothing is answered twice."""
+"""Answers on disk, each file with a note of what its answers depend on, so that nothing is answered twice.
+
+The held-out prompts of a run and the sets of a suite are both answered by way of `AnswerStore.complete`. A run keeps
+one file for each model, because all its answers have the same seeds, and a suite one for each model, set and seed.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minillm.data.files import finite, read_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from minillm.evaluation.dependencies import Dependencies
 
 Row = dict[str, Any]
 """One answer, or what was computed from one prompt: `row` (the prompt's number in its file), `seed`, `text`, `ids`,
 ..."""
-Dependencies = str | Mapping[str, Any]
-"""What answers depend on: a digest (`digest`), or settings by name."""
+_NOTE_SUFFIXES = (".json", ".made_from")  # earlier versions of suites wrote the second, which is read but not written
+
+
+@dataclass(frozen=True)
+class Task:
+    """Parts of a store that are made together.
+
+    Attributes:
+        depends_on: What their rows depend on.
+        parts: The parts by name, with the sampling seeds of the answers in each; no seeds if it holds something else.
+        make: Makes the rows of the parts, given all seeds of those that are missing.
+    """
+
+    depends_on: Dependencies
+    parts: Mapping[str, Sequence[int]]
+    make: Callable[[Sequence[int]], Sequence[Row]]
 
 
 class AnswerStore:
-    """A folder of JSONL files of rows, `PART.jsonl`, each with a note of what its rows depend on beside it.
+    """A folder of JSONL files of rows, `PART.jsonl`, each with a note of what its rows depend on, `PART.json`.
 
     Args:
         folder: Created when the first part is written.
-        note_suffix: Suffix of the notes' file names, e.g. `.json`.
     """
 
-    def __init__(self, folder: Path, note_suffix: str) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._note_suffix = note_suffix
 
     def file(self, part: str) -> Path:
         """The file of a part's rows."""
@@ -35,11 +53,8 @@ class AnswerStore:
 
     def has(self, part: str, depends_on: Dependencies) -> bool:
         """Whether a part is there, and was made from exactly `depends_on`."""
-        note = self._note(part)
-        if not (self.file(part).is_file() and note.is_file()):
-            return False
-        text = note.read_text(encoding="utf-8")
-        return text == depends_on if isinstance(depends_on, str) else json.loads(text) == depends_on
+        notes = self._notes(part) if self.file(part).is_file() else []
+        return any(depends_on.agree_with(note.read_text(encoding="utf-8")) for note in notes if note.is_file())
 
     def read(self, part: str) -> list[Row]:
         """The rows of a part that is there."""
@@ -47,40 +62,36 @@ class AnswerStore:
 
     def write(self, part: str, rows: Sequence[Row], depends_on: Dependencies) -> None:
         """Write a part and its note. NaN and infinities become null."""
-        note = self._note(part)
-        note.unlink(missing_ok=True)  # an interruption must not leave new rows beside an old note
+        for note in self._notes(part):
+            note.unlink(missing_ok=True)  # an interruption must not leave new rows beside an old note
         write_jsonl(self.file(part), finite(rows))
-        note.write_text(depends_on if isinstance(depends_on, str) else json.dumps(depends_on), encoding="utf-8")
+        self._notes(part)[0].write_text(depends_on.note, encoding="utf-8")
 
-    def _note(self, part: str) -> Path:
-        return self.file(part).with_suffix(self._note_suffix)
+    def complete(self, tasks: Sequence[Task]) -> bool:
+        """Make the parts that are missing, or were made from something else.
 
+        Args:
+            tasks: All parts, in the order in which they are made.
 
-def suite_store(out: Path, model: str) -> AnswerStore:
-    """The answers of one model to the sets of a suite that is kept in `out`; its parts are named as follows."""
-    return AnswerStore(out / model, ".made_from")
+        Returns:
+            Whether there were any.
+        """
+        missing = [[name for name in task.parts if not self.has(name, task.depends_on)] for task in tasks]
+        for task, names in zip(tasks, missing, strict=True):
+            rows = task.make([seed for name in names for seed in task.parts[name]]) if names else []
+            for name in names:
+                seeds = task.parts[name]
+                self.write(name, [row for row in rows if not seeds or row["seed"] in seeds], task.depends_on)
+        return any(missing)
 
-
-def seed_part(key: str, seed: int) -> str:
-    """The part of a `suite_store` that has the answers to set `key` with one seed."""
-    return f"{key}-{seed}"
-
-
-def choices_part(key: str) -> str:
-    """The part of a `suite_store` that has the probabilities of the choices of set `key`."""
-    return f"{key}-choices"
-
-
-def exposure_part(key: str) -> str:
-    """The part of a `suite_store` that has the divergences from which the exposure bias on set `key` is computed."""
-    return f"{key}-exposure"
+    def _notes(self, part: str) -> list[Path]:
+        return [self.file(part).with_suffix(suffix) for suffix in _NOTE_SUFFIXES]
 
 
-def digest(*parts: Any) -> str:
-    """SHA-256 of the representation of the parts, in hexadecimal."""
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def part(key: str, of: int | str) -> str:
+    """The part of a suite's store with a model's answers to set `key` with one seed.
 
-
-def file_times(folder: str | Path, *patterns: str) -> dict[str, int]:
-    """Modification times, in nanoseconds, of the files of a folder that match a pattern; empty for a hub id."""
-    return {file.name: file.stat().st_mtime_ns for kind in patterns for file in sorted(Path(folder).glob(kind))}
+    Instead of a seed, `choices` stands for the probabilities of the choices, and `exposure` for the divergences from
+    which the exposure bias is computed.
+    """
+    return f"{key}-{of}"

@@ -12,10 +12,10 @@ from minillm.data.examples import Example
 from minillm.data.files import write_json
 from minillm.evaluation import scores, statistics
 from minillm.evaluation.config import Suite
+from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRICS, Metric, excess_error, excess_error_interval
-from minillm.evaluation.results import AVERAGE
 from minillm.evaluation.statistics import Floats
-from minillm.evaluation.store import AnswerStore, Row, choices_part, exposure_part, seed_part, suite_store
+from minillm.evaluation.store import AnswerStore, Row, part
 from minillm.evaluation.suite_answers import answer_suite, superset_of
 from minillm.evaluation.text_metrics import is_latin
 
@@ -71,15 +71,15 @@ def pooled_differences(suite: Suite, groups: Mapping[str, Sequence[str]]) -> dic
 
 
 def _read_seeds(suite: Suite, name: str, key: str) -> Groups:
-    store = suite_store(suite.out, name)
-    return [store.read(seed_part(key, seed)) for seed in suite.seeds]
+    store = AnswerStore(suite.out / name)
+    return [store.read(part(key, seed)) for seed in suite.seeds]
 
 
 def _results(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[str]) -> dict[str, Any]:
     answers = {name: {key: _read_seeds(suite, name, key) for key in sets} for name in names}
     models: dict[str, Any] = {}
     for name in names:
-        store = suite_store(suite.out, name)
+        store = AnswerStore(suite.out / name)
         models[name] = {key: _set_scores(suite, key, answers[name][key], store) for key in sets}
         scored = [found[HEADLINE.key]["by_seed"] for found in models[name].values() if HEADLINE.key in found]
         if scored:
@@ -95,8 +95,8 @@ def _results(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
 
 def _set_scores(suite: Suite, key: str, groups: Groups, store: AnswerStore) -> dict[str, Any]:
     """The scores of one model on one set."""
-    choices = store.file(choices_part(key))
-    choice_rows = store.read(choices_part(key)) if suite.sets[key].choices and choices.is_file() else []
+    choices = store.file(part(key, "choices"))
+    choice_rows = store.read(part(key, "choices")) if suite.sets[key].choices and choices.is_file() else []
     out: dict[str, Any] = {
         metric.key: found
         for metric in METRICS
@@ -106,8 +106,8 @@ def _set_scores(suite: Suite, key: str, groups: Groups, store: AnswerStore) -> d
     if referenced[0]:
         out["not_latin"] = sum(not is_latin(" ".join(row["references"])) for row in referenced[0])
         out[f"{HEADLINE.key}_by_reference_words"] = _by_reference_words(referenced)
-    if suite.exposure_bias and store.file(exposure_part(key)).is_file():
-        rows = store.read(exposure_part(key))
+    if suite.exposure_bias and store.file(part(key, "exposure")).is_file():
+        rows = store.read(part(key, "exposure"))
         own, oracle = [row["own"] for row in rows], [row["oracle"] for row in rows]
         out["excess_error"] = {
             "by_position": excess_error(own, oracle, suite.max_new_tokens).tolist(),

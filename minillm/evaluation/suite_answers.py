@@ -7,36 +7,33 @@ again. The seeds of a set that are missing are sampled together.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from minillm.data.examples import Example
+from minillm.data.sampling import Sampling
 from minillm.data.seeding import seed_of
 from minillm.evaluation.answers import token_divergences
 from minillm.evaluation.choices import choice_logprobs, right_choices
 from minillm.evaluation.config import Suite
+from minillm.evaluation.dependencies import Dependencies
 from minillm.evaluation.evaluator import Evaluator
 from minillm.evaluation.scores import score_text
 from minillm.evaluation.sets import SuiteModel, check_suite
-from minillm.evaluation.store import (
-    Row,
-    choices_part,
-    digest,
-    exposure_part,
-    file_times,
-    seed_part,
-    suite_store,
-)
+from minillm.evaluation.store import AnswerStore, Row, Task, part
 from minillm.loss.in_forward import bind_scoring
-from minillm.models.configs import text_config
 from minillm.models.conventions import settle
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.choose import choose_engine
 from minillm.teacher.local import LocalTeacher
 
 _MAX_SEQUENCES = 256  # sampled at the same time
+_ANSWER_SETTINGS = {"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"}
 
 
 def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Example]]:
@@ -59,10 +56,10 @@ def answer_suite(suite: Suite, models: Mapping[str, str]) -> dict[str, list[Exam
     choose_engine(rollout.engine)
     answers = max(len(examples) for examples in sets.values()) * len(suite.seeds)
     max_length = suite.max_prompt_tokens + suite.max_new_tokens
-    with Evaluator(rollout, max_length, sequences=min(answers, _MAX_SEQUENCES), teacher=suite.teacher) as evaluator:
+    sequences = min(answers, _MAX_SEQUENCES)
+    with closing(Evaluator(rollout, max_length, sequences=sequences, teacher=suite.teacher)) as evaluator:
         for model in checked:
-            _answer_all(suite, model, evaluator)
-            evaluator.sleep()
+            _Answering(suite, model, evaluator).complete()
     return sets
 
 
@@ -89,51 +86,55 @@ def _engine_setting(suite: Suite) -> Literal["auto", "vllm", "transformers"]:
     return "transformers" if suite.no_repeat_ngram else suite.engine
 
 
-def _answer_all(suite: Suite, model: SuiteModel, evaluator: Evaluator) -> None:
-    """Make every part of a model that is missing; its weights are loaded only if there is one."""
-    store, digests = suite_store(suite.out, model.name), _dependencies(suite, model)
-    seeds = {
-        key: missing
-        for key in model.prompts
-        if (missing := [seed for seed in suite.seeds if not store.has(seed_part(key, seed), digests[key])])
-    }
-    choices = [key for key in model.options if not store.has(choices_part(key), digests[key])]
-    exposure = [key for key in model.prompts if suite.exposure_bias and not store.has(exposure_part(key), digests[key])]
-    if not (seeds or choices or exposure):
-        return
-    answering = _Answering(suite, model, evaluator)
-    for key in sorted(seeds, key=lambda key: superset_of(suite, key) is not None):
-        superset = superset_of(suite, key)
-        if superset is None:
-            answers = answering.answers(key, seeds[key])
-        else:
-            kept = {prompt.example.row for prompt in model.prompts[key]}
-            answers = {
-                seed: [row for row in store.read(seed_part(superset, seed)) if row["row"] in kept]
-                for seed in seeds[key]
-            }
-        for seed, rows in answers.items():
-            store.write(seed_part(key, seed), rows, digests[key])
-    for key in choices:
-        store.write(choices_part(key), answering.choices(key), digests[key])
-    for key in exposure:
-        store.write(exposure_part(key), answering.exposure(key), digests[key])
-
-
 class _Answering:
-    """A model that is loaded to answer the sets of a suite."""
+    """A model that answers the sets of a suite; its weights are loaded when they are first needed."""
 
     def __init__(self, suite: Suite, model: SuiteModel, evaluator: Evaluator) -> None:
         self._suite, self._model, self._evaluator = suite, model, evaluator
-        self._loaded = evaluator.load(model.folder)
-        conventions = settle(model.tokenizer, self._loaded, template=suite.template == "chat")
-        self._sampling = conventions.sampling(
-            suite.max_new_tokens, suite.temperature, no_repeat_ngram=suite.no_repeat_ngram
-        )
+        self._store = AnswerStore(suite.out / model.name)
 
-    def answers(self, key: str, seeds: Sequence[int]) -> dict[int, list[Row]]:
-        """Answers to a set by seed, with their scores; divergences for the first seed only."""
+    def complete(self) -> None:
+        """Make every part of the model that is missing."""
+        suite, model = self._suite, self._model
+        settings = suite.model_dump(mode="json", include=_ANSWER_SETTINGS)
+        facts = Dependencies(tokenizer=model.tokenizer, settings=settings, teacher=suite.teacher)
+        facts = facts.of(model.folder, _engine_setting(suite))
+        depends_on = {
+            key: replace(facts, prompts=prompts, choices=suite.sets[key].choices)
+            for key, prompts in model.prompts.items()
+        }
+        tasks = [
+            Task(depends_on[key], {part(key, seed): [seed] for seed in suite.seeds}, partial(self._answers, key))
+            for key in sorted(model.prompts, key=lambda key: superset_of(suite, key) is not None)
+        ]
+        tasks += [
+            Task(depends_on[key], {part(key, "choices"): []}, partial(self._choices, key)) for key in model.options
+        ]
+        if suite.exposure_bias:
+            tasks += [
+                Task(depends_on[key], {part(key, "exposure"): []}, partial(self._exposure, key))
+                for key in model.prompts
+            ]
+        if self._store.complete(tasks):
+            self._evaluator.sleep()
+
+    @cached_property
+    def _loaded(self) -> PreTrainedModel:
+        return self._evaluator.load(self._model.folder)
+
+    @cached_property
+    def _sampling(self) -> Sampling:
+        suite = self._suite
+        conventions = settle(self._model.tokenizer, self._loaded, template=suite.template == "chat")
+        return conventions.sampling(suite.max_new_tokens, suite.temperature, no_repeat_ngram=suite.no_repeat_ngram)
+
+    def _answers(self, key: str, seeds: Sequence[int]) -> list[Row]:
+        """Answers to a set, with their scores; divergences for the first seed only."""
         suite, prompts = self._suite, self._model.prompts[key]
+        if (superset := superset_of(suite, key)) is not None:
+            kept = {prompt.example.row for prompt in prompts}
+            rows = [row for seed in seeds for row in self._store.read(part(superset, seed))]
+            return [row for row in rows if row["row"] in kept]
         answers = self._evaluator.answer(
             self._loaded, self._model.folder, prompts, self._sampling, seeds, self._model.tokenizer
         )
@@ -141,11 +142,11 @@ class _Answering:
             for row, prompt in zip(rows, prompts, strict=True):
                 references = prompt.example.references
                 row |= {"references": list(references), **score_text(row["text"], references)}
-        if self._evaluator.has_teacher and suite.seeds[0] in answers:
+        if suite.teacher is not None and suite.seeds[0] in answers:
             self._evaluator.add_divergences(answers[suite.seeds[0]], prompts, self._loaded, self._sampling)
-        return answers
+        return [row for rows in answers.values() for row in rows]
 
-    def choices(self, key: str) -> list[Row]:
+    def _choices(self, key: str, _: Sequence[int]) -> list[Row]:
         """The most probable choice for every prompt with a reference.
 
         `confidence` is its share of the probability of all choices, `correct` whether it is right, and `logprobs` are
@@ -167,7 +168,7 @@ class _Answering:
             )
         return rows
 
-    def exposure(self, key: str) -> list[Row]:
+    def _exposure(self, key: str, _: Sequence[int]) -> list[Row]:
         """KL(p‖q) by token along one answer of the model (`own`) and one of the teacher (`oracle`) to every prompt."""
         suite, evaluator, prompts = self._suite, self._evaluator, self._model.prompts[key]
         rows: list[Row] = [{"row": prompt.example.row} for prompt in prompts]
@@ -186,24 +187,6 @@ class _Answering:
                 suite.temperature,
                 progress=True,
             )
-            for row, (_, forward) in zip(rows, found, strict=True):
-                row[who] = forward.tolist()
+            for row, divergences in zip(rows, found, strict=True):
+                row[who] = divergences[1].tolist()
         return rows
-
-
-def _dependencies(suite: Suite, model: SuiteModel) -> dict[str, str]:
-    """For each set, a digest of everything that a model's parts depend on."""
-    weights, teacher = (
-        {} if folder is None else file_times(folder, "*.safetensors", "*.bin", "generation_config.json")
-        for folder in (model.folder, suite.teacher)
-    )
-    engine = choose_engine(_engine_setting(suite), text_config(model.folder))
-    settings = suite.model_dump(
-        mode="json", include={"max_new_tokens", "temperature", "no_repeat_ngram", "teacher", "exposure_bias"}
-    )
-    vocabulary = sorted(model.tokenizer.get_vocab().items()), model.tokenizer.eos_token_id
-    shared = digest(weights or model.folder, settings, engine, vocabulary, teacher)
-    return {
-        key: digest(shared, suite.sets[key].choices, [(prompt.ids, prompt.example.references) for prompt in prompts])
-        for key, prompts in model.prompts.items()
-    }

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from minillm.evaluation.formatting import with_interval
 from minillm.evaluation.metrics import HELD_OUT
-from minillm.evaluation.results import current_results, with_interval
 from minillm.redaction import redacted
 from minillm.run.recipe import Recipe
+from minillm.run.results import current_results
 from minillm.run.stages import stage_named
 
 

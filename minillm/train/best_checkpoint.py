@@ -8,11 +8,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from minillm.evaluation.metrics import HELD_OUT, METRIC
 from minillm.train.optimisation import BY_METRIC, Fault, one_of
 
 logger = logging.getLogger(__name__)
 
-METRICS: dict[str, bool | None] = {"rouge_l": True, "reverse_kl": False, "finished": True, "length": None}
+METRICS = {metric.key: metric.greater_is_better for metric in HELD_OUT}
 """What validation measures, and whether more of it is better; None if that depends on the purpose."""
 
 
@@ -42,7 +43,7 @@ def best_faults(
     Args:
         args: the arguments.
         missing: the setting that would name the rows to validate on; None if there are such rows.
-        reads_teacher: whether validation can compute KL(q‖p).
+        reads_teacher: whether validation can take divergences from the teacher.
         metrics: what validation measures, and whether more of it is better.
     """
     evaluates = args.eval_strategy != "no"
@@ -77,10 +78,10 @@ def best_faults(
             f"validation does not measure it: {one_of(name, metrics)} (given: {args.metric_for_best_model!r})",
         )
         return
-    if name == "reverse_kl" and not reads_teacher:
+    if name in METRIC and METRIC[name].per == "token" and not reads_teacher:
         yield (
             "metric_for_best_model",
-            "reverse_kl needs the teacher's model in this process, and there is none: set rouge_l",
+            f"{name} needs the teacher's model in this process, and there is none: set rouge_l",
         )
     if metrics[name] is None and not direction_given:
         yield (

@@ -8,8 +8,8 @@ from typing import Any
 
 from minillm.data.rollouts import Rollout
 from minillm.data.seeding import seed_of
-from minillm.evaluation import metrics
-from minillm.evaluation.answers import token_divergences
+from minillm.evaluation.answers import DIVERGENCES, token_divergences
+from minillm.evaluation.metrics import HELD_OUT
 from minillm.teacher.states import StatesTeacher
 from minillm.train.best_checkpoint import METRICS
 from minillm.train.student import StudentMixin
@@ -46,16 +46,16 @@ class ValidationMixin(StudentMixin):
         own = [rows[i] for i in range(len(rows))][self.accelerator.process_index :: self.accelerator.num_processes]
         with self.phase("validation"):
             sampled = self.sample_answers([row["prompt_ids"] for row in own])
-            sums = {"rouge_l": 0.0, "finished": 0.0, "length": 0.0}
-            for row, rollout in zip(own, sampled, strict=True):
-                text = self.student_tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()
-                sums["rouge_l"] += metrics.rouge_l(text, row["references"])
-                sums["finished"] += 100 * rollout.finished
-                sums["length"] += len(rollout.response_ids)
-            found = {name: self.global_sum(total) / len(rows) for name, total in sums.items()}
+            answers = [self._answer(row, rollout) for row, rollout in zip(own, sampled, strict=True)]
+            found = {
+                metric.key: self.global_sum(metric.scale * sum(map(metric.of_answer, answers))) / len(rows)
+                for metric in HELD_OUT
+                if metric.per == "answer"
+            }
             if isinstance(self.teacher, StatesTeacher):
-                total = self.global_sum(self._total_reverse_kl(self.teacher, sampled, rows))
-                found["reverse_kl"] = total / self.global_sum(sums["length"])
+                totals = self._divergences(self.teacher, sampled, rows)
+                tokens = self.global_sum(sum(len(rollout.response_ids) for rollout in sampled))
+                found |= {key: self.global_sum(total) / tokens for key, total in totals.items()}
         out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(out)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)
@@ -69,12 +69,22 @@ class ValidationMixin(StudentMixin):
         engine.sleep()
         return sampled
 
-    def _total_reverse_kl(self, teacher: StatesTeacher, sampled: Sequence[Rollout], rows: Any) -> float:
-        """The sum of KL(q‖p) over the tokens of this process's responses, in nats."""
+    def _answer(self, row: Mapping[str, Any], rollout: Rollout) -> dict[str, Any]:
+        """A response with what the metrics of an answer read, and with its scores against the references."""
+        text = self.student_tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()
+        scores = {metric.key: metric.score(text, row["references"]) for metric in HELD_OUT if metric.score is not None}
+        return {"ids": rollout.response_ids, "finished": rollout.finished, **scores}
+
+    def _divergences(self, teacher: StatesTeacher, sampled: Sequence[Rollout], rows: Any) -> dict[str, float]:
+        """The sum of each metric per token over the tokens of this process's responses, in nats."""
         # With a sharded model every forward involves all processes, so a process with one row fewer than others reads
         # one more, which does not count.
         missing = -(-len(rows) // self.accelerator.num_processes) - len(sampled)
         prompts = [r.prompt_ids for r in sampled] + [list(rows[0]["prompt_ids"])] * missing
         responses = [r.response_ids for r in sampled] + [[0]] * missing
         kl = token_divergences(self.model_wrapped, teacher, prompts, responses, self.width, self.sampling.temperature)
-        return sum(float(reverse.sum()) for reverse, _ in kl[: len(sampled)])
+        return {
+            metric.key: sum(float(values[DIVERGENCES.index(metric.key)].sum()) for values in kl[: len(sampled)])
+            for metric in HELD_OUT
+            if metric.per == "token"
+        }

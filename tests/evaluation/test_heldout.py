@@ -31,23 +31,23 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return folders
 
 
-def evaluated(run_dir: Path, models: dict[str, str], recorded: dict[str, Any]) -> dict[str, Any]:
+def evaluated(run_dir: Path, models: dict[str, str], settings: dict[str, Any]) -> dict[str, Any]:
     return evaluate_heldout(
-        run_dir,
+        run_dir / "evaluate",
         models,
         PROMPTS,
         settle_run(models["teacher"], template=False),
         RolloutConfig(engine="transformers", max_prompt_tokens=4),
         EvaluateConfig(seeds=[1, 2], max_new_tokens=5, bootstrap=100),
-        recorded=recorded,
+        settings=settings,
     )
 
 
 def test_every_model_is_loaded_once_and_answered_once(pair: tuple[str, str], tmp_path: Path, loaded: list[str]) -> None:
     student, teacher = pair
     models = {"teacher": teacher, "warmed": student, "minillm": teacher}
-    recorded = {"evaluate.max_new_tokens": 5, "seed": 1, "teacher.source": teacher}
-    results = evaluated(tmp_path, models, recorded)
+    settings = {"evaluate.max_new_tokens": 5, "teacher.source": teacher}
+    results = evaluated(tmp_path, models, settings)
     assert loaded == [teacher, student, teacher]  # the teacher that was sampled scores the others
     folder = tmp_path / "evaluate"
     assert {file.name for file in folder.glob("*.json")} == {"prompts.json", *(f"{name}.json" for name in models)}
@@ -57,9 +57,8 @@ def test_every_model_is_loaded_once_and_answered_once(pair: tuple[str, str], tmp
         assert [(row["row"], row["seed"]) for row in rows] == [(row, seed) for seed in (1, 2) for row in (0, 2, 3, 7)]
         assert all(set(row) == {"row", "seed", "ids", "finished", "text", "reverse_kl"} for row in rows)
         note = json.loads((folder / f"{name}.json").read_text())
-        assert note["settings"] == {"evaluate.max_new_tokens": 5, "teacher.source": teacher}  # not those of training
-        assert list(note["weights"]) == ["model.safetensors"]
-    assert results == json.loads((tmp_path / "results.json").read_text())
+        assert note["settings"] == settings
+        assert list(note["weights"]) == list(note["teacher"]) == ["generation_config.json", "model.safetensors"]
     assert results["prompts"] == 4
     assert results["models"]["teacher"]["reverse_kl"]["mean"] == 0
     assert results["models"]["warmed"]["reverse_kl"]["mean"] > 0.01
@@ -67,13 +66,13 @@ def test_every_model_is_loaded_once_and_answered_once(pair: tuple[str, str], tmp
     assert set(results["minillm_against_warmed"]) == {"rouge_l_change", "finished_change", "reverse_kl_reduction"}
     assert results["check"]["verdict"] in ("better", "no clear difference", "worse")
     del loaded[:]
-    assert evaluated(tmp_path, models, {**recorded, "seed": 2}) == results
+    assert evaluated(tmp_path, models, settings) == results
     assert loaded == []
     (folder / "warmed.json").unlink()
-    assert evaluated(tmp_path, models, recorded) == results
+    assert evaluated(tmp_path, models, settings) == results
     assert loaded == [student, teacher]
     del loaded[:]
-    evaluated(tmp_path, models, {**recorded, "evaluate.max_new_tokens": 4})
+    evaluated(tmp_path, models, {**settings, "evaluate.max_new_tokens": 4})
     assert loaded == [teacher, student, teacher]
 
 

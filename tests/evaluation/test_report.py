@@ -10,11 +10,12 @@ import pytest
 from minillm.data.files import write_json
 from minillm.errors import MissingError
 from minillm.evaluation.metrics import HELD_OUT, METRICS
-from minillm.evaluation.report.console import show_results
-from minillm.evaluation.report.run import TrainingCurves, write_report
 from minillm.evaluation.report.suite import write_suite_report
+from minillm.run import report
+from minillm.run.report import write_run_report
+from minillm.run.results import show_results
 from minillm.run.stages import STAGES
-from minillm.run.stages.report import write_run_report
+from minillm.run.stages.minillm import MiniLLM
 
 
 def state(run_dir: Path) -> None:
@@ -37,7 +38,7 @@ def test_every_metric_is_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[
     results: dict[str, Any] = {"models": {"one": {metric.key: interval for metric in HELD_OUT}}}
     write_json(tmp_path / "run" / "results.json", results | {"prompts": 1, "seeds": [1, 2]})
     state(tmp_path / "run")
-    page = write_report(tmp_path / "run").read_text()
+    page = write_run_report(tmp_path / "run").read_text()
     assert all(f"<th>{metric.title}</th>" in page for metric in HELD_OUT)
     assert page.count("[0.50, 1.50]") == len(HELD_OUT)
     show_results(tmp_path / "run")
@@ -56,12 +57,16 @@ def test_every_training_stage_has_curves(tmp_path: Path) -> None:
     assert all(f"<h2>{stage.curve_title}</h2>" in page for stage in stages)
 
 
-def test_stages_can_supply_their_curves(tmp_path: Path) -> None:
+def test_a_panel_that_nothing_was_logged_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Align(MiniLLM):
+        folder, curve_title = "aligned", "Alignment"
+        curves = (("Reward", {"reward": "mean"}), ("Nothing", {"absent": "none"}))
+
+    monkeypatch.setattr(report, "STAGES", (Align(),))
     state(tmp_path)
     trained(tmp_path, "student", grad_norm=1.0)
     trained(tmp_path, "aligned", reward=0.5)
-    mine = TrainingCurves("Alignment", "aligned", [("Reward", {"reward": "mean"}), ("Nothing", {"absent": "none"})])
-    page = write_report(tmp_path, curves=[mine]).read_text()
+    page = write_run_report(tmp_path).read_text()
     assert page.count("<svg") == 1
     assert "<h2>Alignment</h2>" in page
     assert ">Reward<" in page
@@ -70,4 +75,4 @@ def test_stages_can_supply_their_curves(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"not the directory of a run \(it has no state.json\)"):
-        write_report(tmp_path)
+        write_run_report(tmp_path)

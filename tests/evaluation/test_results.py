@@ -13,13 +13,14 @@ import pytest
 
 from minillm import cli
 from minillm.data.files import finite, write_json
+from minillm.evaluation.formatting import number, with_interval
 from minillm.evaluation.report.comparison import write_comparison_report
-from minillm.evaluation.report.console import show_results, show_suite
-from minillm.evaluation.report.run import write_report
+from minillm.evaluation.report.console import show_suite
 from minillm.evaluation.report.suite import write_suite_report
-from minillm.evaluation.results import current_files, current_results, number, with_interval
 from minillm.run.directory import RunState
 from minillm.run.recipe_file import load_recipe
+from minillm.run.report import write_run_report
+from minillm.run.results import current_files, current_results, show_results
 from tests.run.tiny_recipe import run_tiny_recipe
 
 
@@ -47,7 +48,7 @@ def test_reports_show_undefined_numbers(tmp_path: Path) -> None:
     results = {"models": {"minillm": {"rouge_l": score, "reverse_kl": score}}, "prompts": 1, "seeds": [1, 2]}
     write_json(tmp_path / "results.json", results)
     write_json(tmp_path / "state.json", {"stages": {"evaluate": {"finished": True, "seconds": 1.0}}})
-    assert "– <span class=small>[–, –]</span>" in write_report(tmp_path).read_text()
+    assert "– <span class=small>[–, –]</span>" in write_run_report(tmp_path).read_text()
     models = {
         "one": {"some": {"distinct_4": {"mean": None, "spread": None}, "excess_error": {"by_position": [None, 3.0]}}},
         "two": {
@@ -118,10 +119,18 @@ def test_an_evaluation_writes_the_report_and_the_model_cards_again(
     assert "w0 w3" in report.read_text()
 
 
+def test_the_notes_of_a_run_hold_no_settings_of_training(recipe: Path) -> None:
+    """They decide the weights of the models, which are noted too."""
+    settings = json.loads((recipe.parent / "run" / "evaluate" / "minillm.json").read_text())["settings"]
+    assert settings["evaluate.max_new_tokens"] == 8
+    assert {key.split(".")[0] for key in settings} == {"data", "evaluate", "rollout", "teacher"}
+    assert {key for key in settings if key.startswith("rollout")} == {"rollout.stop"}
+
+
 def test_only_valid_results_are_shown(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recipe.parent / "run"
     report, results, student = (run / name for name in ("report.html", "results.json", "student"))
-    write_report(run)
+    write_run_report(run)
     assert current_files(run) == [report, results, student]
     later = report.stat().st_mtime_ns + 10**9
     os.utime(results, ns=(later, later))
@@ -132,4 +141,4 @@ def test_only_valid_results_are_shown(recipe: Path, capsys: pytest.CaptureFixtur
     show_results(run)
     shown = capsys.readouterr().out
     assert shown.strip() == f"Results: {run}"
-    assert "Not evaluated yet" in write_report(run).read_text()
+    assert "Not evaluated yet" in write_run_report(run).read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from minillm.evaluation.report.console import show_suite
 from minillm.evaluation.report.suite import write_suite_report
 from minillm.evaluation.sets import check_suite, read_set
 from minillm.models.load import load_model
+from minillm.rollout.engines.choose import ENGINES
 from minillm.run.recipe_file import load_recipe, load_suite
 from tests.conftest import save, tiny_llama
 
@@ -331,6 +332,11 @@ def test_errors_name_the_setting_or_the_set(data: str, tmp_path: Path, models: d
         with pytest.raises(ValueError, match=message):
             named_models(given)
     assert named_models(["runs/a", "mine:runs/b"]) == {"a": "runs/a", "mine": "runs/b"}
+
+
+def test_a_suite_offers_the_engines_that_sample_any_model() -> None:
+    offered = get_args(Suite.model_fields["engine"].annotation)
+    assert set(offered) == {"auto", *(name for name, engine in ENGINES.items() if not engine.only_in_training)}
 
 
 @pytest.mark.parametrize("name", ["local", "paper"])

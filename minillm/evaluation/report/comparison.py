@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.files import read_json
+from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRIC
 from minillm.evaluation.report.html import (
     curve_points,
     draw_curves,
     heading,
-    html_page,
     interval_cell,
     note,
     number_cell,
     table,
     text_cell,
+    write_page,
 )
 from minillm.evaluation.report.suite import reference_words_tables, set_table
-from minillm.evaluation.results import AVERAGE
 
 _VALIDATED = (HEADLINE, METRIC["reverse_kl"])  # metrics whose curves are drawn
 
@@ -37,13 +37,11 @@ def write_comparison_report(root: Path) -> Path:
         The report's path.
     """
     results = read_json(root / "compare.json")
-    parts = [heading(root.name, level=1), _validation_curves(results), _tuning(results["tuning"])]
+    parts = [_validation_curves(results), _tuning(results["tuning"])]
     if tests := results.get("tests"):
         parts += [set_table(tests, name) for name in (*tests["prompts"], AVERAGE)]
         parts += [_pairs(results["differences"]), reference_words_tables(tests)]
-    page = root / "report.html"
-    page.write_text(html_page(root.name, parts), encoding="utf-8")
-    return page
+    return write_page(root, parts)
 
 
 def _validation_curves(results: dict[str, Any]) -> str:

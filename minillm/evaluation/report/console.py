@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minillm.evaluation.metrics import HEADLINE, HELD_OUT
-from minillm.evaluation.results import AVERAGE, current_files, current_results, with_deviation, with_interval
-from minillm.evaluation.verdict import COLOURS, check_of
+from minillm.evaluation.formatting import AVERAGE, with_deviation
+from minillm.evaluation.metrics import HEADLINE
 
 
 def announce(text: str) -> None:
@@ -44,7 +43,7 @@ def show_suite(results: dict[str, Any]) -> None:
                 ),
             ]
         )
-    _show(title, ["model", *names], rows)
+    show_table(title, ["model", *names], rows)
 
 
 def show_pairs(differences: dict[str, Any]) -> None:
@@ -58,27 +57,7 @@ def show_pairs(differences: dict[str, Any]) -> None:
         changes = [found.get(other) for other in differences]
         rows.append([one, *("" if change is None else _difference(change, "\n") for change in changes)])
     title = f"{HEADLINE.label} on the average of the sets, row − column, over all training seeds [95 % interval]"
-    _show(title, ["method", *differences], rows)
-
-
-def show_results(run_dir: Path) -> None:
-    """Print the results and the verdict of a run, and the paths of its files, as far as they are still valid.
-
-    Args:
-        run_dir: The run's directory.
-    """
-    console = Console()
-    if results := current_results(run_dir):
-        title = f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
-        rows = [
-            [name, *(with_interval(found.get(metric.key)) for metric in HELD_OUT)]
-            for name, found in results["models"].items()
-        ]
-        _show(title, ["model", *(metric.title for metric in HELD_OUT)], rows)
-        if found := check_of(results):
-            colour = COLOURS[found["verdict"]]
-            console.print(f"[{colour}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False)
-    console.print("Results: " + (", ".join(map(str, current_files(run_dir))) or str(run_dir)), soft_wrap=True)
+    show_table(title, ["method", *differences], rows)
 
 
 def show_files(*files: Path) -> None:
@@ -86,7 +65,7 @@ def show_files(*files: Path) -> None:
     Console().print(f"Results: {', '.join(map(str, files))}", soft_wrap=True)
 
 
-def _show(title: str, heads: list[str], rows: list[list[str]]) -> None:
+def show_table(title: str, heads: list[str], rows: list[list[str]]) -> None:
     """Print a table whose first column is aligned left and whose other columns are aligned right."""
     table = Table(title=title)
     for number, head in enumerate(heads):

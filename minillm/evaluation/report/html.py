@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from minillm.evaluation.results import number
+from minillm.evaluation.formatting import number
 
 MAX_PROMPTS = 24
 """Prompts in a table of answers."""
@@ -30,12 +31,24 @@ svg{max-width:100%;height:auto}
 """
 
 
-def html_page(title: str, parts: Sequence[str]) -> str:
-    """Assemble a self-contained page from its parts, which are HTML."""
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)} · minillm</title>"
-        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>"
+def write_page(folder: Path, sections: Iterable[str]) -> Path:
+    """Write `report.html`, a self-contained page, into a folder whose name is its title.
+
+    Args:
+        folder: What the report is about.
+        sections: HTML, in the order of the page. A section without content is empty.
+
+    Returns:
+        The page's path.
+    """
+    title = html.escape(folder.name)
+    page = folder / "report.html"
+    page.write_text(
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title} · minillm</title><style>{_STYLE}</style>"
+        f"<body>{heading(folder.name, level=1)}{''.join(sections)}</body></html>",
+        encoding="utf-8",
     )
+    return page
 
 
 def heading(text: str, level: int = 2) -> str:

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.files import read_json, read_jsonl
+from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRICS
 from minillm.evaluation.report.html import (
     answers_table,
     deviation_cell,
     draw_curves,
     heading,
-    html_page,
     interval_cell,
     note,
     number_cell,
     table,
     text_cell,
+    write_page,
 )
-from minillm.evaluation.results import AVERAGE
-from minillm.evaluation.store import seed_part, suite_store
+from minillm.evaluation.store import AnswerStore, part
 
 
 def write_suite_report(out: Path) -> Path:
@@ -33,13 +33,9 @@ def write_suite_report(out: Path) -> Path:
         The report's path.
     """
     results = read_json(out / "results.json")
-    parts = [heading(out.name, level=1)]
-    parts += [set_table(results, name) for name in (*results["prompts"], AVERAGE)]
-    parts += [reference_words_tables(results), _exposure(results)]
-    parts += [_answers(out, results, name) for name in results["prompts"]]
-    page = out / "report.html"
-    page.write_text(html_page(out.name, parts), encoding="utf-8")
-    return page
+    tables = [set_table(results, name) for name in (*results["prompts"], AVERAGE)]
+    answers = [_answers(out, results, name) for name in results["prompts"]]
+    return write_page(out, [*tables, reference_words_tables(results), _exposure(results), *answers])
 
 
 def set_table(results: dict[str, Any], name: str) -> str:
@@ -121,7 +117,7 @@ def _exposure(results: dict[str, Any]) -> str:
 
 def _answers(out: Path, results: dict[str, Any], name: str) -> str:
     """Answers of the first seed to one set. A model whose tokenizer makes a prompt too long has no answer to it."""
-    files = {model: suite_store(out, model).file(seed_part(name, results["seeds"][0])) for model in results["models"]}
+    files = {model: AnswerStore(out / model).file(part(name, results["seeds"][0])) for model in results["models"]}
     rows = {model: read_jsonl(file) for model, file in files.items() if file.is_file()}
     references = {row["row"]: " / ".join(row.get("references", [])) for some in reversed(rows.values()) for row in some}
     answers = {model: {row["row"]: row["text"] for row in some} for model, some in rows.items()}

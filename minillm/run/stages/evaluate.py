@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from minillm.run.context import Run
     from minillm.run.plan.phases import Phase, Planner
 
+_ANSWER_SETTINGS = ("evaluate.", "data.", "rollout.stop", "teacher.")  # others decide what the models are
+
 
 class Evaluate(Stage):
     name = "evaluate"
@@ -35,18 +37,20 @@ class Evaluate(Stage):
         return planner.evaluation()
 
     def run(self, run: Run) -> None:
+        from minillm.data.files import write_json
         from minillm.evaluation.heldout import TEACHER, evaluate_heldout
 
-        recipe = run.recipe
+        recipe, recorded = run.recipe, run.state.settings(self.name)
         untrained = "pruned" if recipe.student.source == "prune" else "student"
         models = {TEACHER: run.teacher, untrained: run.start, **run.trained_by_label()}
-        evaluate_heldout(
-            run.dir,
+        results = evaluate_heldout(
+            run.dir / "evaluate",
             models,
             run.heldout_prompts,
             run.conventions,
             run.rollout(),
             recipe.evaluate,
-            recorded=run.state.settings(self.name),
+            settings={key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
             quantization=recipe.teacher.quantization,
         )
+        write_json(run.dir / "results.json", results)

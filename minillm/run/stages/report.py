@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,30 +26,10 @@ class Report(Stage):
             print_progress(f"  uploaded to {address}")
 
 
-def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Path:
-    """Write `report.html` of a run, with the curves of every stage that has been trained.
-
-    Args:
-        run_dir: the run directory.
-        prompts: texts of the held-out prompts by row, if the run directory has none.
-
-    Returns:
-        The path of the report.
-
-    Raises:
-        MissingError: `run_dir` is not a run directory.
-    """
-    from minillm.evaluation.report.run import TrainingCurves, write_report
-    from minillm.run.stages import STAGES
-
-    trained = [stage for stage in reversed(STAGES) if stage.curves]
-    curves = [TrainingCurves(stage.curve_title, str(stage.folder), stage.curves) for stage in trained]
-    return write_report(run_dir, prompts, curves)
-
-
 def describe(run: Run) -> None:
     """Write the report and the model cards from what the run directory holds."""
     from minillm.run.model_card import write_card
+    from minillm.run.report import write_run_report
 
     write_run_report(run.dir, {example.row: example.text for example in run.heldout_examples})
     for stage, folder in run.trained().items():

@@ -1,36 +1,18 @@
-"""Measured numbers as text, and which results of a run directory are still valid."""
+"""The results of a run directory, as far as they are still valid."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+
 from minillm.data.files import read_json
-
-AVERAGE = "average"
-"""Name of the mean over the sets in a suite's results, beside the sets' own names."""
-UNDEFINED = "–"
-"""Shown in place of a number that does not exist, such as a share of nothing or a ratio to zero."""
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Format a number; None, NaN and infinities as `UNDEFINED`."""
-    return UNDEFINED if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def with_interval(score: Mapping[str, float | None] | None) -> str:
-    """Format a score as `mean [low, high]`; as an empty string where nothing was measured."""
-    return "" if score is None else f"{number(score['mean'])} [{number(score['low'])}, {number(score['high'])}]"
-
-
-def with_deviation(score: Mapping[str, Any] | None) -> str:
-    """Format a score over seeds as `mean ± standard deviation`; the deviation is left out where there is none."""
-    if score is None:
-        return ""
-    deviation = score.get("spread")
-    return number(score["mean"]) if deviation is None else f"{number(score['mean'])} ± {number(deviation)}"
+from minillm.evaluation.formatting import with_interval
+from minillm.evaluation.metrics import HELD_OUT
+from minillm.evaluation.report.console import show_table
+from minillm.evaluation.verdict import COLOURS, check_of
 
 
 def current_results(run_dir: Path) -> dict[str, Any]:
@@ -61,6 +43,26 @@ def current_files(run_dir: Path) -> list[Path]:
         student: student.is_dir() and _finished(run_dir, "minillm"),
     }
     return [file for file, holds in valid.items() if holds]
+
+
+def show_results(run_dir: Path) -> None:
+    """Print the results and the verdict of a run, and the paths of its files, as far as they are still valid.
+
+    Args:
+        run_dir: The run's directory.
+    """
+    console = Console()
+    if results := current_results(run_dir):
+        title = f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
+        rows = [
+            [name, *(with_interval(found.get(metric.key)) for metric in HELD_OUT)]
+            for name, found in results["models"].items()
+        ]
+        show_table(title, ["model", *(metric.title for metric in HELD_OUT)], rows)
+        if found := check_of(results):
+            colour = COLOURS[found["verdict"]]
+            console.print(f"[{colour}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False)
+    console.print("Results: " + (", ".join(map(str, current_files(run_dir))) or str(run_dir)), soft_wrap=True)
 
 
 def _modified(file: Path) -> int:

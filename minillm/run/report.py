@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from minillm.data.files import read_json, read_jsonl, write_json
 from minillm.errors import MissingError
@@ -15,52 +15,34 @@ from minillm.evaluation.report.html import (
     curve_points,
     draw_curves,
     heading,
-    html_page,
     interval_cell,
     note,
     number_cell,
     table,
     text_cell,
+    write_page,
 )
-from minillm.evaluation.results import current_results
 from minillm.evaluation.verdict import COLOURS, check_of
-
-LogPanel = tuple[str, Mapping[str, str]]
-"""A panel's title, and the label of each curve by the name of its entry in the training log."""
-
-
-class TrainingCurves(NamedTuple):
-    """The curves of a training stage, read from the `trainer_state.json` that it leaves.
-
-    Attributes:
-        title: Heading of the figure.
-        folder: The stage's folder in the run directory.
-        panels: The panels; those without an entry in the log are left out.
-    """
-
-    title: str
-    folder: str
-    panels: Sequence[LogPanel]
+from minillm.run.results import current_results
+from minillm.run.stages import STAGES
+from minillm.run.stages.stage import Stage
 
 
-def write_report(
-    run_dir: Path, prompts: Mapping[int, str] | None = None, curves: Sequence[TrainingCurves] = ()
-) -> Path:
-    """Write `report.html` of a run from the files that are there.
+def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Path:
+    """Write `report.html` of a run from the files that are there, with the curves of every stage that has been trained.
 
     What is missing is left out, and so are results that are older than the start of a stage that they depend on.
 
     Args:
-        run_dir: The run's directory.
-        prompts: Text of each held-out prompt by its row number. It is used, and kept, if the run has answers but no
+        run_dir: the run directory.
+        prompts: text of each held-out prompt by its row number. It is used, and kept, if the run has answers but no
             `evaluate/prompts.json`.
-        curves: The training stages whose curves are drawn.
 
     Returns:
-        The report's path.
+        The path of the report.
 
     Raises:
-        MissingError: `run_dir` is not the directory of a run.
+        MissingError: `run_dir` is not a run directory.
     """
     if not (run_dir / "state.json").is_file():
         raise MissingError(f"{run_dir}: not the directory of a run (it has no state.json)")
@@ -70,17 +52,14 @@ def write_report(
     elif prompts is not None and kept.parent.is_dir():
         write_json(kept, prompts)
     results = current_results(run_dir)
-    parts = [
-        heading(run_dir.name, level=1),
+    sections = [
         _results(results),
         _verdict(results),
-        *(_curves(run_dir, stage) for stage in curves),
+        *(_curves(run_dir, stage) for stage in reversed(STAGES)),
         _answers(run_dir / "evaluate", results, prompts or {}),
         _times(read_json(run_dir / "state.json")["stages"]),
     ]
-    out = run_dir / "report.html"
-    out.write_text(html_page(run_dir.name, parts), encoding="utf-8")
-    return out
+    return write_page(run_dir, sections)
 
 
 def _results(results: dict[str, Any]) -> str:
@@ -106,17 +85,17 @@ def _verdict(results: dict[str, Any]) -> str:
     return heading("Verdict") + f"<p class={COLOURS[found['verdict']]}>{html.escape(found['sentence'])}</p>"
 
 
-def _curves(run_dir: Path, stage: TrainingCurves) -> str:
-    state = run_dir / stage.folder / "trainer_state.json"
-    if not state.is_file():
+def _curves(run_dir: Path, stage: Stage) -> str:
+    """The curves of a training stage, from the `trainer_state.json` that it leaves."""
+    state = run_dir / str(stage.folder) / "trainer_state.json"
+    if not stage.curves or not state.is_file():
         return ""
-    history = [
-        entry for entry in read_json(state)["log_history"] if "loss" in entry
-    ]  # one entry for each logged update
+    # Of the entries of the log, those with a loss are logged updates.
+    history = [entry for entry in read_json(state)["log_history"] if "loss" in entry]
     panels = [
-        (title, {label: curve_points(history, key) for key, label in labels.items()}) for title, labels in stage.panels
+        (title, {label: curve_points(history, key) for key, label in labels.items()}) for title, labels in stage.curves
     ]
-    return draw_curves(stage.title, panels)
+    return draw_curves(stage.curve_title, panels)
 
 
 def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) -> str:
