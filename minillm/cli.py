@@ -210,9 +210,17 @@ def plan(
     if not found.fits:
         typer.echo(f"no settings make it fit: {fit} is not written")
         raise typer.Exit(1)
+    _write_fit(fit, recipe, [*(overrides or []), *found.overrides])
+
+
+def _write_fit(fit: Path, recipe: Path, overrides: list[str]) -> None:
+    """Write a recipe that extends another one with some overrides."""
     from minillm.run.recipe_file import extending_recipe
 
-    fit.write_text(extending_recipe(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
+    try:
+        fit.write_text(extending_recipe(recipe, fit, overrides), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--fit {fit}: cannot be written: {error.strerror}") from error
     typer.echo(f"wrote {fit}")
 
 

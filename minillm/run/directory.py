@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,22 @@ def _number(value: Any) -> float:
     return value if isinstance(value, int | float) else -1.0
 
 
+@contextmanager
+def writing_to(run_dir: Path) -> Iterator[None]:
+    """Report a run directory that cannot be made or written to as an error that the user can mend.
+
+    Raises:
+        RunError: a file operation in the body of the `with` statement failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"run_dir: {run_dir} cannot be written ({error.strerror or error}): make room and check the permissions "
+            "there, or choose another run_dir"
+        ) from error
+
+
 class RunState:
     """`state.json` of a run directory.
 
@@ -102,18 +119,19 @@ class RunState:
         self._recipe = recipe
         self._file = recipe.run_dir / "state.json"
         self._stages: dict[str, Any] = {}
-        if self._file.is_file():
-            try:
+        try:
+            if self._file.is_file():
                 self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one"
-                ) from None
-        elif recipe.run_dir.is_dir() and not _is_run_directory(recipe.run_dir):
+                return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one"
+            ) from None
+        if recipe.run_dir.is_dir() and not _is_run_directory(recipe.run_dir):
             raise RunError(
                 f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir"
             )
-        elif recipe.run_dir.exists() and not recipe.run_dir.is_dir():
+        if recipe.run_dir.exists() and not recipe.run_dir.is_dir():
             raise RunError(f"{recipe.run_dir}: a file, where the run's directory would be; choose another run_dir")
 
     def finished(self, stage: str) -> bool:
@@ -176,12 +194,20 @@ class RunState:
         return dropped
 
     def begin(self, stage: str) -> None:
-        """Record that a stage has begun, with its settings."""
+        """Record that a stage has begun, with its settings.
+
+        Raises:
+            RunError: the run directory cannot be written.
+        """
         self._stages[stage] = {"finished": False, "format": _FORMAT, "settings": self.settings(stage)}
         self._write()
 
     def finish(self, stage: str, seconds: float, processes: int = 1) -> None:
-        """Record that a stage is finished, after so many seconds and in so many processes."""
+        """Record that a stage is finished, after so many seconds and in so many processes.
+
+        Raises:
+            RunError: the run directory cannot be written.
+        """
         self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1), "processes": processes}
         self._write()
 
@@ -232,7 +258,8 @@ class RunState:
         return False
 
     def _write(self) -> None:
-        self._recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps(redacted({"stages": self._stages}), indent=1), encoding="utf-8")
-        part.replace(self._file)
+        text, part = json.dumps(redacted({"stages": self._stages}), indent=1), self._file.with_suffix(".part")
+        with writing_to(self._recipe.run_dir):
+            self._recipe.run_dir.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+            part.replace(self._file)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from minillm.errors import RunError
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.results import current_results, with_interval
 from minillm.redaction import redacted
@@ -81,12 +83,22 @@ def push(folder: Path, hub_id: str, token: str | None = None) -> str:
 
     Returns:
         The address of the repository.
+
+    Raises:
+        RunError: the hub cannot be reached, or refuses the upload.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    address = str(api.create_repo(hub_id, exist_ok=True))
-    api.upload_folder(repo_id=hub_id, folder_path=str(folder), commit_message="Student distilled by minillm")
+    try:
+        address = str(api.create_repo(hub_id, exist_ok=True))
+        api.upload_folder(repo_id=hub_id, folder_path=str(folder), commit_message="Student distilled by minillm")
+    except Exception as error:  # errors of the HTTP library that the hub's client is built on
+        reason = textwrap.shorten(str(error), 300)
+        raise RunError(
+            f"push_to_hub: {hub_id} cannot be uploaded to {api.endpoint} ({reason}): the student is kept in {folder}; "
+            "check the name and the login (`hf auth login`), and upload it with --stage report"
+        ) from error
     return address
 
 

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillm.errors import RunError
 from minillm.models.launcher import environment_without_launcher
-from minillm.run.directory import RunState, absolute_paths
+from minillm.run.directory import RunState, absolute_paths, writing_to
 from minillm.run.recipe_file import STANDARD_INPUT
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def print_progress(text: str, rank: int = 0) -> None:
 
 def signal_abort(run: Run) -> None:
     """Let the processes that wait for process 0 know that it has stopped."""
-    _launch_file(run).unlink(missing_ok=True)
+    with suppress(OSError):  # an error of this file must not hide the one that stopped the run
+        _launch_file(run).unlink()
 
 
 def _launch_file(run: Run) -> Path:
@@ -43,13 +45,15 @@ def rendezvous(run: Run, rank: int) -> None:
     """Process 0 writes to the run directory that it has begun, and the others wait until they see it.
 
     Raises:
-        RunError: in a process that does not see it: it has another directory, and would wait for every stage for ever.
+        RunError: process 0 cannot write there; or another process does not see what process 0 wrote. It has another
+            directory, and would wait for every stage for ever.
     """
     file = _launch_file(run)
     launch = ":".join(environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
     if rank == 0:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(launch, encoding="utf-8")
+        with writing_to(run.dir):
+            run.dir.mkdir(parents=True, exist_ok=True)
+            file.write_text(launch, encoding="utf-8")
         return
     deadline = time.monotonic() + _RENDEZVOUS_TIMEOUT
     while not (file.is_file() and file.read_text(encoding="utf-8") == launch):
