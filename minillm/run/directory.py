@@ -24,10 +24,12 @@ _LONGEST_PATH = 4096  # a template can be a text
 _VALIDATION_SETTINGS = (
     "data.validation",
     "data.validation_limit",
+    "rollout.engine",
     "rollout.max_new_tokens",
     "rollout.temperature",
     "rollout.stop",
 )
+_RECORDED_LATER = ("rollout.engine", "teacher.quantization")  # of what validation reads: since format 2
 # Settings of where and when responses are sampled and scored, not from what. A run may continue with others.
 _OPERATIONAL = frozenset(
     f"rollout.{name}"
@@ -150,11 +152,11 @@ class RunState:
         if entry is None:
             return
         new, old = self.settings(stage), self._recorded(stage, entry)
-        known = entry.get("format") == _FORMAT  # earlier versions recorded fewer settings
+        complete = entry.get("format") == _FORMAT  # earlier versions recorded fewer settings
         changed = {
             key: f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and (known or key in old)
+            if old.get(key) != new.get(key) and (key in old or (complete and key not in _RECORDED_LATER))
         }
         steps = f"{stage_named(stage).training}.max_steps"
         if not entry["finished"] and 0 < _number(old.get(steps)) < _number(new.get(steps)):
@@ -238,12 +240,20 @@ class RunState:
         }
 
     def _parts(self, name: str) -> set[str]:
-        """Beginnings of the names of the settings that a stage reads, itself or through the stages it builds on."""
+        """Beginnings of the names of the settings that a stage reads, itself or through the stages it builds on.
+
+        A default stage counts even where the recipe does not list it. Its result is then read from elsewhere, and its
+        settings are those that it was made with: an earlier recipe of this directory listed it, or the recipe starts
+        from the result of another run, as the methods of a comparison start from the shared warm-up.
+        """
         stage = stage_named(name)
         absent = name not in self._recipe.stages and not stage.default
         own = set() if absent else set(stage.reads)
-        if own and stage.training and stage.arguments(self._recipe).get("load_best_model_at_end"):
+        arguments = stage.arguments(self._recipe)
+        if own and arguments.get("load_best_model_at_end"):
             own |= set(_VALIDATION_SETTINGS)  # validation decides which model the stage leaves
+            if str(arguments.get("metric_for_best_model")).removeprefix("eval_") == "reverse_kl":
+                own.add("teacher.quantization")
         return own.union(*(self._parts(earlier) for earlier in stage.needs))
 
     def _is_operational(self, key: str) -> bool:

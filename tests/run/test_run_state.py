@@ -98,6 +98,28 @@ def test_how_responses_are_sampled_for_validation_counts_where_it_chooses(tmp_pa
     assert stale(last, f"rollout.{setting}") == []
 
 
+def test_the_engine_and_the_teacher_of_validation_count_where_they_choose(tmp_path: Path) -> None:
+    by_divergence = [f"sft.{given}" for given in (*BEST, "metric_for_best_model=eval_reverse_kl")]
+    by_overlap = [f"sft.{given}" for given in (*BEST, "metric_for_best_model=rouge_l")]
+    file = finished_run(tmp_path, ["teacher", "student", "sft"], *by_divergence)
+    assert stale(file, *by_divergence) == []
+    for other in ("teacher.quantization=4bit", "rollout.engine=transformers"):
+        assert stale(file, *by_divergence, other) == ["sft"]
+    (tmp_path / "other").mkdir()
+    file = finished_run(tmp_path / "other", ["teacher", "student", "sft"], *by_overlap)
+    assert stale(file, *by_overlap, "teacher.quantization=4bit") == []
+    state = json.loads((tmp_path / "other" / "run" / "state.json").read_text())
+    del state["stages"]["sft"]["settings"]["rollout.engine"]  # as it was recorded before the engine counted
+    (tmp_path / "other" / "run" / "state.json").write_text(json.dumps(state))
+    assert stale(file, *by_overlap, "rollout.engine=transformers") == []
+
+
+def test_settings_of_a_warm_up_that_another_run_has_done_are_compared(tmp_path: Path) -> None:
+    file = finished_run(tmp_path, ["teacher", "minillm", "evaluate"])
+    assert stale(file, "warmup.cross_entropy=0.3")[0] == "minillm"
+    assert stale(file, "finetune.max_steps=3") == []  # a stage that only some recipes have
+
+
 def test_a_corrected_heldout_file_is_evaluated_again_without_training(recipe: Path) -> None:
     (recipe.parent / "heldout.jsonl").write_text('{"instruction": "w5"}\n')
     assert stale(recipe) == ["evaluate"]
