@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi
 
+from minillm.data.examples import Example
+from minillm.data.templates import prompt_text
 from minillm.errors import RunError
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.results import current_results, with_interval
@@ -64,9 +67,6 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
 
 def _question(recipe: Recipe) -> str:
     """A prompt for the usage example, as Python source, in the form that the model was trained on."""
-    from minillm.data.examples import Example
-    from minillm.data.templates import prompt_text
-
     example, data = Example(0, "Why is the sky blue?"), recipe.data
     if data.template == "chat":
         system = [] if data.system is None else [{"role": "system", "content": data.system}]
@@ -87,8 +87,6 @@ def push(folder: Path, hub_id: str, token: str | None = None) -> str:
     Raises:
         RunError: the hub cannot be reached, or refuses the upload.
     """
-    from huggingface_hub import HfApi
-
     api = HfApi(token=token)
     try:
         address = str(api.create_repo(hub_id, exist_ok=True))

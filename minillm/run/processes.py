@@ -11,6 +11,9 @@ from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+from rich import print as rich_print
+
 from minillm.errors import RunError
 from minillm.models.launcher import environment_without_launcher
 from minillm.run.directory import RunState, absolute_paths, writing_to
@@ -26,8 +29,6 @@ _RENDEZVOUS_TIMEOUT = 120  # seconds in which every process has to see what proc
 def print_progress(text: str, rank: int = 0) -> None:
     """Print a line about the run's progress, in process 0 alone."""
     if rank == 0:
-        from rich import print as rich_print
-
         rich_print(f"[bold cyan]{text.replace('[', chr(92) + '[')}[/]", flush=True)
 
 
@@ -68,8 +69,6 @@ def rendezvous(run: Run, rank: int) -> None:
 
 def destroy_process_group(run: Run, rank: int) -> None:
     """End the process group together: at the interpreter's exit its threads end in std::terminate now and then."""
-    import torch.distributed as dist
-
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
