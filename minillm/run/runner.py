@@ -62,7 +62,7 @@ def _run_pending_stages(run: Run, stages: list[str], rank: int, world: int) -> N
     """Run, in order, every stage that is not finished."""
     for number, name in enumerate(stages, 1):
         stage, heading = stage_named(name), f"[{number}/{len(stages)}] {name}"
-        if run.state.finished(name) and name != "report":
+        if run.state.finished(name) and not stage.always_runs:
             processes.print_progress(f"{heading}: finished before", rank)
             continue
         if world > 1 and stage.training is None:

@@ -65,12 +65,11 @@ def training_faults(recipe: Recipe, stage: Stage, given: dict[str, Any]) -> Iter
         known = f"it is now {RENAMED[name]}" if name in RENAMED else suggest_names(name, NAMES)
         yield (*section, name), f"unknown key; {known}"
     known_values = {name: value for name, value in given.items() if name in NAMES}
-    has_teacher = stage.trains == "student" and not (stage.name == "minillm" and recipe.teacher.servers)
     faults = setting_faults(
         known_values,
-        fine_tuning=stage.name in ("finetune", "sft"),
+        fine_tuning=stage.uses_trl,
         validated=recipe.data.validation is not None,
-        reads_teacher=has_teacher,
+        reads_teacher=stage.scores_with_teacher(recipe),
         runs=stage.name in recipe.stages,
     )
     for name, fault in faults:

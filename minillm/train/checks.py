@@ -72,6 +72,22 @@ def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
             )
 
 
+def update_size_fault(rollout: RolloutConfig, update_size: int, processes: int) -> str | None:
+    """The fault of a batch of rollouts that does not fill whole weight updates, and what to change; None if it does.
+
+    Args:
+        rollout: settings of the rollouts.
+        update_size: responses of one weight update, over all processes.
+        processes: how many processes train.
+    """
+    if not rollout.num_rollouts % update_size:
+        return None
+    return (
+        f"rollout.num_rollouts ({rollout.num_rollouts}) is not a multiple of the {update_size} responses of an update "
+        f"on {processes} process(es): change it, or per_device_train_batch_size or gradient_accumulation_steps"
+    )
+
+
 def check_served_teacher(rollout: RolloutConfig, objective: Objective) -> None:
     """Refuse what a served teacher cannot do, which returns log-probabilities of some tokens only.
 

@@ -26,6 +26,11 @@ class Evaluate(Stage):
         "teacher.quantization",
     )
     engine = True
+    response_section = "evaluate"
+
+    def check_rows(self, run: Run) -> None:
+        super().check_rows(run)
+        _ = run.heldout_prompts
 
     def discard(self, run: Run, requested: bool) -> None:
         if requested:
