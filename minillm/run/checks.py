@@ -13,7 +13,6 @@ import torch
 from minillm.errors import InputError
 from minillm.models.configs import attends_fully, context_length, text_config
 from minillm.models.conventions import Conventions
-from minillm.models.families import trains_quantized
 from minillm.models.lora import check_student
 from minillm.models.quantization import check_quantization
 from minillm.models.sources import check_source, find_gguf
@@ -67,9 +66,8 @@ def check_models(recipe: Recipe, conventions: Conventions) -> None:
         check_source(source)
     if not pruned:
         _check_model(recipe, conventions, student, "student")
-        _check_student(recipe, student)
-    elif recipe.student.lora is not None and not find_gguf(teacher):
-        check_student(teacher, recipe.student.lora)
+    if recipe.student.lora is not None and not (pruned and find_gguf(teacher)):
+        check_student(teacher if pruned else student, recipe.student.lora)
     _check_model(recipe, conventions, teacher, "teacher")
     _check_teacher(recipe, teacher)
     for stage in _stages(recipe):
@@ -99,17 +97,6 @@ def _check_model(recipe: Recipe, conventions: Conventions, source: str, role: st
     for settings, tokens in (found for stage in _stages(recipe) for found in stage.longest_sequences(recipe)):
         if tokens > limit:
             raise InputError(f"{settings} the {role}'s context of {limit} tokens ({source})")
-
-
-def _check_student(recipe: Recipe, source: str) -> None:
-    lora = recipe.student.lora
-    if lora is None:
-        return
-    if lora.quantization and not trains_quantized(text_config(source)):
-        raise InputError(
-            f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out"
-        )
-    check_student(source, lora)
 
 
 def _check_teacher(recipe: Recipe, source: str) -> None:
