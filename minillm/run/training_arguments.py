@@ -25,12 +25,16 @@ _VALIDATING = re.compile(
 )
 
 
+STAGE_DEFAULTS: dict[str, Any] = {"logging_first_step": True, "logging_steps": 1, "report_to": "none"}
+"""Training arguments of every stage that differ from the defaults of transformers, where the recipe says nothing."""
+
+
 @cache
 def _defaults() -> dict[str, Any]:
-    """The defaults of transformers, but for what a stage sets where the recipe says nothing."""
+    """The defaults of transformers, with those of a stage."""
     from transformers import TrainingArguments  # here: it takes seconds to import
 
-    return {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | {"logging_steps": 1}
+    return {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | STAGE_DEFAULTS
 
 
 def argument(given: dict[str, Any], name: str) -> Any:
