@@ -92,10 +92,10 @@ class Server:
             raise TransientServerError(f"{path} answered no JSON: {answer.text[:80]!r}") from error
 
     def process_start_time(self) -> float | None:
-        """Return when the server's process started, in seconds since 1970.
+        """Return when the server's process started, in seconds since 1970; None with several API processes.
 
-        The result is None where the server's metrics do not report it (with several API processes).
-        Raises a TransientServerError where the server does not answer.
+        Raises:
+            TransientServerError: The server does not answer.
         """
         answer = self._request("GET", "/metrics")
         if answer.status_code >= 500:
@@ -117,7 +117,8 @@ class Server:
         try:
             return read(answer)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise TransientServerError(f"/v1/completions answered garbage ({type(error).__name__}: {error})") from error
+            fault = f"{type(error).__name__}: {error}"
+            raise TransientServerError(f"/v1/completions answered bad JSON ({fault})") from error
 
     def attach(self, max_length: int) -> None:
         """Find out which model is served.
@@ -137,7 +138,7 @@ class Server:
         try:
             return self._client.request(method, self.url + path, json=body)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise EngineError(f"{self.url} is no address of a server: use http://host:port ({error})") from error
+            raise EngineError(f"{self.url} must be a server's address: use http://host:port ({error})") from error
         except httpx.RequestError as error:
             raise TransientServerError(f"{type(error).__name__}: {error}") from error
 

@@ -135,7 +135,11 @@ class Run:
 
     @cached_property
     def references(self) -> list[dict[str, Any]]:
-        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
+        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens.
+
+        Raises:
+            InputError: no row has an answer.
+        """
         tokenizer, data = self.conventions.tokenizer, self.recipe.data
         rows = []
         for prompt in self.train_prompts:
@@ -149,7 +153,11 @@ class Run:
 
     @cached_property
     def validation(self) -> list[dict[str, Any]] | None:
-        """Rows that the stages are validated on; None where the recipe names none."""
+        """Rows that the stages are validated on; None where the recipe names none.
+
+        Raises:
+            DataError: no row has a reference.
+        """
         data = self.recipe.data
         if data.validation is None:
             return None
@@ -168,7 +176,7 @@ class Run:
         }
 
     def trained_by_label(self) -> dict[str, str]:
-        """The same folders by what results call the student in them."""
+        """The same folders, keyed by the name of the student in results (`Stage.label`)."""
         folders = self.trained()
         return {str(stage.label): folders[stage.name] for stage in STAGES if stage.name in folders}
 

@@ -46,7 +46,10 @@ _OPERATIONAL = frozenset(
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's settings with absolute local paths: one setting, however and wherever it was written."""
+    """Return the recipe's settings with absolute local paths, so that equal settings compare as equal.
+
+    A path may be written relative to any folder, and a run may be continued from another working directory.
+    """
     tree = recipe.model_dump(mode="json")
     places = [(tree, "run_dir"), (tree["data"], "template"), (tree["teacher"], "source"), (tree["teacher"], "adapter")]
     places += [

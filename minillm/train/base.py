@@ -104,12 +104,23 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         self._logged_at: int | None = None  # the update after which metrics were last logged
 
     def updates_per_epoch(self) -> int:
-        """Updates in one pass over the training data."""
-        raise NotImplementedError("a subclass says how long an epoch is")
+        """Updates in one pass over the training data.
+
+        Raises:
+            NotImplementedError: a subclass does not implement it.
+        """
+        raise NotImplementedError("a subclass must implement updates_per_epoch")
 
     def micro_batches(self, update: int) -> list[Any]:
-        """What this process's `training_step` gets for each micro-batch of an update, counted from 0."""
-        raise NotImplementedError("a subclass says what an update trains on")
+        """What this process's `training_step` gets for each micro-batch of an update.
+
+        Args:
+            update: the number of the update, counted from 0.
+
+        Raises:
+            NotImplementedError: a subclass does not implement it.
+        """
+        raise NotImplementedError("a subclass must implement micro_batches")
 
     @property
     def local_teacher(self) -> LocalTeacher:
@@ -153,7 +164,17 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         loss_fn: LossFn | None = None,
         divergence: Divergence | None = None,
     ) -> Scoring:
-        """What the student's forward is given to score a batch. `teacher`: its final states, or its rows."""
+        """What the student's forward is given to score a batch.
+
+        Args:
+            batch: the sequences.
+            teacher: the teacher's final hidden states, or its rows of log-probabilities; None if not needed.
+            loss_fn: what turns scores into a loss; by default only scores are computed.
+            divergence: a further divergence to compute.
+
+        Returns:
+            The object that the forward reads.
+        """
         settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
         known = TeacherStates(teacher, head_of(self.local_teacher.model)) if isinstance(teacher, Tensor) else teacher
         return Scoring(batch, settings, known, loss_fn, divergence)
@@ -162,7 +183,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         return inputs  # they are on the device already
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted."""
+        """Return 0: the Trainer's estimate would count the student alone, so operations are not counted."""
         return 0
 
     def update_on(

@@ -49,12 +49,13 @@ def check_on_policy(
         )
     if rollout.overlap and not can_overlap:
         raise InputError(
-            "rollout.overlap samples beside the updates, with the weights before them: it needs rollout.engine: server"
+            "rollout.overlap must be used with an engine in another process, because responses are sampled while the "
+            "student trains: set rollout.engine: server"
         )
     if rollout.overlap and (objective.old_logprobs == "trainer" or objective.importance == "prefix"):
         raise InputError(
-            "rollout.overlap trains one batch off policy, which token weights can take: objective.old_logprobs must be "
-            "engine and objective.importance none or token"
+            "rollout.overlap trains on responses of the weights before the last batch, which importance weights of "
+            "single tokens can correct: objective.old_logprobs must be engine and objective.importance none or token"
         )
 
 
@@ -125,6 +126,6 @@ def check_sharded_teacher(rollout: RolloutConfig, objective: Objective, text: bo
         )
     if text and objective.language_model and objective.language_model_distill:
         raise InputError(
-            "teacher.shard: processes read text in different numbers of pieces and would wait for each other for ever: "
-            "set objective.language_model_distill: 0"
+            "teacher.shard: processes read different numbers of pieces of text, and every forward of a sharded teacher "
+            "needs all processes: set objective.language_model_distill: 0"
         )

@@ -58,8 +58,8 @@ class MiniLLMTrainer(DistillationTrainer):
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are sampled.
         train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
-        text_dataset: rows with `text`, for the language-model term; as many blocks as responses join each update. Of a
-            stream, which has no length, no more is read than `max_steps` updates need.
+        text_dataset: rows with `text`, for the language-model term. Each update trains on as many blocks of text as
+            responses. If the rows are a stream, only as many are read as `max_steps` updates need.
         responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
         processing_class: the student's tokenizer; by default the one in its folder.
         engine: an engine that samples; by default one is started when it is needed.

@@ -43,7 +43,7 @@ _Runs = Sequence[tuple[str, Recipe, Method]]
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
-    """Do what is left of a comparison.
+    """Run a comparison. What earlier calls have finished is not run again.
 
     Args:
         comparison: its settings.
@@ -163,7 +163,7 @@ class _ComparisonRun:
         ]
 
     def train(self, runs: _Runs) -> None:
-        """Do what is left of some runs, and save the results after each.
+        """Run those of the given runs that are not finished, and save the results after each.
 
         Raises:
             JobError: runs failed in processes of their own.

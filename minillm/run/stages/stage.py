@@ -121,7 +121,7 @@ class Stage(ABC):
         """Run the stage, or continue it where it was interrupted."""
 
     def discard(self, run: Run, requested: bool) -> None:  # noqa: B027 (most stages leave nothing to delete)
-        """Delete what a stage that is made again must not find.
+        """Delete files from which a stage that is run again would otherwise continue.
 
         Args:
             requested: `--redo` named this very stage, rather than one that it builds on.
