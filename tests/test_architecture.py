@@ -40,7 +40,8 @@ LIGHT = [
     "minillm.run.recipe_file",
     "minillm.run.stages",
 ]
-# Engines tell what they need, and the plan reckons with it, before torch is imported.
+# What engines need is told without torch. `minillm plan` itself imports torch once its recipe is read: it asks torch for
+# the GPUs of this machine, and counts what autograd keeps on fake tensors.
 WITHOUT_TORCH = ["minillm.rollout.engines.base", "minillm.rollout.engines.vllm_memory"]
 # Packages that are optional.
 OPTIONAL = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,28 @@ def test_a_hub_that_cannot_be_reached(pair: tuple[str, str], monkeypatch: pytest
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(RunError, match=r"push_to_hub: me/student cannot be uploaded to http://127\.0\.0\.1:1 \("):
         push(Path(pair[0]), "me/student", "token")
+
+
+WITHOUT_TORCH = [
+    (["run", "RECIPE", "training.lerning_rate=1"], "training.lerning_rate: unknown key; did you mean learning_rate?"),
+    (["plan", "RECIPE", "--memory", "foo"], "--memory foo: a size such as 80GiB is needed"),
+    (["generate", "nowhere", "w1", "--template", "z"], "--template z: allowed: chat, alpaca, plain"),
+    (["evaluate", "SUITE"], "no model to evaluate: add model=FOLDER"),
+    (["run", "RECIPE", "--stage", "slep"], "--stage slep: no such stage; allowed: teacher, finetune"),
+]
+
+
+@pytest.mark.parametrize(("words", "fault"), WITHOUT_TORCH, ids=[fault.split(":")[0] for _, fault in WITHOUT_TORCH])
+def test_an_argument_is_refused_without_torch(recipe: Path, words: list[str], fault: str) -> None:
+    """Torch is hidden, so that an import of it would be an error."""
+    suite = recipe.parent / "suite.yaml"
+    suite.write_text("sets: {some: {file: ./prompts.jsonl}}\nout: ./out\n")
+    code = (
+        "import sys\nsys.modules['torch'] = None\nsys.modules['transformers'] = None\n"
+        "from minillm.cli import main\nmain()"
+    )
+    given = [{"RECIPE": str(recipe), "SUITE": str(suite)}.get(word, word) for word in words]
+    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert fault in done.stderr
+    assert "Traceback" not in done.stderr

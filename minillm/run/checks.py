@@ -19,6 +19,7 @@ from minillm.models.sources import check_source, find_gguf
 from minillm.models.vocabulary import check_tokenizer_fits, token_count
 from minillm.rollout.engines.base import padding_bias
 from minillm.rollout.engines.choose import choose_engine
+from minillm.run.processes import world_size
 from minillm.run.stages import STAGES
 from minillm.run.stages.stage import Stage
 
@@ -44,7 +45,7 @@ def check_sizes(recipe: Recipe) -> None:
             "recipes/accelerate/8-gpus.yaml"
         )
     for stage in _stages(recipe):
-        if refusal := stage.refusal(recipe, int(os.environ.get("WORLD_SIZE", 1))):
+        if refusal := stage.refusal(recipe, world_size()):
             raise InputError(refusal)
     for stage, given in recipe.trainings():
         if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:

@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 _RENDEZVOUS_TIMEOUT = 120  # seconds in which every process has to see what process 0 wrote
 
 
+def rank() -> int:
+    """The number of this process among those that were launched together."""
+    return int(environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes were launched together."""
+    return int(environ.get("WORLD_SIZE", 1))
+
+
 def print_progress(text: str, rank: int = 0) -> None:
     """Print a line about the run's progress, in process 0 alone."""
     if rank == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 
@@ -32,7 +31,7 @@ def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> R
     """
     run = Run(recipe)
     stages: list[str] = [only] if only else list(recipe.stages)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes.rank(), processes.world_size()
     if rank == 0 and redo:
         _discard(run, stages[0])
     if world > 1:

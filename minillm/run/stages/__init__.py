@@ -42,12 +42,3 @@ def stage_named(name: str) -> Stage:
         if stage.name == name:
             return stage
     raise InputError(f"{name}: no such stage; allowed: {', '.join(NAMES)}")
-
-
-def check_stage_name(name: str) -> str:
-    """The name of a stage, unchanged.
-
-    Raises:
-        InputError: there is no such stage.
-    """
-    return stage_named(name).name

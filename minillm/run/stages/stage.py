@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from minillm.run.plan.phases import Phase, Planner
     from minillm.run.recipe import Recipe
 
-PROMPT_SETTINGS = ("data.train", "data.template", "data.system", "data.max_prompt_tokens", "data.limit")
+RENDERING_SETTINGS = ("data.template", "data.system", "data.max_prompt_tokens", "data.limit")
+"""Settings that decide which rows of a data source become prompts, and how, for `Stage.reads`."""
+PROMPT_SETTINGS = ("data.train", *RENDERING_SETTINGS)
 """Settings that decide the training prompts, for `Stage.reads`."""
 
 Panel = tuple[str, dict[str, str]]
