@@ -30,14 +30,52 @@ Overrides = Annotated[
     ),
 ]
 
+# Options of `minillm plan`.
+Gpus = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Number of GPUs, with one process on each; 0 plans for this machine's CPU. Default: the GPUs of this "
+        "machine, or 8 if it has none.",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of one GPU (with --gpus 0, of the machine), such as 80GiB. Default: detected, or 80GiB if this "
+        "machine has no GPU.",
+        show_default=False,
+    ),
+]
+Flops = Annotated[
+    float | None,
+    typer.Option(
+        help="Operations per second of one GPU in bfloat16. Default: the maker's number for the GPU of this machine, "
+        "or that of an H100. The speed of a CPU is measured.",
+        show_default=False,
+    ),
+]
+Utilisation = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of --flops that is reached (model FLOPs utilisation). Default: 0.35, or 0.6 of a CPU.",
+        show_default=False,
+    ),
+]
+
 
 @app.command()
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Do this stage alone, e.g. evaluate.", show_default=False)] = None,
+    stage: Annotated[str | None, typer.Option(help="Run only this stage, e.g. evaluate.", show_default=False)] = None,
     redo: Annotated[
-        bool, typer.Option(help="Make it again, and what builds on it, even if finished or made with other settings.")
+        bool,
+        typer.Option(
+            help="Run the first stage again, and those that build on it, even if it is finished or was run with other "
+            "settings."
+        ),
     ] = False,
 ) -> None:
     """Run a recipe's stages; finished ones are skipped, an interrupted one continues.
@@ -45,19 +83,23 @@ def run(
     Several processes: accelerate launch -m minillm run RECIPE
     """
     from minillm.run.recipe_file import is_comparison, load_recipe
-    from minillm.run.stages import NAMES
+    from minillm.run.stages import stage_named
 
     if is_comparison(recipe):
         _compare(recipe, overrides or [])
         return
-    if stage is not None and stage not in NAMES:
-        raise InputError(f"--stage {stage}: no such stage; allowed: {', '.join(NAMES)}")
+    if stage is not None:
+        try:
+            stage_named(stage)
+        except InputError as error:
+            raise InputError(f"--stage {error}") from None
     loaded = load_recipe(recipe, overrides or [])
+    from minillm.run.processes import rank
     from minillm.run.runner import run_recipe  # after the recipe, which is read without torch
     from minillm.run.stages.report import describe
 
     done = run_recipe(loaded, stage, redo)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         from minillm.run.results import show_results
 
         if stage == "evaluate":
@@ -85,25 +127,27 @@ def evaluate(
         run(file, overrides, stage="evaluate")
         return
     from minillm.evaluation.config import named_models
-    from minillm.evaluation.report.console import show_files, show_suite
-    from minillm.evaluation.report.suite import write_suite_report
-    from minillm.evaluation.suite import run_suite
 
     given = overrides or []
     models = named_models([text.removeprefix("model=") for text in given if text.startswith("model=")])
     suite = load_suite(file, [text for text in given if not text.startswith("model=")])
+    from minillm.evaluation.report.console import show_files, show_suite  # after the arguments, read without torch
+    from minillm.evaluation.report.suite import write_suite_report
+    from minillm.evaluation.suite import run_suite
+
     results = run_suite(suite, models)
     show_suite(results)
     show_files(write_suite_report(suite.out), suite.out / "results.json")
 
 
 def _compare(file: Path, overrides: list[str]) -> None:
-    from minillm.evaluation.report.console import show_files, show_pairs, show_suite
-    from minillm.evaluation.report.suite import write_suite_report
-    from minillm.run.experiments.compare import compare
     from minillm.run.recipe_file import load_comparison
 
     comparison = load_comparison(file, overrides)
+    from minillm.evaluation.report.console import show_files, show_pairs, show_suite  # after the settings
+    from minillm.evaluation.report.suite import write_suite_report
+    from minillm.run.experiments.compare import compare
+
     results = compare(comparison)
     show_suite(results["tests"])
     show_pairs(results["differences"])
@@ -121,15 +165,15 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Sample one answer."""
-    from minillm.data.examples import Example
+    if template not in ("chat", "alpaca", "plain"):
+        raise InputError(f"--template {template}: allowed: chat, alpaca, plain")
+    from minillm.data.examples import Example  # after the arguments, which are read without torch
     from minillm.data.templates import render
     from minillm.models.conventions import settle
     from minillm.models.device import device, working_dtype
     from minillm.models.load import load_model, load_tokenizer
     from minillm.rollout.engines.transformers import TransformersEngine
 
-    if template not in ("chat", "alpaca", "plain"):
-        raise InputError(f"--template {template}: allowed: chat, alpaca, plain")
     tokenizer = load_tokenizer(model)
     loaded: Any = load_model(model, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
     sampling = settle(tokenizer, loaded, template=template == "chat").sampling(max_new_tokens, temperature)
@@ -144,34 +188,17 @@ def plan(
         Path, typer.Argument(help="A recipe; or a folder, for a table of all recipes below it.", show_default=False)
     ],
     overrides: Overrides = None,
-    gpus: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Processes, a GPU each; 0 is this machine's CPU. Those that are here, else 8.",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Of a GPU, or of the machine; that of what is here, else 80GiB.", show_default=False),
-    ] = None,
-    shard: Annotated[bool, typer.Option(help="With the student in shards (FSDP2, ZeRO-3).")] = False,
-    flops: Annotated[
-        float | None,
-        typer.Option(
-            help="Operations a second of a GPU in bfloat16: by its name, else an H100's; of a CPU measured.",
-            show_default=False,
-        ),
-    ] = None,
-    utilisation: Annotated[
-        float | None, typer.Option(help="Share of them that is reached (MFU): 0.35, of a CPU 0.6.", show_default=False)
-    ] = None,
+    gpus: Gpus = None,
+    memory: Memory = None,
+    shard: Annotated[bool, typer.Option(help="Shard the student over the processes (FSDP2, ZeRO-3).")] = False,
+    flops: Flops = None,
+    utilisation: Utilisation = None,
     fit: Annotated[
-        Path | None, typer.Option(help="Write a recipe that extends this one and fits.", show_default=False)
+        Path | None, typer.Option(help="Write a recipe here that extends this one and fits.", show_default=False)
     ] = None,
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
+    size = None if memory is None else _bytes(memory)
     from minillm.run.recipe_file import load_recipe
 
     def overridden(file: Path, changes: list[str]) -> Any:
@@ -180,7 +207,6 @@ def plan(
     loaded = None if recipe.is_dir() else overridden(recipe, [])
     from minillm.run.plan import fit_report, machine_for, plan_report, table_report  # they import torch
 
-    size = None if memory is None else _bytes(memory)
     machine, source = machine_for(gpus, size, flops, utilisation, shard)
     if loaded is None:
         typer.echo(table_report(recipe, machine, lambda file: overridden(file, [])), nl=False)
@@ -194,9 +220,17 @@ def plan(
     if not found.fits:
         typer.echo(f"no settings make it fit: {fit} is not written")
         raise typer.Exit(1)
+    _write_fit(fit, recipe, [*(overrides or []), *found.overrides])
+
+
+def _write_fit(fit: Path, recipe: Path, overrides: list[str]) -> None:
+    """Write a recipe that extends another one with some overrides."""
     from minillm.run.recipe_file import extending_recipe
 
-    fit.write_text(extending_recipe(recipe, fit, [*(overrides or []), *found.overrides]), encoding="utf-8")
+    try:
+        fit.write_text(extending_recipe(recipe, fit, overrides), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--fit {fit}: cannot be written: {error.strerror}") from error
     typer.echo(f"wrote {fit}")
 
 

@@ -54,5 +54,5 @@ def unique(values: list[Any]) -> list[Any]:
         InputError: Naming the values that occur more than once.
     """
     if again := sorted({value for value in values if values.count(value) > 1}):
-        raise InputError(f"{', '.join(map(str, again))} is there more than once; name each once")
+        raise InputError(f"every value must be given once only; remove the repeated {', '.join(map(str, again))}")
     return values

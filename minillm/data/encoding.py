@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from minillm.errors import DataError
 
 # Private-use characters, which no template looks at. They enclose the number of a special token whose text was meant as
@@ -180,7 +182,6 @@ class TextEncoder:
 
     def _apply(self, messages: Messages, place: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
 
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:

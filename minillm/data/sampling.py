@@ -75,7 +75,7 @@ class StopStrings:
 
     def __init__(self, tokenizer: Any, strings: Sequence[str]) -> None:
         if not all(strings):
-            raise InputError("stop: an empty string is in every text")
+            raise InputError("stop: every string must have at least one character; remove the empty one")
         self.strings = tuple(strings)
         self._tokenizer = tokenizer
 

@@ -44,7 +44,7 @@ def pack_text(
 
 
 class TextBlocks:
-    """Packed text, of which every update takes the next `each` blocks.
+    """Packed text. Every update takes its next `each` blocks.
 
     When all blocks have been taken, the next pass over them begins, each pass in an order of its own that depends on
     the seed. A document begins with the tokenizer's prefix (BOS) and ends with EOS; the text of a special token in it
@@ -88,7 +88,7 @@ class TextBlocks:
         self._each, self._seed = each, seed
 
     def __bool__(self) -> bool:
-        """Whether there is a block at all."""
+        """Whether there is at least one block."""
         return bool(self._blocks)
 
     def pieces(self, block: int) -> list[array[int]]:

@@ -40,9 +40,9 @@ class EvaluateConfig(Section):
 def _check_choices(choices: list[str]) -> list[str]:
     texts = unique([choice.strip() for choice in choices])
     if "" in texts:
-        raise InputError("a blank choice is no answer")
+        raise InputError("a choice must not be blank; remove it")
     if len(texts) == 1:
-        raise InputError("one answer is no choice: at least two are needed")
+        raise InputError("at least two choices must be given; add one")
     return choices
 
 

@@ -91,7 +91,7 @@ def check(changes: Mapping[str, Change], config: EvaluateConfig) -> dict[str, An
         `verdict`, one of the three outcomes. `sentence`. `passed`, whether the verdict is `better`. `criteria`, a list
         with an entry for each measure: `criterion`; `needed`; the ends of the interval, `lower_end` and `upper_end`
         (for KL(q‖p) relative); `outcome`; and `passed`, which means better for KL(q‖p) and not worse for the others.
-        `expected`, if `min_reverse_kl_reduction` is set: reached, not reached, or cannot be told.
+        `expected`, if `min_reverse_kl_reduction` is set: reached, not reached, not measured, or undecided.
     """
     tolerated = (
         (_KL, _TOLERATED_KL_RISE),
@@ -183,7 +183,7 @@ def _signed(value: float) -> str:
 
 def _expected(reduction: Mapping[str, float] | None, least: float) -> str:
     if reduction is None:
-        return "cannot be told"
+        return "not measured"
     if reduction["low"] >= least:
         return "reached"
-    return "not reached" if reduction["high"] < least else "cannot be told, its interval contains that"
+    return "not reached" if reduction["high"] < least else "undecided, because its interval contains that value"

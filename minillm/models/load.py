@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
 from minillm.errors import InputError, SourceError
@@ -52,8 +52,6 @@ def load_model(
         )
     given: dict[str, Any] = {}
     if gguf:
-        from transformers import GgufConfig
-
         given = gguf | {"quantization_config": GgufConfig(dequantize=True)}
     elif quantization:
         given = {"quantization_config": quantization_config(quantization, dtype)}

@@ -142,11 +142,8 @@ def load_student(source: str | Path, lora: AdapterConfig | None = None, compute:
     """
     if lora is None:
         return load_model(source, torch.float32)
-    if lora.quantization and not trains_quantized(config := text_config(str(source))):
-        raise InputError(
-            f"{source}: student.lora.quantization: bitsandbytes stores the layers of {config.model_type} the other way "
-            "round when it quantises them; leave it out"
-        )
+    if lora.quantization:
+        _check_quantizable(str(source))
     torch.manual_seed(0)  # the same adapter in every process, and in a run that is resumed
     base: Any = load_model(source, compute, lora.quantization)
     for module in base.modules():
@@ -165,12 +162,23 @@ def check_student(source: str, lora: AdapterConfig) -> None:
         lora: Settings of the adapter.
 
     Raises:
-        InputError: Its targets are not modules of the student or cannot be scored, or bitsandbytes is missing.
+        InputError: Its targets are not modules of the student or cannot be scored, or the student cannot be quantised.
     """
     if lora.quantization:
+        _check_quantizable(source)
         check_quantization(lora.quantization)
     with torch.device("meta"):
         _with_lora(AutoModelForCausalLM.from_config(read_config(source)), lora)
+
+
+def _check_quantizable(source: str) -> None:
+    """Refuse a student whose layers cannot be trained around once bitsandbytes has quantised them."""
+    config = text_config(source)
+    if not trains_quantized(config):
+        raise InputError(
+            f"student.lora.quantization: bitsandbytes stores the layers of {config.model_type} the other way round "
+            f"when it quantises them ({source}): leave it out"
+        )
 
 
 def _with_lora(base: Any, lora: AdapterConfig) -> Any:

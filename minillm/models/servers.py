@@ -93,10 +93,10 @@ class Server:
             raise TransientServerError(f"{path} answered no JSON: {answer.text[:80]!r}") from error
 
     def process_start_time(self) -> float | None:
-        """Return when the server's process started, in seconds since 1970.
+        """Return when the server's process started, in seconds since 1970; None with several API processes.
 
-        The result is None where the server's metrics do not report it (with several API processes).
-        Raises a TransientServerError where the server does not answer.
+        Raises:
+            TransientServerError: The server does not answer.
         """
         found = re.search(r"^process_start_time_seconds (\S+)", self._request("GET", "/metrics").text, re.MULTILINE)
         return float(found[1]) if found else None
@@ -120,7 +120,8 @@ class Server:
         try:
             return read(answer)
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise TransientServerError(f"{path} answered garbage ({type(error).__name__}: {error})") from error
+            fault = f"{type(error).__name__}: {error}"
+            raise TransientServerError(f"{path} answered bad JSON ({fault})") from error
 
     def attach(self, max_length: int) -> None:
         """Find out which model is served.
@@ -140,7 +141,7 @@ class Server:
         try:
             answer = self._client.request(method, self.url + path, json=body)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise EngineError(f"{self.url} is no address of a server: use http://host:port ({error})") from error
+            raise EngineError(f"{self.url} must be a server's address: use http://host:port ({error})") from error
         except httpx.RequestError as error:
             raise TransientServerError(f"{type(error).__name__}: {error}") from error
         if answer.status_code >= 500 or answer.status_code in (408, 429):

@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minillm.data.config import Source
-from minillm.data.examples import read_texts
-from minillm.errors import DataError, InputError
-from minillm.models.adapters import check_adapter_files
+from minillm.errors import InputError
 from minillm.models.configs import context_length, text_config
 from minillm.models.conventions import Conventions
-from minillm.models.families import trains_quantized
 from minillm.models.lora import check_student
-from minillm.models.pruning.depth import check_keep_layers
 from minillm.models.quantization import check_quantization
 from minillm.models.sources import check_source, find_gguf
 from minillm.models.vocabulary import check_tokenizer_fits, token_count
 from minillm.rollout.engines.base import padding_bias
 from minillm.rollout.engines.choose import choose_engine
+from minillm.run.processes import world_size
 from minillm.run.stages import STAGES
-from minillm.run.training_arguments import argument
+from minillm.run.stages.stage import Stage
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
@@ -49,14 +45,9 @@ def check_sizes(recipe: Recipe) -> None:
             "student.lora.quantization: a quantised student cannot be sharded over processes (FSDP, ZeRO-3): use "
             "recipes/accelerate/8-gpus.yaml"
         )
-    sizes = [argument(recipe.training, "per_device_train_batch_size")]
-    sizes += [argument(recipe.training, "gradient_accumulation_steps"), int(os.environ.get("WORLD_SIZE", 1))]
-    rollouts = recipe.rollout.num_rollouts
-    if "minillm" in recipe.stages and rollouts % (sizes[0] * sizes[1] * sizes[2]):
-        raise InputError(
-            f"rollout.num_rollouts ({rollouts}) must be a multiple of the responses of one update: "
-            f"per_device_train_batch_size × gradient_accumulation_steps × processes ({' × '.join(map(str, sizes))})"
-        )
+    for stage in _stages(recipe):
+        if refusal := stage.refusal(recipe, world_size()):
+            raise InputError(refusal)
     for stage, given in recipe.trainings():
         if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
             raise InputError(
@@ -77,17 +68,21 @@ def check_models(recipe: Recipe, conventions: Conventions) -> None:
         check_source(source)
     if not pruned:
         _check_model(recipe, conventions, student, "student")
-        _check_student(recipe, student)
-    elif recipe.student.lora is not None and not find_gguf(teacher):
-        check_student(teacher, recipe.student.lora)
+    if recipe.student.lora is not None and not (pruned and find_gguf(teacher)):
+        check_student(teacher if pruned else student, recipe.student.lora)
     _check_model(recipe, conventions, teacher, "teacher")
     _check_teacher(recipe, teacher)
-    if recipe.teacher.adapter and "teacher" in recipe.stages:
-        check_adapter_files(teacher, recipe.teacher.adapter)
+    for stage in _stages(recipe):
+        stage.check_models(recipe)
+
+
+def _stages(recipe: Recipe) -> list[Stage]:
+    """The stages that the recipe lists, in the order in which they build on each other."""
+    return [stage for stage in STAGES if stage.name in recipe.stages]
 
 
 def _samples(recipe: Recipe) -> bool:
-    return any(stage.engine and stage.name in recipe.stages for stage in STAGES)
+    return any(stage.engine for stage in _stages(recipe))
 
 
 def _check_model(recipe: Recipe, conventions: Conventions, source: str, role: str) -> None:
@@ -101,36 +96,13 @@ def _check_model(recipe: Recipe, conventions: Conventions, source: str, role: st
     limit = context_length(config)
     if limit is None:
         return
-    supervised = {stage.name for stage in STAGES if stage.references}
-    for section, stages in (("rollout", {"minillm"}), ("responses", supervised), ("evaluate", {"evaluate"})):
-        prompt, new = recipe.data.max_prompt_tokens, getattr(recipe, section).max_new_tokens
-        if stages & set(recipe.stages) and prompt + new > limit:
-            raise InputError(
-                f"data.max_prompt_tokens + {section}.max_new_tokens ({prompt} + {new}) exceed the {role}'s context of "
-                f"{limit} tokens ({source})"
-            )
-    block = recipe.objective.language_model_block
-    if recipe.data.text is not None and "minillm" in recipe.stages and block > limit:
-        raise InputError(
-            f"objective.language_model_block: {block} exceeds the {role}'s context of {limit} tokens ({source})"
-        )
-
-
-def _check_student(recipe: Recipe, source: str) -> None:
-    lora = recipe.student.lora
-    if lora is None:
-        return
-    if lora.quantization and not trains_quantized(text_config(source)):
-        raise InputError(
-            f"student.lora.quantization: bitsandbytes does not take the layers of GPT-2 ({source}): leave it out"
-        )
-    check_student(source, lora)
+    for settings, tokens in (found for stage in _stages(recipe) for found in stage.longest_sequences(recipe)):
+        if tokens > limit:
+            raise InputError(f"{settings} the {role}'s context of {limit} tokens ({source})")
 
 
 def _check_teacher(recipe: Recipe, source: str) -> None:
-    config, keep = text_config(source), recipe.student.keep_layers
-    if "student" in recipe.stages and recipe.student.source == "prune" and keep is not None:
-        check_keep_layers(config.num_hidden_layers, keep)
+    config = text_config(source)
     if recipe.teacher.quantization:
         check_quantization(recipe.teacher.quantization)
         if find_gguf(source):
@@ -149,34 +121,8 @@ def check_rows(run: Run) -> None:
     Raises:
         DataError, InputError: naming the file and the row.
     """
-    recipe, stages = run.recipe, set(run.recipe.stages)
-    if stages - {"teacher", "report"}:
-        _ = run.train_prompts
-    if "evaluate" in stages:
-        _ = run.heldout_prompts
-    if (
-        {"finetune", "sft"} & stages
-        or ("warmup" in stages and recipe.warmup.targets == "references")
-        or ("minillm" in stages and recipe.rollout.on_policy < 1)
-    ):
-        _ = run.references
-    if recipe.trainings():
-        _ = run.validation
-    if recipe.data.text is not None and "minillm" in stages:
-        _check_texts(recipe.data.text)
-    if recipe.responses.file is not None and "warmup" in stages and recipe.warmup.targets == "teacher":
-        run.given_responses(recipe.responses.file)
-
-
-def _check_texts(source: Source) -> None:
-    """A file is checked whole, a data set, which is streamed, by its first row."""
-    rows = read_texts(source, seed=None)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{source.name}: empty; rows of text are needed")
-    if source.file is not None:
-        for _ in rows:
-            pass
+    for stage in _stages(run.recipe):
+        stage.check_rows(run)
 
 
 def _shards_the_student(training: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from minillm.rollout.engines.choose import make_engine
 from minillm.run.checks import check_models, check_rows, check_sizes
 from minillm.run.directory import RunState
 from minillm.run.recipe import Recipe
-from minillm.run.stages import STAGES
+from minillm.run.stages import STAGES, stage_named
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +56,18 @@ class Run:
         own = None if pruned else recipe.student.source
         self.conventions: Conventions = settle_run(recipe.teacher.source, own, template=recipe.data.template == "chat")
         check_models(recipe, self.conventions)
-        self.untuned = str(self.dir / "teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
-        self.teacher = str(self.dir / "tuned") if "finetune" in recipe.stages else self.untuned
-        self.start = str(self.dir / "pruned") if pruned else recipe.student.source
-        self.warmed = str(self.dir / "warmed") if "warmup" in recipe.stages else self.start
-        self.fine_tuned = str(self.dir / "sft")
-        self.student = str(self.dir / "student")
+        self.untuned = self.folder("teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
+        self.teacher = self.folder("finetune") if "finetune" in recipe.stages else self.untuned
+        self.start = self.folder("student") if pruned else recipe.student.source
+        self.warmed = self.folder("warmup") if "warmup" in recipe.stages else self.start
+        self.fine_tuned = self.folder("sft")
+        self.student = self.folder("minillm")
         self.answers = recipe.responses.file or self.dir / "responses.jsonl"
         check_rows(self)
+
+    def folder(self, stage: str) -> str:
+        """The folder of this run in which a stage leaves its model."""
+        return str(self.dir / str(stage_named(stage).folder))
 
     def given_responses(self, file: Path) -> list[dict[str, Any]]:
         """The rows of a `responses.jsonl` that the user names, checked.
@@ -131,7 +135,11 @@ class Run:
 
     @cached_property
     def references(self) -> list[dict[str, Any]]:
-        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens."""
+        """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens.
+
+        Raises:
+            InputError: no row has an answer.
+        """
         tokenizer, data = self.conventions.tokenizer, self.recipe.data
         rows = []
         for prompt in self.train_prompts:
@@ -145,7 +153,11 @@ class Run:
 
     @cached_property
     def validation(self) -> list[dict[str, Any]] | None:
-        """Rows that the stages are validated on; None where the recipe names none."""
+        """Rows that the stages are validated on; None where the recipe names none.
+
+        Raises:
+            DataError: no row has a reference.
+        """
         data = self.recipe.data
         if data.validation is None:
             return None
@@ -158,13 +170,13 @@ class Run:
     def trained(self) -> dict[str, str]:
         """The folder of each stage of the recipe that trains the student."""
         return {
-            stage.name: str(self.dir / str(stage.folder))
+            stage.name: self.folder(stage.name)
             for stage in STAGES
             if stage.trains == "student" and stage.name in self.recipe.stages
         }
 
     def trained_by_label(self) -> dict[str, str]:
-        """The same folders by what results call the student in them."""
+        """The same folders, keyed by the name of the student in results (`Stage.label`)."""
         folders = self.trained()
         return {str(stage.label): folders[stage.name] for stage in STAGES if stage.name in folders}
 

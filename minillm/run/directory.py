@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,12 @@ _LONGEST_PATH = 4096  # a template can be a text
 _VALIDATION_SETTINGS = (
     "data.validation",
     "data.validation_limit",
+    "rollout.engine",
     "rollout.max_new_tokens",
     "rollout.temperature",
     "rollout.stop",
 )
+_RECORDED_LATER = ("rollout.engine", "teacher.quantization")  # of what validation reads: since format 2
 # Settings of where and when responses are sampled and scored, not from what. A run may continue with others.
 _OPERATIONAL = frozenset(
     f"rollout.{name}"
@@ -45,7 +48,10 @@ _OPERATIONAL = frozenset(
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's settings with absolute local paths: one setting, however and wherever it was written."""
+    """Return the recipe's settings with absolute local paths, so that equal settings compare as equal.
+
+    A path may be written relative to any folder, and a run may be continued from another working directory.
+    """
     tree = recipe.model_dump(mode="json")
     places = [(tree, "run_dir"), (tree["data"], "template"), (tree["teacher"], "source"), (tree["teacher"], "adapter")]
     places += [
@@ -93,6 +99,22 @@ def _number(value: Any) -> float:
     return value if isinstance(value, int | float) else -1.0
 
 
+@contextmanager
+def writing_to(run_dir: Path) -> Iterator[None]:
+    """Report a run directory that cannot be made or written to as an error that the user can mend.
+
+    Raises:
+        RunError: a file operation in the body of the `with` statement failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"run_dir: {run_dir} cannot be written ({error.strerror or error}): make room and check the permissions "
+            "there, or choose another run_dir"
+        ) from error
+
+
 class RunState:
     """`state.json` of a run directory.
 
@@ -104,18 +126,19 @@ class RunState:
         self._recipe = recipe
         self._file = recipe.run_dir / "state.json"
         self._stages: dict[str, Any] = {}
-        if self._file.is_file():
-            try:
+        try:
+            if self._file.is_file():
                 self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one"
-                ) from None
-        elif recipe.run_dir.is_dir() and not _is_run_directory(recipe.run_dir):
+                return
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one"
+            ) from None
+        if recipe.run_dir.is_dir() and not _is_run_directory(recipe.run_dir):
             raise RunError(
                 f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir"
             )
-        elif recipe.run_dir.exists() and not recipe.run_dir.is_dir():
+        if recipe.run_dir.exists() and not recipe.run_dir.is_dir():
             raise RunError(f"{recipe.run_dir}: a file, where the run's directory would be; choose another run_dir")
 
     def finished(self, stage: str) -> bool:
@@ -179,12 +202,20 @@ class RunState:
         return dropped
 
     def begin(self, stage: str) -> None:
-        """Record that a stage has begun, with its settings."""
+        """Record that a stage has begun, with its settings.
+
+        Raises:
+            RunError: the run directory cannot be written.
+        """
         self._stages[stage] = {"finished": False, "format": _FORMAT, "settings": self.settings(stage)}
         self._write()
 
     def finish(self, stage: str, seconds: float, processes: int = 1) -> None:
-        """Record that a stage is finished, after so many seconds and in so many processes."""
+        """Record that a stage is finished, after so many seconds and in so many processes.
+
+        Raises:
+            RunError: the run directory cannot be written.
+        """
         self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1), "processes": processes}
         self._write()
 
@@ -215,11 +246,18 @@ class RunState:
         }
 
     def _parts(self, name: str) -> set[str]:
-        """Beginnings of the names of the settings that a stage reads, itself or through the stages it builds on."""
+        """Beginnings of the names of the settings that a stage reads, itself or through the stages it builds on.
+
+        A default stage counts even where the recipe does not list it. Its result is then read from elsewhere, and its
+        settings are those that it was made with: an earlier recipe of this directory listed it, or the recipe starts
+        from the result of another run, as the methods of a comparison start from the shared warm-up.
+        """
         stage = stage_named(name)
-        own = set(stage.reads)
-        if own and stage.training and stage.arguments(self._recipe).get("load_best_model_at_end"):
+        own, arguments = set(stage.reads), stage.arguments(self._recipe)
+        if own and arguments.get("load_best_model_at_end"):
             own |= set(_VALIDATION_SETTINGS)  # validation decides which model the stage leaves
+            if str(arguments.get("metric_for_best_model")).removeprefix("eval_") == "reverse_kl":
+                own.add("teacher.quantization")
         return own.union(*map(self._parts, self._built_on(name)))
 
     def _built_on(self, name: str) -> list[str]:
@@ -257,7 +295,8 @@ class RunState:
         return False
 
     def _write(self) -> None:
-        self._recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        part = self._file.with_suffix(".part")
-        part.write_text(json.dumps(redacted({"stages": self._stages}), indent=1), encoding="utf-8")
-        part.replace(self._file)
+        text, part = json.dumps(redacted({"stages": self._stages}), indent=1), self._file.with_suffix(".part")
+        with writing_to(self._recipe.run_dir):
+            self._recipe.run_dir.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, encoding="utf-8")
+            part.replace(self._file)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import HfApi
 
+from minillm.data.examples import Example
+from minillm.data.templates import prompt_text
+from minillm.errors import RunError
 from minillm.evaluation.formatting import with_interval
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.redaction import redacted
@@ -63,9 +68,6 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
 
 def _question(recipe: Recipe) -> str:
     """A prompt for the usage example, as Python source, in the form that the model was trained on."""
-    from minillm.data.examples import Example
-    from minillm.data.templates import prompt_text
-
     example, data = Example(0, "Why is the sky blue?"), recipe.data
     if data.template == "chat":
         system = [] if data.system is None else [{"role": "system", "content": data.system}]
@@ -82,12 +84,20 @@ def push(folder: Path, hub_id: str, token: str | None = None) -> str:
 
     Returns:
         The address of the repository.
-    """
-    from huggingface_hub import HfApi
 
+    Raises:
+        RunError: the hub cannot be reached, or refuses the upload.
+    """
     api = HfApi(token=token)
-    address = str(api.create_repo(hub_id, exist_ok=True))
-    api.upload_folder(repo_id=hub_id, folder_path=str(folder), commit_message="Student distilled by minillm")
+    try:
+        address = str(api.create_repo(hub_id, exist_ok=True))
+        api.upload_folder(repo_id=hub_id, folder_path=str(folder), commit_message="Student distilled by minillm")
+    except Exception as error:  # errors of the HTTP library that the hub's client is built on
+        reason = textwrap.shorten(str(error), 300)
+        raise RunError(
+            f"push_to_hub: {hub_id} cannot be uploaded to {api.endpoint} ({reason}): the student is kept in {folder}; "
+            "check the name and the login (`hf auth login`), and upload it with --stage report"
+        ) from error
     return address
 
 

@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+from rich import print as rich_print
+
 from minillm.errors import RunError
 from minillm.models.launcher import environment_without_launcher
-from minillm.run.directory import RunState, absolute_paths
+from minillm.run.directory import RunState, absolute_paths, writing_to
 from minillm.run.recipe_file import STANDARD_INPUT
 
 if TYPE_CHECKING:
@@ -23,17 +27,26 @@ RENDEZVOUS_TIMEOUT = 120
 """Seconds within which every process must see what process 0 wrote."""
 
 
+def rank() -> int:
+    """The number of this process among those that were launched together."""
+    return int(environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes were launched together."""
+    return int(environ.get("WORLD_SIZE", 1))
+
+
 def print_progress(text: str, rank: int = 0) -> None:
     """Print a line about the run's progress, in process 0 alone."""
     if rank == 0:
-        from rich import print as rich_print
-
         rich_print(f"[bold cyan]{text.replace('[', chr(92) + '[')}[/]", flush=True)
 
 
 def signal_abort(run: Run) -> None:
     """Let the processes that wait for process 0 know that it has stopped."""
-    _launch_file(run).unlink(missing_ok=True)
+    with suppress(OSError):  # an error of this file must not hide the one that stopped the run
+        _launch_file(run).unlink()
 
 
 def _launch_file(run: Run) -> Path:
@@ -44,13 +57,15 @@ def rendezvous(run: Run, rank: int) -> None:
     """Process 0 writes to the run directory that it has begun, and the others wait until they see it.
 
     Raises:
-        RunError: in a process that does not see it: it has another directory, and would wait for every stage for ever.
+        RunError: process 0 cannot write there; or another process does not see what process 0 wrote. It has another
+            directory, and would wait for every stage for ever.
     """
     file = _launch_file(run)
     launch = ":".join(environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
     if rank == 0:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        file.write_text(launch, encoding="utf-8")
+        with writing_to(run.dir):
+            run.dir.mkdir(parents=True, exist_ok=True)
+            file.write_text(launch, encoding="utf-8")
         return
     deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
     while not (file.is_file() and file.read_text(encoding="utf-8") == launch):
@@ -65,8 +80,6 @@ def rendezvous(run: Run, rank: int) -> None:
 
 def destroy_process_group(run: Run, rank: int) -> None:
     """End the process group together: at the interpreter's exit its threads end in std::terminate now and then."""
-    import torch.distributed as dist
-
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

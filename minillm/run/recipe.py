@@ -17,14 +17,14 @@ from minillm.evaluation.config import EvaluateConfig
 from minillm.loss.config import Objective
 from minillm.models.config import StudentConfig
 from minillm.rollout.config import RolloutConfig
-from minillm.run.stages import STAGES, check_stage_name
+from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.responses import ResponsesConfig
 from minillm.run.stages.stage import Stage
 from minillm.run.stages.warmup import WarmupConfig
 from minillm.teacher.config import TeacherConfig
 from minillm.train.checks import check_off_policy, check_served_teacher, check_sharded_teacher
 
-StageName = Annotated[str, AfterValidator(check_stage_name)]
+StageName = Annotated[str, AfterValidator(lambda name: stage_named(name).name)]
 
 
 class SharedRecipe(Section):

@@ -23,7 +23,7 @@ from minillm.errors import RecipeError
 from minillm.evaluation.config import Suite
 from minillm.run.experiments.config import Comparison
 from minillm.run.recipe import Recipe
-from minillm.run.training_arguments import training_faults
+from minillm.run.training_arguments import name_faults, training_faults
 from minillm.run.tree import Key, merge, suggest_names
 
 
@@ -89,11 +89,11 @@ def is_comparison(path: str | Path) -> bool:
 
 def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: Path) -> list[str]:
     """Faults that a section cannot find in itself: training arguments, and files that are not there."""
-    faults = [
-        f"{_place(where, key, path)}: {'.'.join(key)}: {fault}"
-        for stage, given in recipe.trainings(idle=True)
-        for key, fault in training_faults(recipe, stage, given)
-    ]
+    trainings = recipe.trainings(idle=True)
+    found = [fault for stage, given in trainings for fault in name_faults(stage, given)]
+    if not found:
+        found = [fault for stage, given in trainings for fault in training_faults(recipe, stage, given)]
+    faults = [f"{_place(where, key, path)}: {'.'.join(key)}: {fault}" for key, fault in found]
     files = {name: value.file for name, value in recipe.data if isinstance(value, Source)}
     if recipe.data.template.endswith(".jinja"):
         files["template"] = Path(recipe.data.template)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 
@@ -32,7 +31,7 @@ def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> R
     """
     run = Run(recipe)
     stages: list[str] = [only] if only else list(recipe.stages)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = processes.rank(), processes.world_size()
     if rank == 0 and redo:
         _discard(run, stages[0])
     if world > 1:
@@ -62,7 +61,7 @@ def _run_pending_stages(run: Run, stages: list[str], rank: int, world: int) -> N
     """Run, in order, every stage that is not finished."""
     for number, name in enumerate(stages, 1):
         stage, heading = stage_named(name), f"[{number}/{len(stages)}] {name}"
-        if run.state.finished(name) and name != "report":
+        if run.state.finished(name) and not stage.always_runs:
             processes.print_progress(f"{heading}: finished before", rank)
             continue
         if world > 1 and stage.training is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm.run.stages.stage import Stage
 from minillm.run.tree import Key, suggest_names
+from minillm.train.supported_arguments import FINE_TUNING_ONLY, HONOURED, REFUSED, RENAMED
 
 if TYPE_CHECKING:
     from minillm.run.recipe import Recipe
@@ -25,12 +26,16 @@ _VALIDATING = re.compile(
 )
 
 
+STAGE_DEFAULTS: dict[str, Any] = {"logging_first_step": True, "logging_steps": 1, "report_to": "none"}
+"""Training arguments of every stage that differ from the defaults of transformers, where the recipe says nothing."""
+
+
 @cache
 def _defaults() -> dict[str, Any]:
-    """The defaults of transformers, but for what a stage sets where the recipe says nothing."""
+    """The defaults of transformers, with those of a stage."""
     from transformers import TrainingArguments  # here: it takes seconds to import
 
-    return {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | {"logging_steps": 1}
+    return {field.name: field.default for field in dataclasses.fields(TrainingArguments)} | STAGE_DEFAULTS
 
 
 def argument(given: dict[str, Any], name: str) -> Any:
@@ -51,27 +56,42 @@ def decides_nothing(name: str, given: dict[str, Any]) -> bool:
     return bool(_OPERATIONAL.match(name)) and not (chooses_best and name == "save_steps")
 
 
-def training_faults(recipe: Recipe, stage: Stage, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
-    """What is wrong with the `TrainingArguments` of a stage: (key, fault) of each.
+def name_faults(stage: Stage, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
+    """Which of a stage's `TrainingArguments` do not exist: (key, fault) of each. Neither torch nor transformers loads.
 
-    Values in `given` get the types of their fields.
+    Args:
+        stage: the stage.
+        given: its arguments as the recipe gives them.
+    """
+    names = HONOURED | REFUSED.keys() | FINE_TUNING_ONLY.keys()  # all fields; tests compare them with transformers
+    for name in (name for name in given if name not in names):
+        known = f"it is now {RENAMED[name]}" if name in RENAMED else suggest_names(name, names)
+        yield _key(stage, name), f"unknown key; {known}"
+
+
+def _key(stage: Stage, name: str) -> Key:
+    section = tuple(str(stage.training).split("."))
+    return (*section, name) if name else section
+
+
+def training_faults(recipe: Recipe, stage: Stage, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
+    """What is wrong with the values of a stage's `TrainingArguments`: (key, fault) of each.
+
+    Args:
+        recipe: the recipe.
+        stage: the stage.
+        given: its arguments, which `name_faults` has found to exist. Their values get the types of their fields.
     """
     if not given:
         return
-    from minillm.train.arguments import NAMES, RENAMED, setting_faults  # here: it takes seconds to import
+    from minillm.train.arguments import setting_faults  # here: it takes seconds to import
 
-    section = tuple(str(stage.training).split("."))
-    for name in (name for name in given if name not in NAMES):
-        known = f"it is now {RENAMED[name]}" if name in RENAMED else suggest_names(name, NAMES)
-        yield (*section, name), f"unknown key; {known}"
-    known_values = {name: value for name, value in given.items() if name in NAMES}
     faults = setting_faults(
-        known_values,
-        fine_tuning=stage.name in ("finetune", "sft"),
+        given,
+        fine_tuning=stage.uses_trl,
         validated=recipe.data.validation is not None,
-        reads_teacher=stage.trains == "student",
+        reads_teacher=stage.scores_with_teacher(recipe),
         runs=stage.name in recipe.stages,
     )
     for name, fault in faults:
-        yield (*section, name) if name else section, fault
-    given.update(known_values)
+        yield _key(stage, name), fault

@@ -109,12 +109,23 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         self._logged_at: int | None = None  # the update after which metrics were last logged
 
     def updates_per_epoch(self) -> int:
-        """Updates in one pass over the training data."""
-        raise NotImplementedError("a subclass says how long an epoch is")
+        """Updates in one pass over the training data.
+
+        Raises:
+            NotImplementedError: a subclass does not implement it.
+        """
+        raise NotImplementedError("a subclass must implement updates_per_epoch")
 
     def micro_batches(self, update: int) -> list[Any]:
-        """The micro-batches of update number `update` (from 0), as this process's `training_step` gets them."""
-        raise NotImplementedError("a subclass says what an update trains on")
+        """What this process's `training_step` gets for each micro-batch of an update.
+
+        Args:
+            update: the number of the update, counted from 0.
+
+        Raises:
+            NotImplementedError: a subclass does not implement it.
+        """
+        raise NotImplementedError("a subclass must implement micro_batches")
 
     @property
     def states_teacher(self) -> StatesTeacher:
@@ -159,9 +170,12 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
 
         Args:
             batch: the sequences.
-            teacher: the teacher's final hidden states, or the rows of a served teacher.
-            loss_fn: turns scores into a loss; without it, only scores are computed.
+            teacher: the teacher's final hidden states, or its rows of log-probabilities; None if not needed.
+            loss_fn: what turns scores into a loss; by default only scores are computed.
             divergence: a further divergence to compute.
+
+        Returns:
+            The object that the forward reads.
         """
         settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
         known = TeacherStates(teacher, self.states_teacher.head) if isinstance(teacher, Tensor) else teacher
@@ -171,7 +185,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         return inputs  # they are on the device already
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return 0, because operations are not counted."""
+        """Return 0: the Trainer's estimate would count the student alone, so operations are not counted."""
         return 0
 
     def update_on(

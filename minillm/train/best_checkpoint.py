@@ -60,7 +60,7 @@ def best_faults(
         if does
     ]
     if needs and not evaluates:
-        yield needs[0], "it goes by validation, which never happens: set eval_strategy to steps or epoch"
+        yield needs[0], "must be used with validation: set eval_strategy to steps or epoch"
     elif args.load_best_model_at_end and args.save_strategy != "best":
         if args.save_strategy != args.eval_strategy:
             fault = f"with load_best_model_at_end it has to be eval_strategy ({args.eval_strategy.value}), or best"

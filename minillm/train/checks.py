@@ -56,12 +56,13 @@ def check_on_policy(
         )
     if rollout.overlap and not can_overlap:
         raise InputError(
-            "rollout.overlap samples beside the updates, with the weights before them: it needs rollout.engine: server"
+            "rollout.overlap must be used with an engine in another process, because responses are sampled while the "
+            "student trains: set rollout.engine: server"
         )
     if rollout.overlap and (objective.old_logprobs == "trainer" or objective.importance == "prefix"):
         raise InputError(
-            "rollout.overlap trains one batch off policy, which token weights can take: objective.old_logprobs must be "
-            "engine and objective.importance none or token"
+            "rollout.overlap trains on responses of the weights before the last batch, which importance weights of "
+            "single tokens can correct: objective.old_logprobs must be engine and objective.importance none or token"
         )
 
 
@@ -77,6 +78,22 @@ def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
                 f"rollout.{name} trains on responses that the current student did not sample, which the long-term term "
                 "and its weights do not allow: set objective.long_term: 0 and objective.single_step_weight: none"
             )
+
+
+def update_size_fault(rollout: RolloutConfig, update_size: int, processes: int) -> str | None:
+    """The fault of a batch of rollouts that does not fill whole weight updates, and what to change; None if it does.
+
+    Args:
+        rollout: settings of the rollouts.
+        update_size: responses of one weight update, over all processes.
+        processes: how many processes train.
+    """
+    if not rollout.num_rollouts % update_size:
+        return None
+    return (
+        f"rollout.num_rollouts ({rollout.num_rollouts}) is not a multiple of the {update_size} responses of an update "
+        f"on {processes} process(es): change it, or per_device_train_batch_size or gradient_accumulation_steps"
+    )
 
 
 def check_served_teacher(rollout: RolloutConfig) -> None:
@@ -137,6 +154,6 @@ def check_sharded_teacher(rollout: RolloutConfig, objective: Objective, text: bo
         )
     if text and objective.language_model and objective.language_model_distill:
         raise InputError(
-            "teacher.shard: processes read text in different numbers of pieces and would wait for each other for ever: "
-            "set objective.language_model_distill: 0"
+            "teacher.shard: processes read different numbers of pieces of text, and every forward of a sharded teacher "
+            "needs all processes: set objective.language_model_distill: 0"
         )

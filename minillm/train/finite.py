@@ -41,11 +41,11 @@ class Finite(TrainerPart):
 
     def global_sum(self, value: Tensor | float) -> float:
         """The sum of a number over all processes; see `StudentMixin.global_sum`."""
-        raise NotImplementedError("a trainer says how to sum over processes")
+        raise NotImplementedError("a subclass must implement global_sum")
 
     def rows_of(self, micro_batch: Any) -> str:
         """The rows of the data that a micro-batch holds, in words."""
-        raise NotImplementedError("a subclass says what is in a micro-batch")
+        raise NotImplementedError("a subclass must implement rows_of")
 
     def begin(self, micro_batches: list[Any]) -> list[Any]:
         """Note the micro-batches of the next update, and return them."""
@@ -108,7 +108,14 @@ class Finite(TrainerPart):
         return self.accelerator.mixed_precision == "fp16" and (scaler is None or scaler.get_scale() > 1)
 
     def stop_at(self, faults: list[str]) -> None:
-        """Stop the training in every process, if any of them has found a fault."""
+        """Stop the training in every process, if any of them has found a fault.
+
+        Args:
+            faults: what this process has found, in words; empty if nothing.
+
+        Raises:
+            TrainingDiverged: in every process, with the faults of all.
+        """
         if not self.global_sum(float(bool(faults))):
             return
         found = gather_object(faults) if self.accelerator.num_processes > 1 else faults
@@ -116,13 +123,13 @@ class Finite(TrainerPart):
         last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
         kept = f"the last checkpoint is {last}" if last else "no checkpoint had been saved before (save_steps)"
         raise TrainingDiverged(
-            f"update {self.state.global_step + 1}: {'; '.join(found)}. Nothing of it is saved; {kept}. "
-            "Lower learning_rate or max_grad_norm, and use bf16 rather than fp16"
+            f"update {self.state.global_step + 1}: {'; '.join(found)}. The weights of this update are "
+            f"not saved; {kept}. Lower learning_rate or max_grad_norm, and use bf16 rather than fp16"
         )
 
 
 def listed(what: str, numbers: Sequence[int], most: int = 20) -> str:
-    """A noun and its numbers, such as `row 3` or `rows 3, 8`."""
+    """Format a noun with its numbers, such as `row 3` or `rows 3, 8`; after `most` of them the others are counted."""
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
 

@@ -11,6 +11,7 @@ from minillm.data.text import TextBlocks
 from minillm.errors import InputError
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.worker import Worker
+from minillm.train.checks import update_size_fault
 
 
 @dataclass
@@ -77,11 +78,8 @@ class BatchSchedule:
         self._own_update_size = micro_batch_size * accumulation
         self.update_size = self._own_update_size * self._worker.processes
         """Responses of one update, over all processes."""
-        if config.num_rollouts % self.update_size:
-            raise InputError(
-                f"rollout.num_rollouts ({config.num_rollouts}) must be a multiple of the responses of one update "
-                f"({self.update_size} = per_device_train_batch_size × gradient_accumulation_steps × processes)"
-            )
+        if fault := update_size_fault(config, self.update_size, self._worker.processes):
+            raise InputError(fault)
 
     @property
     def updates_per_batch(self) -> int:

@@ -41,7 +41,7 @@ def test_a_response_ends_with_the_token_that_completes_a_string(tokenizer: Any, 
 
 
 def test_no_stop_string_is_empty(tokenizer: Any) -> None:
-    with pytest.raises(ValueError, match="stop: an empty string"):
+    with pytest.raises(ValueError, match="stop: every string must have"):
         StopStrings(tokenizer, ["w1", ""])
 
 

@@ -112,7 +112,9 @@ def test_a_repeated_seed_is_refused(tmp_path: Path) -> None:
     text = "run_dir: r\ndata: {train: ./rows.jsonl, heldout: ./rows.jsonl}\nteacher: {source: t}\n"
     text += "student: {source: s}\nevaluate:\n  seeds: "
     file.write_text(f"{text}[10, 20, 10]\n")
-    with pytest.raises(RecipeError, match=r"recipe.yaml:6: evaluate.seeds: 10 is there more than once; name each once"):
+    with pytest.raises(
+        RecipeError, match=r"recipe.yaml:6: evaluate.seeds: every value must be given once only; remove the repeated 10"
+    ):
         load_recipe(file)
     file.write_text(f"{text}[10, 20]\n")
     assert load_recipe(file).evaluate.seeds == [10, 20]

@@ -315,10 +315,10 @@ def test_errors_name_the_setting_or_the_set(data: str, tmp_path: Path, models: d
     with pytest.raises(RecipeError, match="data: needed, and not given"):
         load_recipe(file)
     for key, given, message in (
-        ("seeds", "[1, 2, 1]", r"seeds: 1 is there more than once; name each once"),
+        ("seeds", "[1, 2, 1]", r"seeds: every value must be given once only; remove the repeated 1"),
         ("sets.average", "{file: a.jsonl}", r"sets.average: results have the mean over the sets under that name"),
-        ("sets.two", "{file: a.jsonl, choices: [x]}", r"sets.two.choices: one answer is no choice"),
-        ("sets.two", "{file: a.jsonl, choices: [x, ' ']}", r"sets.two.choices: a blank choice is no answer"),
+        ("sets.two", "{file: a.jsonl, choices: [x]}", r"sets.two.choices: at least two choices must be given"),
+        ("sets.two", "{file: a.jsonl, choices: [x, ' ']}", r"sets.two.choices: a choice must not be blank"),
         ("sets.two", "{file: a.jsonl, choices: [x, y, ' x']}", r"sets.two.choices: x is there more than once"),
     ):
         file.write_text("sets: {one: {file: a.jsonl}}\n")

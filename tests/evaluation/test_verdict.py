@@ -85,7 +85,7 @@ def test_the_expected_reduction_is_judged_by_the_whole_interval() -> None:
     assert "expected" not in check(QUICKSTART, EvaluateConfig())
     for least, expected in (
         (0.14, "reached"),
-        (0.15, "cannot be told, its interval contains that"),
+        (0.15, "undecided, because its interval contains that value"),
         (0.25, "not reached"),
     ):
         found = check(QUICKSTART, EvaluateConfig(min_reverse_kl_reduction=least))
@@ -98,7 +98,7 @@ def test_the_expected_reduction_is_judged_by_the_whole_interval() -> None:
 )
 def test_an_undefined_measure_is_ignored(missing: dict[str, Any] | None) -> None:
     found = check(changed(reverse_kl_reduction=missing), EvaluateConfig(min_reverse_kl_reduction=0.15))
-    assert (found["verdict"], len(found["criteria"]), found["expected"]) == ("no clear difference", 2, "cannot be told")
+    assert (found["verdict"], len(found["criteria"]), found["expected"]) == ("no clear difference", 2, "not measured")
     assert "KL(q‖p) cannot be compared" in found["sentence"]
 
 

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from minillm.errors import InputError
 from minillm.models.config import AdapterConfig
 from minillm.models.families import FAMILIES, KNOWN, Family, family_of, trains_quantized
-from minillm.models.lora import load_student
+from minillm.models.lora import check_student, load_student
 from tests.conftest import save
 
 
@@ -52,3 +52,5 @@ def test_a_student_that_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
     folder = save(AutoModelForCausalLM.from_config(config), tmp_path / "gpt2")
     with pytest.raises(InputError, match=r"student\.lora\.quantization: .*gpt2 the other way round"):
         load_student(folder, AdapterConfig(rank=2, quantization="4bit"))
+    with pytest.raises(InputError, match=r"student\.lora\.quantization: .*gpt2 the other way round"):
+        check_student(folder, AdapterConfig(rank=2, quantization="4bit"))

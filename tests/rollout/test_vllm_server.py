@@ -309,7 +309,7 @@ def test_a_prefix_cache_that_was_not_dropped_is_not_used(servers: list[FakeServe
 
 
 def test_an_invalid_address_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="localhost:8000 is no address of a server"):
+    with pytest.raises(EngineError, match="localhost:8000 must be a server's address"):
         VLLMServerEngine(["localhost:8000"], tmp_path, max_length=8, head_width=32, patience=60)
 
 
@@ -381,7 +381,7 @@ def test_the_error_at_the_end_of_patience_names_the_server_and_its_last_error(
     servers[0].faults = [saying({"hello": 1})] * 10_000
     with pytest.raises(
         EngineError,
-        match=rf"{servers[0].url}: /v1/completions answered garbage \(KeyError: 'choices'\); tried for 0.3 s",
+        match=rf"{servers[0].url}: /v1/completions answered bad JSON \(KeyError: 'choices'\); tried for 0.3 s",
     ):
         engine.generate([[1]], SAMPLING, [0])
 

@@ -166,9 +166,13 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
             "stage: sftt",
             "methods.sft.stage: a stage that trains the student is needed: warmup, sft, minillm",
         ),
-        ("seeds: [0, 1]}", "seeds: [1, 1]}", "methods.minillm.seeds: 1 is there more than once; name each once"),
+        (
+            "seeds: [0, 1]}",
+            "seeds: [1, 1]}",
+            "methods.minillm.seeds: every value must be given once only; remove the repeated 1",
+        ),
         ("seeds: [0, 1]}", "seeds: [0, -1]}", "methods.minillm.seeds.1: Input should be greater than or equal to 0"),
-        ("seeds: [1, 2]", "seeds: [2, 2]", "suite.seeds: 2 is there more than once; name each once"),
+        ("seeds: [1, 2]", "seeds: [2, 2]", "suite.seeds: every value must be given once only; remove the repeated 2"),
         ("bootstrap: 200", "bootstrp: 200", "suite.bootstrp: unknown key; did you mean bootstrap?"),
         (
             "  run_dir: RUN".replace("RUN", str(file.parent / "run")),

@@ -13,29 +13,39 @@ from minillm.run.recipe_file import load_recipe
 from minillm.train.resume import check_checkpoint
 
 STAGES = ["teacher", "finetune", "student", "responses", "warmup", "sft", "minillm", "evaluate"]
+BEST = ["load_best_model_at_end=true", "eval_strategy=steps", "eval_steps=2", "save_steps=2"]
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def finished_run(folder: Path, stages: list[str], *settings: str) -> Path:
+    """A run directory whose stages are all finished; returns the file of its recipe."""
     for name in ("train", "heldout", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text('{"instruction": "w1", "output": "w2"}\n')
-    file = tmp_path / "recipe.yaml"
+        (folder / f"{name}.jsonl").write_text('{"instruction": "w1", "output": "w2"}\n')
+    file = folder / "recipe.yaml"
     file.write_text(
-        "run_dir: ./run\ndata: {train: ./train.jsonl, heldout: ./heldout.jsonl, validation: ./validation.jsonl}\nteacher: {source: t}\n"
-        f"student: {{keep_layers: 2}}\nstages: [{', '.join(STAGES)}]\ntraining: {{max_steps: 10}}\n"
+        "run_dir: ./run\n"
+        "data: {train: ./train.jsonl, heldout: ./heldout.jsonl, validation: ./validation.jsonl}\n"
+        "teacher: {source: t}\n"
+        "student: {keep_layers: 2}\n"
+        f"stages: [{', '.join(stages)}]\n"
+        "training: {max_steps: 10}\n"
     )
-    state = RunState(load_recipe(file))
-    for stage in STAGES:
+    state = RunState(load_recipe(file, settings))
+    for stage in stages:
         state.begin(stage)
         state.finish(stage, 1.0)
     return file
 
 
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return finished_run(tmp_path, STAGES)
+
+
 def stale(recipe: Path, *overrides: str) -> list[str]:
     """Stages of the run that other settings would not have made."""
-    state = RunState(load_recipe(recipe, overrides))
-    found = []
-    for stage in STAGES:
+    settings = load_recipe(recipe, overrides)
+    state, found = RunState(settings), []
+    for stage in settings.stages:
         try:
             state.check(stage)
         except RunError:
@@ -50,7 +60,6 @@ def stale(recipe: Path, *overrides: str) -> list[str]:
             ["training.logging_steps=5", "training.save_steps=5", "training.report_to=none", "training.hub_token=x"],
             None,
         ),
-        (["teacher.shard=true", "rollout.teacher_mix=0.2"], "refused"),
         (["teacher.top_k=3"], None),
         (["rollout.engine_memory=3", "training.eval_strategy=epoch", "data.validation_limit=1"], None),
         (["training.max_steps=20"], "minillm"),
@@ -64,11 +73,51 @@ def stale(recipe: Path, *overrides: str) -> list[str]:
     ],
 )
 def test_what_a_stage_was_made_from(recipe: Path, overrides: list[str], first: str | None) -> None:
-    if first == "refused":
-        overrides = ["teacher.shard=true", "rollout.teacher_mix=0"]
-        assert "warmup" not in stale(recipe, *overrides)
-        return
     assert stale(recipe, *overrides)[:1] == ([first] if first else [])
+
+
+def test_a_teacher_may_be_sharded_in_a_run_that_is_continued(tmp_path: Path) -> None:
+    file = finished_run(tmp_path, STAGES, "rollout.teacher_mix=0")
+    assert stale(file, "rollout.teacher_mix=0", "teacher.shard=true") == []
+
+
+def test_the_length_of_references_decides_a_student_that_is_fine_tuned_on_them(tmp_path: Path) -> None:
+    file = finished_run(tmp_path, ["teacher", "student", "sft"])
+    assert stale(file, "responses.max_new_tokens=9") == ["sft"]
+    assert stale(file, "responses.temperature=0.5") == []
+
+
+@pytest.mark.parametrize("setting", ["max_new_tokens=9", "temperature=0.5", "stop=[w3]"])
+def test_how_responses_are_sampled_for_validation_counts_where_it_chooses(tmp_path: Path, setting: str) -> None:
+    stages, best = ["teacher", "student", "sft"], [f"sft.{given}" for given in BEST]
+    file = finished_run(tmp_path, stages, *best)
+    assert stale(file, *best) == []
+    assert stale(file, *best, f"rollout.{setting}") == ["sft"]
+    (tmp_path / "other").mkdir()
+    last = finished_run(tmp_path / "other", stages)  # the last checkpoint is kept, whatever validation measures
+    assert stale(last, f"rollout.{setting}") == []
+
+
+def test_the_engine_and_the_teacher_of_validation_count_where_they_choose(tmp_path: Path) -> None:
+    by_divergence = [f"sft.{given}" for given in (*BEST, "metric_for_best_model=eval_reverse_kl")]
+    by_overlap = [f"sft.{given}" for given in (*BEST, "metric_for_best_model=rouge_l")]
+    file = finished_run(tmp_path, ["teacher", "student", "sft"], *by_divergence)
+    assert stale(file, *by_divergence) == []
+    for other in ("teacher.quantization=4bit", "rollout.engine=transformers"):
+        assert stale(file, *by_divergence, other) == ["sft"]
+    (tmp_path / "other").mkdir()
+    file = finished_run(tmp_path / "other", ["teacher", "student", "sft"], *by_overlap)
+    assert stale(file, *by_overlap, "teacher.quantization=4bit") == []
+    state = json.loads((tmp_path / "other" / "run" / "state.json").read_text())
+    del state["stages"]["sft"]["settings"]["rollout.engine"]  # as it was recorded before the engine counted
+    (tmp_path / "other" / "run" / "state.json").write_text(json.dumps(state))
+    assert stale(file, *by_overlap, "rollout.engine=transformers") == []
+
+
+def test_settings_of_a_warm_up_that_another_run_has_done_are_compared(tmp_path: Path) -> None:
+    file = finished_run(tmp_path, ["teacher", "minillm", "evaluate"])
+    assert stale(file, "warmup.cross_entropy=0.3")[0] == "minillm"
+    assert stale(file, "finetune.max_steps=3") == []  # a stage that only some recipes have
 
 
 def test_a_corrected_heldout_file_is_evaluated_again_without_training(recipe: Path) -> None:
@@ -81,10 +130,7 @@ def test_a_corrected_heldout_file_is_evaluated_again_without_training(recipe: Pa
 
 
 def test_validation_counts_where_it_chooses(recipe: Path) -> None:
-    best = [
-        "training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.eval_steps=2", "training.save_steps=2",
-        "training.metric_for_best_model=rouge_l",
-    ]  # fmt: skip
+    best = [f"training.{given}" for given in (*BEST, "metric_for_best_model=rouge_l")]
     state = RunState(load_recipe(recipe, best))
     state.begin("minillm")
     assert "minillm" not in stale(recipe, *best)

@@ -208,7 +208,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
     config = GPT2Config(vocab_size=32, n_positions=64, n_embd=8, n_layer=1, n_head=2, eos_token_id=1, pad_token_id=0)
     gpt2 = save(AutoModelForCausalLM.from_config(config), recipe.parent / "gpt2")
     with pytest.raises(
-        ValueError, match=r"student\.lora\.quantization: bitsandbytes does not take the layers of GPT-2"
+        ValueError, match=r"student\.lora\.quantization: bitsandbytes stores the layers of gpt2 the other way"
     ):
         runner.run_recipe(
             load_recipe(recipe, [f"student.source={gpt2}", "student.lora.rank=2", "student.lora.quantization=4bit"])

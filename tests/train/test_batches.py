@@ -247,7 +247,7 @@ def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path:
             objective=Objective.reference(),
             engine=OwnEngine(pair, []),
         )
-    with pytest.raises(ValueError, match=r"rollout.overlap samples beside the updates"):
+    with pytest.raises(ValueError, match=r"rollout.overlap must be used with an engine in another process"):
         MiniLLMTrainer(
             *pair, arguments(tmp_path), rollout=ROLLOUT.model_copy(update={"overlap": True}), train_dataset=PROMPTS
         )

@@ -104,12 +104,12 @@ def test_a_direction_that_is_given_is_kept(
         (
             {"load_best_model_at_end": True},
             VALIDATION,
-            "load_best_model_at_end: it goes by validation, which never happens",
+            "load_best_model_at_end: must be used with validation",
         ),
         (
             {"save_strategy": "best", "metric_for_best_model": "rouge_l"},
             VALIDATION,
-            "save_strategy: it goes by validation, which never",
+            "save_strategy: must be used with validation",
         ),
         (
             {**BEST, "save_steps": 4},

@@ -14,7 +14,6 @@ interrupted at any time and continues.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from minillm.run.context import Run
 from minillm.run.directory import RunState
 from minillm.run.experiments.config import Comparison, Method
 from minillm.run.experiments.jobs import Job, run_jobs
+from minillm.run.processes import world_size
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import recipe_of
 from minillm.run.runner import run_recipe
@@ -43,7 +43,7 @@ _Runs = Sequence[tuple[str, Recipe, Method]]
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
-    """Do what is left of a comparison.
+    """Run a comparison. What earlier calls have finished is not run again.
 
     Args:
         comparison: its settings.
@@ -59,7 +59,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         JobError: runs failed in processes of their own.
         Interrupted: after Ctrl-C; the same call continues.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world_size() > 1:
         raise InputError(
             "a comparison runs in one process, because each of several would make all tests again: start it without "
             "accelerate launch"
@@ -163,7 +163,7 @@ class _ComparisonRun:
         ]
 
     def train(self, runs: _Runs) -> None:
-        """Do what is left of some runs, and save the results after each.
+        """Run those of the given runs that are not finished, and save the results after each.
 
         Raises:
             JobError: runs failed in processes of their own.

@@ -199,13 +199,14 @@ class Planner:
         """
         training = StageTraining(self.recipe, self.machine, name)
         model = self._trained_model(training)
-        scoring = self.teacher if name == "warmup" and self.recipe.warmup.cross_entropy < 1 else None
+        stage = training.definition
+        scoring = self.teacher if stage.teacher_in_loss(self.recipe) else None
         idle = {"process": memory.PROCESS, **memory.trained_weights(training, model)}
-        # The warm-up always holds the teacher; sft holds it for the KL of its validation. Beside TRL's trainer the
-        # teacher is not sharded.
-        if name == "warmup":
+        # This library's trainer always holds the teacher, TRL's holds it for the KL of its validation. Beside TRL's
+        # trainer the teacher is not sharded.
+        if not stage.uses_trl:
             idle |= memory.scoring_teacher(self.recipe, self.machine, self.teacher, training.itemsize)
-        elif name == "sft" and self.recipe.data.validation is not None:
+        elif stage.scores_with_teacher(self.recipe) and self.recipe.data.validation is not None:
             quantization = self.recipe.teacher.quantization
             idle["teacher"] = memory.frozen_weights(self.teacher, training.itemsize, quantization)
         phase = Phase(name, idle | self._supervised_buffers(training, model, scoring))
@@ -222,7 +223,7 @@ class Planner:
         micro, longest, gpu = training.micro_batch_size, self.recipe.responses.max_new_tokens, self.machine.gpu
         length = self.recipe.data.max_prompt_tokens + longest
         parts: Parts = {"activations": memory.activations(training, model, length)}
-        if training.stage == "warmup":
+        if not training.definition.uses_trl:
             tokens, with_teacher = micro * longest, scoring is not None
             parts["head"] = memory.scoring_head(model, tokens, training.itemsize, with_teacher=with_teacher)
         else:
@@ -236,7 +237,7 @@ class Planner:
         rows = work.trained_rows(self.recipe, training.stage)
         prompt, response = rows.prompt_tokens, rows.answer_tokens
         # On a CPU the head of TRL's loss reads the prompts as well.
-        all_tokens = training.stage != "warmup" and not self.machine.gpu
+        all_tokens = training.definition.uses_trl and not self.machine.gpu
         body, head = _training_flops(training)
         flops = body * model.body * (prompt + response)
         flops += head * model.head * (prompt + response if all_tokens else response)
@@ -282,7 +283,7 @@ class Planner:
         model, rows, times = self._trained_model(training), work.rows(recipe, "validation"), training.validations
         prompt, longest = rows.prompt_tokens, recipe.rollout.max_new_tokens
         each = _scoring_flops(model, prompt, longest / 2)
-        if training.stage != "finetune":
+        if training.definition.scores_with_teacher(recipe):
             each += _scoring_flops(model, prompt, longest / 2) + self._teacher_flops(prompt, longest / 2)
         flops = times * rows.referenced * each
         in_one_process = -(-rows.referenced // machine.processes)

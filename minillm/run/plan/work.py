@@ -19,6 +19,7 @@ from minillm.data.templates import prompt_text
 from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
 from minillm.run.stages import stage_named
+from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import argument
 
 _UNREAD_ROWS = 11_435  # assumed of a data set that is not read: Dolly's rows without those that the paper holds out
@@ -53,9 +54,14 @@ class StageTraining:
     """The name of a stage that trains."""
 
     @property
+    def definition(self) -> Stage:
+        """The stage itself, with its facts."""
+        return stage_named(self.stage)
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """The stage's `TrainingArguments` as the recipe gives them."""
-        return stage_named(self.stage).arguments(self.recipe)
+        return self.definition.arguments(self.recipe)
 
     def argument(self, name: str) -> Any:
         """One of the stage's `TrainingArguments`, as given or by default."""
@@ -64,7 +70,7 @@ class StageTraining:
     @property
     def trains(self) -> str:
         """Which model the stage trains: `student` or `teacher`."""
-        return stage_named(self.stage).trains or "student"
+        return self.definition.trains or "student"
 
     @property
     def has_adapter(self) -> bool:
@@ -94,11 +100,11 @@ class StageTraining:
     @cached_property
     def updates_per_epoch(self) -> int:
         """Weight updates in one pass over the data, as the trainer of the stage counts them."""
-        if self.stage == "minillm":
+        if self.definition.response_section == "rollout":
             samples = rows(self.recipe, "train").prompts * self.recipe.rollout.samples_per_prompt
             return max(samples // self.recipe.rollout.num_rollouts, 1) * updates_of_batch(self.recipe, self.machine)
         count = trained_rows(self.recipe, self.stage).referenced
-        if self.stage == "warmup":  # its trainer leaves out the rows that do not fill a last update
+        if not self.definition.uses_trl:  # this library's trainer leaves out the rows that do not fill a last update
             return max(count // self.responses_per_update, 1)
         batches = -(-count // (self.micro_batch_size * self.machine.processes))
         return max(-(-batches // self.accumulation_steps), 1)
@@ -127,13 +133,9 @@ def why_refused(recipe: Recipe, machine: Machine) -> str | None:
     Returns:
         The reason with its remedy, or None where the run would not refuse.
     """
-    update, rollouts = StageTraining(recipe, machine, "minillm").responses_per_update, recipe.rollout.num_rollouts
-    if "minillm" in recipe.stages and rollouts % update:
-        return (
-            f"rollout.num_rollouts ({rollouts}) is not a multiple of the {update} responses of an update on "
-            f"{machine.processes} process(es): change it, or training.per_device_train_batch_size or "
-            "training.gradient_accumulation_steps"
-        )
+    for name in recipe.stages:
+        if refusal := stage_named(name).refusal(recipe, machine.processes):
+            return refusal
     if machine.shard and recipe.student.lora is not None and recipe.student.lora.quantization:
         return "student.lora.quantization: a quantised student cannot be sharded: leave it out, or plan without --shard"
     return None
@@ -191,7 +193,7 @@ def trained_rows(recipe: Recipe, stage: str) -> Rows:
         The rows, of which the `referenced` ones are trained on.
     """
     train = rows(recipe, "train")
-    if stage != "warmup" or recipe.warmup.targets == "references":
+    if stage_named(stage).trains_on_references(recipe):
         return train
     file = recipe.responses.file
     count = train.prompts * recipe.responses.samples_per_prompt

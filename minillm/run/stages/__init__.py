@@ -42,12 +42,3 @@ def stage_named(name: str) -> Stage:
         if stage.name == name:
             return stage
     raise InputError(f"{name}: no such stage; allowed: {', '.join(NAMES)}")
-
-
-def check_stage_name(name: str) -> str:
-    """Check that a stage of this name exists, and return the name.
-
-    Raises:
-        InputError: there is no such stage.
-    """
-    return stage_named(name).name

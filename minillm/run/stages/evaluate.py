@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from minillm.evaluation.config import EvaluateConfig
-from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
+from minillm.run.stages.stage import RENDERING_SETTINGS, Stage
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
@@ -21,13 +21,18 @@ class Evaluate(Stage):
     needs = ("minillm", "sft")
     reads = (
         "data.heldout",
-        *PROMPT_SETTINGS[1:],
+        *RENDERING_SETTINGS,
         "evaluate",
         "rollout.stop",
         "student.source",
         "teacher.quantization",
     )
     engine = True
+    response_section = "evaluate"
+
+    def check_rows(self, run: Run) -> None:
+        super().check_rows(run)
+        _ = run.heldout_prompts
 
     def discard(self, run: Run, requested: bool) -> None:
         if requested:

@@ -9,6 +9,7 @@ from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
 if TYPE_CHECKING:
     from minillm.run.context import Run
     from minillm.run.plan.phases import Phase, Planner
+    from minillm.run.recipe import Recipe
 
 SFT_CURVES = (
     ("Loss, nats a token", {"loss": "cross-entropy"}),
@@ -26,9 +27,13 @@ class FineTune(Stage):
     training = "finetune"
     trains = "teacher"
     folder = "tuned"
-    references = True
+    response_section = "responses"
+    uses_trl = True
     curve_title = "Fine-tuning of the teacher (finetune)"
     curves = SFT_CURVES
+
+    def trains_on_references(self, recipe: Recipe) -> bool:
+        return True
 
     def run(self, run: Run) -> None:
         from minillm.run.stages.shared import fine_tune

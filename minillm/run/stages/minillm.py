@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from minillm.data.config import Source
+from minillm.errors import DataError
 from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
+from minillm.train.checks import update_size_fault
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
@@ -34,6 +37,7 @@ class MiniLLM(Stage):
     folder = "student"
     label = "minillm"
     engine = True
+    response_section = "rollout"
     curve_title = "On-policy training (minillm)"
     curves = (
         ("Loss", {"loss": "total", "policy_loss": "long term", "single_step_loss": "single step"}),
@@ -43,6 +47,31 @@ class MiniLLM(Stage):
         ("Importance weights", {"importance_weight": "mean weight", "clipped": "share clipped"}),
         ("Engine against trainer, nats", {"engine_mismatch": "mean |difference| of log q"}),
     )
+
+    def trains_on_references(self, recipe: Recipe) -> bool:
+        return recipe.rollout.on_policy < 1
+
+    def scores_with_teacher(self, recipe: Recipe) -> bool:
+        return not recipe.teacher.servers
+
+    def longest_sequences(self, recipe: Recipe) -> list[tuple[str, int]]:
+        found, block = super().longest_sequences(recipe), recipe.objective.language_model_block
+        if recipe.data.text is not None:
+            found.append((f"objective.language_model_block: {block} exceeds", block))
+        return found
+
+    def refusal(self, recipe: Recipe, processes: int) -> str | None:
+        from minillm.run.training_arguments import argument
+
+        micro_batch, accumulation = (
+            argument(recipe.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        )
+        return update_size_fault(recipe.rollout, micro_batch * accumulation * processes, processes)
+
+    def check_rows(self, run: Run) -> None:
+        super().check_rows(run)
+        if run.recipe.data.text is not None:
+            _check_texts(run.recipe.data.text)
 
     def run(self, run: Run) -> None:
         from minillm.run.stages import shared
@@ -75,6 +104,19 @@ class MiniLLM(Stage):
 
     def tags(self, recipe: Recipe) -> list[str]:
         return ["distillation", recipe.objective.divergence.name.replace("_", "-")]
+
+
+def _check_texts(source: Source) -> None:
+    """A file is checked whole, a data set, which is streamed, by its first row."""
+    from minillm.data.examples import read_texts
+
+    rows = read_texts(source, seed=None)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{source.name}: empty; rows of text are needed")
+    if source.file is not None:
+        for _ in rows:
+            pass
 
 
 def _texts(recipe: Recipe) -> Iterable[dict[str, Any]] | None:

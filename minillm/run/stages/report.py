@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 class Report(Stage):
     name = "report"
     fields = {"push_to_hub": (str | None, None, "A hub id to which the report stage uploads the student.")}
+    always_runs = True
+
+    def check_rows(self, run: Run) -> None:
+        """The stage reads no rows."""
 
     def run(self, run: Run) -> None:
         from minillm.run.model_card import push

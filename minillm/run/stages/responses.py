@@ -35,7 +35,7 @@ class Responses(Stage):
     needs = ("finetune",)
     reads = (*PROMPT_SETTINGS, "responses", "rollout.stop", "seed")
     engine = True
-    references = True
+    response_section = "responses"
 
     def run(self, run: Run) -> None:
         from minillm.data.files import read_jsonl, write_jsonl

@@ -23,9 +23,13 @@ class SFT(Stage):
     trains = "student"
     folder = "sft"
     label = "sft"
-    references = True
+    response_section = "responses"
+    uses_trl = True
     curve_title = "Fine-tuning of the student (sft)"
     curves = SFT_CURVES
+
+    def trains_on_references(self, recipe: Recipe) -> bool:
+        return True
 
     def run(self, run: Run) -> None:
         from minillm.run.stages.shared import fine_tune

@@ -15,6 +15,7 @@ from minillm.models.load import load_model
 from minillm.models.lora import load_student
 from minillm.run.context import Run
 from minillm.run.stages.stage import Stage
+from minillm.run.training_arguments import STAGE_DEFAULTS
 from minillm.teacher.served import ServedTeacher
 from minillm.train.best_checkpoint import with_given
 from minillm.train.pair import compute_dtype
@@ -37,13 +38,10 @@ def training_arguments(run: Run, stage: Stage, given: dict[str, Any] | None = No
             "This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage.name
         )
         given = {**given, "bf16": False}
-    defaults: dict[str, Any] = {
+    defaults = STAGE_DEFAULTS | {
         "use_cpu": not torch.accelerator.is_available(),
-        "report_to": "none",
-        "logging_steps": 1,
         # With a limit of 1, only the best checkpoint would be left when training stops, and not the last.
         "save_total_limit": 2 if given.get("load_best_model_at_end") else 1,
-        "logging_first_step": True,
         "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and not given.get("fp16"),
     }
     folder = str(run.dir / "work" / stage.name)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from minillm.run.plan.phases import Phase, Planner
     from minillm.run.recipe import Recipe
 
-PROMPT_SETTINGS = ("data.train", "data.template", "data.system", "data.max_prompt_tokens", "data.limit")
+RENDERING_SETTINGS = ("data.template", "data.system", "data.max_prompt_tokens", "data.limit")
+"""Settings that decide which rows of a data source become prompts, and how, for `Stage.reads`."""
+PROMPT_SETTINGS = ("data.train", *RENDERING_SETTINGS)
 """Settings that decide the training prompts, for `Stage.reads`."""
 
 Panel = tuple[str, dict[str, str]]
@@ -33,10 +35,13 @@ class Stage(ABC):
         training: dotted name of the setting that holds its `transformers.TrainingArguments`; None if it trains
             nothing. A stage that trains runs in every process of a launch; other stages run in one process.
         trains: which model it trains.
-        folder: the folder in the run directory where it saves a model.
-        label: the name of its student in results.
-        engine: whether it samples responses.
-        references: whether it trains on references of the data, or on responses cut to the same length.
+        folder: the folder of the run directory that it leaves a model in.
+        label: what results call the student that it leaves.
+        engine: whether it samples.
+        response_section: the section of the recipe whose `max_new_tokens` limits the responses that it samples or
+            trains on.
+        uses_trl: whether it trains with `minillm.train.finetune.FineTuner`, whose loss and data loader are TRL's.
+        always_runs: whether it runs again although it is finished.
         curve_title, curves: the plots that the report draws of its log.
     """
 
@@ -50,7 +55,9 @@ class Stage(ABC):
     folder: ClassVar[str | None] = None
     label: ClassVar[str | None] = None
     engine: ClassVar[bool] = False
-    references: ClassVar[bool] = False
+    response_section: ClassVar[str | None] = None
+    uses_trl: ClassVar[bool] = False
+    always_runs: ClassVar[bool] = False
     curve_title: ClassVar[str] = ""
     curves: ClassVar[Sequence[Panel]] = ()
 
@@ -61,12 +68,62 @@ class Stage(ABC):
             value = getattr(value, part)
         return value if self.training else {}
 
+    def trains_on_references(self, recipe: Recipe) -> bool:
+        """Whether the stage trains on the answers in the data."""
+        return False
+
+    def scores_with_teacher(self, recipe: Recipe) -> bool:
+        """Whether the teacher's model can be in the process, to score the samples of a validation."""
+        return self.trains == "student"
+
+    def teacher_in_loss(self, recipe: Recipe) -> bool:
+        """Whether a supervised loss compares the student with the teacher's distributions."""
+        return False
+
+    def longest_sequences(self, recipe: Recipe) -> list[tuple[str, int]]:
+        """Tokens of the longest sequences that a model reads in this stage.
+
+        Returns:
+            The settings that a length comes from, as the beginning of an error message, and the length of each.
+        """
+        if self.response_section is None:
+            return []
+        prompt, response = recipe.data.max_prompt_tokens, getattr(recipe, self.response_section).max_new_tokens
+        settings = f"data.max_prompt_tokens + {self.response_section}.max_new_tokens ({prompt} + {response}) exceed"
+        return [(settings, prompt + response)]
+
+    def refusal(self, recipe: Recipe, processes: int) -> str | None:
+        """Why the stage cannot run in so many processes with the recipe's settings, and what to change; None if it can.
+
+        It is asked before anything loads, by `minillm plan` as well.
+        """
+        return None
+
+    def check_models(self, recipe: Recipe) -> None:  # noqa: B027 (most stages ask nothing of their own)
+        """Refuse models that the stage cannot work with, by their configs.
+
+        Raises:
+            MinillmError: naming the model, and the setting to change.
+        """
+
+    def check_rows(self, run: Run) -> None:
+        """Read and render the rows that the stage will read, so that none fails after the hours of earlier stages.
+
+        Raises:
+            DataError, InputError: naming the file and the row.
+        """
+        _ = run.train_prompts
+        if self.trains_on_references(run.recipe):
+            _ = run.references
+        if self.training:
+            _ = run.validation
+
     @abstractmethod
     def run(self, run: Run) -> None:
         """Run the stage, or continue it where it was interrupted."""
 
     def discard(self, run: Run, requested: bool) -> None:  # noqa: B027 (most stages leave nothing to delete)
-        """Delete earlier results that the stage must not find when it runs again.
+        """Delete files from which a stage that is run again would otherwise continue.
 
         Args:
             run: the run.

@@ -10,6 +10,7 @@ from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
+    from minillm.run.recipe import Recipe
 
 
 class Student(Stage):
@@ -17,6 +18,13 @@ class Student(Stage):
     needs = ("finetune",)
     reads = (*PROMPT_SETTINGS, "student.source", "student.keep_layers", "student.probe_prompts")
     folder = "pruned"
+
+    def check_models(self, recipe: Recipe) -> None:
+        from minillm.models.configs import text_config
+        from minillm.models.pruning.depth import check_keep_layers
+
+        if recipe.student.source == "prune" and recipe.student.keep_layers is not None:
+            check_keep_layers(text_config(recipe.teacher.source).num_hidden_layers, recipe.student.keep_layers)
 
     def run(self, run: Run) -> None:
         import torch

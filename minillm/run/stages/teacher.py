@@ -8,12 +8,22 @@ from minillm.run.stages.stage import Stage
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
+    from minillm.run.recipe import Recipe
 
 
 class Teacher(Stage):
     name = "teacher"
     reads = ("teacher.source", "teacher.adapter")
     folder = "teacher"
+
+    def check_models(self, recipe: Recipe) -> None:
+        from minillm.models.adapters import check_adapter_files
+
+        if recipe.teacher.adapter:
+            check_adapter_files(recipe.teacher.source, recipe.teacher.adapter)
+
+    def check_rows(self, run: Run) -> None:
+        """The stage reads no rows."""
 
     def run(self, run: Run) -> None:
         from minillm.models.adapters import merge_adapter

@@ -51,12 +51,24 @@ class Warmup(Stage):
     trains = "student"
     folder = "warmed"
     label = "warmed"
-    references = True
+    response_section = "responses"
     curve_title = "Warm-up"
     curves = (
         ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
         ("Gradient norm", {"grad_norm": "before clipping"}),
     )
+
+    def trains_on_references(self, recipe: Recipe) -> bool:
+        return recipe.warmup.targets == "references"
+
+    def teacher_in_loss(self, recipe: Recipe) -> bool:
+        return recipe.warmup.cross_entropy < 1
+
+    def check_rows(self, run: Run) -> None:
+        super().check_rows(run)
+        given = run.recipe.responses.file
+        if given is not None and not self.trains_on_references(run.recipe):
+            run.given_responses(given)
 
     def run(self, run: Run) -> None:
         from minillm.run.stages import shared
