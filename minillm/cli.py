@@ -35,8 +35,8 @@ Gpus = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Number of GPUs, with one process on each; 0 plans for this machine's CPU. Default: the GPUs of this machine, "
-        "or 8 if it has none.",
+        help="Number of GPUs, with one process on each; 0 plans for this machine's CPU. Default: the GPUs of this "
+        "machine, or 8 if it has none.",
         show_default=False,
     ),
 ]
@@ -51,8 +51,8 @@ Memory = Annotated[
 Flops = Annotated[
     float | None,
     typer.Option(
-        help="Operations per second of one GPU in bfloat16. Default: the maker's number for the GPU of this machine, or "
-        "that of an H100. The speed of a CPU is measured.",
+        help="Operations per second of one GPU in bfloat16. Default: the maker's number for the GPU of this machine, "
+        "or that of an H100. The speed of a CPU is measured.",
         show_default=False,
     ),
 ]
