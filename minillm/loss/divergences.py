@@ -245,18 +245,18 @@ def entropy(logits: Float[Tensor, "tokens vocab"], temperature: float = 1.0) -> 
 
 def _log_probs(
     student_logits: Float[Tensor, "tokens vocab"], teacher_logits: Float[Tensor, "tokens vocab"], temperature: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Logits, Logits]:
     if temperature <= 0:
         raise InputError(f"temperature must be above 0, not {temperature}")
     q, p = (floored_log_softmax(logits / temperature) for logits in (student_logits, teacher_logits))
     return q, p
 
 
-def _kl(a: Tensor, b: Tensor) -> Tensor:
+def _kl(a: Logits, b: Logits) -> PerToken:
     return (a.exp() * (a - b)).sum(-1)
 
 
-def _power(logs: Tensor) -> Tensor:
+def _power(logs: Logits) -> Logits:
     return logs.clamp(max=60.0).exp()
 
 

@@ -342,7 +342,7 @@ class _ChunkedScorer:
             getattr(self.scores, name)[part] = getattr(scores, name)
         return chunk
 
-    def _teacher_projection(self, part: slice, student: Tensor) -> Tensor:
+    def _teacher_projection(self, part: slice, student: Float[Tensor, "chunk vocab"]) -> Float[Tensor, "chunk vocab"]:
         teacher = self._arguments.teacher
         if teacher is None:
             return student
