@@ -36,8 +36,7 @@ PLAIN: dict[str, Any] = {
 }
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 10.0  # seconds before the first retry of a request, and the most between two
 _COMPLETIONS, _PATIENCE = "/v1/completions", "rollout.server_patience"
-_CONNECT_TIMEOUT = 5.0  # seconds
-_ROUNDING = 1e-3  # how far above 0 a log-probability may be rounded
+_CONNECT_TIMEOUT, _ROUNDING = 5.0, 1e-3  # seconds; how far above 0 a log-probability may be rounded
 T = TypeVar("T")
 
 
@@ -51,7 +50,7 @@ class Server:
     Attributes:
         url: `http://host:port`, without `/v1`.
         model: Name of the served model, once `attach` was called.
-        in_flight: Number of requests that are waiting for this server's answer.
+        in_flight: Number of requests that wait for an answer.
         has_current_weights: Whether the server needs no new weights before the next request.
         started_at: Start time of the process that received the current weights, in seconds since 1970, where known.
         healthy: Whether its last request succeeded.

@@ -64,7 +64,6 @@ class VLLMServerEngine:
         head_width: Number of rows of the served model's head.
         patience: Seconds for which failing requests are retried.
         timeout: Seconds that one request may take.
-        concurrency: Requests in flight per server, at most.
         mixes: Whether the servers must hold a teacher beside the student, which is mixed in.
         own: A server that this run started, and that is stopped with the engine.
 
@@ -86,7 +85,6 @@ class VLLMServerEngine:
         head_width: int,
         patience: float = 600.0,
         timeout: float = 300.0,
-        concurrency: int = 64,
         mixes: bool = False,
         own: LocalServer | None = None,
     ) -> None:
@@ -97,7 +95,6 @@ class VLLMServerEngine:
             refresh=self._refresh,
             patience=patience,
             timeout=timeout,
-            concurrency=concurrency,
             exit_reason=None if own is None else own.exit_reason,
         )
         self._folder = Path(folder).absolute()
