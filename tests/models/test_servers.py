@@ -56,11 +56,11 @@ def served(rows: list[dict[str, float]]) -> TeacherTargets:
     return targets
 
 
-def test_a_served_teachers_zeros_are_floored_and_invalid_logprobs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}], monkeypatch)
+def test_a_served_teachers_zeros_are_floored_and_invalid_logprobs_are_refused() -> None:
+    targets = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}])
     assert targets.rows is not None
     assert targets.rows.logprobs.tolist() == [pytest.approx([-0.3, LOG_ZERO]), pytest.approx([LOG_ZERO, -0.4])]
     assert targets.token_logprobs.tolist() == pytest.approx([-0.3, LOG_ZERO])
     for value in (NAN, INF, 0.5):
         with pytest.raises(ValueError, match="invalid log-probability"):
-            served([{"5": -0.3, "6": value}, {"1": -0.2, "6": -0.4}], monkeypatch)
+            served([{"5": -0.3, "6": value}, {"1": -0.2, "6": -0.4}])

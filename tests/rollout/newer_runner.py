@@ -44,7 +44,8 @@ def main() -> None:
     engine.update_weights(plain_weights(moved, torch.float32), 1)
     sampling, prompts = Sampling(12, (1,), 5, teacher_mix=0.4), [[2], [3, 4, 2, 2, 3], [4] * 40] * 2
     there = engine.generate(prompts, sampling, list(range(6)))
-    here = TransformersEngine(moved, teacher=local).generate(prompts, sampling, list(range(6)))
+    reference: Any = TransformersEngine(moved, teacher=local)
+    here = reference.generate(prompts, sampling, list(range(6)))
     assert [r.response_ids for r in there] == [r.response_ids for r in here]
     for a, b in zip(there, here, strict=True):
         torch.testing.assert_close(a.teacher.hidden, b.teacher.hidden, rtol=5e-3, atol=5e-3)

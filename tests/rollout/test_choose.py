@@ -63,13 +63,13 @@ def test_the_engine_of_a_request_is_created(tmp_path: Path, monkeypatch: pytest.
     same = choose.make_engine(RolloutConfig(engine="transformers"), folder, sizing, model=model)
     engines = (other, same)
     assert all(isinstance(engine, TransformersEngine) for engine in engines)
-    sampling = Sampling(2, (1,), 32)
-    before = [engine.logprobs_of([[2]], [[3, 4]], sampling)[0] for engine in engines]
+    sampling = Sampling(6, (1,), 32)
+    before = [engine.generate([[2]], sampling, [0])[0].student_logprobs for engine in engines]
     assert torch.equal(*before)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    after = [engine.logprobs_of([[2]], [[3, 4]], sampling)[0] for engine in engines]
+    after = [engine.generate([[2]], sampling, [0])[0].student_logprobs for engine in engines]
     assert torch.equal(after[0], before[0])
     assert not torch.equal(after[1], before[1])
 
