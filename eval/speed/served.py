@@ -148,7 +148,7 @@ class Benchmark:
                 self.options.repeats,
             )
             teacher.close()
-        return {
+        found = {
             "seconds": median(times["served"]),
             "local_seconds": median(times["local"]),
             "received_bytes_per_token": received / self.tokens,
@@ -157,6 +157,8 @@ class Benchmark:
             "kl_share": value / exact[0],
             "gradient_error": float((gradient - exact[1]).norm() / exact[1].norm()),
         }
+        print(json.dumps(found), file=sys.stderr, flush=True)
+        return found
 
 
 def main() -> None:

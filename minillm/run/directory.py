@@ -162,7 +162,7 @@ class RunState:
         changed = {
             key: f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and (key in old or (known and not self._is_later_default(key, old)))
+            if old.get(key) != new.get(key) and (key in old or (known and not self._is_later(key, old)))
         }
         steps = f"{stage_named(stage).training}.max_steps"
         if not entry["finished"] and 0 < _number(old.get(steps)) < _number(new.get(steps)):
@@ -268,11 +268,14 @@ class RunState:
             found += self._built_on(earlier) if absent else [earlier]
         return found
 
-    def _is_later_default(self, key: str, recorded: dict[str, Any]) -> bool:
-        """Whether a setting is at its default and its section was recorded without it: a version before had it not.
+    def _is_later(self, key: str, recorded: dict[str, Any]) -> bool:
+        """Whether a setting that was not recorded is one that earlier versions had not, or did not record.
 
-        A run without servers records no `teacher.top_k`, which tells it from one with servers.
+        The former are told by being at their default in a section that was recorded without them. A run without
+        servers records no `teacher.top_k`, which tells it from one with servers.
         """
+        if key in _RECORDED_LATER:
+            return True
         *path, name = key.split(".")
         section: Any = self._recipe
         for part in path:

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 STATES_PATH = "/pooling"
-# Its length is a prime that divides no usual width, so that missing states do not look like states of another width.
-_FIXED_PROMPT = list(range(3, 14))
-# Relative difference of two servers' states of one prompt that counts as rounding, by the dtype of the states. The
-# dtypes are those that a server can send, the ones with fewer bytes first.
-_ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 0.005}
+# Tokens of the fixed prompt: a prime that divides no usual width, so that missing states do not look like states of
+# another width.
+_FIXED_LENGTH = 11
+# Relative difference of two servers' states of the fixed prompt that counts as rounding, by the dtype of the states.
+# The dtypes are those that a server can send, the ones with fewer bytes first. bfloat16 moves the states of the
+# quickstart's models by 2 to 3 %. Those of its teacher and student differ by 33 %, those of the student before and
+# after its whole training by 10 %, and those of two of its checkpoints by 3 %, which only float32 tells apart.
+_ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.005}
 
 
 class ServedStates(StatesTeacher):
@@ -53,6 +56,9 @@ class ServedStates(StatesTeacher):
 
     def __init__(self, urls: Sequence[str], head: Head, *, max_length: int, patience: float = 600.0) -> None:
         self._head, self._max_length = head, max_length
+        # Tokens from the whole vocabulary: the first ids are often control tokens, and after a few of those bfloat16
+        # moved the states of the quickstart's teacher by 100 %.
+        self._fixed_prompt = [(i + 1) * len(head.weight) // (_FIXED_LENGTH + 2) for i in range(_FIXED_LENGTH)]
         self._servers = Servers(urls, refresh=self._verify, patience=patience, path=STATES_PATH)
         self._fixed_states: Tensor | None = None
         self.dtype = next(iter(_ROUNDING))
@@ -153,8 +159,8 @@ class ServedStates(StatesTeacher):
             EngineError: they depend on later tokens, are normalised, or do not have the width of the head; or the
                 server refuses the request.
         """
-        states = self._fixed_prompt_states(server, len(_FIXED_PROMPT))
-        beginning = self._fixed_prompt_states(server, len(_FIXED_PROMPT) // 2)
+        states = self._fixed_prompt_states(server, _FIXED_LENGTH)
+        beginning = self._fixed_prompt_states(server, _FIXED_LENGTH // 2)
         if _difference(states[: len(beginning)], beginning) > _ROUNDING[torch.bfloat16]:
             raise EngineError(f"{server.url}: its states depend on later tokens, as those of an encoder do")
         if (states.norm(dim=1) - 1).abs().max() < 1e-2:
@@ -163,7 +169,7 @@ class ServedStates(StatesTeacher):
 
     def _fixed_prompt_states(self, server: Server, length: int) -> Tensor:
         """A server's states of the first tokens of the fixed prompt, float32."""
-        body = {**self._request(_FIXED_PROMPT[:length]), "model": server.model, "embed_dtype": "float32"}
+        body = {**self._request(self._fixed_prompt[:length]), "model": server.model, "embed_dtype": "float32"}
         try:
             answer = server.ask("POST", STATES_PATH, body)
         except EngineError as error:

@@ -91,7 +91,7 @@ def update_size_fault(rollout: RolloutConfig, update_size: int, processes: int) 
     if not rollout.num_rollouts % update_size:
         return None
     return (
-        f"rollout.num_rollouts ({rollout.num_rollouts}) is not a multiple of the {update_size} responses of an update "
+        f"rollout.num_rollouts ({rollout.num_rollouts}) must be a multiple of the {update_size} responses of an update "
         f"on {processes} process(es): change it, or per_device_train_batch_size or gradient_accumulation_steps"
     )
 

@@ -319,7 +319,11 @@ def test_errors_name_the_setting_or_the_set(data: str, tmp_path: Path, models: d
         ("sets.average", "{file: a.jsonl}", r"sets.average: results have the mean over the sets under that name"),
         ("sets.two", "{file: a.jsonl, choices: [x]}", r"sets.two.choices: at least two choices must be given"),
         ("sets.two", "{file: a.jsonl, choices: [x, ' ']}", r"sets.two.choices: a choice must not be blank"),
-        ("sets.two", "{file: a.jsonl, choices: [x, y, ' x']}", r"sets.two.choices: x is there more than once"),
+        (
+            "sets.two",
+            "{file: a.jsonl, choices: [x, y, ' x']}",
+            r"sets.two.choices: every value must be given once only; remove the repeated x",
+        ),
     ):
         file.write_text("sets: {one: {file: a.jsonl}}\n")
         with pytest.raises(RecipeError, match=f"command line: {message}"):

@@ -161,7 +161,7 @@ def test_a_cpu_is_offered_a_smaller_cache(tmp_path: Path) -> None:
 def test_what_the_run_refuses_is_said_and_not_fitted(tmp_path: Path) -> None:
     arguments = ["plan", str(on_disk(tmp_path)), "--gpus", "5"]
     said = CliRunner().invoke(app, arguments)
-    refusal = "rollout.num_rollouts (64) is not a multiple of the 40 responses of an update on 5 process(es)"
+    refusal = "rollout.num_rollouts (64) must be a multiple of the 40 responses of an update on 5 process(es)"
     assert f"the run refuses this: {refusal}" in said.output
     with pytest.raises(ValueError, match=r"64.*40.*--fit"):
         CliRunner().invoke(app, [*arguments, "--fit", str(tmp_path / "x.yaml")], catch_exceptions=False)

@@ -126,7 +126,7 @@ def test_missing_files_are_named(recipe: Path) -> None:
 def test_sizes_that_do_not_divide_are_refused_before_any_stage(recipe: Path) -> None:
     from minillm.run import runner
 
-    with pytest.raises(ValueError, match=r"rollout.num_rollouts \(30\) is not a multiple of the 16 responses"):
+    with pytest.raises(ValueError, match=r"rollout.num_rollouts \(30\) must be a multiple of the 16 responses"):
         runner.run_recipe(load_recipe(recipe, ["rollout.num_rollouts=30", "training.gradient_accumulation_steps=2"]))
 
 

@@ -204,12 +204,16 @@ def test_a_stage_that_the_recipe_does_not_list_has_its_own_settings(recipe: Path
     state.begin("sft")
     state.finish("sft", 1.0)
     assert stale(recipe, unlisted) == []
-    assert stale(recipe, unlisted, "sft.max_steps=3") == ["sft"]  # nothing is evaluated that the recipe does not list
+    state.check("sft")
+    assert stale(recipe, unlisted, "sft.max_steps=3") == []  # nothing is evaluated that the recipe does not list
+    changed = RunState(load_recipe(recipe, [unlisted, "sft.max_steps=3"]))
+    with pytest.raises(RunError, match="stage sft there was made with other settings"):
+        changed.check("sft")
     file = recipe.parent / "run" / "state.json"
     written = json.loads(file.read_text())
     written["stages"]["sft"]["settings"] = {}  # by an earlier version
     file.write_text(json.dumps(written))
-    assert stale(recipe, unlisted, "sft.max_steps=3") == []
+    RunState(load_recipe(recipe, [unlisted, "sft.max_steps=3"])).check("sft")
 
 
 def test_a_checkpoint_without_all_of_its_state_is_refused(tmp_path: Path) -> None:

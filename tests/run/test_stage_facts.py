@@ -83,7 +83,7 @@ def test_the_size_of_an_update_has_one_rule_and_one_text(tmp_path: Path, monkeyp
         BatchSchedule(RolloutConfig.model_validate(rollout), 4, 2, worker=Worker(processes=5))
     assert planned == str(refused.value) == str(raised.value)
     assert planned is not None
-    assert "rollout.num_rollouts (60) is not a multiple of the 40 responses of an update on 5 process(es)" in planned
+    assert "rollout.num_rollouts (60) must be a multiple of the 40 responses of an update on 5 process(es)" in planned
     assert why_refused(given.model_copy(update={"stages": ["warmup"]}), Machine(5)) is None
 
 

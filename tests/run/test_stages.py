@@ -219,7 +219,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
         "objective.language_model_distill=1",
     ]
     with pytest.raises(
-        RecipeError, match=r"processes read text in different numbers of pieces .*language_model_distill: 0"
+        RecipeError, match=r"processes read different numbers of pieces of text.*language_model_distill: 0"
     ):
         load_recipe(recipe, ["teacher.shard=true", "rollout.teacher_mix=0", *text])
     quantised = ["student.lora.rank=2", "student.lora.quantization=4bit"]

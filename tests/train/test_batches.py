@@ -238,7 +238,9 @@ def test_responses_of_others_are_refused_where_credit_needs_the_students_own(
 
 
 def test_drawing_ahead_needs_weights_of_its_own(pair: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"token weights can take: objective.old_logprobs must be engine"):
+    with pytest.raises(
+        ValueError, match=r"importance weights of single tokens can correct: objective.old_logprobs must be engine"
+    ):
         MiniLLMTrainer(
             *pair,
             arguments(tmp_path),

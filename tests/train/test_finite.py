@@ -76,7 +76,7 @@ def test_a_loss_that_is_none_ends_training_with_the_checkpoint_before_it(
     assert isinstance(error.value, MinillmError)
     assert "\n" not in said
     # Exactly the rows of the second micro-batch are named.
-    rows = [int(word.strip(",.;")) for word in said.split("rows ")[1].split(". Nothing")[0].split()]
+    rows = [int(word.strip(",.;")) for word in said.split("rows ")[1].split(". The weights")[0].split()]
     prompts = (
         [trainer.source.prompts[row] for row in rows]
         if kind == "minillm"

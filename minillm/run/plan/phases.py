@@ -284,7 +284,10 @@ class Planner:
         prompt, longest = rows.prompt_tokens, recipe.rollout.max_new_tokens
         each = _scoring_flops(model, prompt, longest / 2)
         if training.definition.scores_with_teacher(recipe):
-            each += _scoring_flops(model, prompt, longest / 2) + self._teacher_flops(prompt, longest / 2)
+            each += _scoring_flops(model, prompt, longest / 2)
+            local = training.definition.uses_trl  # whose validation loads the teacher, wherever it is served
+            scoring = _scoring_flops(self.teacher, prompt, longest / 2)
+            each += scoring if local else self._teacher_flops(prompt, longest / 2)
         flops = times * rows.referenced * each
         in_one_process = -(-rows.referenced // machine.processes)
         decoding = machine.decoding_seconds(model, itemsize, in_one_process, longest, prompt + longest)
