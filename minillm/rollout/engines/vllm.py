@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -125,9 +125,7 @@ class VLLMEngine:
         self.takes_adapter = lora_rank > 0
         self.version = version
 
-    def _start_pair(
-        self, make: Callable[..., Any], folder: str | Path, teacher: LocalTeacher, dtype: torch.dtype
-    ) -> Any:
+    def _start_pair(self, make: partial[Any], folder: str | Path, teacher: LocalTeacher, dtype: torch.dtype) -> Any:
         """Start vLLM with a teacher beside the student. Its weights come from the teacher in this process."""
         from minillm.rollout.engines import vllm_pair
 
@@ -135,7 +133,8 @@ class VLLMEngine:
         architectures: Any = AutoConfig.from_pretrained(folder).architectures
         with tempfile.TemporaryDirectory() as spare:
             teacher.save_config(spare)
-            llm = make(hf_overrides=pair_overrides(architectures, spare, loads_teacher=False))
+            overrides = pair_overrides(architectures, spare, loads_teacher=False)
+            llm = make(hf_overrides=make.keywords.get("hf_overrides", {}) | overrides)
         self._pair = vllm_pair.PairControl(llm, teacher, dtype)
         self.capabilities = replace(type(self).capabilities, mixes_teacher=True)
         return llm

@@ -72,7 +72,7 @@ class StudentAndTeacher(nn.Module):
         self.secondary_weights = [source] if self._loads_teacher else []
         self.record: MixtureRecord | None = None
         self.reads_alone = False
-        self._width = config.get_text_config().hidden_size
+        self._width = 0  # of the student's final states, once it has read something
         self._states: Tensor | None = None  # the teacher's, of the step whose tokens are sampled next
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -88,6 +88,7 @@ class StudentAndTeacher(nn.Module):
     ) -> Tensor:
         """Return the hidden states of both models, side by side."""
         own = self.student(input_ids, positions, None, None)
+        self._width = own.shape[-1]
         if self.reads_alone:
             return own
         return torch.cat([own, self.teacher(input_ids, positions, None, None)], dim=-1)
