@@ -22,6 +22,8 @@ from minillm.models import servers as serving
 from minillm.models.load import load_model
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
+from minillm.run import runner
+from minillm.run.recipe_file import load_recipe
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
@@ -30,6 +32,7 @@ from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_llama
 from tests.rollout.test_engines import start_server, stop_server
+from tests.run.test_stages import RECIPE
 from tests.train.common import PROMPTS, arguments
 
 PROMPT_IDS, RESPONSE_IDS = [[2], [3, 4, 5], [9] * 40], [[5, 6, 1], [7] * 20, [8, 1]]
@@ -343,6 +346,26 @@ def test_the_best_checkpoint_and_supervised_training_need_states(
     rows = [{"prompt_ids": [2, i, 3], "response_ids": [i + 1, 5, 1]} for i in range(4, 12)]
     with pytest.raises(InputError, match="log-probabilities of some tokens only: start servers that return states"):
         SupervisedTrainer(pair[0], teacher, arguments(tmp_path), train_dataset=rows)
+
+
+def test_the_stages_of_a_recipe_read_the_servers(
+    fakes: Callable[..., FakeServer], pair: tuple[str, str], tmp_path: Path
+) -> None:
+    """The warm-up and minillm stages leave the student that a teacher in their process makes."""
+    data, file, server = tmp_path / "prompts.jsonl", tmp_path / "recipe.yaml", fakes()
+    data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
+    file.write_text(RECIPE.format(run=tmp_path / "run", data=data, teacher=pair[1]))
+    students, requests = [], [0]
+    for name, servers in (("here", "[]"), ("served", f"[{server.url}]")):
+        words = [f"run_dir={tmp_path / name}", "rollout.teacher_mix=0", "rollout.temperature=0.7"]
+        words += [f"teacher.servers={servers}", "training.optim=sgd", "warmup.training.optim=sgd"]
+        for stages in ("[teacher, student, responses, warmup]", "[minillm]"):
+            runner.run_recipe(load_recipe(file, [*words, f"stages={stages}"]))
+            requests.append(len(server.bodies))
+        students.append(load_model(tmp_path / name / "student", torch.float32).state_dict())
+    assert requests[1] == requests[2] == 0 < requests[3] < requests[4]
+    for name, value in students[0].items():
+        torch.testing.assert_close(students[1][name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.vllm
