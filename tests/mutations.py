@@ -214,7 +214,7 @@ MUTATIONS = [
     Mutation(
         "the same random numbers at every position",
         "rollout/engines/transformers.py",
-        "positions = [len(ids[i]) for i in rows]",
+        "positions = [len(step.ids[i]) for i in rows]",
         "positions = [0 for _ in rows]",
     ),
     Mutation(

@@ -85,7 +85,8 @@ class _FixedBody(nn.Module):
         return self
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.states)  # pyright: ignore[reportArgumentType]
+        states: Any = self.states
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
 
 
 def _stored_names(model: Any, kind: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,28 +105,22 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
                 "data parallelism"
             )
         sharded = shard_teacher and self.accelerator.num_processes > 1
+        scoring = pair.teacher(args, sharded=sharded, longest=longest)
         # The mixin only closes the teacher, so it declares a wider type.
-        self.teacher = pair.teacher(args, sharded=sharded, longest=longest)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.teacher = scoring  # pyright: ignore[reportIncompatibleVariableOverride]
         self._logged_at: int | None = None  # the update after which metrics were last logged
 
+    @abstractmethod
     def updates_per_epoch(self) -> int:
-        """Updates in one pass over the training data.
+        """Updates in one pass over the training data."""
 
-        Raises:
-            NotImplementedError: a subclass does not implement it.
-        """
-        raise NotImplementedError("a subclass must implement updates_per_epoch")
-
+    @abstractmethod
     def micro_batches(self, update: int) -> list[Any]:
         """What this process's `training_step` gets for each micro-batch of an update.
 
         Args:
             update: the number of the update, counted from 0.
-
-        Raises:
-            NotImplementedError: a subclass does not implement it.
         """
-        raise NotImplementedError("a subclass must implement micro_batches")
 
     @property
     def states_teacher(self) -> StatesTeacher:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,13 +40,13 @@ class Finite(TrainerPart):
         self._micro_batches: list[Any] = []
         self.add_callback(_AfterTheStep(self))
 
+    @abstractmethod
     def global_sum(self, value: Tensor | float) -> float:
         """The sum of a number over all processes; see `StudentMixin.global_sum`."""
-        raise NotImplementedError("a subclass must implement global_sum")
 
+    @abstractmethod
     def rows_of(self, micro_batch: Any) -> str:
         """The rows of the data that a micro-batch holds, in words."""
-        raise NotImplementedError("a subclass must implement rows_of")
 
     def begin(self, micro_batches: list[Any]) -> list[Any]:
         """Note the micro-batches of the next update, and return them."""

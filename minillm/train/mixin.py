@@ -7,11 +7,15 @@ with any trainer.
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import Trainer as TrainerPart
 else:
-    TrainerPart = object
+
+    class TrainerPart(ABC):  # noqa: B024 (its subclasses have the abstract methods)
+        """Has nothing of its own."""
+
 
 __all__ = ["TrainerPart"]

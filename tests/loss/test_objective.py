@@ -16,7 +16,7 @@ from minillm.loss import credit
 from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
 from minillm.loss.on_policy import OnPolicyLoss
-from minillm.loss.token_scores import ScoringSettings, token_scores
+from minillm.loss.token_scores import token_scores
 from minillm.models.head import Head, TeacherStates
 from tests.loss.worlds import World
 
@@ -289,15 +289,7 @@ def test_returns_are_centred_on_those_of_the_other_responses_and_nothing_is_bias
             baseline = credit.baselines(sampled, objective)
             assert baseline.tolist() == pytest.approx(means[::-1], abs=1e-12)
             loss_of = OnPolicyLoss(objective, sampled, baseline=baseline[sampled.segments])
-            loss, _ = token_scores(
-                world.states[rows],
-                Head(world.head),
-                ids,
-                TeacherStates(world.teacher_states[rows], Head(world.teacher_head)),
-                loss_fn=loss_of,
-                settings=ScoringSettings(chunk=2),
-            )
-            grads = [drawn[one] * drawn[other] * g for g in torch.autograd.grad(loss, [world.states, world.head])]
+            grads = [drawn[one] * drawn[other] * g for g in world.gradients(rows, ids, loss_of)]
             got = grads if got is None else [a + b for a, b in zip(got, grads, strict=True)]
     for ours, theirs in zip(got, world.expectation(plain, alpha), strict=True):
         torch.testing.assert_close(ours, 2 * theirs, rtol=1e-9, atol=1e-12)

@@ -86,6 +86,16 @@ class World:
         behaviour = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
         settings = {"slots": LENGTH, **settings}
         loss_of = OnPolicyLoss(objective, SampledTokens(q, behaviour, p, torch.tensor([len(y)])), **settings)
+        return float(behaviour.sum().exp()), self.gradients(rows, ids, loss_of)
+
+    def gradients(self, rows: Tensor, ids: Tensor, loss_of: OnPolicyLoss) -> list[Tensor]:
+        """Return the gradients of a loss of some tokens by the states and by the head.
+
+        Args:
+            rows: The prefix of each token.
+            ids: The tokens.
+            loss_of: The loss.
+        """
         loss, _ = token_scores(
             self.states[rows],
             Head(self.head),
@@ -94,7 +104,7 @@ class World:
             loss_fn=loss_of,
             settings=ScoringSettings(chunk=2),
         )
-        return float(behaviour.sum().exp()), list(torch.autograd.grad(loss, [self.states, self.head]))
+        return list(torch.autograd.grad(loss, [self.states, self.head]))
 
     def expectation(self, objective: Objective, alpha: float, **settings: Any) -> list[Tensor]:
         total: Any = None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
 from minillm.models import servers as serving
 from minillm.rollout.engines.server import VLLMServerEngine
+from tests.loopback import LoopbackServer, short_backoff  # noqa: F401
 
 SAMPLING = Sampling(4, (1,), 30)
 
 
-class FakeServer:
+class FakeServer(LoopbackServer):
     """Answers with tokens that encode its weights and the seed.
 
     Each of `faults` answers one completion instead, in order; `resets` are the results of /reset_prefix_cache.
@@ -34,47 +33,30 @@ class FakeServer:
         self.bodies, self.resets = list[dict[str, Any]](), list[bool]()
         self.lock, self.down_until, self.raw = threading.Lock(), 0.0, False
         self.started: float | None = 1.7e9
-        outer = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path == "/metrics":
-                    metric = b"" if outer.started is None else b"process_start_time_seconds %.2f\n" % outer.started
-                    self.say(200, b"# HELP process_start_time_seconds Start time.\n" + metric)
-                else:
-                    self.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
+    def get(self, handler: Any) -> None:
+        if handler.path == "/metrics":
+            metric = b"" if self.started is None else b"process_start_time_seconds %.2f\n" % self.started
+            handler.say(200, b"# HELP process_start_time_seconds Start time.\n" + metric)
+        else:
+            handler.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
-                if self.path == "/collective_rpc":
-                    outer.weights = float(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")["w"])
-                    self.say(200, {"results": [None]})
-                elif self.path == "/reset_prefix_cache?reset_running_requests=true":
-                    self.say(200, {"success": outer.resets.pop(0) if outer.resets else True})
-                elif time.monotonic() < outer.down_until:
-                    hanging_up(self, body)
-                else:
-                    with outer.lock:
-                        fault = outer.faults.pop(0) if outer.faults and "logprob_token_ids" not in body else None
-                    if fault is not None:
-                        fault(self, body)
-                    else:
-                        outer.complete(self, body)
-
-            def say(self, status: int, body: Any) -> None:
-                raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+    def post(self, handler: Any, body: dict[str, Any]) -> None:
+        if handler.path == "/collective_rpc":
+            self.weights = float(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")["w"])
+            handler.say(200, {"results": [None]})
+        elif handler.path == "/reset_prefix_cache?reset_running_requests=true":
+            handler.say(200, {"success": self.resets.pop(0) if self.resets else True})
+        elif time.monotonic() < self.down_until:
+            hanging_up(handler, body)
+        else:
+            with self.lock:
+                fault = self.faults.pop(0) if self.faults and "logprob_token_ids" not in body else None
+            if fault is not None:
+                fault(handler, body)
+            else:
+                self.complete(handler, body)
 
     def complete(self, handler: Any, body: dict[str, Any]) -> None:
         divisor, jitter = (1.0, 1e-4 * body["temperature"]) if self.raw else (body["temperature"], 0.0)
@@ -87,10 +69,6 @@ class FakeServer:
                 self.bodies.append(body)
         ids = [2, int(self.weights) + 10, body.get("seed", 0) % 7 + 3, 1]
         handler.say(200, answer(ids, [-0.5] * 4, table))
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
 
 
 def answer(
@@ -114,12 +92,6 @@ def saying(body: Any) -> Callable[[Any, Any], None]:
 
 def hanging_up(handler: Any, body: Any) -> None:
     handler.connection.close()
-
-
-@pytest.fixture(autouse=True)
-def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr(serving, "LONGEST_BACKOFF", 0.05)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from minillm.run.recipe import Recipe, SharedRecipe
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.shared import training_arguments
 from minillm.run.stages.stage import Stage
-from minillm.run.training_arguments import STAGE_DEFAULTS, argument
+from minillm.run.training_arguments import STAGE_DEFAULTS, argument, training_faults
 from minillm.train.schedule import BatchSchedule
 
 
@@ -47,6 +47,23 @@ def tiny_recipe(tmp_path: Path, **settings: Any) -> Recipe:
     return Recipe.model_validate(
         {"run_dir": tmp_path / "run", "data": {"train": file, "heldout": file}, "teacher": {"source": "t"}} | settings
     )
+
+
+def test_validation_scores_with_a_served_teacher_too(tmp_path: Path) -> None:
+    """Servers may return states, so that a checkpoint can be chosen by KL(q‖p)."""
+    served = tiny_recipe(
+        tmp_path,
+        teacher={"source": "t", "servers": ["http://x:1"]},
+        student={"source": "s"},
+        rollout={"teacher_mix": 0},
+    )
+    assert [s.name for s in STAGES if s.scores_with_teacher(served)] == ["warmup", "sft", "minillm"]
+    validated = served.model_copy(update={"data": served.data.model_copy(update={"validation": served.data.train})})
+    best = {
+        "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,
+        "metric_for_best_model": "reverse_kl",
+    }  # fmt: skip
+    assert list(training_faults(validated, stage_named("minillm"), best)) == []
 
 
 def test_a_new_stage_is_checked_without_being_named_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

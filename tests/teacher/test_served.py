@@ -7,7 +7,6 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError, InputError
 from minillm.loss.config import Objective
-from minillm.models import servers as serving
 from minillm.models.load import load_model
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
@@ -31,6 +29,7 @@ from minillm.teacher.served_states import ServedStates
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_llama
+from tests.loopback import LoopbackServer, short_backoff  # noqa: F401
 from tests.rollout.test_engines import start_server, stop_server
 from tests.run.test_stages import RECIPE
 from tests.train.common import PROMPTS, arguments
@@ -39,7 +38,7 @@ PROMPT_IDS, RESPONSE_IDS = [[2], [3, 4, 5], [9] * 40], [[5, 6, 1], [7] * 20, [8,
 SAMPLING = Sampling(20, (1,), 30, temperature=0.7)
 
 
-class FakeServer:
+class FakeServer(LoopbackServer):
     """Returns the states of a model, as vLLM's pooling runner does. Each of `faults` answers one request instead."""
 
     def __init__(self, model: Any, *, states: bool = True, dtype: torch.dtype = torch.float32) -> None:
@@ -47,61 +46,34 @@ class FakeServer:
         self.started, self.faults = 1.7e9, list[Callable[[Any, Any], None]]()
         self.change: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
         self.bodies = list[dict[str, Any]]()
-        self.lock = threading.Lock()
-        outer = self
+        self.states, self.lock = states, threading.Lock()
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                if self.path == "/metrics":
-                    self.say(200, b"process_start_time_seconds %.2f\n" % outer.started)
-                elif self.path == "/pooling":
-                    self.say(405 if states else 404, {})
-                else:
-                    self.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
+    def get(self, handler: Any) -> None:
+        if handler.path == "/metrics":
+            handler.say(200, b"process_start_time_seconds %.2f\n" % self.started)
+        elif handler.path == "/pooling":
+            handler.say(405 if self.states else 404, {})
+        else:
+            handler.say(200, {"data": [{"id": "tiny", "max_model_len": 64}]})
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.bodies.append(body)
-                    fault = outer.faults.pop(0) if outer.faults else None
-                    if fault is None:
-                        self.say_states(outer.states_of(body["input"]), body["embed_dtype"])
-                    else:
-                        fault(self, body)
-
-            def say_states(self, states: torch.Tensor, dtype: str) -> None:
-                values = states.to(getattr(torch, dtype)).flatten().contiguous().view(torch.uint8)
-                self.say(200, values.numpy().tobytes(), "application/octet-stream")
-
-            def say(self, status: int, body: Any, kind: str = "application/json") -> None:
-                raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.send_header("Content-Type", kind)
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+    def post(self, handler: Any, body: dict[str, Any]) -> None:
+        with self.lock:
+            self.bodies.append(body)
+            fault = self.faults.pop(0) if self.faults else None
+            if fault is not None:
+                fault(handler, body)
+                return
+            say_states(handler, self.states_of(body["input"]), body["embed_dtype"])
 
     def states_of(self, ids: list[int]) -> torch.Tensor:
         [states] = self.teacher.hidden([ids[:1]], [[*ids[1:], 0]])
         return self.change(states.to(self.dtype).float())
 
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
 
-
-@pytest.fixture(autouse=True)
-def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "FIRST_BACKOFF", 0.02)
-    monkeypatch.setattr(serving, "LONGEST_BACKOFF", 0.05)
+def say_states(handler: Any, states: torch.Tensor, dtype: str) -> None:
+    values = states.to(getattr(torch, dtype)).flatten().contiguous().view(torch.uint8)
+    handler.say(200, values.numpy().tobytes(), "application/octet-stream")
 
 
 @pytest.fixture
@@ -162,11 +134,11 @@ def test_states_are_sent_in_the_fewest_bytes_that_lose_nothing(
 
 
 def with_nan(handler: Any, body: Any) -> None:
-    handler.say_states(torch.full((len(body["input"]), 64), math.nan), body["embed_dtype"])
+    say_states(handler, torch.full((len(body["input"]), 64), math.nan), body["embed_dtype"])
 
 
 def with_a_row_missing(handler: Any, body: Any) -> None:
-    handler.say_states(torch.zeros(len(body["input"]) - 1, 64), body["embed_dtype"])
+    say_states(handler, torch.zeros(len(body["input"]) - 1, 64), body["embed_dtype"])
 
 
 def hanging_up(handler: Any, _: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -105,10 +105,10 @@ class TransformersEngine:
         model.eval()
         last = _last_position(model.device)
         for _ in range(sampling.max_new_tokens):
-            step = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
-            out = model(inputs, past_key_values=cache, logits_to_keep=last, **step)
+            arguments = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+            out = model(inputs, past_key_values=cache, logits_to_keep=last, **arguments)
             cache = out.past_key_values
-            tokens = steps.sample(out.logits[:, -1], rows, ids, inputs, step)
+            tokens = steps.sample(_Step(out.logits[:, -1], rows, ids, inputs, arguments))
             for i, token in zip(rows, tokens.tolist(), strict=True):
                 ids[i].append(token)
             unfinished = torch.tensor([not sampling.ended(ids[i]) for i in rows], device=model.device)
@@ -144,6 +144,25 @@ class TransformersEngine:
         """Do nothing."""
 
 
+@dataclass
+class _Step:
+    """One forward of the student, whose next tokens are to be sampled.
+
+    Attributes:
+        logits: The student's logits.
+        rows: The number of each row's response.
+        ids: The tokens of all responses so far.
+        inputs: The tokens that the student has read.
+        arguments: The other arguments of the forward, which hold for the teacher as well.
+    """
+
+    logits: Float[Tensor, "rows vocabulary"]
+    rows: Sequence[int]
+    ids: Sequence[list[int]]
+    inputs: Int[Tensor, "rows width"]
+    arguments: Mapping[str, Any]
+
+
 class _PlainSteps:
     """Samples the tokens of one batch from the student alone, and collects what is known about them."""
 
@@ -155,28 +174,13 @@ class _PlainSteps:
         self._logprobs: list[list[float]] = [[] for _ in prompts]
         self._top_logprobs: list[list[dict[int, float]]] = [[] for _ in prompts]
 
-    def sample(
-        self,
-        logits: Float[Tensor, "rows vocabulary"],
-        rows: Sequence[int],
-        ids: Sequence[list[int]],
-        inputs: Int[Tensor, "rows width"],
-        step: Mapping[str, Any],
-    ) -> Int[Tensor, " rows"]:
-        """Sample one token for each of `rows`.
-
-        Args:
-            logits: The student's logits.
-            rows: The number of each row's response.
-            ids: The tokens of all responses so far.
-            inputs: The tokens that the student has just read.
-            step: The arguments of that forward.
-        """
-        sampling = self._sampling
+    def sample(self, step: _Step) -> Int[Tensor, " rows"]:
+        """Sample one token for each row of a step."""
+        sampling, rows, logits = self._sampling, step.rows, step.logits
         self._generators = self._generators or [torch.Generator(logits.device).manual_seed(s) for s in self._seeds]
         logq = next_token_logprobs(logits, sampling)
         if sampling.no_repeat_ngram:
-            logq = _without_repeats(logq, [[*self._prompts[i], *ids[i]] for i in rows], sampling.no_repeat_ngram)
+            logq = _without_repeats(logq, [[*self._prompts[i], *step.ids[i]] for i in rows], sampling.no_repeat_ngram)
         tokens = _sample(logq, [self._generators[i] for i in rows])
         values = logq.gather(1, tokens[:, None])[:, 0].tolist()
         for i, value in zip(rows, values, strict=True):
@@ -205,22 +209,16 @@ class _MixedSteps:
         self._head = head_of(teacher.model).narrow(sampling.vocab_size)
         self._record = MixtureRecord()
 
-    def sample(
-        self,
-        logits: Float[Tensor, "rows vocabulary"],
-        rows: Sequence[int],
-        ids: Sequence[list[int]],
-        inputs: Int[Tensor, "rows width"],
-        step: Mapping[str, Any],
-    ) -> Int[Tensor, " rows"]:
-        """Sample one token for each of `rows`; see `_PlainSteps.sample`."""
+    def sample(self, step: _Step) -> Int[Tensor, " rows"]:
+        """Sample one token for each row of a step, which the teacher reads too."""
+        rows, inputs = step.rows, step.inputs
         with self._teacher.reading():
-            out = body(self._teacher.model)(input_ids=inputs, past_key_values=self.cache, **step)
+            out = body(self._teacher.model)(input_ids=inputs, past_key_values=self.cache, **step.arguments)
         self.cache = out.past_key_values
         states = out.last_hidden_state[:, -1]
-        positions = [len(ids[i]) for i in rows]
+        positions = [len(step.ids[i]) for i in rows]
         found = sample_mixture(
-            logits,
+            step.logits,
             self._head.logits(states),
             uniform_numbers([self._seeds[i] for i in rows], positions),
             self._sampling.teacher_mix,

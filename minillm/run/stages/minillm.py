@@ -51,9 +51,6 @@ class MiniLLM(Stage):
     def trains_on_references(self, recipe: Recipe) -> bool:
         return recipe.rollout.on_policy < 1
 
-    def scores_with_teacher(self, recipe: Recipe) -> bool:
-        return not recipe.teacher.servers
-
     def longest_sequences(self, recipe: Recipe) -> list[tuple[str, int]]:
         found, block = super().longest_sequences(recipe), recipe.objective.language_model_block
         if recipe.data.text is not None:

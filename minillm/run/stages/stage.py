@@ -73,7 +73,10 @@ class Stage(ABC):
         return False
 
     def scores_with_teacher(self, recipe: Recipe) -> bool:
-        """Whether the teacher's model can be in the process, to score the samples of a validation."""
+        """Whether a validation can score the student's samples with the teacher, in this process or behind servers.
+
+        Servers that return log-probabilities only are found when the stage begins, and refuse what needs more.
+        """
         return self.trains == "student"
 
     def teacher_in_loss(self, recipe: Recipe) -> bool:
