@@ -236,6 +236,18 @@ MUTATIONS = [
         "index = {key: i for i, key in reversed(list(enumerate(self._keys)))}",
     ),
     Mutation(
+        "log p of the drawn tokens computed twice",
+        "train/on_policy.py",
+        "if self._logp_first and",
+        "if",
+    ),
+    Mutation(
+        "log p of another mixture after rescoring",
+        "train/on_policy.py",
+        "needs_sampled_rewards_first(self.objective) or trainers_mixture",
+        "needs_sampled_rewards_first(self.objective)",
+    ),
+    Mutation(
         "teacher read anew in every epoch",
         "train/on_policy.py",
         "        states = None\n",

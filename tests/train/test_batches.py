@@ -100,9 +100,42 @@ def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_pa
         seen[preset] = float((rollout.student_logprobs - logq).abs().max())
         assert logged["engine_mismatch"] > 1e-3
         assert rollout.teacher is not None
+        assert rollout.teacher.token_logprobs is not None
         mixture = (0.7 * rollout.student_logprobs.exp() + 0.3 * rollout.teacher.token_logprobs.exp()).log()
         torch.testing.assert_close(rollout.behaviour_logprobs, mixture, rtol=1e-5, atol=1e-6)
     assert seen["reference"] < 1e-5 < 1e-3 < seen["paper"]
+
+
+def test_rescored_rollouts_of_an_engine_that_returns_no_states_keep_their_mixture(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    """A server that mixes returns log p alone, which is that of its own student's rollout; p̃ is computed anew."""
+    engine = TransformersEngine(
+        load_model(pair[0], torch.float32), teacher=LocalTeacher(load_model(pair[1], torch.float32))
+    )
+    generate = engine.generate
+
+    def without_targets(*args: Any, **kwargs: Any) -> Any:
+        rollouts = generate(*args, **kwargs)
+        for rollout in rollouts:
+            rollout.teacher = None
+        return rollouts
+
+    engine.generate = without_targets  # pyright: ignore
+    trainer = MiniLLMTrainer(
+        *pair,
+        arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        rollout=ROLLOUT,
+        train_dataset=PROMPTS,
+        engine=engine,
+        objective=Objective.recommended(old_logprobs="trainer"),
+    )
+    trainer.train()
+    for rollout in trainer.rollouts:
+        assert rollout.teacher is not None
+        assert rollout.teacher.token_logprobs is not None
+        mixture = (0.7 * rollout.student_logprobs.exp() + 0.3 * rollout.teacher.token_logprobs.exp()).log()
+        torch.testing.assert_close(rollout.behaviour_logprobs, mixture, rtol=1e-5, atol=1e-6)
 
 
 def test_an_engine_that_samples_another_student_is_reported_once(
