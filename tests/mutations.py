@@ -118,8 +118,8 @@ MUTATIONS = [
     Mutation(
         "baseline of unweighted rewards",
         "loss/credit.py",
-        "sampled_rewards(tokens, objective) * token_weights(tokens)",
-        "sampled_rewards(tokens, objective)",
+        "rewards = sampled * token_weights(tokens)",
+        "rewards = sampled",
     ),
     Mutation(
         "rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"
