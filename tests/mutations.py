@@ -327,8 +327,8 @@ MUTATIONS = [
     Mutation(
         "micro-batches of reference chosen by length",
         "train/schedule.py",
-        "return [list(range(start, start + size)) for start in range(0, len(tokens), size)]",
-        "return bucket(tokens, size)",
+        "return [list(range(start, start + size)) for start in range(0, len(lengths), size)]",
+        "return bucket(lengths, size)",
     ),
     Mutation(
         "micro-batches of reference added up",

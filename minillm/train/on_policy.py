@@ -175,8 +175,7 @@ class MiniLLMTrainer(DistillationTrainer):
             self._start_batch(number)
         for name, (total, count) in self._batch_metrics.items():
             self.metrics.add_mean(name, total, count)
-        lengths = [len(rollout.response_ids) for rollout in self.rollouts]
-        return self.schedule.micro_batches(update, lengths, self.text, self.global_sum)
+        return self.schedule.micro_batches(update, self.rollouts, self.text, self.global_sum)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from minillm.data.rollouts import Rollout
 from minillm.errors import EngineError
 from minillm.loss.config import Objective
 from minillm.models.load import load_model
+from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.teacher.local import LocalTeacher
 from minillm.train.on_policy import MiniLLMTrainer
+from minillm.train.schedule import BatchSchedule
 from tests.train.common import OFF_POLICY, PROMPTS, ROLLOUT, OwnEngine, arguments, teacher_model, train
 
 
@@ -304,3 +307,15 @@ def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp
     assert resumed.state.global_step == 8
     for (name, x), y in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):  # pyright: ignore
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_sequences_of_similar_length_share_a_micro_batch() -> None:
+    """The rows of a micro-batch are as wide as its longest prompt and response together."""
+    zeros = torch.zeros(1)
+    sizes = [(1, 8), (7, 1), (5, 4), (1, 7), (3, 6), (8, 1), (2, 6), (3, 5)]
+    rollouts = [Rollout([2] * prompt, [3] * response, zeros, zeros, 0, True) for prompt, response in sizes]
+    schedule = BatchSchedule(RolloutConfig(num_rollouts=8), 4, 2)
+    groups = [
+        {sum(sizes[i]) for i in batch.rollouts} for batch in schedule.micro_batches(0, rollouts, None, lambda x: x)
+    ]
+    assert groups == [{8}, {9}]
