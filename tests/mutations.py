@@ -290,8 +290,8 @@ MUTATIONS = [
     Mutation(
         "text fitted at the rollouts' temperature",
         "loss/token_scores.py",
-        "self._measure(student, teacher, targets, self._text_transforms, wide)",
-        "self._measure(student, teacher, targets, self._transforms, wide)",
+        "self._measure(student, teacher, targets, span.text_transforms, wide)",
+        "self._measure(student, teacher, targets, span.transforms, wide)",
     ),
     Mutation(
         "a gradient norm that is none trained on",
@@ -346,7 +346,7 @@ MUTATIONS = [
     Mutation(
         "another divergence without the head's slope",
         "loss/token_scores.py",
-        "(by_logits * self._transforms.student.slope(logits.detach()))",
+        "(by_logits * transforms.student.slope(logits.detach()))",
         "by_logits",
     ),
     Mutation(
