@@ -22,6 +22,7 @@ _ALIASES = {
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "text": ("text",),
+    "teacher": ("teacher",),
 }
 # Columns that only describe a row, which nobody expects to be trained on. They are passed over without a warning.
 _DESCRIPTIVE_COLUMNS = frozenset(

@@ -96,9 +96,7 @@ class SpanSettings:
         if self.text_temperature is None:
             return pair, None
         text = self.student._replace(temperature=self.text_temperature)
-        return pair, Transforms(
-            text, text if teacher is None else teacher._replace(temperature=self.text_temperature)
-        )
+        return pair, Transforms(text, text if teacher is None else teacher._replace(temperature=self.text_temperature))
 
     def of_rows(self) -> tuple[Transforms, Transforms | None]:
         """Return the transforms for rows of log-probabilities, which no temperature divides again."""
