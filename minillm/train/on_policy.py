@@ -346,10 +346,7 @@ class MiniLLMTrainer(DistillationTrainer):
             release_memory()
 
     def _checkpoint_on_engine_error(self) -> AbstractContextManager[None]:
-        """If any process loses its engine, save a checkpoint in all of them, then raise in all.
-
-        A resume samples the batch again.
-        """
+        """If any process loses its engine, save in all, then raise in all. A resume samples the batch again."""
         return saved_on_engine_error(self.global_sum, self._save_if_begun)
 
     def _save_if_begun(self) -> None:
