@@ -242,7 +242,7 @@ def main() -> None:
             f"run_dir={folder / 'run'}",
             *short_run(stages),
             *write_made_up_data(
-                folder, recipe.teacher.source, recipe.data.max_prompt_tokens, recipe.responses.max_new_tokens
+                folder, recipe.teacher.first.source, recipe.data.max_prompt_tokens, recipe.responses.max_new_tokens
             ),
         ]
         # In processes of their own: a process inherits the peak of the one that starts it.
@@ -252,7 +252,7 @@ def main() -> None:
         for stage in stages:
             own = [
                 f"stages=[{stage}]",
-                f"teacher.source={teacher if teacher.is_dir() else recipe.teacher.source}",
+                f"teacher.source={teacher if teacher.is_dir() else recipe.teacher.first.source}",
                 f"student.source={student if student.is_dir() else recipe.student.source}",
                 f"run_dir={folder / stage}",
             ]

@@ -26,6 +26,7 @@ SUITE = [
     "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
     "tests/loss/test_token_scores_precision.py",
+    "tests/loss/test_several_teachers.py",
     "tests/rollout/test_mixture.py",
     "tests/rollout/test_choose.py",
     "tests/rollout/test_vllm_server.py",
@@ -186,6 +187,30 @@ MUTATIONS = [
         "(logq - logp - measures.reverse_kl[:, None])",
         "(logq - logp)",
     ),
+    Mutation(
+        "every response scored by the first teacher",
+        "teacher/routed.py",
+        "return self.by_name[name].hidden(",
+        "return next(iter(self.by_name.values())).hidden(",
+    ),
+    Mutation(
+        "a chunk goes on into the tokens of the next teacher",
+        "loss/teacher_spans.py",
+        "yield slice(first, min(first + size, self.stop))",
+        "yield slice(first, first + size)",
+    ),
+    Mutation(
+        "every span transformed by the first teacher's bias and scale",
+        "loss/teacher_spans.py",
+        "LogitTransform.of(head, settings",
+        "LogitTransform.of(parts[0].head.narrow(settings.width), settings",
+    ),
+    Mutation(
+        "a rollout's teacher not saved in checkpoints",
+        "data/rollouts.py",
+        'if name != "teacher"}',
+        'if name not in ("teacher", "teacher_name")}',
+    ),
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
         "head gradient of the last chunk only",
@@ -302,8 +327,8 @@ MUTATIONS = [
     Mutation(
         "text fitted at the rollouts' temperature",
         "loss/token_scores.py",
-        "self._measure(student, teacher, targets, self._text_transforms, wide)",
-        "self._measure(student, teacher, targets, self._transforms, wide)",
+        "self._measure(student, teacher, targets, span.text_transforms, wide)",
+        "self._measure(student, teacher, targets, span.transforms, wide)",
     ),
     Mutation(
         "a gradient norm that is none trained on",
@@ -358,7 +383,7 @@ MUTATIONS = [
     Mutation(
         "another divergence without the head's slope",
         "loss/token_scores.py",
-        "(by_logits * self._transforms.student.slope(logits.detach()))",
+        "(by_logits * transforms.student.slope(logits.detach()))",
         "by_logits",
     ),
     Mutation(

@@ -26,7 +26,7 @@ from minillm.run.stages import NAMES, STAGES
 from minillm.run.stages.responses import ResponsesConfig
 from minillm.run.stages.stage import Stage
 from minillm.run.stages.warmup import WarmupConfig
-from minillm.teacher.config import TeacherConfig
+from minillm.teacher.config import TeacherConfig, TeachersConfig
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
@@ -43,6 +43,7 @@ SECTIONS = [
     StudentConfig,
     Suite,
     TeacherConfig,
+    TeachersConfig,
     TestSet,
     WarmupConfig,
 ]

@@ -35,9 +35,9 @@ class Source(Section):
     split: str = "train"
     """Split of the data set. Slices such as `train[:1000]` are allowed."""
     columns: dict[str, str] = {}
-    """Names of the columns to read as `instruction`, `input`, `output`, `messages` or `text`. Needed only where the
-    names are not recognised; those of Dolly (`context`, `response`) and Alpaca, `prompt`/`completion` and chats
-    (`messages`) are."""
+    """Names of the columns to read as `instruction`, `input`, `output`, `messages`, `text` or `teacher` (the name of a
+    row's teacher, where a recipe has several). Needed only where the names are not recognised; those of Dolly
+    (`context`, `response`) and Alpaca, `prompt`/`completion` and chats (`messages`) are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +61,8 @@ class DataConfig(Section):
 
     train: Source
     """Training prompts: rows of `instruction` with an optional `input`, of `prompt`, or of `messages`. A row of
-    `messages` is a chat; every answer of the assistant in it counts as one example."""
+    `messages` is a chat; every answer of the assistant in it counts as one example. With several teachers, `teacher`
+    names that of the row."""
     heldout: Source
     """Prompts that no stage trains on."""
     validation: Source | None = None

@@ -38,6 +38,8 @@ class Example:
         references: Known answers.
         chat: Role and content of every message, the last one included, if there is more than the instruction.
         place: File and line, or data set and number, for error messages.
+        teacher: What the row's column `teacher` holds, which is read where there are several teachers; None if the row
+            has no such column.
     """
 
     row: int
@@ -46,6 +48,7 @@ class Example:
     references: tuple[str, ...] = ()
     chat: tuple[tuple[str, str], ...] = ()
     place: str = ""
+    teacher: str | None = None
 
     @property
     def output(self) -> str:
@@ -89,7 +92,7 @@ def read_examples(source: Source | str | Path, limit: int | None = None) -> list
     remarks = Remarks()
     for fields, place in read_rows(source, remarks=remarks):
         for example in _examples_of(fields, place, remarks):
-            examples.append(replace(example, row=len(examples), place=place))
+            examples.append(replace(example, row=len(examples), place=place, teacher=_teacher_of(fields)))
         if limit is not None and len(examples) >= limit:
             break
     remarks.report()
@@ -154,6 +157,10 @@ def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]
                 remarks.add("an answer of the assistant is blank, and not trained on", place)
     if said[-1][0] == "user":
         yield _chat_example(said, "")
+
+
+def _teacher_of(fields: dict[str, Any]) -> str | None:
+    return None if fields.get("teacher") is None else str(fields["teacher"])
 
 
 def _message(message: Any, where: str, remarks: Remarks) -> tuple[str, str]:

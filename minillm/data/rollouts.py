@@ -70,6 +70,7 @@ class Rollout:
         reverse_kl: float32, KL(q‖p) after each prefix, for the student that first trained on the response; None until
             then.
         top_logprobs: log q of the most likely tokens at each position, by token id; None unless they were requested.
+        teacher_name: the teacher that scores the response, where there are several; None where there is one.
     """
 
     prompt_ids: list[int]
@@ -81,6 +82,7 @@ class Rollout:
     teacher: TeacherTargets | None = None
     reverse_kl: Float[Tensor, " tokens"] | None = None
     top_logprobs: Sequence[dict[int, float]] | None = None
+    teacher_name: str | None = None
 
     @classmethod
     def drawn(
@@ -133,8 +135,8 @@ class Rollout:
     def from_saved(cls, fields: Mapping[str, Any]) -> Rollout:
         """Restore a rollout from `to_saved`, or from a checkpoint of an earlier version.
 
-        Earlier versions saved `top_logprobs` as `likeliest`, and three fields for the teacher's targets, which they
-        left empty.
+        Earlier versions saved no `teacher_name`, `top_logprobs` as `likeliest`, and three fields for the teacher's
+        targets, which they left empty.
         """
         kept = dict(fields)
         for name in ("teacher_hidden", "teacher_logprobs", "teacher_rows"):

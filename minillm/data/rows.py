@@ -22,6 +22,9 @@ _ALIASES = {
     "system": ("system", "system_prompt"),
     "history": ("history",),
     "text": ("text",),
+    "teacher": ("teacher",),
+    "prompt_ids": ("prompt_ids",),  # of a run's responses.jsonl, as is the next
+    "response_ids": ("response_ids",),
 }
 # Columns that only describe a row, which nobody expects to be trained on. They are passed over without a warning.
 _DESCRIPTIVE_COLUMNS = frozenset(

@@ -18,9 +18,8 @@ from minillm.data.seeding import seed_of
 from minillm.evaluation.store import Row
 from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.token_scores import ScoringSettings
-from minillm.models.head import TeacherStates
 from minillm.rollout.engines.base import Engine
-from minillm.teacher.states import StatesTeacher
+from minillm.teacher.routed import ExactTeacher, hidden_states, join_states
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 """Metrics that `add_divergences` can write, in the order in which `token_divergences` returns them."""
@@ -56,23 +55,26 @@ def answer(
 
 def token_divergences(
     student: Any,
-    teacher: StatesTeacher,
+    teacher: ExactTeacher,
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     width: int,
     temperature: float,
     progress: bool = False,
+    *,
+    names: Sequence[str | None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Compute KL(q‖p) and KL(p‖q) of the full next-token distributions at every token of some responses.
 
     Args:
         student: A model to which scoring is bound (`bind_scoring`). It may be wrapped, e.g. by a trainer.
-        teacher: The model that gives p.
+        teacher: The model that gives p, or several models.
         prompts: Token ids of the prompts.
         responses: Token ids of the responses, one per prompt.
         width: Size of the vocabulary that both share.
         temperature: Divides the logits of both.
         progress: Whether to show a progress bar.
+        names: The name of each response's teacher, where there are several.
 
     Returns:
         For each response KL(q‖p) [T] and KL(p‖q) [T] in nats, float64 on the CPU.
@@ -84,10 +86,11 @@ def token_divergences(
     for group in tqdm(groups, desc="scoring", disable=not progress):
         own, theirs = [prompts[i] for i in group], [responses[i] for i in group]
         batch = pad(own, theirs, device)
-        hidden = torch.cat(teacher.hidden(own, theirs)).to(device)
+        chosen = [None if names is None else names[i] for i in group]
+        hidden = [states.to(device) for states in hidden_states(teacher, own, theirs, chosen)]
         settings = ScoringSettings(temperature=temperature, width=width)
         with torch.no_grad():
-            _, scores = score(student, Scoring(batch, settings, TeacherStates(hidden, teacher.head)))
+            _, scores = score(student, Scoring(batch, settings, join_states(teacher, hidden, chosen)))
         parts = (
             values.double().cpu().split(batch.lengths.tolist()) for values in (scores.reverse_kl, scores.forward_kl)
         )
@@ -100,7 +103,7 @@ def add_divergences(
     rows: Sequence[Row],
     prompts: Sequence[Prompt],
     student: PreTrainedModel,
-    teacher: StatesTeacher,
+    teacher: ExactTeacher,
     width: int,
     temperature: float,
     keys: Sequence[str] = DIVERGENCES,
@@ -113,15 +116,24 @@ def add_divergences(
         rows: Answers of the student.
         prompts: The prompts that the rows answer, in any order.
         student: The model that gave the answers.
-        teacher: The model that gives p.
+        teacher: The model that gives p, or several, of which each prompt's example names its own.
         width: Size of the vocabulary that both share.
         temperature: Divides the logits of both.
         keys: Which of `DIVERGENCES` to write.
     """
     bind_scoring(student)
-    by_row = {prompt.example.row: prompt.ids for prompt in prompts}
+    by_row = {prompt.example.row: prompt for prompt in prompts}
     own = [by_row[row["row"]] for row in rows]
-    found = token_divergences(student, teacher, own, [row["ids"] for row in rows], width, temperature, progress=True)
+    found = token_divergences(
+        student,
+        teacher,
+        [prompt.ids for prompt in own],
+        [row["ids"] for row in rows],
+        width,
+        temperature,
+        progress=True,
+        names=[prompt.example.teacher for prompt in own],
+    )
     for row, divergences in zip(rows, found, strict=True):
         sums = {key: float(values.sum()) for key, values in zip(DIVERGENCES, divergences, strict=True)}
         row |= {key: finite(sums[key]) for key in keys}

@@ -28,7 +28,7 @@ class Dependencies:
         settings: How answers are sampled and scored, in values that JSON can hold.
         prompts: The rendered prompts.
         choices: The possible answers, if it is a classification task.
-        teacher: Folder or hub id of the model that answers are scored with; None if there is none.
+        teacher: Folder or hub id of the model that answers are scored with, or of several by name; None without one.
         ends: The end tokens and the size of the vocabulary, where they do not follow from the model alone.
     """
 
@@ -38,7 +38,7 @@ class Dependencies:
     settings: Mapping[str, Any]
     prompts: Sequence[Prompt] = ()
     choices: Sequence[str] = ()
-    teacher: str | None = None
+    teacher: str | Mapping[str, str] | None = None
     ends: tuple[Sequence[int], int] | None = None
 
     def of(self, model: str, engine: str) -> Dependencies:
@@ -54,7 +54,7 @@ class Dependencies:
         """All facts, as text that is the same while they are. It is kept beside the answers."""
         facts = {
             "weights": file_times(self.model) or self.model,
-            "teacher": None if self.teacher is None else file_times(self.teacher) or self.teacher,
+            "teacher": self._teacher_files(),
             "tokenizer": digest(*_vocabulary(self.tokenizer)),
             "engine": self.engine,
             "settings": self.settings,
@@ -67,6 +67,11 @@ class Dependencies:
         if note.startswith("{"):
             return note == self.note or json.loads(note) == self._earlier_facts_of_a_run()
         return note == self._earlier_digest_of_a_suite()
+
+    def _teacher_files(self) -> Any:
+        if self.teacher is None or isinstance(self.teacher, str):
+            return None if self.teacher is None else file_times(self.teacher) or self.teacher
+        return {name: file_times(folder) or folder for name, folder in self.teacher.items()}
 
     def _rendered(self) -> list[Any]:
         return [(prompt.ids, prompt.example.references) for prompt in self.prompts]
@@ -83,7 +88,7 @@ class Dependencies:
         }
 
     def _earlier_digest_of_a_suite(self) -> str:
-        teacher = {} if self.teacher is None else file_times(self.teacher)
+        teacher = file_times(self.teacher) if isinstance(self.teacher, str) else {}  # suites have one teacher at most
         weights = file_times(self.model) or self.model
         shared = digest(weights, dict(self.settings), self.engine, _vocabulary(self.tokenizer), teacher)
         return digest(shared, list(self.choices), self._rendered())

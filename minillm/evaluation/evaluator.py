@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from minillm.models.vocabulary import head_width
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.choose import ReusableEngine
 from minillm.teacher.local import LocalTeacher
+from minillm.teacher.routed import ExactTeacher, RoutedTeacher
 
 
 class Evaluator:
-    """Samples one model after another with one engine, and scores their answers with one teacher.
+    """Samples one model after another with one engine, and scores their answers with one teacher, or with several.
 
     The engine is started for the first model and reused for later models of the same shape. The teacher is loaded when
     it is first needed. Call `close` at the end, e.g. by way of `contextlib.closing`.
@@ -30,8 +31,9 @@ class Evaluator:
         rollout: Chooses the engine.
         max_length: Tokens of the longest prompt and response together.
         sequences: Number of responses that are sampled at the same time.
-        teacher: Folder or hub id of the teacher; None where nothing is scored with one.
-        quantization: `8bit` or `4bit`, the precision in which the teacher is loaded.
+        teacher: Folder or hub id of the teacher, or of several by name, each for the prompts whose example names it.
+            None where nothing is scored with one.
+        quantization: `8bit` or `4bit`, the precision in which the teacher is loaded; of several by name.
     """
 
     def __init__(
@@ -40,12 +42,13 @@ class Evaluator:
         max_length: int,
         *,
         sequences: int = 64,
-        teacher: str | None = None,
-        quantization: str | None = None,
+        teacher: str | Mapping[str, str] | None = None,
+        quantization: Mapping[str, str | None] | str | None = None,
     ) -> None:
         self._engines = ReusableEngine(rollout, max_length, sequences)
-        self._teacher_folder, self._quantization = teacher, quantization
-        self._teacher: LocalTeacher | None = None
+        self._folders = {"": teacher} if isinstance(teacher, str) else dict(teacher or {})
+        self._quantization = quantization if isinstance(quantization, Mapping) else {"": quantization}
+        self._teachers: dict[str, LocalTeacher] = {}
 
     def load(self, folder: str) -> PreTrainedModel:
         """Load a model onto this process's device."""
@@ -58,18 +61,31 @@ class Evaluator:
         Raises:
             InputError: The evaluation has no teacher.
         """
-        if self._teacher is None:
-            if self._teacher_folder is None:
-                raise InputError("this evaluation has no teacher to score answers with")
-            self._teacher = LocalTeacher(
-                _to_device(load_model(self._teacher_folder, working_dtype(), self._quantization))
-            )
-        return self._teacher
+        return self._teacher_of("")
 
-    def score_with(self, teacher: PreTrainedModel) -> None:
-        """Use a loaded model as the teacher, unless the teacher is to be quantised."""
-        if self._quantization is None:
-            self._teacher = LocalTeacher(teacher)
+    @property
+    def scorer(self) -> ExactTeacher:
+        """The teacher, or all of several. They are loaded when they are first needed.
+
+        Raises:
+            InputError: The evaluation has no teacher.
+        """
+        if "" in self._folders or not self._folders:
+            return self.teacher
+        return RoutedTeacher({name: self._teacher_of(name) for name in self._folders})
+
+    def _teacher_of(self, name: str) -> LocalTeacher:
+        if name not in self._teachers:
+            if name not in self._folders:
+                raise InputError("this evaluation has no teacher to score answers with")
+            model = load_model(self._folders[name], working_dtype(), self._quantization.get(name))
+            self._teachers[name] = LocalTeacher(_to_device(model))
+        return self._teachers[name]
+
+    def score_with(self, teacher: PreTrainedModel, name: str = "") -> None:
+        """Use a loaded model as the teacher, or as the one of this name, unless that is to be quantised."""
+        if self._quantization.get(name) is None:
+            self._teachers[name] = LocalTeacher(teacher)
 
     def answer(
         self,
@@ -101,11 +117,12 @@ class Evaluator:
         keys: Sequence[str] = DIVERGENCES,
     ) -> None:
         """Write divergences between a model and the teacher into answers; see `answers.add_divergences`."""
-        add_divergences(rows, prompts, model, self.teacher, self.shared_width(sampling), sampling.temperature, keys)
+        add_divergences(rows, prompts, model, self.scorer, self.shared_width(sampling), sampling.temperature, keys)
 
     def shared_width(self, sampling: Sampling) -> int:
-        """Size of the vocabulary that a sampled model shares with the teacher."""
-        return min(sampling.vocab_size, head_width(self.teacher.model))
+        """Size of the vocabulary that a sampled model shares with the teacher, or with all teachers."""
+        teachers = [self._teacher_of(name) for name in self._folders or ("",)]
+        return min(sampling.vocab_size, *(head_width(teacher.model) for teacher in teachers))
 
     def sleep(self) -> None:
         """Have the engine release its memory, where it can, until the next model is sampled."""

@@ -30,23 +30,25 @@ def score_text(text: str, references: Sequence[str], metrics: Iterable[Metric] =
 
 
 def with_other_seeds_references(rows: Sequence[Row], references: Sequence[Row]) -> list[Row]:
-    """Score answers against a teacher's answers to the same prompt.
+    """Score answers against the answers of a teacher, or of several, to the same prompt.
 
     An answer is compared with the references of every other seed, and the best of them counts. A teacher that is scored
     on its own answers is therefore never compared with the very same answer.
 
     Args:
         rows: Answers of a model.
-        references: Answers of the teacher to the same prompts, with the same seeds.
+        references: Answers of the teacher, or of all teachers, to the same prompts, with the same seeds.
 
     Returns:
         The rows with the values of `score_text`, for the metrics of held-out prompts.
     """
-    reference = {(row["row"], row["seed"]): row["text"] for row in references}
+    texts: dict[tuple[int, int], list[str]] = {}
+    for row in references:
+        texts.setdefault((row["row"], row["seed"]), []).append(row["text"])
     seeds = sorted({row["seed"] for row in references})
     scored = []
     for row in rows:
-        others = [reference[row["row"], seed] for seed in seeds if seed != row["seed"]]
+        others = [text for seed in seeds if seed != row["seed"] for text in texts[row["row"], seed]]
         scored.append({**row, **score_text(row["text"], others, HELD_OUT)})
     return scored
 

@@ -17,16 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minillm.data.rollouts import TeacherRows
-from minillm.loss.elementwise import (
-    Derivatives,
-    Measures,
-    Precision,
-    Transforms,
-    complete_with_student,
-    elementwise_functions,
-)
-from minillm.models.head import Head, LogitTransform, TeacherStates, project
+from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
+from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
+from minillm.models.head import Head, LogitTransform, project
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -78,9 +71,6 @@ class ScoreGradients:
     text_forward_kl: Float[Tensor, " tokens"] | None = None
 
 
-Teacher = TeacherStates | TeacherRows
-"""Where log p comes from: hidden states and head of a teacher, or the log-probabilities that a served teacher gives."""
-
 LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
 """Computes the loss of a chunk and its derivatives, given the positions of the chunk's tokens and their scores.
 
@@ -103,13 +93,19 @@ class ScoringSettings:
             different value costs two more passes over the logits of a chunk, and no matrix product.
         width: Size of the vocabulary: the first rows of both heads; the other rows are padding. None means all rows,
             and then both heads must have the same number.
-        chunk: Number of tokens in a chunk.
+        chunk: Number of tokens in a chunk. A chunk also ends where the teacher changes.
     """
 
     temperature: float = 1.0
     text_temperature: float | None = None
     width: int | None = None
     chunk: int = CHUNK
+
+    @property
+    def other_text_temperature(self) -> float | None:
+        """The temperature of text; None if it is the temperature of the other scores."""
+        same = self.text_temperature is None or self.text_temperature == self.temperature
+        return None if same or self.text_temperature is None else float(self.text_temperature)
 
 
 @dataclass
@@ -145,6 +141,8 @@ def token_scores(
             temperature. Rows contain only some tokens. All others count as one event, so both divergences are those
             of a coarser partition of the vocabulary: they are at most the true ones, and KL(q‖p) is lower than the
             true one by q(others) · KL within the others. The gradients are exactly those of the coarser divergences.
+            A sequence of states is of several teachers, each with the next tokens; the heads may differ in all but the
+            vocabulary.
         loss_fn: Computes the loss chunk by chunk. None only computes scores, and the returned loss is 0.
         divergence: An additional divergence to compute: any function that autograd can differentiate. It costs some
             passes over the logits of a chunk, and no matrix product.
@@ -226,6 +224,7 @@ class _Chunk:
     """Projections and scores of one chunk. `divergence` depends on `divergence_logits` in an autograd graph."""
 
     part: slice
+    span: TeacherSpan
     student: Float[Tensor, "chunk vocab"]
     teacher: Float[Tensor, "chunk vocab"]
     targets: Int[Tensor, " chunk"]
@@ -250,8 +249,7 @@ class _ChunkedScorer:
     def __init__(
         self, hidden: Tensor, head: Head, arguments: _Arguments, precision: Precision, needs_grad: Sequence[bool]
     ) -> None:
-        settings, teacher = arguments.settings, arguments.teacher
-        dtype, wide, _ = precision
+        settings, (dtype, wide, _) = arguments.settings, precision
         width = head.weight.shape[0] if settings.width is None else settings.width
         self._arguments, self._precision = arguments, precision
         self._num_tokens = len(arguments.targets)
@@ -260,36 +258,17 @@ class _ChunkedScorer:
         head = head.narrow(width)
         self._weight, self._states = head.weight.detach().to(dtype), hidden.detach().to(dtype)
         transform = LogitTransform.of(head, settings.temperature, wide)
-        self._transforms = Transforms(transform, transform)
-        if isinstance(teacher, TeacherStates):
-            teacher_head = teacher.head.narrow(width)
-            self._teacher_weight = teacher_head.weight.detach().to(dtype)
-            self._transforms = Transforms(transform, LogitTransform.of(teacher_head, settings.temperature, wide))
-            self._teacher_states = teacher.hidden.to(dtype)
-        elif teacher is not None:  # its rows are log-probabilities already
-            self._transforms = Transforms(transform, LogitTransform(None, 1.0, None, 1.0))
-        self._text_transforms = self._transforms_of_text()
+        self._text_temperature = settings.other_text_temperature
+        shared = SpanSettings(transform, self._text_temperature, width, precision)
+        self._spans = teacher_spans(arguments.teacher, self._num_tokens, shared)
         self.scores = self._empty_scores(hidden)
         self._loss = hidden.new_zeros((), dtype=wide)
         num_logits = min(settings.chunk, self._num_tokens) * self._weight.shape[0]
         self._measure, self._differentiate = elementwise_functions(num_logits, hidden.device, precision)
 
-    def _transforms_of_text(self) -> Transforms | None:
-        """Return the transforms at the temperature of text; None if it is the temperature of the other scores."""
-        settings, teacher = self._arguments.settings, self._arguments.teacher
-        if settings.text_temperature is None or settings.text_temperature == settings.temperature:
-            return None
-        temperature = float(settings.text_temperature)
-        text = self._transforms.student._replace(temperature=temperature)
-        if teacher is None:  # one object, as in `_transforms`: torch.compile would compile once more for two equal ones
-            return Transforms(text, text)
-        if isinstance(teacher, TeacherRows):
-            return Transforms(text, self._transforms.teacher)
-        return Transforms(text, self._transforms.teacher._replace(temperature=temperature))
-
     def _empty_scores(self, hidden: Tensor) -> TokenScores:
         left_out = {"divergence"} if self._arguments.divergence is None else set()
-        if self._text_transforms is None:
+        if self._text_temperature is None:
             left_out |= {"text_logq", "text_forward_kl"}
         self._score_names = [field.name for field in fields(TokenScores) if field.name not in left_out]
         shape, wide = (self._num_tokens,), self._precision.wide
@@ -297,16 +276,13 @@ class _ChunkedScorer:
 
     def run(self) -> Float[Tensor, ""]:
         """Process all chunks from the last to the first, and return the loss."""
-        size = self._arguments.settings.chunk
-        for start in range((max(self._num_tokens, 1) - 1) // size * size, -1, -size):
-            part = slice(start, min(start + size, self._num_tokens))
-            if part.start == part.stop:  # there is no token at all
-                break
-            self._process(part)
+        for span in reversed(self._spans):
+            for part in span.chunks(self._arguments.settings.chunk):
+                self._process(part, span)
         return self._loss
 
-    def _process(self, part: slice) -> None:
-        chunk = self._score(part)
+    def _process(self, part: slice, span: TeacherSpan) -> None:
+        chunk = self._score(part, span)
         if self._arguments.loss_fn is None:
             return
         value, by_scores = self._arguments.loss_fn(part, chunk.scores)
@@ -318,38 +294,29 @@ class _ChunkedScorer:
         del chunk  # frees the logits before the matrix products
         self.gradients.add(part, grad, self._states[part], self._weight, unit)
 
-    def _score(self, part: slice) -> _Chunk:
+    def _score(self, part: slice, span: TeacherSpan) -> _Chunk:
         """Compute the projections and scores of a chunk, and store the scores."""
         arguments, wide = self._arguments, self._precision.wide
         targets = arguments.targets[part]
         student = project(self._states[part], self._weight)
-        teacher = self._teacher_projection(part, student)
-        measures = self._measure(student, teacher, targets, self._transforms, wide)
+        teacher = span.projection(part, student, wide)
+        measures = self._measure(student, teacher, targets, span.transforms, wide)
         _, _, *values = measures
         scores = TokenScores(*values)
-        chunk = _Chunk(part, student, teacher, targets, measures, scores)
-        if self._text_transforms is not None:
-            text_measures = self._measure(student, teacher, targets, self._text_transforms, wide)
+        chunk = _Chunk(part, span, student, teacher, targets, measures, scores)
+        if span.text_transforms is not None:
+            text_measures = self._measure(student, teacher, targets, span.text_transforms, wide)
             scores.text_logq, scores.text_forward_kl = text_measures.logq, text_measures.forward_kl
             chunk.text_measures = text_measures
         if arguments.divergence is not None:
             with torch.enable_grad():
-                logits = self._transforms.student.logits(student, wide).requires_grad_()
-                values = arguments.divergence(logits, self._transforms.teacher.logits(teacher, wide))
+                logits = span.transforms.student.logits(student, wide).requires_grad_()
+                values = arguments.divergence(logits, span.transforms.teacher.logits(teacher, wide))
             scores.divergence = values.detach()
             chunk.divergence_logits, chunk.divergence = logits, values
         for name in self._score_names:
             getattr(self.scores, name)[part] = getattr(scores, name)
         return chunk
-
-    def _teacher_projection(self, part: slice, student: Float[Tensor, "chunk vocab"]) -> Float[Tensor, "chunk vocab"]:
-        teacher = self._arguments.teacher
-        if teacher is None:
-            return student
-        if isinstance(teacher, TeacherStates):
-            return project(self._teacher_states[part], self._teacher_weight)
-        logits = self._transforms.student.logits(student, self._precision.wide)
-        return complete_with_student(logits, teacher.ids[part], teacher.logprobs[part])
 
     def _in_units(self, by_scores: ScoreGradients, zero: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the derivatives by each score, with zeros for None, and the unit that they are multiples of.
@@ -363,7 +330,7 @@ class _ChunkedScorer:
         if self._precision.matmul == torch.float16:
             unit = torch.stack([value.abs().max() for value in by_score.values()]).max().clamp(min=1e-30)
             by_score = {name: value / unit for name, value in by_score.items()}
-        if self._text_transforms is None:  # then these are derivatives by the same numbers
+        if self._text_temperature is None:  # then these are derivatives by the same numbers
             by_score["logq"] = by_score["logq"] + by_score["text_logq"]
             by_score["forward_kl"] = by_score["forward_kl"] + by_score["text_forward_kl"]
         return by_score, unit
@@ -377,22 +344,24 @@ class _ChunkedScorer:
             by_score: The derivatives by each score, as numbers.
         """
         dtype, wide, _ = self._precision
+        transforms = chunk.span.transforms
         derivatives = Derivatives(by_score["logq"], by_score["reverse_kl"], by_score["forward_kl"])
         grad = self._differentiate(
-            chunk.student, chunk.teacher, chunk.targets, chunk.measures, derivatives, self._transforms, wide, dtype
+            chunk.student, chunk.teacher, chunk.targets, chunk.measures, derivatives, transforms, wide, dtype
         )
         text_given = given.text_logq is not None or given.text_forward_kl is not None
-        if chunk.text_measures is not None and self._text_transforms is not None and text_given:
+        text_transforms = chunk.span.text_transforms
+        if chunk.text_measures is not None and text_transforms is not None and text_given:
             zero = torch.zeros_like(chunk.scores.logq)
             derivatives = Derivatives(by_score["text_logq"], zero, by_score["text_forward_kl"])
-            measures, transforms = chunk.text_measures, self._text_transforms
+            measures = chunk.text_measures
             grad = grad + self._differentiate(
-                chunk.student, chunk.teacher, chunk.targets, measures, derivatives, transforms, wide, dtype
+                chunk.student, chunk.teacher, chunk.targets, measures, derivatives, text_transforms, wide, dtype
             )
         if chunk.divergence is not None and chunk.divergence_logits is not None and given.divergence is not None:
             logits = chunk.divergence_logits
             [by_logits] = torch.autograd.grad(chunk.divergence, logits, by_score["divergence"])
-            grad = grad + (by_logits * self._transforms.student.slope(logits.detach())).to(dtype)
+            grad = grad + (by_logits * transforms.student.slope(logits.detach())).to(dtype)
         return grad
 
 

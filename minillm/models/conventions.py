@@ -6,7 +6,7 @@ imitated. It is decided once, every stage uses the result, and the student is sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,13 +112,16 @@ def settle(tokenizer: Any, teacher: Any = None, students: Iterable[Any] = (), *,
     return Conventions(tokenizer, tuple(sorted(eos)), width, min(contexts, default=None))
 
 
-def settle_run(teacher: str, student: str | None = None, *, template: bool = True) -> Conventions:
+def settle_run(
+    teacher: str, student: str | None = None, *, template: bool = True, others: Mapping[str, str] | None = None
+) -> Conventions:
     """Work out what teacher and student share before any weights are loaded. The tokenizer is the teacher's.
 
     Args:
         teacher: Folder, hub id or GGUF file of the teacher.
         student: Folder, hub id or GGUF file of the student. If the teacher has no chat template, the student's is used.
         template: As for `settle`.
+        others: Further teachers by what messages call them. Only their vocabulary and context count.
 
     Raises:
         VocabularyError: The tokenizers differ.
@@ -130,7 +133,10 @@ def settle_run(teacher: str, student: str | None = None, *, template: bool = Tru
         check_same_tokens(own, tokenizer)
         if template and not tokenizer.chat_template:
             tokenizer.chat_template = own.chat_template
-    return settle(tokenizer, teacher, [] if student is None else [student], template=template)
+    for name, source in (others or {}).items():
+        check_same_tokens(tokenizer, load_tokenizer(source), name)
+    students = [] if student is None else [student]
+    return settle(tokenizer, teacher, [*students, *(others or {}).values()], template=template)
 
 
 def _eos_of(model: Any) -> set[int]:

@@ -57,12 +57,13 @@ def check_tokenizer_fits(tokenizer: Any, config: Any, who: str) -> None:
         )
 
 
-def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any, teacher: str = "teacher") -> None:
     """Refuse student and teacher if their tokenizers have different tokens for an id.
 
     Args:
         student_tokenizer: Tokenizer of the student.
         teacher_tokenizer: Tokenizer of the teacher.
+        teacher: What the message calls the teacher.
 
     Raises:
         VocabularyError: Naming the first id that differs.
@@ -70,7 +71,7 @@ def check_same_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     if difference := first_difference(student_tokenizer, teacher_tokenizer):
         token_id, ours, theirs = difference
         raise VocabularyError(
-            f"student and teacher have different tokenizers: id {token_id} is {ours!r} for the student and "
-            f"{theirs!r} for the teacher. Reverse KL needs one vocabulary; train the student on the teacher's "
+            f"student and {teacher} have different tokenizers: id {token_id} is {ours!r} for the student and "
+            f"{theirs!r} for the {teacher}. Reverse KL needs one vocabulary; train the student on the teacher's "
             "answers as text instead (sequence-level distillation), which does not need a common vocabulary."
         )

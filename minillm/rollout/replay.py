@@ -23,18 +23,25 @@ class ReplayedAndGiven:
 
     Args:
         config: settings of the rollouts.
-        given: rows with `prompt_ids` and `response_ids`.
+        given: rows with `prompt_ids` and `response_ids`, and with `teacher` if they are routed.
         eos_ids: tokens that end a response.
         worker: this process, and the seed of the run.
+        routed: whether there are several teachers, of which each row names its own.
     """
 
     def __init__(
-        self, config: RolloutConfig, given: Sequence[dict[str, Any]], eos_ids: Sequence[int], worker: Worker
+        self,
+        config: RolloutConfig,
+        given: Sequence[dict[str, Any]],
+        eos_ids: Sequence[int],
+        worker: Worker,
+        *,
+        routed: bool = False,
     ) -> None:
         self.buffer: list[Rollout] = []
         """Rollouts that can be replayed, the oldest first."""
         self._config, self._given, self._eos_ids, self._worker = config, given, eos_ids, worker
-        self._size = config.num_rollouts // worker.processes
+        self._size, self._routed = config.num_rollouts // worker.processes, routed
 
     def sizes(self) -> tuple[int, int, int]:
         """This process's numbers of sampled, replayed and given responses in the next batch."""
@@ -82,4 +89,6 @@ class ReplayedAndGiven:
 
     def _given_rollout(self, row: dict[str, Any]) -> Rollout:
         ids, none = list(row["response_ids"]), torch.zeros(0)
-        return Rollout(list(row["prompt_ids"]), ids, none, none, _GIVEN_RESPONSE_VERSION, ids[-1] in self._eos_ids)
+        rollout = Rollout(list(row["prompt_ids"]), ids, none, none, _GIVEN_RESPONSE_VERSION, ids[-1] in self._eos_ids)
+        rollout.teacher_name = row["teacher"] if self._routed else None
+        return rollout

@@ -43,6 +43,7 @@ class RolloutSource:
         config: settings of the rollouts.
         prompts: token ids of every prompt of the training data.
         others: replayed rollouts and given responses.
+        teachers: the name of the teacher of every prompt, where there are several.
         score_given: returns log q of each token of given responses, under the student's current weights.
         worker: this process, and the seed of the run.
     """
@@ -55,8 +56,9 @@ class RolloutSource:
         *,
         score_given: Callable[[Sequence[Rollout]], Sequence[Tensor]],
         worker: Worker,
+        teachers: Sequence[str] | None = None,
     ) -> None:
-        self.others, self.prompts = others, prompts
+        self.others, self.prompts, self._teachers = others, prompts, teachers
         self._config, self._score_given, self._worker = config, score_given, worker
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._ahead: tuple[int, Future[SampledBatch]] | None = None
@@ -87,6 +89,8 @@ class RolloutSource:
         seeds = [seed_of(me.seed, number, me.rank + i * me.processes, row) for i, row in enumerate(rows)]
         start = time.perf_counter()
         rollouts = engine.generate([self.prompts[row] for row in rows], sampling, seeds)
+        for rollout, row in zip(rollouts, rows, strict=True):
+            rollout.teacher_name = None if self._teachers is None else self._teachers[row]
         return SampledBatch(rollouts, time.perf_counter() - start)
 
     def sample_ahead(self, number: int, engine: Engine, sampling: Sampling) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minillm.errors import InputError
+from minillm.data.config import Source
+from minillm.data.examples import Example
+from minillm.errors import DataError, InputError
 from minillm.models.configs import context_length, text_config
 from minillm.models.conventions import Conventions
 from minillm.models.lora import check_student
@@ -23,10 +27,13 @@ from minillm.rollout.engines.choose import choose_engine
 from minillm.run.processes import world_size
 from minillm.run.stages import STAGES
 from minillm.run.stages.stage import Stage
+from minillm.teacher.config import TeacherConfig, teacher_label
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
     from minillm.run.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def check_sizes(recipe: Recipe) -> None:
@@ -62,16 +69,17 @@ def check_models(recipe: Recipe, conventions: Conventions) -> None:
     Raises:
         MinillmError: naming the model, and the setting to change.
     """
-    teacher, student = recipe.teacher.source, recipe.student.source
-    pruned = student == "prune"
-    for source in [teacher] if pruned else [teacher, student]:
+    teacher, student = recipe.teacher.first.source, recipe.student.source
+    pruned, teachers = student == "prune", recipe.teacher.by_name
+    for source in [each.source for each in teachers.values()] + [student] * (not pruned):
         check_source(source)
     if not pruned:
         _check_model(recipe, conventions, student, "student")
     if recipe.student.lora is not None and not (pruned and find_gguf(teacher)):
         check_student(teacher if pruned else student, recipe.student.lora)
-    _check_model(recipe, conventions, teacher, "teacher")
-    _check_teacher(recipe, teacher)
+    for name, each in teachers.items():
+        _check_model(recipe, conventions, each.source, teacher_label(name))
+        _check_teacher(recipe, each, teacher_label(name))
     for stage in _stages(recipe):
         stage.check_models(recipe)
 
@@ -101,18 +109,51 @@ def _check_model(recipe: Recipe, conventions: Conventions, source: str, role: st
             raise InputError(f"{settings} the {role}'s context of {limit} tokens ({source})")
 
 
-def _check_teacher(recipe: Recipe, source: str) -> None:
+def _check_teacher(recipe: Recipe, teacher: TeacherConfig, label: str) -> None:
+    source = teacher.source
     config = text_config(source)
-    if recipe.teacher.quantization:
-        check_quantization(recipe.teacher.quantization)
+    if recipe.teacher.several and find_gguf(source):
+        raise InputError(
+            f"{label}: {source} is a GGUF file, which is read with a single teacher alone: name a model folder (the "
+            "teacher stage of a run with this teacher alone leaves the folder teacher/)"
+        )
+    if teacher.quantization:
+        check_quantization(teacher.quantization)
         if find_gguf(source):
             raise InputError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
     if "minillm" in recipe.stages and recipe.rollout.teacher_mix:
         student = source if recipe.student.source == "prune" else recipe.student.source
         mixed = copy.deepcopy(config)
-        if recipe.teacher.quantization:
-            mixed.quantization_config = recipe.teacher.quantization
+        if teacher.quantization:
+            mixed.quantization_config = teacher.quantization
         choose_engine(recipe.rollout.engine, text_config(student), mixed)  # raises where it cannot mix the two
+
+
+def check_teacher_names(recipe: Recipe, examples: Sequence[Example], source: Source) -> None:
+    """Refuse rows that do not name one of several teachers, and warn of a teacher that no row names.
+
+    Args:
+        recipe: the recipe; with one teacher nothing is checked.
+        examples: the rows.
+        source: where they come from.
+
+    Raises:
+        DataError: naming the row, and the names that are allowed.
+    """
+    if not recipe.teacher.several:
+        return
+    names = recipe.teacher.by_name
+    for example in examples:
+        if example.teacher not in names:
+            column = source.columns.get("teacher", "teacher")
+            what = "is missing" if example.teacher is None else f"is {example.teacher!r}"
+            other = "" if "teacher" in source.columns else "; columns: {teacher: …} names another column"
+            raise DataError(
+                f"{example.place}: {column} {what}: with several teachers it names that of the row, one of "
+                f"{', '.join(names)}{other}"
+            )
+    for name in names.keys() - {example.teacher for example in examples}:
+        logger.warning("%s: no row names %s", source.name, teacher_label(name))
 
 
 def check_rows(run: Run) -> None:

@@ -20,10 +20,11 @@ from minillm.models.sources import find_gguf
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine, EngineSizing
 from minillm.rollout.engines.choose import make_engine
-from minillm.run.checks import check_models, check_rows, check_sizes
+from minillm.run.checks import check_models, check_rows, check_sizes, check_teacher_names
 from minillm.run.directory import RunState
 from minillm.run.recipe import Recipe
 from minillm.run.stages import STAGES, stage_named
+from minillm.teacher.config import teacher_label
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ class Run:
         dir: the run directory. state: which stages are finished.
         processes: how many processes the last training stage ran in.
         conventions: tokenizer, end tokens, vocabulary size and context, the same for every model.
-        untuned, teacher: folder or hub id of the teacher before and after the finetune stage.
+        untuned, teacher: folder or hub id of the teacher before and after the finetune stage; of several the first.
+        teachers: folder or hub id of every teacher by name; a single one has an empty name.
         start, warmed, fine_tuned, student: those of the student: untrained, after the warmup stage, after sft, and
             after the minillm stage.
         answers: the file of the teacher's responses.
@@ -52,18 +54,31 @@ class Run:
         self.train_examples = read_examples(recipe.data.train, recipe.data.limit)
         self.heldout_examples = read_examples(recipe.data.heldout, recipe.data.limit)
         check_sizes(recipe)
-        pruned, gguf = recipe.student.source == "prune", find_gguf(recipe.teacher.source)
-        own = None if pruned else recipe.student.source
-        self.conventions: Conventions = settle_run(recipe.teacher.source, own, template=recipe.data.template == "chat")
+        check_teacher_names(recipe, self.train_examples, recipe.data.train)
+        if recipe.teacher.several and any(example.teacher is not None for example in self.heldout_examples):
+            check_teacher_names(recipe, self.heldout_examples, recipe.data.heldout)  # all rows name one, or none does
+        first, *others = recipe.teacher.by_name.items()
+        teacher, pruned, gguf = first[1], recipe.student.source == "prune", find_gguf(first[1].source)
+        self.conventions: Conventions = settle_run(
+            teacher.source,
+            None if pruned else recipe.student.source,
+            template=recipe.data.template == "chat",
+            others={teacher_label(name): other.source for name, other in others},
+        )
         check_models(recipe, self.conventions)
-        self.untuned = self.folder("teacher") if gguf or recipe.teacher.adapter else recipe.teacher.source
+        self.untuned = self.folder("teacher") if gguf or teacher.adapter else teacher.source
         self.teacher = self.folder("finetune") if "finetune" in recipe.stages else self.untuned
+        self.teachers = {first[0]: self.teacher, **{name: other.source for name, other in others}}
         self.start = self.folder("student") if pruned else recipe.student.source
         self.warmed = self.folder("warmup") if "warmup" in recipe.stages else self.start
         self.fine_tuned = self.folder("sft")
         self.student = self.folder("minillm")
         self.answers = recipe.responses.file or self.dir / "responses.jsonl"
         check_rows(self)
+
+    def of_teacher(self, prompt: Prompt) -> dict[str, str]:
+        """What a row of training data says of its teacher: nothing, unless there are several."""
+        return {"teacher": str(prompt.example.teacher)} if self.recipe.teacher.several else {}
 
     def folder(self, stage: str) -> str:
         """The folder of this run in which a stage leaves its model."""
@@ -88,8 +103,13 @@ class Run:
                 if strange := [token for token in ids or () if not 0 <= token < self.conventions.vocab_size]:
                     raise DataError(
                         f"{place}: {name} has id {strange[0]}, beyond the {self.conventions.vocab_size} tokens of "
-                        f"{self.recipe.teacher.source}"
+                        f"{self.recipe.teacher.first.source}"
                     )
+            if self.recipe.teacher.several and fields.get("teacher") not in self.teachers:
+                raise DataError(
+                    f"{place}: teacher names none of {', '.join(self.teachers)}: responses.file is the responses.jsonl "
+                    "of a run with these teachers"
+                )
             rows.append(fields)
         if not rows:
             raise DataError(f"{file}: empty; the responses.jsonl of a run is needed")
@@ -146,7 +166,8 @@ class Run:
             if prompt.example.output:
                 ids = render_answer(prompt, data.template, tokenizer, data.system)
                 ids = ids[: self.recipe.responses.max_new_tokens]
-                rows.append({"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids})
+                row = {"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids}
+                rows.append(row | self.of_teacher(prompt))
         if not rows:
             raise InputError(f"{data.train.name}: no row has an output to train on")
         return rows
@@ -164,8 +185,12 @@ class Run:
         examples = [e for e in read_examples(data.validation, data.validation_limit) if e.references]
         if not examples:
             raise DataError(f"{data.validation.name}: no row has a reference (output) to validate on")
+        check_teacher_names(self.recipe, examples, data.validation)
         prompts = self._render(examples, data.validation.name)
-        return [{"prompt_ids": prompt.ids, "references": list(prompt.example.references)} for prompt in prompts]
+        return [
+            {"prompt_ids": prompt.ids, "references": list(prompt.example.references), **self.of_teacher(prompt)}
+            for prompt in prompts
+        ]
 
     def trained(self) -> dict[str, str]:
         """The folder of each stage of the recipe that trains the student."""

@@ -53,7 +53,9 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
     A path may be written relative to any folder, and a run may be continued from another working directory.
     """
     tree = recipe.model_dump(mode="json")
-    places = [(tree, "run_dir"), (tree["data"], "template"), (tree["teacher"], "source"), (tree["teacher"], "adapter")]
+    places = [(tree, "run_dir"), (tree["data"], "template")]
+    teachers = tree["teacher"].values() if recipe.teacher.several else [tree["teacher"]]
+    places += [(teacher, key) for teacher in teachers for key in ("source", "adapter")]
     places += [
         (source, key) for source in tree["data"].values() if isinstance(source, dict) for key in ("file", "dataset")
     ]
@@ -93,6 +95,12 @@ def _normalise_path(key: str, value: Any) -> Any:
     if is_path and value != "prune" and Path(value).expanduser().exists():
         return os.path.abspath(os.path.expanduser(value))
     return value
+
+
+def _unnamed(key: str) -> str:
+    """The name of a setting without the name of one of several teachers: `teacher.source` for `teacher.math.source`."""
+    section, *path = key.split(".")
+    return ".".join([section, *path[1:]]) if section == "teacher" and len(path) == 2 else key
 
 
 def _number(value: Any) -> float:
@@ -240,7 +248,7 @@ class RunState:
         return {
             key: value
             for key, value in settings.items()
-            if any(key == part or key.startswith(f"{part}.") for part in parts)
+            if any(_unnamed(key) == part or _unnamed(key).startswith(f"{part}.") for part in parts)
             and value != {}
             and not self._is_operational(key)
         }
@@ -274,7 +282,7 @@ class RunState:
         The former are told by being at their default in a section that was recorded without them. A run without
         servers records no `teacher.top_k`, which tells it from one with servers.
         """
-        if key in _RECORDED_LATER:
+        if _unnamed(key) in _RECORDED_LATER:
             return True
         *path, name = key.split(".")
         section: Any = self._recipe
@@ -282,7 +290,7 @@ class RunState:
             section = getattr(section, part, None)
         siblings = bool(path) and any(other.startswith(".".join([*path, ""])) for other in recorded)
         field = type(section).model_fields.get(name) if isinstance(section, Section) and siblings else None
-        if field is None or field.is_required() or key == "teacher.top_k":
+        if field is None or field.is_required() or _unnamed(key) == "teacher.top_k":
             return False
         return getattr(section, name) == field.get_default(call_default_factory=True)
 
@@ -290,8 +298,8 @@ class RunState:
         """Whether a setting changes nothing that a stage makes."""
         if key in _OPERATIONAL or any(key.startswith(f"{name}.") for name in _OPERATIONAL):
             return True
-        if key == "teacher.top_k":
-            return not self._recipe.teacher.servers
+        if _unnamed(key) == "teacher.top_k":  # which several teachers never read
+            return not self._recipe.teacher.first.servers or self._recipe.teacher.several
         for stage in STAGES:
             if stage.training and key.startswith(f"{stage.training}."):
                 return decides_nothing(key.removeprefix(f"{stage.training}."), stage.arguments(self._recipe))

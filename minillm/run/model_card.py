@@ -20,12 +20,14 @@ from minillm.redaction import redacted
 from minillm.run.recipe import Recipe
 from minillm.run.results import current_results
 from minillm.run.stages import stage_named
+from minillm.run.stages.stage import teachers_in_words
 
 
 def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
     """Write `folder/README.md` from the recipe and, where the evaluate stage has made them, the results.
 
-    The licence is copied from the teacher's model card, where that lies in a local folder.
+    The licence is copied from the teacher's model card, where that lies in a local folder. With several teachers, the
+    card names the teachers instead.
 
     Args:
         folder: the student's folder.
@@ -34,9 +36,9 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
     Returns:
         The path of the card.
     """
-    teacher, base = recipe.teacher.source, recipe.student.source
+    teacher, base = recipe.teacher.first.source, recipe.student.source
     pruned = base == "prune"
-    licence = _licence(Path(teacher))
+    licence = None if recipe.teacher.several else _licence(Path(teacher))
     head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -45,7 +47,7 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
     }
     if licence and pruned:
         head["license"] = licence
-    terms = licence or f"see that of `{teacher}`"
+    terms = licence or f"see that of {teachers_in_words(recipe)}"
     made = f"{recipe.student.keep_layers} layers of its teacher" if pruned else f"`{base}`"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",

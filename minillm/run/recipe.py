@@ -21,8 +21,13 @@ from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.responses import ResponsesConfig
 from minillm.run.stages.stage import Stage
 from minillm.run.stages.warmup import WarmupConfig
-from minillm.teacher.config import TeacherConfig
-from minillm.train.checks import check_off_policy, check_served_teacher, check_sharded_teacher
+from minillm.teacher.config import TeacherSection
+from minillm.train.checks import (
+    check_off_policy,
+    check_served_teacher,
+    check_several_teachers,
+    check_sharded_teacher,
+)
 
 StageName = Annotated[str, AfterValidator(lambda name: stage_named(name).name)]
 
@@ -39,8 +44,8 @@ class SharedRecipe(Section):
     the references of the data, and `sft`, which trains the student on them."""
     data: DataConfig
     """Prompts, references and text."""
-    teacher: TeacherConfig
-    """The large model."""
+    teacher: TeacherSection
+    """The large model. Several, `{NAME: {source: …}}`, each score the rows whose column `teacher` has their name."""
     student: StudentConfig = StudentConfig()
     """The small model."""
     objective: Objective = Objective()
@@ -77,9 +82,11 @@ class SharedRecipe(Section):
     @model_validator(mode="after")
     def _check_rollouts(self) -> SharedRecipe:
         check_off_policy(self.rollout, self.objective)
-        if self.teacher.shard:
+        if self.teacher.several:
+            check_several_teachers(self.rollout, self.objective, self.data.text is not None)
+        if self.teacher.first.shard:
             check_sharded_teacher(self.rollout, self.objective, self.data.text is not None)
-        if self.teacher.servers:
+        if self.teacher.first.servers:
             check_served_teacher(self.rollout)
         return self
 

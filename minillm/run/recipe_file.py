@@ -25,6 +25,7 @@ from minillm.run.experiments.config import Comparison
 from minillm.run.recipe import Recipe
 from minillm.run.training_arguments import name_faults, training_faults
 from minillm.run.tree import Key, merge, suggest_names
+from minillm.teacher.config import FORMS, TeacherConfig
 
 
 class _Loader(yaml.SafeLoader):
@@ -222,7 +223,7 @@ def _place(where: dict[Key, str], key: Key, path: Path) -> str:
 
 def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel]) -> str:
     """One line about a fault that pydantic found."""
-    key = tuple(str(part) for part in fault["loc"])
+    key = tuple(str(part) for part in fault["loc"] if part not in FORMS)
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         message = "unknown key; " + suggest_names(key[-1], _fields(key[:-1], kind))
@@ -239,6 +240,8 @@ def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel
 def _fields(key: Key, kind: type[BaseModel]) -> list[str]:
     """The keys that are allowed in a section."""
     model: Any = kind
+    if key[:1] == ("teacher",) and kind is Recipe:  # one teacher, or a section of several
+        return list(TeacherConfig.model_fields)
     for part in key:
         # A mapping holds a section for each name.
         model = typing.get_args(model)[1] if typing.get_origin(model) is dict else model.model_fields[part].annotation

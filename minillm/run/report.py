@@ -107,7 +107,7 @@ def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) 
         name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed}
         for name in names
     }
-    rows = answers[names[0]]
+    rows = {row for found in answers.values() for row in found}  # one of several teachers answers its own prompts only
     texts = {row: prompts.get(row, f"row {row}") for row in rows}
     return answers_table(f"Answers, seed {seed}", ("prompt", texts), answers, rows)
 

@@ -12,6 +12,9 @@ from minillm.data.batches import Padded, pad, share_rows
 from minillm.data.rollouts import Rollout, TeacherRows, concatenate_rows
 from minillm.data.text import TextBlocks
 from minillm.loss.credit import SampledTokens
+from minillm.loss.teacher_spans import Teacher
+from minillm.teacher.routed import ExactTeacher, join_states
+from minillm.teacher.served_logprobs import ServedLogprobs
 
 
 def pad_micro_batch(
@@ -42,22 +45,28 @@ def pad_micro_batch(
 
 
 def teacher_inputs(
-    rollouts: Sequence[Rollout], text: Sequence[array[int]], text_states: Sequence[Tensor] | None, device: torch.device
-) -> Tensor | TeacherRows:
+    teacher: ExactTeacher | ServedLogprobs,
+    rollouts: Sequence[Rollout],
+    text: Sequence[array[int]],
+    text_states: Sequence[Tensor] | None,
+    device: torch.device,
+) -> Teacher:
     """The teacher's output for the tokens of scored rollouts, followed by that for pieces of text.
 
     Args:
+        teacher: the teacher, or several, that scored the rollouts.
         rollouts: the rollouts.
         text: the pieces of text.
         text_states: the teacher's final hidden states of each piece; None if text is not distilled.
         device: where the tensors are moved to.
 
     Returns:
-        Final hidden states [N, H], or the rows of a served teacher. Text that is not distilled gets placeholders.
+        States for `token_scores`, or the rows of a served teacher. Text that is not distilled gets placeholders, which
+        belong to the last rollout's teacher, so that they do not divide a chunk.
     """
     targets = [rollout.teacher for rollout in rollouts if rollout.teacher is not None]
-    rows = [of_one.rows for of_one in targets if of_one.rows is not None]
-    if rows:
+    if isinstance(teacher, ServedLogprobs):
+        rows = [of_one.rows for of_one in targets if of_one.rows is not None]
         for ids in text:
             tokens = torch.tensor(list(ids[1:]))[:, None]
             rows.append(TeacherRows(tokens, torch.full(tokens.shape, -1.0)))
@@ -67,8 +76,9 @@ def teacher_inputs(
     if text_states is not None:
         hidden += text_states
     else:
-        hidden += [hidden[0].new_zeros(len(ids) - 1, hidden[0].shape[1]) for ids in text]
-    return torch.cat(hidden)
+        hidden += [hidden[-1].new_zeros(len(ids) - 1, hidden[-1].shape[1]) for ids in text]
+    names = [rollout.teacher_name for rollout in rollouts]
+    return join_states(teacher, hidden, names + names[-1:] * len(text))
 
 
 def sampled_tokens(rollouts: Sequence[Rollout]) -> SampledTokens:

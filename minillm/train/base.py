@@ -12,21 +12,19 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from minillm.data.batches import Padded
-from minillm.data.rollouts import TeacherRows
 from minillm.errors import InputError
 from minillm.loss.in_forward import Scoring, score
+from minillm.loss.teacher_spans import Teacher
 from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings
 from minillm.models.conventions import Conventions
-from minillm.models.head import TeacherStates
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
-from minillm.teacher.served import ServedTeacher
+from minillm.teacher.routed import ExactTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
-from minillm.teacher.states import StatesTeacher
 from minillm.train.arguments import check_arguments
 from minillm.train.checks import STATES_REMEDY
 from minillm.train.finite import Finite
-from minillm.train.pair import load_pair, resolve_tokenizer
+from minillm.train.pair import TeacherSource, load_pair, resolve_tokenizer
 from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import check_parameters
 from minillm.train.validation import ValidationMixin
@@ -41,7 +39,8 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
     Args:
         model: the student: a folder, a hub id or a loaded model.
         teacher: the teacher, given in the same ways, or a `ServedTeacher`. None means the student's base model with
-            the adapter disabled, which needs no further memory.
+            the adapter disabled, which needs no further memory. A mapping holds several by name, of which every row
+            names its own in `teacher`.
         args: the arguments of the training.
         processing_class: the student's tokenizer; by default the one in its folder.
         temperature: divides the logits, except where `text_temperature` does.
@@ -60,12 +59,12 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
     """
 
     text_temperature: float = 1.0
-    teacher: StatesTeacher | ServedLogprobs | None
+    teacher: ExactTeacher | ServedLogprobs  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher: str | PreTrainedModel | ServedTeacher | None,
+        teacher: TeacherSource,
         args: TrainingArguments,
         *,
         processing_class: Any = None,
@@ -123,13 +122,13 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         """
 
     @property
-    def states_teacher(self) -> StatesTeacher:
-        """The teacher, if it returns states.
+    def states_teacher(self) -> ExactTeacher:
+        """The teacher, or the teachers, if states are returned.
 
         Raises:
             InputError: it returns log-probabilities of some tokens only.
         """
-        if not isinstance(self.teacher, StatesTeacher):
+        if not isinstance(self.teacher, ExactTeacher):
             raise InputError(f"the teacher's servers return log-probabilities of some tokens only: {STATES_REMEDY}")
         return self.teacher
 
@@ -157,7 +156,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
     def scoring(
         self,
         batch: Padded,
-        teacher: Tensor | TeacherRows | None,
+        teacher: Teacher | None,
         loss_fn: LossFn | None = None,
         divergence: Divergence | None = None,
     ) -> Scoring:
@@ -165,7 +164,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
 
         Args:
             batch: the sequences.
-            teacher: the teacher's final hidden states, or its rows of log-probabilities; None if not needed.
+            teacher: the teacher's states, those of several, or rows of log-probabilities; None if not needed.
             loss_fn: what turns scores into a loss; by default only scores are computed.
             divergence: a further divergence to compute.
 
@@ -173,8 +172,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             The object that the forward reads.
         """
         settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
-        known = TeacherStates(teacher, self.states_teacher.head) if isinstance(teacher, Tensor) else teacher
-        return Scoring(batch, settings, known, loss_fn, divergence)
+        return Scoring(batch, settings, teacher, loss_fn, divergence)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs  # they are on the device already
@@ -188,7 +186,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         model: Any,
         batch: Padded,
         loss_fn: LossFn,
-        teacher: Tensor | TeacherRows | None,
+        teacher: Teacher | None,
         scale: float,
         divergence: Divergence | None = None,
     ) -> Tensor:
@@ -198,7 +196,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             model: the student, as the Trainer wrapped it.
             batch: the sequences.
             loss_fn: turns scores into a loss.
-            teacher: the teacher's final hidden states, or the rows of a served teacher.
+            teacher: the teacher's states, those of several, or the rows of a served teacher.
             scale: a factor on the loss.
             divergence: a further divergence to compute.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from minillm.errors import InputError
 from minillm.loss.config import Objective
@@ -106,6 +107,51 @@ def check_served_teacher(rollout: RolloutConfig) -> None:
         raise InputError(
             "rollout.teacher_mix with a served teacher: mixing samples from the teacher's whole distribution: set 0"
         )
+
+
+def check_several_teachers(rollout: RolloutConfig, objective: Objective, text: bool) -> None:
+    """Refuse what needs one teacher for everything.
+
+    Raises:
+        InputError: the message names the setting to change.
+    """
+    if rollout.teacher_mix:
+        raise InputError(
+            "rollout.teacher_mix with several teachers: the engine holds one teacher beside the student: set 0"
+        )
+    if text and objective.language_model and objective.language_model_distill:
+        raise InputError("objective.language_model_distill with several teachers: rows of text name no teacher: set 0")
+
+
+def check_teacher_names(names: Collection[str], rows: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> None:
+    """Refuse rows that do not name one of several teachers.
+
+    Args:
+        names: the names of the teachers; empty if there is one for all rows, and then nothing is checked.
+        rows: the data sets of a trainer by the name of their argument.
+
+    Raises:
+        InputError: naming the row, and the names that are allowed.
+    """
+    for argument, dataset in rows.items() if names else ():
+        for number in range(len(dataset or ())):
+            row = dataset[number] if dataset is not None else {}
+            if row.get("teacher") not in names:
+                what = "names no teacher" if row.get("teacher") is None else f"names teacher {row['teacher']!r}"
+                raise InputError(f"{argument} row {number} {what}; allowed in its column teacher: {', '.join(names)}")
+
+
+def check_routing(
+    names: Collection[str],
+    rows: Mapping[str, Sequence[Mapping[str, Any]] | None],
+    rollout: RolloutConfig,
+    objective: Objective,
+    text: bool,
+) -> None:
+    """Refuse what on-policy training cannot do with several teachers; see the two checks above for the arguments."""
+    if names:
+        check_several_teachers(rollout, objective, text)
+        check_teacher_names(names, rows)
 
 
 def check_logprob_teacher(rollout: RolloutConfig, objective: Objective, args: TrainingArguments) -> None:

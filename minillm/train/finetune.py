@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.vocabulary import head_width
 from minillm.rollout.config import RolloutConfig
 from minillm.teacher.local import LocalTeacher
+from minillm.teacher.routed import RoutedTeacher
 from minillm.train.arguments import NAMES, check_arguments
 from minillm.train.finite import Finite, listed
 from minillm.train.pair import compute_dtype
@@ -37,7 +38,8 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
         rollout: how the student is sampled for validation.
         eval_dataset: rows for validation; see `ValidationMixin`.
-        teacher: the model p in the KL(q‖p) of validation, if there is one: a folder, a hub id or a loaded model.
+        teacher: the model p in the KL(q‖p) of validation, if there is one: a folder, a hub id or a loaded model; or
+            several of them by name, of which each row of `eval_dataset` names its own in `teacher`.
         processing_class: the student's tokenizer.
         conventions: vocabulary and end tokens, if they are settled already.
     """
@@ -50,7 +52,7 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         train_dataset: Sequence[dict[str, Any]],
         rollout: RolloutConfig | None = None,
         eval_dataset: Sequence[dict[str, Any]] | None = None,
-        teacher: str | PreTrainedModel | None = None,
+        teacher: str | PreTrainedModel | Mapping[str, str | PreTrainedModel] | None = None,
         processing_class: Any = None,
         conventions: Conventions | None = None,
     ) -> None:
@@ -82,8 +84,7 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         width = min(head_width(student), conventions.vocab_size)
         self.set_up_sampling(rollout or RolloutConfig(), replace(conventions, vocab_size=width), dtype)
         if teacher is not None and eval_dataset is not None:
-            other: Any = load_model(teacher, dtype) if isinstance(teacher, str) else teacher
-            self.teacher = LocalTeacher(other.to(args.device))
+            self.teacher = _scoring_teacher(teacher, dtype, args.device)
 
     def rows_of(self, micro_batch: dict[str, Any]) -> str:
         """The rows of a micro-batch, in words. The collator drops row numbers, so rows are found by their tokens."""
@@ -94,6 +95,20 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
             for ids, seen in zip(micro_batch["input_ids"], micro_batch["attention_mask"], strict=True)
         ]
         return listed("train_dataset row", sorted(known.index(row) for row in rows))
+
+
+def _scoring_teacher(
+    teacher: str | PreTrainedModel | Mapping[str, str | PreTrainedModel], dtype: torch.dtype, device: torch.device
+) -> LocalTeacher | RoutedTeacher:
+    """The teacher, or the teachers, as models in this process."""
+    if isinstance(teacher, Mapping):
+        return RoutedTeacher({name: _local_teacher(model, dtype, device) for name, model in teacher.items()})
+    return _local_teacher(teacher, dtype, device)
+
+
+def _local_teacher(teacher: str | PreTrainedModel, dtype: torch.dtype, device: torch.device) -> LocalTeacher:
+    model: Any = load_model(teacher, dtype) if isinstance(teacher, str) else teacher
+    return LocalTeacher(model.to(device))
 
 
 def _trl_rows(rows: Sequence[dict[str, Any]]) -> Dataset:

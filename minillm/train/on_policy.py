@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import Padded
 from minillm.data.logprobs import mixture_logprobs
-from minillm.data.rollouts import Rollout, TeacherRows
+from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
-from minillm.errors import EngineError
 from minillm.loss.config import Objective
 from minillm.loss.credit import baselines, needs_sampled_rewards_first
 from minillm.loss.in_forward import Scoring, score_responses
 from minillm.loss.on_policy import OnPolicyLoss
+from minillm.loss.teacher_spans import Teacher
 from minillm.loss.terms import extra_divergence
 from minillm.loss.token_scores import TokenScores
 from minillm.models.device import release_cpu_memory
@@ -34,16 +34,17 @@ from minillm.rollout.source import RolloutSource, SampledBatch
 from minillm.rollout.worker import Worker
 from minillm.teacher.base import score_missing
 from minillm.teacher.local import LocalTeacher
+from minillm.teacher.routed import RoutedTeacher, hidden_states
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
-from minillm.teacher.states import StatesTeacher
 from minillm.train.assembly import pad_micro_batch, sampled_tokens, teacher_inputs
 from minillm.train.base import DistillationTrainer
-from minillm.train.checks import check_logprob_teacher, check_on_policy
+from minillm.train.checks import check_logprob_teacher, check_on_policy, check_routing
 from minillm.train.datasets import check_context, longest_scored, pack_text_dataset, tokenize_prompts
 from minillm.train.finite import listed
 from minillm.train.mismatch import MismatchMonitor
-from minillm.train.rollout_checkpoint import RolloutCheckpoint
+from minillm.train.pair import TeacherSource, teacher_names
+from minillm.train.rollout_checkpoint import RolloutCheckpoint, saved_on_engine_error
 from minillm.train.schedule import BatchSchedule, MicroBatch
 
 
@@ -57,11 +58,13 @@ class MiniLLMTrainer(DistillationTrainer):
     Args:
         model: the student: a folder, a hub id or a loaded model. A student given by name is loaded in float32.
         teacher: the teacher, given in the same ways, with the student's vocabulary; or a `ServedTeacher`; or None for
-            the base model of a student with a LoRA adapter, with the adapter disabled.
+            the base model of a student with a LoRA adapter, with the adapter disabled; or a mapping of several by name.
+            Each rollout is scored by the teacher that the row of its prompt names in `teacher`.
         args: the arguments of the training.
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are sampled.
-        train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
+        train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages. With several
+            teachers these rows, `responses` and `eval_dataset` have `teacher` too.
         text_dataset: rows with `text`, for the language-model term; each update reads as many blocks as responses.
             Of a stream (which has no length), only what `max_steps` updates need is read.
         responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
@@ -83,7 +86,7 @@ class MiniLLMTrainer(DistillationTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher: str | PreTrainedModel | ServedTeacher | None,
+        teacher: TeacherSource,
         args: TrainingArguments,
         *,
         objective: Objective | None = None,
@@ -97,6 +100,8 @@ class MiniLLMTrainer(DistillationTrainer):
     ) -> None:
         self.objective = objective or Objective.recommended()
         config = rollout or RolloutConfig()
+        rows = {"train_dataset": train_dataset, "responses": responses, "eval_dataset": kwargs.get("eval_dataset")}
+        check_routing(teacher_names(teacher), rows, config, self.objective, text_dataset is not None)
         check_on_policy(
             config,
             self.objective,
@@ -149,6 +154,7 @@ class MiniLLMTrainer(DistillationTrainer):
         sizes, by_update = (args.per_device_train_batch_size, args.gradient_accumulation_steps), objective.normalise
         self.schedule = BatchSchedule(config, *sizes, worker=worker, by_update=by_update == "update_tokens")
         prompts = tokenize_prompts(train_dataset, self.student_tokenizer, config.max_prompt_tokens)
+        routed = isinstance(self.teacher, RoutedTeacher)
         check_adapter(self._student)
         check_context(config, self._student)
         self.text = pack_text_dataset(
@@ -157,9 +163,10 @@ class MiniLLMTrainer(DistillationTrainer):
         self.source = RolloutSource(
             config,
             prompts,
-            ReplayedAndGiven(config, responses, self.sampling.eos_ids, worker),
+            ReplayedAndGiven(config, responses, self.sampling.eos_ids, worker, routed=routed),
             score_given=lambda given: [scores.logq for scores in self.student_scores(given)],
             worker=worker,
+            teachers=[train_dataset[row]["teacher"] for row in range(len(prompts))] if routed else None,
         )
 
     # Updates
@@ -218,12 +225,13 @@ class MiniLLMTrainer(DistillationTrainer):
         kinds = (("train_dataset row", prompts), ("responses row", given))
         return " and ".join(listed(what, rows) for what, rows in kinds if rows)
 
-    def _teacher_inputs(self, rollouts: Sequence[Rollout], text: Sequence[array[int]]) -> Tensor | TeacherRows:
+    def _teacher_inputs(self, rollouts: Sequence[Rollout], text: Sequence[array[int]]) -> Teacher:
         """The teacher's states, or its rows, for the tokens of rollouts followed by pieces of text."""
         states = None
         if text and self.objective.language_model_distill:
-            states = self.states_teacher.hidden([ids[:1] for ids in text], [ids[1:] for ids in text])
-        return teacher_inputs(rollouts, text, states, self.args.device)
+            prompts, responses = [ids[:1] for ids in text], [ids[1:] for ids in text]
+            states = hidden_states(self.states_teacher, prompts, responses, [None] * len(text))
+        return teacher_inputs(self.teacher, rollouts, text, states, self.args.device)
 
     # Rollouts
 
@@ -283,10 +291,9 @@ class MiniLLMTrainer(DistillationTrainer):
         }
 
     def _score_by_teacher(self, rollouts: Sequence[Rollout]) -> None:
-        assert self.teacher is not None
         with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher is None)):
             score_missing(self.teacher, rollouts, self.sampling)
-            if self._logp_first and isinstance(self.teacher, StatesTeacher):
+            if self._logp_first and not isinstance(self.teacher, ServedLogprobs):
                 self.teacher.add_token_logprobs(rollouts, self.sampling)
 
     def student_scores(self, rollouts: Sequence[Rollout], teacher: bool = False) -> list[TokenScores]:
@@ -337,21 +344,13 @@ class MiniLLMTrainer(DistillationTrainer):
         """Whether the current weights sampled the rollout."""
         return rollout.weights_version == self.state.global_step
 
-    @contextmanager
-    def _checkpoint_on_engine_error(self) -> Iterator[None]:
-        """If any process loses its engine, save a checkpoint in all of them, then raise in all.
+    def _checkpoint_on_engine_error(self) -> AbstractContextManager[None]:
+        """If any process loses its engine, save in all, then raise in all. A resume samples the batch again."""
+        return saved_on_engine_error(self.global_sum, self._save_if_begun)
 
-        A resume samples the batch again.
-        """
-        lost: EngineError | None = None
-        try:
-            yield
-        except EngineError as error:
-            lost = error
-        if self.global_sum(float(lost is not None)):
-            if self.state.global_step:
-                self._save_checkpoint(self.model, trial=None)
-            raise lost or EngineError("another process lost its engine; the error is in its output")
+    def _save_if_begun(self) -> None:
+        if self.state.global_step:
+            self._save_checkpoint(self.model, trial=None)
 
     # Checkpoints and validation
 

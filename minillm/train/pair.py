@@ -1,8 +1,9 @@
-"""Student and teacher of a distillation trainer: loaded, checked against each other, and prepared for scoring."""
+"""Student and teachers of a distillation trainer: loaded, checked against each other, and prepared for scoring."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,38 +20,46 @@ from minillm.models.head import check_head, gather_head
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.shards import is_sharded
 from minillm.models.vocabulary import check_same_tokens, head_width
+from minillm.teacher.config import teacher_label
 from minillm.teacher.local import AdapterOff, LocalTeacher
+from minillm.teacher.routed import RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.teacher.sharded import shard
 from minillm.teacher.states import StatesTeacher
+from minillm.train.checks import STATES_REMEDY
 
 logger = logging.getLogger(__name__)
 
-TeacherSource = str | PreTrainedModel | ServedTeacher | None
-"""A name, a model or a served teacher; None for the base model of a student with an adapter."""
+NamedSource = str | PreTrainedModel | ServedTeacher
+"""A folder or hub id, a model, or a served teacher."""
+TeacherSource = NamedSource | Mapping[str, NamedSource] | None
+"""A teacher; several by name; or None for the base model of a student with an adapter."""
 
 
 @dataclass
 class ModelPair:
-    """A student and its teacher.
+    """A student and its teacher, or its teachers.
 
     Attributes:
         student: the student, prepared for scoring.
-        teacher_model: the teacher's model in this process; None for a served teacher.
+        teacher_models: the teachers' models in this process by name; a single teacher has an empty name. A served
+            teacher has none.
         source: what the caller gave as the teacher.
         conventions: vocabulary and end tokens that both share.
         compute_dtype: the dtype of a teacher that is given by name or served, and that the student is sampled in.
     """
 
     student: Any
-    teacher_model: Any
+    teacher_models: dict[str, Any]
     source: TeacherSource
     conventions: Conventions
     compute_dtype: torch.dtype
 
-    def teacher(self, args: TrainingArguments, *, sharded: bool, longest: int) -> StatesTeacher | ServedLogprobs:
-        """The teacher on this process's device.
+    def teacher(
+        self, args: TrainingArguments, *, sharded: bool, longest: int
+    ) -> StatesTeacher | ServedLogprobs | RoutedTeacher:
+        """The teacher, or the teachers, on this process's device.
 
         Args:
             args: device and batch size.
@@ -59,14 +68,47 @@ class ModelPair:
 
         Raises:
             EngineError: a served teacher is unreachable, or cannot score such sequences.
+            InputError: one of several returns log-probabilities of some tokens only.
         """
-        batch_size = max(args.per_device_train_batch_size, 16)
-        if isinstance(self.source, ServedTeacher):
-            return self.source.attach(longest, self.compute_dtype, args.device)
         if self.source is None:
-            return AdapterOff(self.student, batch_size=batch_size)
-        model = shard(self.teacher_model, args.device) if sharded else self.teacher_model.to(args.device)
-        return LocalTeacher(model, batch_size, source=self.source if isinstance(self.source, str) else None)
+            return AdapterOff(self.student, batch_size=_batch_size(args))
+        if not isinstance(self.source, Mapping):
+            model: Any = self.teacher_models.get("")
+            return self._one(self.source, shard(model, args.device) if sharded else model, args, longest)
+        teachers: dict[str, StatesTeacher] = {}
+        try:
+            for name, source in self.source.items():
+                teacher = self._one(source, self.teacher_models.get(name), args, longest)
+                if isinstance(teacher, ServedLogprobs):
+                    teacher.close()
+                    raise _without_states(name)
+                teachers[name] = teacher
+        except BaseException:
+            for teacher in teachers.values():
+                teacher.close()
+            raise
+        return RoutedTeacher(teachers)
+
+    def _one(
+        self, source: NamedSource, model: Any, args: TrainingArguments, longest: int
+    ) -> StatesTeacher | ServedLogprobs:
+        """One teacher on this process's device; `model` is its model, if it is not served."""
+        if isinstance(source, ServedTeacher):
+            return source.attach(longest, self.compute_dtype, args.device)
+        return LocalTeacher(
+            model.to(args.device), _batch_size(args), source=source if isinstance(source, str) else None
+        )
+
+
+def _batch_size(args: TrainingArguments) -> int:
+    return max(args.per_device_train_batch_size, 16)
+
+
+def _without_states(name: str) -> InputError:
+    return InputError(
+        f"the servers of {teacher_label(name)} return log-probabilities of some tokens only, which are not combined "
+        f"with the scores of other teachers: {STATES_REMEDY}"
+    )
 
 
 def compute_dtype(args: TrainingArguments) -> torch.dtype:
@@ -94,11 +136,11 @@ def load_pair(
     tokenizer: Any,
     conventions: Conventions | None,
 ) -> ModelPair:
-    """Load a student and its teacher.
+    """Load a student and its teacher, or its teachers.
 
     Args:
         model: the student; given by name, it is loaded in float32.
-        teacher: the teacher.
+        teacher: the teacher, or several by name.
         args: the arguments of the training.
         tokenizer: the student's tokenizer.
         conventions: vocabulary and end tokens, if they are settled already; otherwise they follow from the tokenizer
@@ -108,11 +150,12 @@ def load_pair(
         VocabularyError: the tokenizers differ.
         InputError: the models cannot be used together, or not in this way.
     """
-    served = teacher if isinstance(teacher, ServedTeacher) else None
-    # If the teacher is given by name, a different tokenizer is found before any weights load.
-    source = _tokenizer_source(teacher)
-    if served or isinstance(teacher, str) or (source and Path(source, "tokenizer_config.json").is_file()):
-        check_same_tokens(tokenizer, load_tokenizer(source))
+    named = _by_name(teacher)
+    for name, source in named.items():
+        _check_tokens(tokenizer, source, teacher_label(name))
+    for name, source in named.items() if isinstance(teacher, Mapping) else ():
+        if isinstance(source, ServedTeacher) and not source.returns_states():
+            raise _without_states(name)
     student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
     if teacher is None and not hasattr(student, "get_base_model"):
         raise InputError(
@@ -125,26 +168,56 @@ def load_pair(
             "minillm.models.load.load_model"
         )
     dtype = compute_dtype(args)
-    teacher_model: Any = None
+    models = {
+        name: load_model(source, dtype) if isinstance(source, str) else source
+        for name, source in named.items()
+        if not isinstance(source, ServedTeacher)
+    }
     if teacher is None:
-        teacher_model = student.get_base_model()
-    elif served is None:
-        teacher_model = load_model(teacher, dtype) if isinstance(teacher, str) else teacher
+        models[""] = student.get_base_model()
     _warn_of_dtypes(student, args)
-    width = _shared_width(head_width(student), served.vocab_size if served else head_width(teacher_model))
+    served_widths = {name: source.vocab_size for name, source in named.items() if isinstance(source, ServedTeacher)}
+    widths = served_widths | {name: head_width(model) for name, model in models.items()}
+    width = min(_shared_width(head_width(student), rows, teacher_label(name)) for name, rows in widths.items())
     if conventions is None:
-        named = served.source if served else teacher_model if teacher is not None else None
-        conventions = settle(tokenizer, named, [student])
+        first, *others = [
+            source.source if isinstance(source, ServedTeacher) else models[name] for name, source in named.items()
+        ] or [None]
+        conventions = settle(tokenizer, first, [student, *others])
     conventions = replace(conventions, vocab_size=min(width, conventions.vocab_size))
-    _prepare(student, teacher_model)
-    return ModelPair(student, teacher_model, teacher, conventions, dtype)
+    _prepare(student, models)
+    return ModelPair(student, models, teacher, conventions, dtype)
 
 
-def _tokenizer_source(teacher: TeacherSource) -> str:
-    """The folder or hub id that the teacher's tokenizer can be read from; empty if there is none."""
+def teacher_names(teacher: TeacherSource) -> list[str]:
+    """The names that rows of the data give to the teachers; none if one teacher scores all rows."""
+    return list(teacher) if isinstance(teacher, Mapping) else []
+
+
+def _by_name(teacher: TeacherSource) -> dict[str, NamedSource]:
+    """The teachers by name. A single one has an empty name; the base model of the student is left out.
+
+    Raises:
+        InputError: a mapping names no teacher, or has None for one.
+    """
+    if teacher is None:
+        return {}
+    if not isinstance(teacher, Mapping):
+        return {"": teacher}
+    if not teacher or None in teacher.values():
+        raise InputError("teacher: a mapping needs a model, a name or a ServedTeacher for each teacher, and not None")
+    return dict(teacher)
+
+
+def _check_tokens(tokenizer: Any, teacher: NamedSource, label: str) -> None:
+    """Refuse a teacher with another tokenizer. If it is given by name, that is found before any weights load."""
     if isinstance(teacher, ServedTeacher):
-        return teacher.source
-    return teacher if isinstance(teacher, str) else str(getattr(teacher, "name_or_path", ""))
+        source = teacher.source
+    else:
+        source = teacher if isinstance(teacher, str) else str(getattr(teacher, "name_or_path", ""))
+    is_named = isinstance(teacher, ServedTeacher | str)
+    if is_named or (source and Path(source, "tokenizer_config.json").is_file()):
+        check_same_tokens(tokenizer, load_tokenizer(source), label)
 
 
 def _warn_of_dtypes(student: PreTrainedModel, args: TrainingArguments) -> None:
@@ -159,24 +232,25 @@ def _warn_of_dtypes(student: PreTrainedModel, args: TrainingArguments) -> None:
         )
 
 
-def _shared_width(student: int, teacher: int) -> int:
+def _shared_width(student: int, teacher: int, label: str) -> int:
     """Rows of the output head that both models have."""
     if student != teacher:
         logger.warning(
-            "The heads are %d (student) and %d (teacher) tokens wide; both are used up to %d.",
+            "The heads are %d (student) and %d (%s) tokens wide; both are used up to %d.",
             student,
             teacher,
+            label,
             min(student, teacher),
         )
     return min(student, teacher)
 
 
-def _prepare(student: Any, teacher_model: Any) -> None:
+def _prepare(student: Any, teachers: Mapping[str, Any]) -> None:
     """Switch dropout off, check the heads, and bind the scoring to the student's forward."""
     without_dropout(student)
     check_head(student, "student")
-    if teacher_model is not None:
-        check_head(teacher_model, "teacher")
+    for name, model in teachers.items():
+        check_head(model, teacher_label(name))
     bind_scoring(student)
     if is_deepspeed_zero3_enabled():
         gather_head(student)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from minillm.data.rollouts import Rollout
-from minillm.errors import InputError
+from minillm.errors import EngineError, InputError
 
 _FILE = "rollouts-{rank}.pt"
 
@@ -62,3 +64,24 @@ class RolloutCheckpoint:
             )
         rollouts, replay = ([Rollout.from_saved(fields) for fields in saved[key]] for key in ("rollouts", "earlier"))
         return cls(saved["number"], rollouts, replay)
+
+
+@contextmanager
+def saved_on_engine_error(total: Callable[[float], float], save: Callable[[], None]) -> Iterator[None]:
+    """If any process loses its engine in the body of the `with` statement, save in all processes, then raise in all.
+
+    Args:
+        total: sums a number over all processes.
+        save: saves a checkpoint.
+
+    Raises:
+        EngineError: a process lost its engine.
+    """
+    lost: EngineError | None = None
+    try:
+        yield
+    except EngineError as error:
+        lost = error
+    if total(float(lost is not None)):
+        save()
+        raise lost or EngineError("another process lost its engine; the error is in its output")

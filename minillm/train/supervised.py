@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -15,9 +14,11 @@ from minillm.errors import InputError
 from minillm.loss.config import DivergenceConfig
 from minillm.loss.supervised import SupervisedLoss
 from minillm.loss.terms import extra_divergence
-from minillm.teacher.served import ServedTeacher
+from minillm.teacher.routed import hidden_states, join_states
 from minillm.train.base import DistillationTrainer
+from minillm.train.checks import check_teacher_names
 from minillm.train.finite import listed
+from minillm.train.pair import TeacherSource, teacher_names
 
 
 class SupervisedTrainer(DistillationTrainer):
@@ -25,24 +26,25 @@ class SupervisedTrainer(DistillationTrainer):
 
     Args:
         model: the student: a folder, a hub id or a loaded model.
-        teacher: the teacher, given in the same ways, or a `ServedTeacher` whose servers return states; None for the
-            base model of a student with an adapter.
+        teacher: the teacher, given in the same ways, or a `ServedTeacher` whose servers return states; a mapping of
+            several by name; None for the base model of a student with an adapter.
         args: the arguments of the training.
-        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included). Each epoch leaves out the rows that
-            do not fill a last update; they differ between epochs.
+        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included), and with `teacher` if there are
+            several, as in `eval_dataset`. Each epoch leaves out the rows that do not fill a last update; they differ
+            between epochs.
         cross_entropy: λ; at 1 the teacher is not read.
         divergence: D, the forward KL by default, at `temperature`.
         cross_entropy_temperature: divides the student's logits in CE.
         **kwargs: further parameters of `DistillationTrainer`.
 
     Raises:
-        InputError: there are fewer rows than one update needs.
+        InputError: there are fewer rows than one update needs, or a row does not name one of several teachers.
     """
 
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher: str | PreTrainedModel | ServedTeacher | None,
+        teacher: TeacherSource,
         args: TrainingArguments,
         *,
         train_dataset: Sequence[dict[str, Any]],
@@ -51,6 +53,8 @@ class SupervisedTrainer(DistillationTrainer):
         cross_entropy_temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        rows = {"train_dataset": train_dataset, "eval_dataset": kwargs.get("eval_dataset")}
+        check_teacher_names(teacher_names(teacher), rows)
         longest = max((len(row["prompt_ids"]) + len(row["response_ids"]) for row in train_dataset), default=1)
         super().__init__(model, teacher, args, train_dataset=train_dataset, longest=longest, **kwargs)
         _ = self.states_teacher  # refuses log-probabilities of some tokens before anything is trained
@@ -99,7 +103,8 @@ class SupervisedTrainer(DistillationTrainer):
         teacher = None
         if self._cross_entropy < 1:
             with self.phase("teacher", len(batch.targets)):
-                teacher = torch.cat(self.states_teacher.hidden(prompts, responses))
+                scoring, names = self.states_teacher, [row.get("teacher") for row in rows]
+                teacher = join_states(scoring, hidden_states(scoring, prompts, responses, names), names)
         loss = SupervisedLoss(self._cross_entropy, count, self._divergence)
         divergence = None if teacher is None else extra_divergence(self._divergence)
         value = self.update_on(model, batch, loss, teacher, self._processes, divergence)

@@ -10,7 +10,7 @@ from minillm.data.rollouts import Rollout
 from minillm.data.seeding import seed_of
 from minillm.evaluation.answers import DIVERGENCES, token_divergences
 from minillm.evaluation.metrics import HELD_OUT
-from minillm.teacher.states import StatesTeacher
+from minillm.teacher.routed import ExactTeacher
 from minillm.train.best_checkpoint import METRICS
 from minillm.train.student import StudentMixin
 
@@ -33,7 +33,8 @@ class ValidationMixin(StudentMixin):
         """Sample one response per row from the student alone, always with the same seeds, and score it.
 
         Args:
-            eval_dataset: rows with `prompt_ids` and `references`; the trainer's own by default.
+            eval_dataset: rows with `prompt_ids` and `references`, and with `teacher` if there are several; the
+                trainer's own by default.
             ignore_keys: not used.
             metric_key_prefix: what the metrics' names begin with.
 
@@ -52,8 +53,8 @@ class ValidationMixin(StudentMixin):
                 for metric in HELD_OUT
                 if metric.per == "answer"
             }
-            if isinstance(self.teacher, StatesTeacher):
-                totals = self._divergences(self.teacher, sampled, rows)
+            if isinstance(self.teacher, ExactTeacher):
+                totals = self._divergences(self.teacher, sampled, own, rows)
                 tokens = self.global_sum(sum(len(rollout.response_ids) for rollout in sampled))
                 found |= {key: self.global_sum(total) / tokens for key, total in totals.items()}
         out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
@@ -75,14 +76,19 @@ class ValidationMixin(StudentMixin):
         scores = {metric.key: metric.score(text, row["references"]) for metric in HELD_OUT if metric.score is not None}
         return {"ids": rollout.response_ids, "finished": rollout.finished, **scores}
 
-    def _divergences(self, teacher: StatesTeacher, sampled: Sequence[Rollout], rows: Any) -> dict[str, float]:
-        """The sum of each metric per token over the tokens of this process's responses, in nats."""
+    def _divergences(
+        self, teacher: ExactTeacher, sampled: Sequence[Rollout], own: Sequence[Mapping[str, Any]], rows: Any
+    ) -> dict[str, float]:
+        """The sum of each metric per token over the tokens of this process's responses to its `own` rows, in nats."""
         # With a sharded model every forward involves all processes, so a process with one row fewer than others reads
         # one more, which does not count.
         missing = -(-len(rows) // self.accelerator.num_processes) - len(sampled)
         prompts = [r.prompt_ids for r in sampled] + [list(rows[0]["prompt_ids"])] * missing
         responses = [r.response_ids for r in sampled] + [[0]] * missing
-        kl = token_divergences(self.model_wrapped, teacher, prompts, responses, self.width, self.sampling.temperature)
+        names = [row.get("teacher") for row in own] + [rows[0].get("teacher")] * missing
+        kl = token_divergences(
+            self.model_wrapped, teacher, prompts, responses, self.width, self.sampling.temperature, names=names
+        )
         return {
             metric.key: sum(float(values[DIVERGENCES.index(metric.key)].sum()) for values in kl[: len(sampled)])
             for metric in HELD_OUT

@@ -115,7 +115,7 @@ def test_the_notes_of_earlier_versions_are_read(facts: Dependencies, tmp_path: P
     of_suite = replace(facts, ends=None)
     files = "model.safetensors", "generation_config.json"
     vocabulary = sorted(facts.tokenizer.get_vocab().items()), facts.tokenizer.eos_token_id
-    shared = sha(time_of(facts.model, *files), SETTINGS, "vllm", vocabulary, time_of(facts.teacher, *files))
+    shared = sha(time_of(facts.model, *files), SETTINGS, "vllm", vocabulary, time_of(str(facts.teacher), *files))
     (folder / "some-1.made_from").write_text(sha(shared, ["yes", "no"], [([4, 5], ("w1",)), ([5, 6], ())]))
     store, weights = AnswerStore(folder), Path(facts.model) / "model.safetensors"
     before = weights.stat().st_mtime_ns

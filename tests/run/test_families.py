@@ -186,7 +186,7 @@ def others() -> list[tuple[str, str]]:
     kinds = {"gemma3_text": "gemma3"}
     found = []
     for name in set(names) - firsts:
-        kind = str(KNOWN[load_recipe(RECIPES / f"{name}.yaml").teacher.source]["model_type"])
+        kind = str(KNOWN[load_recipe(RECIPES / f"{name}.yaml").teacher.first.source]["model_type"])
         found.append((name, "smollm2" if name.startswith("smollm2") else kinds.get(kind, kind)))
     return sorted(found)
 

@@ -72,7 +72,7 @@ def test_every_recipe_can_be_planned_without_a_network() -> None:
     for path in RECIPES.glob("*/*.yaml"):
         if path.parent.name != "accelerate":
             recipe = load_recipe(path)
-            assert {recipe.teacher.source, recipe.student.source} <= KNOWN.keys()
+            assert {recipe.teacher.first.source, recipe.student.source} <= KNOWN.keys()
 
 
 def test_what_autograd_keeps_is_what_it_keeps(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_what_a_served_teacher_cannot_do_is_refused_before_anything_runs(recipe:
         with pytest.raises(RecipeError) as caught:
             load_recipe(recipe, [*served, *changes])
         assert message in str(caught.value)
-    assert load_recipe(recipe, [*served, "rollout.teacher_mix=0"]).teacher.top_k == 16
+    assert load_recipe(recipe, [*served, "rollout.teacher_mix=0"]).teacher.first.top_k == 16
 
 
 def test_the_best_needs_a_checkpoint_of_its_own(recipe: Path) -> None:

@@ -30,7 +30,7 @@ def test_every_recipe_is_valid_and_short(path: Path, tmp_path: Path) -> None:
     assert len(own) <= 12
     assert "extends" in own[0]
     assert recipe.run_dir.name == f"{path.parent.name}-{path.stem}" or path.stem.startswith(path.parent.name)
-    assert recipe.teacher.source != recipe.student.source
+    assert recipe.teacher.first.source != recipe.student.source
     shipped = load_recipe(path).data
     assert shipped.heldout != shipped.validation  # what chooses a checkpoint does not score it
     assert (shipped.text is None) == (recipe.data.template == "chat")  # the paper's term, where the paper speaks

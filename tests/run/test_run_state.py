@@ -155,7 +155,7 @@ def test_one_place_however_it_is_written(recipe: Path, monkeypatch: pytest.Monke
     assert stale(recipe, "run_dir=~/run", "data.train=~/train.jsonl", "data.heldout=heldout.jsonl") == []
     (recipe.parent / "prune").mkdir()  # not the student
     assert stale(recipe) == []
-    assert load_recipe(recipe, ["teacher.source=~/t"]).teacher.source == str(recipe.parent / "t")
+    assert load_recipe(recipe, ["teacher.source=~/t"]).teacher.first.source == str(recipe.parent / "t")
 
 
 def test_a_state_of_an_earlier_version_is_read(recipe: Path) -> None:

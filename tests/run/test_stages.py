@@ -251,7 +251,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
         load_recipe(recipe, ["rollout.engine=vllm", "rollout.engine_options={tensor_parallel_size: 16}"])
     with pytest.raises(RecipeError, match=r"targets: lm_head: an adapter on the output head is not scored"):
         load_recipe(recipe, ["student.lora.targets=[q_proj, lm_head]"])
-    whole = ["student.source=" + load_recipe(recipe).teacher.source, "student.keep_layers=null"]
+    whole = ["student.source=" + load_recipe(recipe).teacher.first.source, "student.keep_layers=null"]
     for start in ([], whole):  # a pruned one too
         with pytest.raises(ValueError, match=r"student\.lora: Target modules .*c_attn.* not found"):
             runner.run_recipe(load_recipe(recipe, [*start, "student.lora.targets=[c_attn]"]))
@@ -275,7 +275,7 @@ def test_a_path_is_one_setting_however_it_is_written(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = f"run_dir={recipe.parent / 'run'}"
-    teacher = load_recipe(recipe).teacher.source
+    teacher = load_recipe(recipe).teacher.first.source
     monkeypatch.chdir(tmp_path)
     for written in (os.path.relpath(teacher), teacher):
         RunState(load_recipe(recipe, [run_dir, f"teacher.source={written}"])).check("minillm")

@@ -94,7 +94,10 @@ class _ComparisonRun:
         self.comparison = comparison
         self.root = Path(comparison.recipe["run_dir"])
         shared = {"run_dir": str(self.root / "start"), "stages": comparison.start}
-        self.start = Run(recipe_of(merge(comparison.recipe, shared), "the shared recipe"))
+        recipe = recipe_of(merge(comparison.recipe, shared), "the shared recipe")
+        if recipe.teacher.several:
+            raise RecipeError("recipe.teacher: a comparison has one teacher for all methods: name one source")
+        self.start = Run(recipe)
         names = [name for name, method in comparison.methods.items() if method.tested]
         self.tested = sorted(names, key=lambda name: name != comparison.baseline)
         self.tuned = {
@@ -141,7 +144,7 @@ class _ComparisonRun:
         suite = self.comparison.suite
         if suite.teacher is not None and Path(suite.teacher).resolve().is_relative_to(self.root.resolve()):
             suite = suite.model_copy(update={"teacher": None})  # the comparison makes it, so that it does not exist yet
-        sets, _ = check_suite(suite, {"teacher": self.start.recipe.teacher.source})
+        sets, _ = check_suite(suite, {"teacher": self.start.recipe.teacher.first.source})
         if not any(example.references for examples in sets.values() for example in examples):
             raise DataError(f"suite.sets: no row of {', '.join(sets)} has a reference to score answers by")
 

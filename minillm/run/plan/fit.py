@@ -166,7 +166,7 @@ def _fewer_rollouts(recipe: Recipe, machine: Machine) -> list[list[str]]:
 
 
 def _other_training(recipe: Recipe, machine: Machine) -> list[list[str]]:
-    teacher, lora = recipe.teacher, recipe.student.lora
+    teacher, lora = recipe.teacher.first, recipe.student.lora
     source = teacher.source if recipe.student.source == "prune" else recipe.student.source
     # The run refuses a quantised student that is sharded, or whose family bitsandbytes cannot quantise.
     quantizable = not machine.shard and trains_quantized(shape_of(source).config)
@@ -174,9 +174,12 @@ def _other_training(recipe: Recipe, machine: Machine) -> list[list[str]]:
     unmixed = ["rollout.teacher_mix=0"] if "minillm" in recipe.stages and recipe.rollout.teacher_mix else []
     if unmixed:
         out.append(unmixed)
-    if machine.processes > 1 and not teacher.shard:
+    if machine.processes > 1 and not teacher.shard and not recipe.teacher.several:
         out.append(["teacher.shard=true", *unmixed])
-    out += [[f"teacher.quantization={bits}"] for bits in _fewer_bits(teacher.quantization)]
+    for name, each in recipe.teacher.by_name.items():
+        section = f"teacher.{name}" if name else "teacher"
+        if not (name and each.servers):
+            out += [[f"{section}.quantization={bits}"] for bits in _fewer_bits(each.quantization)]
     if lora is None:
         out.append(["student.lora.rank=16"])
     if quantizable and (lora is None or lora.quantization is None):

@@ -41,27 +41,6 @@ def frozen_weights(model: Shape, itemsize: int, quantization: str | None) -> flo
     return model.body * _QUANTIZED_BYTES[quantization] + (model.parameters - model.body) * itemsize
 
 
-def scoring_teacher(recipe: Recipe, machine: Machine, teacher: Shape, itemsize: int) -> Parts:
-    """Memory of the teacher in the warmup and minillm stages, which shard it where the recipe says so.
-
-    If it is served, its head alone is held here. Servers that return log-probabilities leave even that away; which kind
-    they are is not known before a run.
-
-    Args:
-        recipe: the recipe.
-        machine: the machine that it is planned for.
-        teacher: the teacher.
-        itemsize: bytes of a weight that is not quantised.
-
-    Returns:
-        Bytes in one process.
-    """
-    if recipe.teacher.servers:
-        return {"teacher's head": teacher.head * itemsize}
-    whole = frozen_weights(teacher, itemsize, recipe.teacher.quantization)
-    return {"teacher": whole / machine.processes if recipe.teacher.shard else whole}
-
-
 def trained_weights(training: StageTraining, model: Shape) -> Parts:
     """Memory of a model that is trained: its weights, their gradients and moments.
 
@@ -171,7 +150,7 @@ class SampledModel:
         """Whether transformers samples the model in this process, rather than vLLM."""
         if self.recipe.rollout.engine == "transformers" or not self.machine.vllm:
             return True
-        if self.teacher is not None and self.recipe.teacher.quantization:
+        if self.teacher is not None and self.recipe.teacher.first.quantization:
             return True  # vLLM does not mix a quantised teacher in
         return not self.machine.gpu and any(why_not_on_cpus(model.config) is not None for model in self._models)
 

@@ -15,6 +15,7 @@ from minillm.rollout.engines.vllm_memory import GIB
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.memory import Parts, SampledModel
+from minillm.run.plan.teachers import Teachers, scoring_flops
 from minillm.run.plan.work import StageTraining
 from minillm.run.recipe import Recipe
 from minillm.run.stages import STAGES
@@ -91,11 +92,6 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     return Plan(phases, machine)
 
 
-def _scoring_flops(model: Shape, prompt: float, response: float) -> float:
-    """Operations of one forward over a prompt and a response of so many tokens, with logits for the response only."""
-    return 2 * model.body * (prompt + response) + 2 * model.head * response
-
-
 def _training_flops(training: StageTraining) -> tuple[float, float]:
     """Operations per parameter and token of a forward and backward: of the body, and of the head.
 
@@ -125,32 +121,45 @@ class Planner:
         machine: the machine to plan for.
 
     Attributes:
-        teacher: the sizes of the teacher.
+        teachers: the sizes of the teacher, or of several.
         student: the sizes of the student, after pruning.
     """
 
     def __init__(self, recipe: Recipe, machine: Machine) -> None:
         self.recipe, self.machine = recipe, machine
-        self.teacher = shape_of(recipe.teacher.source)
+        self.teachers = Teachers(recipe)
         if recipe.student.source == "prune":
-            self.student = shape_of(recipe.teacher.source, recipe.student.keep_layers)
+            self.student = shape_of(recipe.teacher.first.source, recipe.student.keep_layers)
         else:
             self.student = shape_of(recipe.student.source)
 
     # Stages that sample from models without training them, in one process
 
     def responses(self) -> list[Phase]:
-        """The phase in which the teacher answers the training prompts."""
+        """The phase in which the teacher answers the training prompts; of several, each has a phase."""
         train, settings = work.rows(self.recipe, "train"), self.recipe.responses
-        samples = train.prompts * settings.samples_per_prompt
-        return [self._sampling("responses", self.teacher, samples, train.prompt_tokens, settings.max_new_tokens)]
+        samples = train.prompts * settings.samples_per_prompt / len(self.teachers)
+        return [
+            self._sampling(
+                "responses" if len(self.teachers) == 1 else f"responses: {label}",
+                teacher,
+                samples,
+                train.prompt_tokens,
+                settings.max_new_tokens,
+            )
+            for label, (_, teacher) in self.teachers.by_label.items()
+        ]
 
     def evaluation(self) -> list[Phase]:
-        """The phases in which the teacher, the untrained student and all trained ones answer the held-out prompts."""
+        """The phases in which each teacher, the untrained student and all trained ones answer the held-out prompts."""
         students = 1 + sum(stage.trains == "student" and stage.name in self.recipe.stages for stage in STAGES)
-        return [self._evaluation("teacher", self.teacher, 1), self._evaluation("student", self.student, students)]
+        phases = [
+            self._evaluation(label, teacher, 1 / len(self.teachers))
+            for label, (_, teacher) in self.teachers.by_label.items()
+        ]
+        return [*phases, self._evaluation("student", self.student, students)]
 
-    def _evaluation(self, name: str, model: Shape, models: int) -> Phase:
+    def _evaluation(self, name: str, model: Shape, models: float) -> Phase:
         """The answers of one or several models of one size, with every seed.
 
         The answers of a student are scored by the student and by the teacher.
@@ -162,14 +171,15 @@ class Planner:
         phase.parts[name] = model.parameters * itemsize
         if name == "student":
             # One process scores the answers, so that the teacher is not sharded.
-            phase.parts["teacher"] = memory.frozen_weights(self.teacher, itemsize, recipe.teacher.quantization)
+            phase.parts["teacher"] = self.teachers.whole_weights(itemsize)
             prompt, response = heldout.prompt_tokens, longest / 2
-            scoring = samples * sum(_scoring_flops(each, prompt, response) for each in (model, self.teacher))
+            by_teacher = self.teachers.forward_flops(prompt, response)
+            scoring = samples * (scoring_flops(model, prompt, response) + by_teacher)
             phase.flops += scoring
             phase.seconds += replace(self.machine, processes=1).seconds(scoring, itemsize)
         return phase
 
-    def _sampling(self, name: str, model: Shape, samples: int, prompt: float, longest: int) -> Phase:
+    def _sampling(self, name: str, model: Shape, samples: float, prompt: float, longest: int) -> Phase:
         """The phase in which one process samples from a model that is not trained.
 
         Args:
@@ -185,7 +195,7 @@ class Planner:
         parts = {"process": memory.PROCESS, **sampled.engine(memory.BATCH_SIZE, length)}
         if sampled.by_transformers:
             parts["the sampled model"] = model.parameters * itemsize
-        flops = samples * _scoring_flops(model, prompt, longest / 2)
+        flops = samples * scoring_flops(model, prompt, longest / 2)
         decoding = alone.decoding_seconds(model, itemsize, memory.BATCH_SIZE, longest, prompt + longest)
         return Phase(name, parts, flops, alone.seconds(flops, itemsize) + samples / memory.BATCH_SIZE * decoding)
 
@@ -200,15 +210,14 @@ class Planner:
         training = StageTraining(self.recipe, self.machine, name)
         model = self._trained_model(training)
         stage = training.definition
-        scoring = self.teacher if stage.teacher_in_loss(self.recipe) else None
+        scoring = self.teachers.widest if stage.teacher_in_loss(self.recipe) else None
         idle = {"process": memory.PROCESS, **memory.trained_weights(training, model)}
         # This library's trainer always holds the teacher, TRL's holds it for the KL of its validation. Beside TRL's
         # trainer the teacher is not sharded.
         if not stage.uses_trl:
-            idle |= memory.scoring_teacher(self.recipe, self.machine, self.teacher, training.itemsize)
+            idle |= self.teachers.memory(self.machine, training.itemsize)
         elif stage.scores_with_teacher(self.recipe) and self.recipe.data.validation is not None:
-            quantization = self.recipe.teacher.quantization
-            idle["teacher"] = memory.frozen_weights(self.teacher, training.itemsize, quantization)
+            idle["teacher"] = self.teachers.whole_weights(training.itemsize)
         phase = Phase(name, idle | self._supervised_buffers(training, model, scoring))
         phase.flops = training.updates * self._supervised_flops(training, model, scoring)
         layers = training.updates * _layers_per_update(training, model, scoring)
@@ -216,7 +225,7 @@ class Planner:
         return [phase, *self._validation_phases(training, idle, phase)]
 
     def _trained_model(self, training: StageTraining) -> Shape:
-        return self.teacher if training.trains == "teacher" else self.student
+        return self.teachers.first if training.trains == "teacher" else self.student
 
     def _supervised_buffers(self, training: StageTraining, model: Shape, scoring: Shape | None) -> Parts:
         """Memory that a weight update takes beside the weights; `scoring` is the teacher, where the loss reads it."""
@@ -241,14 +250,8 @@ class Planner:
         body, head = _training_flops(training)
         flops = body * model.body * (prompt + response)
         flops += head * model.head * (prompt + response if all_tokens else response)
-        flops += 0 if scoring is None else self._teacher_flops(prompt, response)
+        flops += 0 if scoring is None else self.teachers.scoring_flops(prompt, response)
         return training.responses_per_update * flops
-
-    def _teacher_flops(self, prompt: float, response: float) -> float:
-        """Operations of this run for the teacher's scores of a response, which are its head's if it is served."""
-        if self.recipe.teacher.servers:
-            return 2 * self.teacher.head * response
-        return _scoring_flops(self.teacher, prompt, response)
 
     # Validation
 
@@ -282,12 +285,12 @@ class Planner:
             return 0.0, 0.0
         model, rows, times = self._trained_model(training), work.rows(recipe, "validation"), training.validations
         prompt, longest = rows.prompt_tokens, recipe.rollout.max_new_tokens
-        each = _scoring_flops(model, prompt, longest / 2)
+        each = scoring_flops(model, prompt, longest / 2)
         if training.definition.scores_with_teacher(recipe):
-            each += _scoring_flops(model, prompt, longest / 2)
+            each += scoring_flops(model, prompt, longest / 2)
             local = training.definition.uses_trl  # whose validation loads the teacher, wherever it is served
-            scoring = _scoring_flops(self.teacher, prompt, longest / 2)
-            each += scoring if local else self._teacher_flops(prompt, longest / 2)
+            scoring = self.teachers.forward_flops(prompt, longest / 2)
+            each += scoring if local else self.teachers.scoring_flops(prompt, longest / 2)
         flops = times * rows.referenced * each
         in_one_process = -(-rows.referenced // machine.processes)
         decoding = machine.decoding_seconds(model, itemsize, in_one_process, longest, prompt + longest)
@@ -312,14 +315,15 @@ class Planner:
 
     def _on_policy_memory(self, training: StageTraining) -> tuple[Parts, Parts]:
         """Memory of the minillm stage: while it samples rollouts, and during a weight update."""
-        recipe, machine, teacher, itemsize = self.recipe, self.machine, self.teacher, training.itemsize
+        recipe, machine, itemsize = self.recipe, self.machine, training.itemsize
         rollout = recipe.rollout
         own_rollouts = max(rollout.num_rollouts // machine.processes, 1)
         length = recipe.data.max_prompt_tokens + rollout.max_new_tokens
         update: Parts = {"process": memory.PROCESS, **memory.trained_weights(training, self.student)}
-        update |= memory.scoring_teacher(recipe, machine, teacher, itemsize)
-        update["teacher's hidden states"] = own_rollouts * rollout.max_new_tokens * teacher.hidden * itemsize
-        mixed = teacher if rollout.teacher_mix else None
+        update |= self.teachers.memory(machine, itemsize)
+        states = own_rollouts * rollout.max_new_tokens * self.teachers.widest.hidden
+        update["teacher's hidden states"] = states * itemsize
+        mixed = self.teachers.first if rollout.teacher_mix else None
         engine, stays = SampledModel(recipe, machine, self.student, itemsize, mixed).engine_while_training()
         without_gradients = {
             part: size for part, size in update.items() if part != "gradients"
@@ -338,16 +342,16 @@ class Planner:
 
     def _on_policy_flops(self, training: StageTraining) -> float:
         """Operations of a weight update of the minillm stage."""
-        student, teacher, objective = self.student, self.teacher, self.recipe.objective
+        student, objective = self.student, self.recipe.objective
         prompt, response = work.rows(self.recipe, "train").prompt_tokens, self.recipe.rollout.max_new_tokens / 2
         body, head = _training_flops(training)
         # The teacher's hidden states are kept from the rollouts; only its head is computed again.
-        heads = head * student.head + 2 * teacher.head
+        heads = head * student.head + 2 * self.teachers.head
         each = body * student.body * (prompt + response) + heads * response
         if self._trains_on_text:
             block = objective.language_model_block
             each += block * (body * student.body + head * student.head)
-            each += self._teacher_flops(0, block) * (objective.language_model_distill > 0)
+            each += self.teachers.scoring_flops(0, block) * (objective.language_model_distill > 0)
         return training.responses_per_update * each
 
     def _rollout_cost(self, training: StageTraining, training_seconds: float) -> tuple[float, float]:
@@ -363,11 +367,11 @@ class Planner:
         batches = math.ceil(training.updates / work.updates_of_batch(recipe, machine))
         given = round((1 - rollout.on_policy) * rollout.num_rollouts)
         sampled = rollout.num_rollouts - given - round(rollout.replay * (rollout.num_rollouts - given))
-        sampling = batches * sampled * _scoring_flops(student, prompt, response)
-        scoring = batches * rollout.num_rollouts * self._teacher_flops(prompt, response)
+        sampling = batches * sampled * scoring_flops(student, prompt, response)
+        scoring = batches * rollout.num_rollouts * self.teachers.scoring_flops(prompt, response)
         # Responses whose log-probabilities under the student come from a forward of the trainer.
         rescored = rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
-        rescoring = batches * rescored * _scoring_flops(student, prompt, response)
+        rescoring = batches * rescored * scoring_flops(student, prompt, response)
         engines = self._engines()
         longest, in_one_engine = rollout.max_new_tokens, -(-sampled // engines)
         decoding = machine.decoding_seconds(student, itemsize, in_one_engine, longest, prompt + longest)

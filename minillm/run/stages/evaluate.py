@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from minillm.evaluation.config import EvaluateConfig
 from minillm.run.stages.stage import RENDERING_SETTINGS, Stage
+from minillm.teacher.config import teacher_label
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
@@ -43,11 +44,12 @@ class Evaluate(Stage):
 
     def run(self, run: Run) -> None:
         from minillm.data.files import write_json
-        from minillm.evaluation.heldout import TEACHER, evaluate_heldout
+        from minillm.evaluation.heldout import evaluate_heldout
 
         recipe, recorded = run.recipe, run.state.settings(self.name)
         untrained = "pruned" if recipe.student.source == "prune" else "student"
-        models = {TEACHER: run.teacher, untrained: run.start, **run.trained_by_label()}
+        teachers = {teacher_label(name): folder for name, folder in run.teachers.items()}
+        models = {**teachers, untrained: run.start, **run.trained_by_label()}
         results = evaluate_heldout(
             run.dir / "evaluate",
             models,
@@ -56,6 +58,6 @@ class Evaluate(Stage):
             run.rollout(),
             recipe.evaluate,
             settings={key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
-            quantization=recipe.teacher.quantization,
+            teachers={name: each.quantization for name, each in recipe.teacher.by_name.items()},
         )
         write_json(run.dir / "results.json", results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from minillm.errors import InputError
 from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
 
 if TYPE_CHECKING:
@@ -35,9 +36,19 @@ class FineTune(Stage):
     def trains_on_references(self, recipe: Recipe) -> bool:
         return True
 
+    def refusal(self, recipe: Recipe, processes: int) -> str | None:
+        if not recipe.teacher.several:
+            return None
+        return (
+            "stages: finetune trains a single teacher: fine-tune each of several in a run of its own, and name the "
+            "folders tuned/ of those runs as their sources"
+        )
+
     def run(self, run: Run) -> None:
         from minillm.run.stages.shared import fine_tune
 
+        if refusal := self.refusal(run.recipe, 1):  # asked for by --stage, without being listed
+            raise InputError(refusal)
         fine_tune(run, self, source=run.untuned, target=run.teacher)
 
     def phases(self, planner: Planner) -> list[Phase]:

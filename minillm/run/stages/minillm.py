@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm.data.config import Source
 from minillm.errors import DataError
-from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
+from minillm.run.stages.stage import PROMPT_SETTINGS, Stage, teachers_in_words
 from minillm.train.checks import update_size_fault
 
 if TYPE_CHECKING:
@@ -78,12 +78,12 @@ class MiniLLM(Stage):
         arguments = shared.training_arguments(run, self)
         trainer = MiniLLMTrainer(
             **shared.student_arguments(run, run.warmed, arguments),
-            teacher=shared.served_teacher(run) or shared.load_scoring_teacher(run, arguments),
+            teacher=shared.on_policy_teacher(run, arguments),
             args=arguments,
             objective=recipe.objective,
-            shard_teacher=recipe.teacher.shard,
+            shard_teacher=recipe.teacher.first.shard,
             rollout=rollout,
-            train_dataset=[{"prompt_ids": prompt.ids} for prompt in run.train_prompts],
+            train_dataset=[{"prompt_ids": prompt.ids, **run.of_teacher(prompt)} for prompt in run.train_prompts],
             eval_dataset=run.validation,
             text_dataset=_texts(recipe),
             responses=run.references if rollout.on_policy < 1 else None,
@@ -94,7 +94,7 @@ class MiniLLM(Stage):
         return planner.on_policy()
 
     def describe(self, recipe: Recipe) -> str:
-        teacher, name = f"`{recipe.teacher.source}`", recipe.objective.divergence.name
+        teacher, name = teachers_in_words(recipe), recipe.objective.divergence.name
         source = " (MiniLLM, [arXiv 2306.08543](https://arxiv.org/abs/2306.08543))" if name == "reverse_kl" else ""
         what = "the reverse KL divergence" if name == "reverse_kl" else name.replace("_", " ")
         return f"distilled from {teacher} by minimising {what} on its own samples{source}"

@@ -40,15 +40,28 @@ class Responses(Stage):
     def run(self, run: Run) -> None:
         from minillm.data.files import read_jsonl, write_jsonl
         from minillm.data.seeding import seed_of
+        from minillm.models.device import release_memory
 
         settings, file = run.recipe.responses, run.dir / "responses.jsonl"
-        wanted = [(prompt, sample) for sample in range(settings.samples_per_prompt) for prompt in run.train_prompts]
+        # With several teachers, one answers all its prompts before the next is loaded.
+        wanted = [
+            (name, prompt, sample)
+            for name in run.teachers
+            for sample in range(settings.samples_per_prompt)
+            for prompt in run.train_prompts
+            if name in ("", prompt.example.teacher)
+        ]
         rows = read_jsonl(file) if file.is_file() else []
         sampling = run.sampling(settings.max_new_tokens, settings.temperature)
-        engine = None
-        for start in range(len(rows), len(wanted), _WAVE):
-            engine = engine or run.engine(run.teacher, settings.max_new_tokens)
-            wave = wanted[start : start + _WAVE]
+        engine, answering = None, ""
+        while len(rows) < len(wanted):
+            name, wave = wanted[len(rows)][0], wanted[len(rows) : len(rows) + _WAVE]
+            wave = [(prompt, sample) for other, prompt, sample in wave if other == name]
+            if engine is not None and name != answering:
+                engine.close()
+                release_memory()
+                engine = None
+            engine, answering = engine or run.engine(run.teachers[name], settings.max_new_tokens), name
             seeds = [seed_of(run.recipe.seed, "responses", prompt.example.row, sample) for prompt, sample in wave]
             rollouts = engine.generate([prompt.ids for prompt, _ in wave], sampling, seeds, progress=True)
             rows += [
@@ -57,6 +70,7 @@ class Responses(Stage):
                     "prompt_ids": prompt.ids,
                     "response_ids": rollout.response_ids,
                     "finished": rollout.finished,
+                    **run.of_teacher(prompt),
                 }
                 for (prompt, _), rollout in zip(wave, rollouts, strict=True)
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,25 +56,54 @@ def student_arguments(run: Run, folder: str, arguments: TrainingArguments) -> di
     return {"model": model, "processing_class": run.conventions.tokenizer, "conventions": run.conventions}
 
 
-def served_teacher(run: Run) -> ServedTeacher | None:
-    """The teacher behind the servers of the recipe, if it names any."""
-    recipe, rollout = run.recipe, run.rollout()
-    if not recipe.teacher.servers:
+def on_policy_teacher(run: Run, arguments: TrainingArguments) -> Any:
+    """The teacher as the minillm stage takes it: served where the recipe names servers; several by name."""
+    return _each(run, lambda name: _served(run, name) or _loaded(run, arguments, name))
+
+
+def supervised_teacher(run: Run, arguments: TrainingArguments) -> Any:
+    """The teacher as the warm-up takes it: as in the minillm stage, but loaded if its servers return no states.
+
+    Several teachers must have servers that return states, which the trainer checks.
+    """
+
+    def one(name: str) -> Any:
+        served = _served(run, name)
+        by_servers = served is not None and (run.recipe.teacher.several or served.returns_states())
+        return served if by_servers else _loaded(run, arguments, name)
+
+    return _each(run, one)
+
+
+def local_teacher(run: Run, arguments: TrainingArguments) -> Any:
+    """The teacher in this process, wherever it is served; several by name."""
+    return _each(run, lambda name: _loaded(run, arguments, name))
+
+
+def _each(run: Run, one: Callable[[str], Any]) -> Any:
+    """What a trainer takes: a single teacher, or a mapping of several."""
+    return {name: one(name) for name in run.teachers} if run.recipe.teacher.several else one("")
+
+
+def _served(run: Run, name: str) -> ServedTeacher | None:
+    """The teacher behind the servers that the recipe names, if it names any."""
+    recipe, teacher = run.recipe, run.recipe.teacher.by_name[name]
+    if not teacher.servers:
         return None
     # Without a single step, and with sampled rewards, the log-probabilities of the sampled tokens are enough.
     needs_rows = recipe.objective.single_step or recipe.objective.reward == "expected"
     return ServedTeacher(
-        recipe.teacher.servers,
-        run.teacher,
-        top_k=recipe.teacher.top_k if needs_rows else 0,
-        patience=rollout.server_patience,
+        teacher.servers,
+        run.teachers[name],
+        top_k=teacher.top_k if needs_rows else 0,
+        patience=run.rollout().server_patience,
     )
 
 
-def load_scoring_teacher(run: Run, arguments: TrainingArguments) -> Any:
+def _loaded(run: Run, arguments: TrainingArguments, name: str) -> Any:
     """The teacher as a trainer takes it: its folder's name, or the loaded model if it is quantised."""
-    bits = run.recipe.teacher.quantization
-    return run.teacher if bits is None else load_model(run.teacher, compute_dtype(arguments), bits)
+    bits, folder = run.recipe.teacher.by_name[name].quantization, run.teachers[name]
+    return folder if bits is None else load_model(folder, compute_dtype(arguments), bits)
 
 
 def fine_tune(run: Run, stage: Stage, source: str, target: str) -> None:
@@ -87,7 +117,7 @@ def fine_tune(run: Run, stage: Stage, source: str, target: str) -> None:
         train_dataset=run.references,
         rollout=run.rollout(),
         eval_dataset=validation,
-        teacher=load_scoring_teacher(run, arguments) if of_student and validation is not None else None,
+        teacher=local_teacher(run, arguments) if of_student and validation is not None else None,
         **(student_arguments(run, source, arguments) if of_student else model),
     )
     with keep_freed_memory():

@@ -149,9 +149,15 @@ class Stage(ABC):
         return ["distillation"]
 
 
+def teachers_in_words(recipe: Recipe) -> str:
+    """The sources of the teachers, for a sentence of the model card."""
+    *others, last = [f"`{teacher.source}`" for teacher in recipe.teacher.by_name.values()]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def describe_supervised(recipe: Recipe, stage: str) -> str:
     """How a stage trained on given answers, for `Stage.describe`."""
-    teacher, warmup = f"`{recipe.teacher.source}`", recipe.warmup
+    teacher, warmup = teachers_in_words(recipe), recipe.warmup
     from_teacher = stage == "warmup" and warmup.targets == "teacher"
     answers = f"answers of {teacher}" if from_teacher else "the answers in its training data"
     if stage == "sft" or warmup.cross_entropy == 1:

@@ -24,7 +24,7 @@ class Student(Stage):
         from minillm.models.pruning.depth import check_keep_layers
 
         if recipe.student.source == "prune" and recipe.student.keep_layers is not None:
-            check_keep_layers(text_config(recipe.teacher.source).num_hidden_layers, recipe.student.keep_layers)
+            check_keep_layers(text_config(recipe.teacher.first.source).num_hidden_layers, recipe.student.keep_layers)
 
     def run(self, run: Run) -> None:
         import torch

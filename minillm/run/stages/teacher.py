@@ -19,8 +19,9 @@ class Teacher(Stage):
     def check_models(self, recipe: Recipe) -> None:
         from minillm.models.adapters import check_adapter_files
 
-        if recipe.teacher.adapter:
-            check_adapter_files(recipe.teacher.source, recipe.teacher.adapter)
+        teacher = recipe.teacher.first  # several have no adapters
+        if teacher.adapter:
+            check_adapter_files(teacher.source, teacher.adapter)
 
     def check_rows(self, run: Run) -> None:
         """The stage reads no rows."""
@@ -29,10 +30,11 @@ class Teacher(Stage):
         from minillm.models.adapters import merge_adapter
         from minillm.models.load import load_model
 
-        if run.untuned == run.recipe.teacher.source:
-            return  # it is a plain folder or hub id, which needs no copy
-        model: Any = load_model(run.recipe.teacher.source)
-        if run.recipe.teacher.adapter:
-            model = merge_adapter(model, run.recipe.teacher.adapter)
+        teacher = run.recipe.teacher.first
+        if run.untuned == teacher.source:
+            return  # it is a plain folder or hub id, as every one of several teachers is, and needs no copy
+        model: Any = load_model(teacher.source)
+        if teacher.adapter:
+            model = merge_adapter(model, teacher.adapter)
         model.save_pretrained(run.untuned)
         run.conventions.tokenizer.save_pretrained(run.untuned)

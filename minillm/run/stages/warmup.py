@@ -76,13 +76,11 @@ class Warmup(Stage):
 
         settings, recipe = run.recipe.warmup, run.recipe
         arguments = shared.training_arguments(run, self)
-        served = shared.served_teacher(run)
-        by_servers = served is not None and served.returns_states()
         trainer = SupervisedTrainer(
             **shared.student_arguments(run, run.start, arguments),
-            teacher=served if by_servers else shared.load_scoring_teacher(run, arguments),
+            teacher=shared.supervised_teacher(run, arguments),
             args=arguments,
-            shard_teacher=recipe.teacher.shard,
+            shard_teacher=recipe.teacher.first.shard,
             train_dataset=_rows(run),
             cross_entropy=settings.cross_entropy,
             divergence=settings.divergence,
