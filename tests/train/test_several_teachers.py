@@ -109,7 +109,7 @@ def test_an_update_is_that_of_a_plain_loop(
         assert rollout.teacher_name == owners[tuple(rollout.prompt_ids)]
         logq = logprobs(student, rollout.prompt_ids, rollout.response_ids, 0.7)
         with torch.no_grad():
-            logp = logprobs(models[rollout.teacher_name], rollout.prompt_ids, rollout.response_ids, 0.7)
+            logp = logprobs(models[str(rollout.teacher_name)], rollout.prompt_ids, rollout.response_ids, 0.7)
         kl = (logq.exp() * (logq - logp)).sum(-1)
         for t, token in enumerate(rollout.response_ids):
             future = -kl[t + 1 :].detach().mean() if t + 1 < len(kl) else torch.zeros(())
