@@ -78,26 +78,19 @@ def evaluate_heldout(
         found = evaluator.answer(model, models[label], own, sampling, seeds, conventions.tokenizer)
         evaluator.sleep()
         rows = [row for some in found.values() for row in some]
-        if not panel.scored:
-            return rows
-        if label in panel.labels:
+        if panel.scored and label in panel.labels:
             evaluator.score_with(model, panel.labels[label])
             for row in rows:
                 row |= dict.fromkeys(_DIVERGENCES, 0.0)  # the divergence of a model from itself
-        else:
+        elif panel.scored:
             evaluator.add_divergences(rows, prompts, model, sampling, _DIVERGENCES)
         return rows
 
+    ends = conventions.eos_ids, conventions.vocab_size
     facts = Dependencies(
-        tokenizer=conventions.tokenizer,
-        settings={**settings, **panel.facts},
-        teacher=scoring,
-        ends=(conventions.eos_ids, conventions.vocab_size),
+        tokenizer=conventions.tokenizer, settings={**settings, **panel.facts}, teacher=scoring, ends=ends
     )
-    of = {
-        label: replace(facts.of(source, rollout.engine), prompts=panel.prompts_of(label))
-        for label, source in models.items()
-    }
+    of = {label: replace(facts.of(models[label], rollout.engine), prompts=panel.prompts_of(label)) for label in models}
     max_length = rollout.max_prompt_tokens + config.max_new_tokens
     with closing(Evaluator(rollout, max_length, teacher=scoring, quantization=panel.quantization)) as evaluator:
         store.complete([Task(of[label], {label: config.seeds}, partial(answers, label)) for label in models])
