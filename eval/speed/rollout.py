@@ -213,7 +213,7 @@ class Bench:
         self.teacher = LocalTeacher(teacher.to(device()))
         sizing = EngineSizing(max(map(len, self.prompts)) + new, dtype, options.sequences)
         self.engine = VLLMEngine(options.student, sizing, teacher=self.teacher if pair else None)
-        # On a CPU the pair reads without its teacher where nothing is mixed; CUDA graphs of the pair contain both models.
+        # On a CPU the pair reads without its teacher where nothing is mixed; CUDA graphs of it contain both models.
         alone = pair and torch.cuda.is_available()
         self.plain_engine = VLLMEngine(options.student, sizing) if alone else self.engine
         self._calls = 0
