@@ -1,4 +1,4 @@
-"""Requests to stock `vllm serve` processes: load balancing, retries, and validation of the answers.
+"""Requests to `vllm serve` processes: load balancing, retries, and validation of the answers.
 
 A request goes to the server with the fewest requests in flight. A server that is unreachable, overloaded or returns an
 invalid answer is left alone for a while and then tried again. A failed request is repeated unchanged, seed included, so

@@ -23,7 +23,7 @@ from minillm.models.quantization import check_quantization
 from minillm.models.sources import check_source, find_gguf
 from minillm.models.vocabulary import check_tokenizer_fits, token_count
 from minillm.rollout.engines.base import padding_bias
-from minillm.rollout.engines.choose import choose_engine
+from minillm.rollout.engines.choose import check_student_engine, choose_engine
 from minillm.run.processes import world_size
 from minillm.run.stages import STAGES
 from minillm.run.stages.stage import Stage
@@ -45,6 +45,8 @@ def check_sizes(recipe: Recipe) -> None:
     """
     if _samples(recipe):
         choose_engine(recipe.rollout.engine)
+    if "minillm" in recipe.stages:
+        check_student_engine(recipe.rollout)
     lora = recipe.student.lora
     arguments = [stage.arguments(recipe) for stage in STAGES if stage.trains == "student"]
     if lora is not None and lora.quantization and any(map(_shards_the_student, arguments)):
@@ -121,12 +123,13 @@ def _check_teacher(recipe: Recipe, teacher: TeacherConfig, label: str) -> None:
         check_quantization(teacher.quantization)
         if find_gguf(source):
             raise InputError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
-    if "minillm" in recipe.stages and recipe.rollout.teacher_mix:
-        student = source if recipe.student.source == "prune" else recipe.student.source
-        mixed = copy.deepcopy(config)
-        if teacher.quantization:
-            mixed.quantization_config = teacher.quantization
-        choose_engine(recipe.rollout.engine, text_config(student), mixed)  # raises where it cannot mix the two
+    if "minillm" in recipe.stages:
+        student, mixed = source if recipe.student.source == "prune" else recipe.student.source, None
+        if recipe.rollout.teacher_mix:
+            mixed = copy.deepcopy(config)
+            if teacher.quantization:
+                mixed.quantization_config = teacher.quantization
+        check_student_engine(recipe.rollout, text_config(student), mixed)
 
 
 def check_teacher_names(recipe: Recipe, examples: Sequence[Example], source: Source) -> None:

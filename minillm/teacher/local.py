@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from minillm.data.batches import bucket, pad
 from minillm.models.head import Head, head_of, hidden_states
 from minillm.models.saving import save_plain
 from minillm.models.shards import is_sharded
+from minillm.models.sources import find_gguf
 from minillm.models.weights import plain_weights
 from minillm.teacher.states import StatesTeacher
 
@@ -32,11 +34,15 @@ class LocalTeacher(StatesTeacher):
     Args:
         model: the teacher, which is put in evaluation mode and frozen; it keeps its own dtype.
         batch_size: sequences in one forward; on a GPU more, where the sequences are short.
-        source: the folder or hub id that the model was loaded from, if it is as it is there.
+        source: the folder, hub id or GGUF file that the model was loaded from, if it is as it is there.
+
+    Attributes:
+        source: the folder or hub id from which another process can load the same model, if there is one. A GGUF file is
+            none: vLLM and `AutoConfig` read it in another way than `load_model`.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 16, source: str | None = None) -> None:
-        self.source = source
+        self.source = None if source is None or find_gguf(source) else source
         self.model = model.eval().requires_grad_(False)
         self.batch_size = batch_size
         self.sharded = is_sharded(model)
@@ -55,15 +61,25 @@ class LocalTeacher(StatesTeacher):
         return plain_weights(self.model, dtype)
 
     def folder(self, spare: Path) -> str:
-        """Return a folder of the teacher for another process: its own, or else `spare`, in which it is saved."""
+        """Return a folder of the teacher for another process, which the first training process starts.
+
+        This is the teacher's own folder or hub id, or else `spare`, in which the first process saves the teacher. What
+        an earlier run has left there is replaced. Every process must call this, because shards are gathered.
+        """
         if self.source is not None:
             return self.source
-        if not (spare / "config.json").is_file():
-            self._save(spare)
+        write = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        part = spare.with_name(spare.name + ".part")
+        if write:
+            shutil.rmtree(part, ignore_errors=True)
+        self._save(part, write)
+        if write:
+            shutil.rmtree(spare, ignore_errors=True)
+            part.rename(spare)
         return str(spare)
 
-    def _save(self, folder: Path) -> None:
-        save_plain(self.model, folder)
+    def _save(self, folder: Path, write: bool) -> None:
+        save_plain(self.model, folder, write=write)
 
     def save_config(self, folder: str) -> None:
         """Save the model's config, with the name of its class."""
@@ -112,8 +128,8 @@ class AdapterOff(LocalTeacher):
         """Iterate over the weights of the base model; see `LocalTeacher.weights`."""
         return plain_weights(self._student, dtype, merged=False)
 
-    def _save(self, folder: Path) -> None:
-        save_plain(self._student, folder, merged=False)
+    def _save(self, folder: Path, write: bool) -> None:
+        save_plain(self._student, folder, merged=False, write=write)
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,7 @@ class FakeServer(LoopbackServer):
 
     def post(self, handler: Any, body: dict[str, Any]) -> None:
         if handler.path == "/collective_rpc":
-            self.weights = float(load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")["w"])
-            handler.say(200, {"results": [None]})
+            self.call(handler, **body)
         elif handler.path == "/reset_prefix_cache?reset_running_requests=true":
             handler.say(200, {"success": self.resets.pop(0) if self.resets else True})
         elif time.monotonic() < self.down_until:
@@ -57,6 +56,15 @@ class FakeServer(LoopbackServer):
                 fault(handler, body)
             else:
                 self.complete(handler, body)
+
+    def call(self, handler: Any, method: str, args: Sequence[str] = (), kwargs: dict[str, str] | None = None) -> None:
+        """Call a method of vLLM's workers. To one that they do not have, this is vLLM's answer."""
+        if method == "reload_weights" and kwargs is not None:
+            self.weights = float(load_file(Path(kwargs["weights_path"]) / "model.safetensors")["w"])
+            handler.say(200, {"results": [None]})
+        else:
+            message = f"Call to collective_rpc method failed: Method '{method}' is not implemented."
+            handler.say(500, {"error": {"message": message, "type": "InternalServerError", "code": 500}})
 
     def complete(self, handler: Any, body: dict[str, Any]) -> None:
         divisor, jitter = (1.0, 1e-4 * body["temperature"]) if self.raw else (body["temperature"], 0.0)

@@ -1,4 +1,4 @@
-"""Training with a real vLLM server that is killed twice."""
+"""Training with a real vLLM server that holds the teacher beside the student, and is killed twice."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from minillm.data.logprobs import mixture_logprobs
 from minillm.models.load import load_model
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import save, tiny_llama
-from tests.rollout.test_engines import own_logprobs, start_server, stop_server
+from tests.rollout.test_engines import LENGTH, own_logprobs, start_server, stop_server
+from tests.rollout.test_vllm_server_pair import documented_flags
 from tests.train.common import PROMPTS, arguments, launch
 from tests.train.two_processes import run
 
@@ -25,7 +27,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not vllm_is_installed(), reason="vLLM is not installed"),
 ]
-FLAGS = ["--logprobs-mode", "processed_logprobs"]
 
 
 def test_two_processes_share_a_server_of_their_own(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -62,7 +63,8 @@ def timed(owner: Any, name: str) -> list[tuple[float, float]]:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool) -> None:
     student, teacher = save(tiny_llama(1), tmp_path / "student"), save(tiny_llama(2, layers=3), tmp_path / "teacher")
-    process, url = start_server(student, tmp_path / "log", *FLAGS)
+    flags = documented_flags(teacher, LENGTH)  # as the module of the engine names them
+    process, url = start_server(student, tmp_path / "log", *flags)
     running = [process]
 
     def kill() -> None:
@@ -70,7 +72,7 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
         time.sleep(0.02)
         stop_server(running[-1])
         time.sleep(3)
-        running.append(start_server(student, tmp_path / "log", *FLAGS, port=int(url.rsplit(":", 1)[1]))[0])
+        running.append(start_server(student, tmp_path / "log", *flags, port=int(url.rsplit(":", 1)[1]))[0])
 
     snapshots: dict[int, dict[str, torch.Tensor]] = {}
 
@@ -135,12 +137,15 @@ def test_a_run_survives_two_restarts_of_its_server(tmp_path: Path, overlap: bool
     ]
     assert len(beside) == 50
     assert sum(beside) >= 45 if overlap else not any(beside), beside
-    # Every token was sampled from the weights of its version, after the restarts too.
-    model = tiny_llama(1)
+    # Every token was sampled from the mixture with the weights of its version, after the restarts too.
+    model, teaching = tiny_llama(1), tiny_llama(2, layers=3)
     assert len(drawn) == 400
     for rollout in drawn:
         if rollout.weights_version:
             model.load_state_dict(snapshots[rollout.weights_version])
             want = own_logprobs(model, rollout.prompt_ids, rollout.response_ids, trainer.sampling)
             torch.testing.assert_close(rollout.student_logprobs, want, atol=2e-3, rtol=0)
+            logp = own_logprobs(teaching, rollout.prompt_ids, rollout.response_ids, trainer.sampling)
+            mixture = mixture_logprobs(want, logp, 0.3)
+            torch.testing.assert_close(rollout.behaviour_logprobs, mixture, atol=2e-3, rtol=0)
     assert max(mismatch) < 1e-3

@@ -20,6 +20,7 @@ from minillm.models.lora import adapter_rank, save_adapter
 from minillm.models.weights import plain_weights
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine, EngineRequest, EngineSizing, RegisteredEngine, SupportsAdapter
+from minillm.rollout.engines.local_server import check_local_server
 from minillm.rollout.engines.server import VLLMServerEngine
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
@@ -65,6 +66,25 @@ def choose_engine(wanted: str, model: Any = None, teacher: Any = None) -> str:
             return name
         reasons.append(refusal.reason)
     raise EngineError(f"rollout.engine: no engine can sample the model: {'; '.join(reasons)}")
+
+
+def check_student_engine(config: RolloutConfig, model: Any = None, teacher: Any = None) -> None:
+    """Refuse an engine that cannot sample the student in training.
+
+    Nothing is asked of servers that somebody else starts. What they cannot do is found when training attaches to them.
+
+    Args:
+        config: Settings of the rollouts.
+        model: The text config of the student, or None where it is not known yet.
+        teacher: The text config of the teacher that is mixed in, or None without one.
+
+    Raises:
+        EngineError: The engine is not installed, or cannot sample the model or mix the teacher in.
+    """
+    if config.servers == "auto":
+        check_local_server(model, teacher)
+    elif not config.servers:
+        choose_engine(config.engine, model, teacher)
 
 
 def supports_overlap(wanted: str) -> bool:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from minillm.errors import EngineError
 from minillm.models.launcher import environment_without_launcher
 from minillm.rollout.engines.base import EngineSizing
+from minillm.rollout.engines.vllm import VLLMEngine
 from minillm.rollout.engines.vllm_memory import CPU_BLOCK, engine_limits, memory_settings
 from minillm.rollout.engines.vllm_plugin import PAIR_WORKER, pair_overrides
 
@@ -72,6 +74,25 @@ class LocalServer:
     def log_tail(self) -> str:
         """Return the end of the server's log, for an error message."""
         return self.log.read_text(errors="replace")[-_LOG_TAIL:].strip()
+
+
+def check_local_server(model: Any = None, teacher: Any = None) -> None:
+    """Refuse models that a server of the run's own cannot hold. It is the vLLM that would sample in this process too.
+
+    Args:
+        model: The text config of the student, or None where it is not known yet.
+        teacher: The text config of the teacher that is mixed in, or None without one.
+
+    Raises:
+        EngineError: vLLM is not installed, or cannot sample the model or mix the teacher in.
+    """
+    refusal = VLLMEngine.unavailable(model, teacher)
+    if refusal is not None:
+        remedy = f"{refusal.remedy}, or " if refusal.remedy else ""
+        raise EngineError(
+            f"rollout.servers: auto starts a vLLM server, and {refusal.reason}: {remedy}set rollout.engine=auto "
+            "without rollout.servers"
+        )
 
 
 def start_for_all(

@@ -1,4 +1,4 @@
-"""Stock `vllm serve` processes, one or several, on this machine or on others, as one engine.
+"""`vllm serve` processes, one or several, on this machine or on others, as one engine.
 
 Start each server with
 
@@ -33,25 +33,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
+from minillm.models.configs import text_config
 from minillm.models.servers import PLAIN, Completion, Server, Servers, TransientServerError, read_completion
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, padding_bias
-from minillm.rollout.engines.local_server import LocalServer, start_for_all
-from minillm.rollout.engines.vllm_memory import vllm_is_installed
+from minillm.rollout.engines.local_server import LocalServer, check_local_server, start_for_all
+from minillm.rollout.engines.server_checks import check_logprobs_mode, read_mixed, start_pair, teacher_logprobs
 from minillm.rollout.engines.vllm_plugin import MixtureRequest
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
-
     from minillm.rollout.engines.base import NamedTensors
 
 logger = logging.getLogger(__name__)
-# A server's numbers vary a little with what else is in its batch: tolerances of the comparison of two ranges.
-_RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 0.1, 1e-3
 
 
 class VLLMServerEngine:
@@ -106,41 +102,50 @@ class VLLMServerEngine:
 
     @classmethod
     def unavailable(cls, model: Any = None, teacher: Any = None) -> Unavailable | None:
-        """See `RegisteredEngine.unavailable`. What a server cannot do is found when the engine attaches to it."""
+        """See `RegisteredEngine.unavailable`. What a server cannot do is found when the engine attaches to it.
+
+        What a server cannot do that the run starts itself is known before: see `check_local_server`.
+        """
 
     @classmethod
     def create(cls, request: EngineRequest) -> VLLMServerEngine:
         """See `RegisteredEngine.create`. With `servers: auto`, this starts a server; every process must take part."""
-        config, model, own = request.config, request.model, None
+        model, own, saved = request.model, None, request.work / "server-teacher"
         if model is None:
             raise EngineError("rollout.engine: server samples the student in training only")
-        urls = config.servers
-        if urls == "auto":
-            if not vllm_is_installed():
-                raise EngineError(
-                    "rollout.servers: auto starts a vLLM server, and vLLM is not installed: pip install 'minillm[vllm]'"
-                )
-            # All processes share the server, which therefore holds the rollouts of all.
-            sizing = replace(request.sizing, sequences=config.num_rollouts)
-            teacher = None if request.teacher is None else request.teacher.folder(request.work / "server-teacher")
-            url, own = start_for_all(request.folder, request.work / "server.log", sizing, teacher)
-            urls = [url]
-        head: Any = model.get_output_embeddings()
+        if request.config.servers != "auto":
+            return cls._attach_all(request, model, request.config.servers)
+        teacher = request.teacher
+        check_local_server(text_config(model), None if teacher is None else text_config(teacher.model))
+        # All processes share the server, which therefore holds the rollouts of all.
+        sizing = replace(request.sizing, sequences=request.config.num_rollouts)
         try:
-            return cls(
-                urls,
-                request.work / "weights",
-                max_length=request.sizing.max_length,
-                head_width=head.weight.shape[0],
-                patience=config.server_patience,
-                timeout=config.server_timeout,
-                mixes=request.teacher is not None,
-                own=own,
-            )
+            source = None if teacher is None else teacher.folder(saved)
+            url, own = start_for_all(request.folder, request.work / "server.log", sizing, source)
+            return cls._attach_all(request, model, [url], own)
         except BaseException:
             if own is not None:
                 own.stop()
             raise
+        finally:
+            if own is not None and teacher is not None and teacher.source is None:
+                shutil.rmtree(saved, ignore_errors=True)  # the server has loaded it, or has ended
+
+    @classmethod
+    def _attach_all(
+        cls, request: EngineRequest, model: Any, urls: Sequence[str], own: LocalServer | None = None
+    ) -> VLLMServerEngine:
+        """Return an engine over servers that are running or starting."""
+        return cls(
+            urls,
+            request.work / "weights",
+            max_length=request.sizing.max_length,
+            head_width=model.get_output_embeddings().weight.shape[0],
+            patience=request.config.server_patience,
+            timeout=request.config.server_timeout,
+            mixes=request.teacher is not None,
+            own=own,
+        )
 
     def generate(
         self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], progress: bool = False
@@ -161,6 +166,8 @@ class VLLMServerEngine:
             }
 
         def read(answer: Any) -> Completion:
+            if sampling.teacher_mix:
+                return read_mixed(answer, sampling.vocab_size)
             return read_completion(answer, tables=bool(shared["logprobs"]))
 
         # The server's API takes signed 64-bit seeds.
@@ -178,7 +185,9 @@ class VLLMServerEngine:
                 self.version,
                 stopped=completion.stopped,
                 top_logprobs=completion.tables if sampling.top_logprobs else None,
-                teacher=TeacherTargets(_teacher_logprobs(completion)) if sampling.teacher_mix else None,
+                teacher=TeacherTargets(teacher_logprobs(completion, sampling.vocab_size))
+                if sampling.teacher_mix
+                else None,
             )
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
@@ -226,9 +235,9 @@ class VLLMServerEngine:
     def _attach(self, server: Server, max_length: int) -> None:
         """Check that a server can do what it will be asked for."""
         server.attach(max_length)
-        _check_logprobs_mode(server)
+        check_logprobs_mode(server)
         if self.capabilities.mixes_teacher:
-            _check_pair(server)
+            start_pair(server)
         server.has_current_weights = self._weights is None
 
     def _refresh(self, server: Server) -> None:
@@ -247,7 +256,7 @@ class VLLMServerEngine:
                         server.url,
                     )
                 if self.capabilities.mixes_teacher:
-                    _check_pair(server)  # a server that was restarted has vLLM's own sampler again
+                    start_pair(server)  # a server that was restarted has vLLM's own sampler again
                     call: dict[str, Any] = {"method": "minillm_load_student", "args": [str(self._weights)]}
                 else:
                     call = {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}}
@@ -342,56 +351,3 @@ def _mixture_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
         return {}
     request = MixtureRequest(sampling.teacher_mix, sampling.temperature, sampling.vocab_size, seed)
     return {"vllm_xargs": request.to_extra_args()}
-
-
-def _teacher_logprobs(completion: Completion) -> Float[Tensor, " tokens"]:
-    """Return log p of each token, which stands beside log q under another token id."""
-    return torch.tensor(
-        [
-            next(value for other, value in table.items() if other != token)
-            for token, table in zip(completion.ids, completion.tables, strict=True)
-        ]
-    )
-
-
-def _check_pair(server: Server) -> None:
-    """Check that a server holds a teacher beside the student, and have it sample from their mixture.
-
-    Raises:
-        EngineError: It holds another model; the message says how to start it.
-    """
-    try:
-        classes = server.ask("POST", "/collective_rpc", {"method": "minillm_start"})["results"]
-    except (TransientServerError, EngineError) as error:
-        classes = [str(error)]
-    if set(classes) != {"StudentAndTeacher"}:
-        raise EngineError(
-            f"{server.url} holds no teacher to mix in ({classes[0]}): start it where minillm is installed, with the "
-            "arguments that minillm.rollout.engines.server names, or set rollout.teacher_mix: 0"
-        )
-
-
-def _check_logprobs_mode(server: Server) -> None:
-    """Check that a server reports the log-probabilities that tokens were sampled with.
-
-    Those depend on the temperature: differences between tokens at temperature 1 are twice those at temperature 2.
-
-    Raises:
-        EngineError: The server reports log-probabilities before temperature.
-    """
-    ranges, ids = [], [1, 2, 3]
-    for temperature in (1.0, 2.0):
-        body = {
-            "temperature": temperature,
-            "max_tokens": 1,
-            "prompt": [1, 2],
-            "logprobs": 1,
-            "logprob_token_ids": ids,
-        }
-        table = server.complete(PLAIN | body, lambda answer: read_completion(answer, ids)).tables[0]
-        ranges.append(max(table[token] for token in ids) - min(table[token] for token in ids))
-    if abs(ranges[0] - 2 * ranges[1]) > _RELATIVE_TOLERANCE * ranges[0] + _ABSOLUTE_TOLERANCE:
-        raise EngineError(
-            f"{server.url} reports log-probabilities before temperature: start it with "
-            "--logprobs-mode processed_logprobs"
-        )

@@ -1,0 +1,94 @@
+"""What a vLLM server must be able to do before it samples, and how its answers to mixed requests are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from minillm.errors import EngineError
+from minillm.models.servers import PLAIN, Completion, Server, TransientServerError, read_completion
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+# A server's numbers vary a little with what else is in its batch: tolerances of the comparison of two ranges.
+_RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 0.1, 1e-3
+_UNKNOWN_METHOD = "is not implemented"  # in vLLM's answer (status 500) to the name of a method that its workers lack
+
+
+def check_logprobs_mode(server: Server) -> None:
+    """Check that a server reports the log-probabilities that tokens were sampled with.
+
+    Those depend on the temperature: differences between tokens at temperature 1 are twice those at temperature 2.
+
+    Raises:
+        EngineError: The server reports log-probabilities before temperature.
+    """
+    ranges, ids = [], [1, 2, 3]
+    for temperature in (1.0, 2.0):
+        body = {
+            "temperature": temperature,
+            "max_tokens": 1,
+            "prompt": [1, 2],
+            "logprobs": 1,
+            "logprob_token_ids": ids,
+        }
+        table = server.complete(PLAIN | body, lambda answer: read_completion(answer, ids)).tables[0]
+        ranges.append(max(table[token] for token in ids) - min(table[token] for token in ids))
+    if abs(ranges[0] - 2 * ranges[1]) > _RELATIVE_TOLERANCE * ranges[0] + _ABSOLUTE_TOLERANCE:
+        raise EngineError(
+            f"{server.url} reports log-probabilities before temperature: start it with "
+            "--logprobs-mode processed_logprobs"
+        )
+
+
+def start_pair(server: Server) -> None:
+    """Have a server that holds a teacher beside the student sample from their mixture, where requests ask for it.
+
+    Raises:
+        TransientServerError: The server does not answer, or is overloaded, starting or ending.
+        EngineError: It holds another model; the message says how to start it.
+    """
+    try:
+        answer = server.ask("POST", "/collective_rpc", {"method": "minillm_start"})
+    except TransientServerError as error:
+        if _UNKNOWN_METHOD not in str(error):
+            raise
+        answer = str(error)
+    except EngineError as error:
+        answer = str(error)
+    found = answer.get("results") if isinstance(answer, dict) else [answer]
+    if not found or any(name != "StudentAndTeacher" for name in found):
+        raise EngineError(
+            f"{server.url} holds no teacher to mix in ({found[0] if found else answer}): start it where minillm is "
+            "installed, with the arguments that minillm.rollout.engines.server names, or set rollout.teacher_mix: 0"
+        )
+
+
+def read_mixed(answer: Any, vocab_size: int) -> Completion:
+    """Read and validate the JSON of a completion whose tokens are sampled from the mixture.
+
+    Beside log q of each token stands its log p, under the next token id. A server that was restarted samples with
+    vLLM's own sampler until `start_pair`, and returns the most likely token in its place.
+
+    Args:
+        answer: The parsed JSON.
+        vocab_size: Number of ids that can be sampled.
+
+    Raises:
+        KeyError, TypeError, ValueError: The answer is not such a completion. `Server.complete` catches these.
+    """
+    completion = read_completion(answer)
+    for token, table in zip(completion.ids, completion.tables, strict=True):
+        if table.keys() != {token, (token + 1) % vocab_size}:
+            raise ValueError(f"token {token} was not sampled from the mixture: log p is not beside it")
+    return completion
+
+
+def teacher_logprobs(completion: Completion, vocab_size: int) -> Float[Tensor, " tokens"]:
+    """Return log p of each token of a completion that `read_mixed` has read."""
+    return torch.tensor(
+        [table[(token + 1) % vocab_size] for token, table in zip(completion.ids, completion.tables, strict=True)]
+    )
