@@ -41,7 +41,8 @@ class Dimensions:
         vocab: Rows of the output head.
         head_trained: Whether the output head has a gradient.
         attention: Size of all query heads of a layer together.
-        windows: For each layer, how many tokens a token sees, itself included; None for all before it.
+        windows: For each layer, how many tokens a token sees, itself included; None for all before it, and 0 for a
+            layer without attention.
     """
 
     trained: float
@@ -133,7 +134,9 @@ class Dimensions:
 
     def _attention(self, length: float, masked: bool) -> float:
         """Operations of QKᵀ and AV of all layers in a sequence."""
-        pairs = sum(length * length if masked else _seen_pairs(length, window) for window in self.windows)
+        pairs = sum(
+            length * length if masked and window != 0 else _seen_pairs(length, window) for window in self.windows
+        )
         return 4 * self.attention * pairs
 
 
@@ -211,7 +214,7 @@ def dimensions_of(model: PreTrainedModel) -> Dimensions:
         inner=inner_size(config),
         vocab=head.out_features,
         head_trained=head.weight.requires_grad,
-        attention=config.num_attention_heads * head_size(config),
+        attention=heads * head_size(config) if (heads := getattr(config, "num_attention_heads", None)) else 0,
         windows=_windows(config),
     )
 
@@ -240,8 +243,10 @@ def _multiplied_by(module: Any, config: Any) -> list[tuple[float, bool]]:
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    """For each layer the size of its sliding window, or None. Other kinds of local attention count as full."""
+    """For each layer the size of its sliding window, None for full attention, and 0 for a layer without attention."""
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if kinds is None:
         return (window,) * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    local = {"sliding_attention": window, "chunked_attention": getattr(config, "attention_chunk_size", None)}
+    # Linear attention, convolutions and state spaces multiply no pairs of tokens.
+    return tuple(local.get(kind, None if kind == "full_attention" else 0) for kind in kinds)

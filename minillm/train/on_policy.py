@@ -219,7 +219,7 @@ class MiniLLMTrainer(DistillationTrainer):
         """The teacher's states, or its rows, for the tokens of rollouts followed by pieces of text."""
         states = None
         if text and self.objective.language_model_distill:
-            states = self.states_teacher.hidden([ids[:1] for ids in text], [ids[1:] for ids in text])
+            states = self.states_of_teacher([ids[:1] for ids in text], [ids[1:] for ids in text])
         return teacher_inputs(rollouts, text, states, self.args.device)
 
     # Rollouts
@@ -227,8 +227,7 @@ class MiniLLMTrainer(DistillationTrainer):
     @property
     def mixed_teacher(self) -> LocalTeacher | None:
         """The teacher that the engine holds beside the student, if it is mixed in."""
-        teacher = self.teacher
-        return teacher if self.rollout_config.teacher_mix and isinstance(teacher, LocalTeacher) else None
+        return self.teacher if self.rollout_config.teacher_mix and isinstance(self.teacher, LocalTeacher) else None
 
     @property
     def _mixed_sampling(self) -> Sampling:
@@ -272,6 +271,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _note_sampling(self, sampled: SampledBatch) -> None:
         rollouts, step = sampled.rollouts, self.state.global_step
+        self.utilisation.sampled(rollouts, self._engine, mixed=self.rollout_config.teacher_mix > 0)
         self.metrics.add_seconds("rollout", sampled.seconds, sampled.num_tokens)
         self._batch_metrics = {
             "response_length": (sampled.num_tokens, len(rollouts)),
@@ -281,7 +281,8 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _score_by_teacher(self, rollouts: Sequence[Rollout]) -> None:
         assert self.teacher is not None
-        with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher is None)):
+        missing = [(r.prompt_ids, r.response_ids) for r in rollouts if r.teacher is None]
+        with self.phase("teacher", self.utilisation.read_by_teacher(missing)):
             score_missing(self.teacher, rollouts, self.sampling)
 
     def student_scores(self, rollouts: Sequence[Rollout], teacher: bool = False) -> list[TokenScores]:

@@ -99,7 +99,7 @@ class SupervisedTrainer(DistillationTrainer):
         teacher = None
         if self._cross_entropy < 1:
             with self.phase("teacher", len(batch.targets)):
-                teacher = torch.cat(self.states_teacher.hidden(prompts, responses))
+                teacher = torch.cat(self.states_of_teacher(prompts, responses))
         loss = SupervisedLoss(self._cross_entropy, count, self._divergence)
         divergence = None if teacher is None else extra_divergence(self._divergence)
         value = self.update_on(model, batch, loss, teacher, self._processes, divergence)

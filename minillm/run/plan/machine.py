@@ -1,23 +1,19 @@
 """The hardware that a recipe is planned for, and its speed.
 
-The speed of a GPU is looked up by its name; the speed of this machine's CPU is measured.
+The speed of a GPU is looked up by its name, and that of this machine's CPU is measured (`minillm.models.hardware`).
 """
 
 from __future__ import annotations
 
 import os
-import re
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from minillm.models.device import cpu_multiplies_bfloat16
+from minillm.models.hardware import Card, card_named, multiplication_speed, reading_speed
 from minillm.models.shape import Shape
 from minillm.rollout.engines.vllm_memory import GIB, sequences_at_once, vllm_is_installed
 
@@ -30,44 +26,6 @@ _LAYER_SECONDS, _DECODING_STEP_SECONDS = 4e-3, 12e-3
 # the student of the quickstart in float32, and by timing the phases of the quickstart (README.md) against the bfloat16
 # products of eval/speed/head.py.
 _CPU_UTILISATION = 0.6
-
-
-class _Card(NamedTuple):
-    """The speed of a GPU as its maker states it."""
-
-    flops: float
-    """Operations per second in bfloat16 without sparsity (in float16 for a card that has no bfloat16)."""
-    float32: float
-    """Operations per second in float32."""
-    bandwidth: float
-    """Bytes per second that are read from the card's memory."""
-
-
-# The keys are regular expressions; the first one that occurs in the name of a card applies.
-_CARDS = {
-    "B200": _Card(2250e12, 80e12, 8.0e12),
-    "GH200": _Card(989e12, 67e12, 4.0e12),
-    "H200": _Card(989e12, 67e12, 4.8e12),
-    "H100 NVL": _Card(835e12, 60e12, 3.9e12),
-    "H100 PCIe": _Card(756e12, 51e12, 2.0e12),
-    "H100": _Card(989e12, 67e12, 3.35e12),
-    "H20": _Card(148e12, 44e12, 4.0e12),
-    "A100.*40GB": _Card(312e12, 19.5e12, 1.56e12),
-    "A100": _Card(312e12, 19.5e12, 2.0e12),
-    "L40S": _Card(362e12, 92e12, 0.86e12),
-    "L40": _Card(181e12, 90e12, 0.86e12),
-    "L4": _Card(121e12, 30e12, 0.3e12),
-    "A10G": _Card(70e12, 31e12, 0.6e12),
-    "A10": _Card(125e12, 31e12, 0.6e12),
-    "RTX A6000": _Card(155e12, 39e12, 0.77e12),
-    "RTX 6000 Ada": _Card(364e12, 91e12, 0.96e12),
-    "RTX 5090": _Card(210e12, 105e12, 1.79e12),
-    "RTX 4090": _Card(165e12, 83e12, 1.01e12),
-    "RTX 3090": _Card(71e12, 36e12, 0.94e12),
-    "V100": _Card(125e12, 16e12, 0.9e12),
-    "T4": _Card(65e12, 8e12, 0.32e12),
-    "MI300X": _Card(1307e12, 163e12, 5.3e12),
-}
 
 
 @dataclass(frozen=True)
@@ -171,8 +129,8 @@ def machine_for(
     default, count = Machine(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(number) for number in range(count)]
     name = cards[0].name if cards else "H100"
-    known = next((card for pattern, card in _CARDS.items() if re.search(rf"\b{pattern}\b", name)), None)
-    speed = known or _Card(default.flops, default.float32, default.bandwidth)
+    known = card_named(name)
+    speed = known or Card(default.flops, default.float32, default.bandwidth)
     machine = Machine(
         processes=gpus or len(cards) or 8,
         memory=memory or min((card.total_memory for card in cards), default=default.memory),
@@ -219,33 +177,3 @@ def machine_memory() -> int:
         with suppress(OSError, ValueError):  # a container without a limit says "max"
             total = min(total, int(Path(file).read_text()))
     return total
-
-
-@cache
-def multiplication_speed(dtype: torch.dtype) -> float:
-    """Operations per second of this CPU's threads, in the fastest of several products of 1,024 × 1,024 matrices."""
-    left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    return 2 * 1024**3 / _fastest_seconds(lambda: torch.nn.functional.linear(left, right))
-
-
-@cache
-def reading_speed() -> float:
-    """Bytes per second that all threads of this CPU read from memory."""
-    numbers = torch.ones(1 << 26)
-    return numbers.nbytes / _fastest_seconds(numbers.sum)
-
-
-def _fastest_seconds(run: Callable[[], object]) -> float:
-    """The time in seconds of the fastest call among those that fit into 0.3 seconds, after one warm-up call.
-
-    Time that other processes take from the CPU meanwhile does not count: where the CPU time of the threads divided by
-    their number is shorter than the elapsed time of a call, it is taken instead.
-    """
-    run()
-    taken: list[float] = []
-    end = time.perf_counter() + 0.3
-    while not taken or time.perf_counter() < end:
-        start, worked = time.perf_counter(), time.process_time()
-        run()
-        taken.append(min(time.perf_counter() - start, (time.process_time() - worked) / torch.get_num_threads()))
-    return min(taken)
