@@ -83,7 +83,9 @@ class Machine:
         """
         return max(self.seconds(flops, size), layers * _LAYER_SECONDS if self.gpu else 0.0)
 
-    def decoding_seconds(self, model: Shape, size: int, sequences: int, new_tokens: int, length: float) -> float:
+    def decoding_seconds(
+        self, model: Shape, size: int, sequences: int, new_tokens: int, length: float, mixed: Shape | None = None
+    ) -> float:
         """The time to decode a batch of responses, without its arithmetic.
 
         Weights and cache are read once per token, at half of the memory's bandwidth.
@@ -94,12 +96,14 @@ class Machine:
             sequences: responses in the batch. Those that the engine has no room for wait for the others.
             new_tokens: decoding steps, which the longest response needs.
             length: tokens of prompt and response when the response is finished.
+            mixed: a teacher that is mixed in, and decodes the same tokens.
 
         Returns:
             The time in seconds.
         """
         at_once = min(sequences, sequences_at_once(sequences, self.gpu))
-        bytes_read = model.parameters * size + at_once * length / 2 * model.cached(size)
+        models = [model] if mixed is None else [model, mixed]
+        bytes_read = sum(each.parameters * size + at_once * length / 2 * each.cached(size) for each in models)
         step = max(2 * bytes_read / self.bandwidth, _DECODING_STEP_SECONDS if self.gpu else 0.0)
         return new_tokens * -(-sequences // max(at_once, 1)) * step
 
