@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,13 +16,15 @@ from minillm.models.device import cpu_multiplies_bfloat16
 from minillm.models.hardware import Card, card_named, multiplication_speed, reading_speed
 from minillm.models.shape import Shape
 from minillm.rollout.engines.vllm_memory import GIB, sequences_at_once, vllm_is_installed
+from minillm.run.plan.calibration import Calibration, Measured, find_calibration
 
 __all__ = ["GIB", "Machine", "machine_for"]
 
 # Lower bounds in seconds, however small the model is, as measured on an H100: the forward and backward of one layer
 # (limited by PyTorch's kernel launches), and one decoding step of vLLM.
 _LAYER_SECONDS, _DECODING_STEP_SECONDS = 4e-3, 12e-3
-# The share of a CPU's matrix multiplication speed that weight updates, sampling and scoring reach. It was measured on
+# The share of a CPU's matrix multiplication speed that weight updates, sampling and scoring reach, where the CPU is not
+# calibrated (`minillm plan --calibrate`). It was measured on
 # the student of the quickstart in float32, and by timing the phases of the quickstart (README.md) against the bfloat16
 # products of eval/speed/head.py.
 _CPU_UTILISATION = 0.6
@@ -125,6 +127,9 @@ def machine_for(
         utilisation: the share of `flops` that is reached.
         shard: whether the student is sharded.
 
+    A calibration of this machine (`minillm plan --calibrate`) replaces the maker's numbers, the measurement of a CPU,
+    and the default share.
+
     Returns:
         The machine, and a phrase that says where the numbers of its speed come from.
     """
@@ -146,9 +151,27 @@ def machine_for(
     )
     if not cards:
         return machine, "the speed of an H100: no GPU is here to look at (--gpus 0 plans for this machine's CPU)"
+    calibration, unused = (None, "") if flops else find_calibration(Measured.here(gpu=True))
+    if calibration is not None:
+        return _calibrated(machine, calibration, utilisation), f"{name}, which is here, {_as_calibrated(calibration)}"
+    return machine, _source_of_card(name, known) + (f"; {unused}" if unused else "")
+
+
+def _source_of_card(name: str, known: Card | None) -> str:
+    """Where the numbers of a GPU that is here come from, if it is not calibrated."""
     if known is None:
-        return machine, f"the speed of an H100: the speed of {name}, which is here, is not known; give it as --flops"
-    return machine, f"the maker's numbers for {name}, which is here"
+        return f"the speed of an H100: the speed of {name}, which is here, is not known; give it as --flops"
+    return f"the maker's numbers for {name}, which is here"
+
+
+def _calibrated(machine: Machine, found: Calibration, utilisation: float | None) -> Machine:
+    """A machine with the speed that was measured; `utilisation` is the share that the user gave, if any."""
+    share = utilisation or found.utilisation
+    return replace(machine, flops=found.flops, float32=found.float32, bandwidth=found.bandwidth, utilisation=share)
+
+
+def _as_calibrated(found: Calibration) -> str:
+    return f"as calibrated on {found.date} (minillm plan --calibrate measures again)"
 
 
 def _cpu_machine(
@@ -156,22 +179,24 @@ def _cpu_machine(
 ) -> tuple[Machine, str]:
     """This machine's CPU as one process, and where the numbers of its speed come from; see `machine_for`."""
     bf16 = cpu_multiplies_bfloat16()
-    float32 = flops or multiplication_speed(torch.float32)
-    fastest = flops or (multiplication_speed(torch.bfloat16) if bf16 else float32)
     machine = Machine(
         memory=memory or machine_memory(),
         gpu=False,
         bf16=bf16,
         shard=shard,
-        flops=fastest,
         utilisation=utilisation or _CPU_UTILISATION,
-        bandwidth=reading_speed(),
-        float32=float32,
         vllm=vllm_is_installed(),
     )
+    calibration, unused = (None, "") if flops else find_calibration(Measured.here(gpu=False))
+    if calibration is not None:
+        machine, how = _calibrated(machine, calibration, utilisation), _as_calibrated(calibration)
+    else:
+        float32 = flops or multiplication_speed(torch.float32)
+        fastest = flops or (multiplication_speed(torch.bfloat16) if bf16 else float32)
+        machine = replace(machine, flops=fastest, float32=float32, bandwidth=reading_speed())
+        how = ("as given" if flops else "as measured just now") + (f"; {unused}" if unused else "")
     threads, dtype = torch.get_num_threads(), "bfloat16" if bf16 else "float32"
-    speed = f"this CPU ({threads} threads): {fastest:.1e} operations a second in {dtype}"
-    return machine, speed + (", as given" if flops else ", as measured just now")
+    return machine, f"this CPU ({threads} threads): {machine.flops:.1e} operations a second in {dtype}, {how}"
 
 
 def machine_memory() -> int:
