@@ -118,8 +118,8 @@ MUTATIONS = [
     Mutation(
         "baseline of unweighted rewards",
         "loss/credit.py",
-        "sampled_rewards(tokens, objective) * token_weights(tokens)",
-        "sampled_rewards(tokens, objective)",
+        "rewards = sampled * token_weights(tokens)",
+        "rewards = sampled",
     ),
     Mutation(
         "rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"
@@ -236,6 +236,18 @@ MUTATIONS = [
         "index = {key: i for i, key in reversed(list(enumerate(self._keys)))}",
     ),
     Mutation(
+        "log p of the drawn tokens computed twice",
+        "train/on_policy.py",
+        "if self._logp_first and",
+        "if",
+    ),
+    Mutation(
+        "log p of another mixture after rescoring",
+        "train/on_policy.py",
+        "needs_sampled_rewards_first(self.objective) or trainers_mixture",
+        "needs_sampled_rewards_first(self.objective)",
+    ),
+    Mutation(
         "teacher read anew in every epoch",
         "train/on_policy.py",
         "        states = None\n",
@@ -315,8 +327,8 @@ MUTATIONS = [
     Mutation(
         "micro-batches of reference chosen by length",
         "train/schedule.py",
-        "return [list(range(start, start + size)) for start in range(0, len(tokens), size)]",
-        "return bucket(tokens, size)",
+        "return [list(range(start, start + size)) for start in range(0, len(lengths), size)]",
+        "return bucket(lengths, size)",
     ),
     Mutation(
         "micro-batches of reference added up",

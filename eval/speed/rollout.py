@@ -37,6 +37,7 @@ from minillm.models.weights import plain_weights
 from minillm.rollout.engines.base import Engine, EngineSizing
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
+from minillm.teacher.base import score_missing
 from minillm.teacher.local import LocalTeacher
 
 
@@ -197,7 +198,8 @@ class Bench:
 
     def plain_and_scored(self) -> int:
         rollouts = self.sample(self.engine)
-        self.teacher.score(rollouts, self.sampling)
+        score_missing(self.teacher, rollouts, self.sampling)
+        self.teacher.add_token_logprobs(rollouts, self.sampling)  # mixing brings log p, too
         return count(rollouts)
 
     def contenders(self) -> dict[str, Callable[[], int]]:

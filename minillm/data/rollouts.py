@@ -33,15 +33,17 @@ class TeacherRows:
 class TeacherTargets:
     """What a teacher returns about one response of T tokens.
 
-    Either `hidden` or `rows` is given: final hidden states from a teacher in this process, rows from a served one.
+    Either `hidden` or `rows` is given: final hidden states from a teacher in this process or from a server that returns
+    them, rows from any other server.
 
     Attributes:
-        token_logprobs: float32, log p(y_t) of the response's own tokens.
+        token_logprobs: float32, log p(y_t) of the response's own tokens. None where nobody has needed them yet: they
+            follow from the states, and scoring the states for the loss gives them in passing.
         hidden: the teacher's final hidden states that predict the tokens.
         rows: log p of a few tokens at each position.
     """
 
-    token_logprobs: Float[Tensor, " tokens"]
+    token_logprobs: Float[Tensor, " tokens"] | None
     hidden: Float[Tensor, "tokens hidden"] | None = None
     rows: TeacherRows | None = None
 
@@ -49,7 +51,8 @@ class TeacherTargets:
         """Return the targets of the first `length` tokens."""
         hidden = None if self.hidden is None else self.hidden[:length]
         rows = None if self.rows is None else TeacherRows(self.rows.ids[:length], self.rows.logprobs[:length])
-        return TeacherTargets(self.token_logprobs[:length], hidden, rows)
+        logprobs = None if self.token_logprobs is None else self.token_logprobs[:length]
+        return TeacherTargets(logprobs, hidden, rows)
 
 
 @dataclass
@@ -102,9 +105,9 @@ class Rollout:
             version: the version of the weights that sampled.
             stopped: whether the engine itself reported the end of the response.
             top_logprobs: log q of the most likely tokens at each position.
-            teacher: the teacher's targets of `ids`, where it was mixed in. The behaviour log-probabilities are then
-                those of the mixture. Targets that hold nothing but log p are used for these alone, and the response
-                remains to be scored.
+            teacher: the teacher's targets of `ids`, with their log-probabilities, where it was mixed in. The behaviour
+                log-probabilities are then those of the mixture. Targets that hold nothing but log p are used for these
+                alone, and the response remains to be scored.
         """
         length = sampling.length(ids)
         finished = stopped or length is not None
@@ -114,6 +117,7 @@ class Rollout:
         )
         if teacher is not None:
             targets = teacher.first(len(rollout.response_ids))
+            assert targets.token_logprobs is not None
             rollout.behaviour_logprobs = mixture_logprobs(values, targets.token_logprobs, sampling.teacher_mix)
             rollout.teacher = None if targets.hidden is None and targets.rows is None else targets
         return rollout

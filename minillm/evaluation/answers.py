@@ -79,7 +79,8 @@ def token_divergences(
     """
     out: list[tuple[Tensor, Tensor]] = [(torch.zeros(0), torch.zeros(0))] * len(prompts)
     device = next(student.parameters()).device
-    groups = bucket([len(ids) for ids in responses], teacher.batch_size)
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    groups = bucket(lengths, teacher.batch_size)
     for group in tqdm(groups, desc="scoring", disable=not progress):
         own, theirs = [prompts[i] for i in group], [responses[i] for i in group]
         batch = pad(own, theirs, device)

@@ -49,7 +49,8 @@ class SampledTokens:
     Attributes:
         student_logprobs: log q_old(y), float32.
         behaviour_logprobs: log p̃(y), of the distribution that y was sampled from, float32.
-        teacher_logprobs: log p(y), float32.
+        teacher_logprobs: log p(y), float32. None if they are not known before the tokens are scored; only rewards that
+            a batch is centred or whitened by need them earlier.
         lengths: Number of tokens of each response.
         reverse_kl: KL(q_old‖p) of the next-token distributions at each token. None until the tokens have been scored
         once.
@@ -57,13 +58,14 @@ class SampledTokens:
 
     student_logprobs: Float[Tensor, " tokens"]
     behaviour_logprobs: Float[Tensor, " tokens"]
-    teacher_logprobs: Float[Tensor, " tokens"]
+    teacher_logprobs: Float[Tensor, " tokens"] | None
     lengths: Int[Tensor, " responses"]
     reverse_kl: Float[Tensor, " tokens"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("student_logprobs", "behaviour_logprobs", "teacher_logprobs"):
-            setattr(self, name, getattr(self, name).clamp(min=LOG_ZERO))
+            if (logs := getattr(self, name)) is not None:
+                setattr(self, name, logs.clamp(min=LOG_ZERO))
 
     def to(self, device: torch.device) -> SampledTokens:
         """Return a copy with all tensors on a device."""
@@ -84,9 +86,11 @@ class SampledTokens:
         return ends - 1 - torch.arange(len(ends), device=ends.device)
 
 
-def sampled_rewards(tokens: SampledTokens, objective: Objective) -> Float[Tensor, " tokens"]:
+def sampled_rewards(
+    logp: Float[Tensor, " tokens"], old_logq: Float[Tensor, " tokens"], objective: Objective
+) -> Float[Tensor, " tokens"]:
     """Return the rewards r_k = log p(y_k) − log q_old(y_k), scaled and then clipped as the objective says."""
-    rewards = (tokens.teacher_logprobs - tokens.student_logprobs) / objective.reward_scale
+    rewards = (logp - old_logq) / objective.reward_scale
     if objective.reward_clip is not None:
         rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
     return rewards
@@ -100,11 +104,18 @@ def precomputed_rewards(tokens: SampledTokens, objective: Objective) -> Float[Te
     give every token a positive advantage.
 
     Returns:
-        The rewards. None if the objective has expected rewards −KL_k and the tokens have not been scored yet.
+        The rewards. None if they depend on scores, −KL_k or log p(y_k), that the tokens do not have yet.
     """
     if objective.reward == "sampled":
-        return sampled_rewards(tokens, objective)
+        logp = tokens.teacher_logprobs
+        return None if logp is None else sampled_rewards(logp, tokens.student_logprobs, objective)
     return None if tokens.reverse_kl is None else -tokens.reverse_kl
+
+
+def needs_sampled_rewards_first(objective: Objective) -> bool:
+    """Whether sampled rewards, and with them log p(y), must be known for a batch before its tokens are scored."""
+    centred = objective.baseline == "centre" and objective.long_term > 0
+    return objective.reward == "sampled" and (centred or objective.baseline.startswith("whiten"))
 
 
 def importance_weights(logs: Float[Tensor, " tokens"], truncation: float | None = None) -> Float[Tensor, " tokens"]:
@@ -209,7 +220,10 @@ def return_sum(
     """
     rewards = precomputed_rewards(tokens, objective)
     if rewards is None:
-        rewards = sampled_rewards(tokens, objective) * token_weights(tokens)
+        if tokens.teacher_logprobs is None:
+            raise InputError("a baseline of returns needs log p(y) or KL(q‖p) of the tokens, and neither is known")
+        sampled = sampled_rewards(tokens.teacher_logprobs, tokens.student_logprobs, objective)
+        rewards = sampled * token_weights(tokens)
     has_future = num_rewards(tokens, objective) > 0
     values = returns(rewards, tokens, objective).double() * has_future
     sums = torch.stack([values, has_future.double()])

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minillm.errors import InputError
 from minillm.loss import credit
 from minillm.loss.config import Objective
 from minillm.loss.credit import SampledTokens
@@ -74,6 +75,8 @@ class OnPolicyLoss:
         self._reward_weights = by_reward if objective.importance == "prefix" else ones
         self._walk = credit.ReturnWalk(tokens.segments, objective.discount, objective.return_from)
         rewards = credit.precomputed_rewards(tokens, objective)
+        if rewards is None and objective.baseline.startswith("whiten"):
+            raise InputError(f"baseline: {objective.baseline} needs the rewards before the tokens are scored")
         self._advantages = None if rewards is None else self._known(rewards, slots, total)
         self.reverse_kl = torch.zeros_like(tokens.student_logprobs)
         self.tally = Tally()
@@ -93,7 +96,7 @@ class OnPolicyLoss:
         """Return the single-step and long-term terms of a chunk of sampled tokens, and their derivatives."""
         objective, old = self._objective, self._tokens.student_logprobs[part]
         self.reverse_kl[part] = scores.reverse_kl
-        advantages = self._future(part, scores.reverse_kl) if self._advantages is None else self._advantages[part]
+        advantages = self._future(part, scores) if self._advantages is None else self._advantages[part]
         weights = self._weights[part]
         # A ratio above its limit is replaced by the limit, so that a token far off policy still counts.
         ratio = credit.importance_weights(
@@ -118,7 +121,7 @@ class OnPolicyLoss:
             reverse_kl=scores.reverse_kl,
             forward_kl=scores.forward_kl,
             entropy=scores.entropy,
-            sampled_reverse_kl=self._rho[part] * (old - self._tokens.teacher_logprobs[part]),
+            sampled_reverse_kl=self._rho[part] * (old - scores.logp),
             log_ratio=(scores.logq - old).abs(),
             importance_weight=self._rho[part],
             advantage=advantages,
@@ -144,9 +147,12 @@ class OnPolicyLoss:
         self.tally.add(text_tokens=torch.ones_like(scores.logq), text_nll=-scores.text_logq, language_model_loss=loss)
         return loss.sum(), ScoreGradients(text_logq=-scale * (1 - share), text_forward_kl=scale * share)
 
-    def _future(self, part: slice, reverse_kl: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
-        """Return advantages from expected rewards −KL_k of a chunk of tokens that are scored for the first time."""
-        value = self._walk(part, -reverse_kl * self._reward_weights[part])
+    def _future(self, part: slice, scores: TokenScores) -> Float[Tensor, " part"]:
+        """Return advantages from the rewards of a chunk of tokens that are scored for the first time."""
+        rewards = -scores.reverse_kl
+        if self._objective.reward == "sampled":
+            rewards = credit.sampled_rewards(scores.logp, self._tokens.student_logprobs[part], self._objective)
+        value = self._walk(part, rewards * self._reward_weights[part])
         return self._finish(value, part, self._objective.length_norm)
 
     def _known(

@@ -50,6 +50,12 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise glibc keeps freed blocks
 
 
+def release_cpu_memory(device: torch.device) -> None:
+    """On a CPU, return freed memory: sampling and updates allocate different sizes, which fragments the heap."""
+    if device.type == "cpu":
+        release_memory()
+
+
 @contextlib.contextmanager
 def keep_freed_memory() -> Iterator[None]:
     """On a CPU with glibc, keep large freed blocks in the process inside the context, and return them at its end.

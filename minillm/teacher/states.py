@@ -53,12 +53,20 @@ class StatesTeacher(ABC):
         """
 
     def score(self, rollouts: Sequence[Rollout], sampling: Sampling) -> list[TeacherTargets]:
-        """Score responses: final hidden states and token log-probabilities; see `Teacher.score`."""
+        """Score responses by their final hidden states alone; see `Teacher.score`."""
         hidden = self.hidden([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
-        return [
-            TeacherTargets(self.token_logprobs(states, rollout.response_ids, sampling), hidden=states)
-            for rollout, states in zip(rollouts, hidden, strict=True)
-        ]
+        return [TeacherTargets(None, hidden=states) for states in hidden]
+
+    def add_token_logprobs(self, rollouts: Sequence[Rollout], sampling: Sampling) -> None:
+        """Add log p of their tokens to the targets of those rollouts that lack them.
+
+        It costs one product with the head, which the loss makes anyway, so it is only for what has to know log p before
+        the loss is computed.
+        """
+        for rollout in rollouts:
+            targets = rollout.teacher
+            if targets is not None and targets.token_logprobs is None and targets.hidden is not None:
+                targets.token_logprobs = self.token_logprobs(targets.hidden, rollout.response_ids, sampling)
 
     def token_logprobs(
         self, hidden: Float[Tensor, "tokens hidden"], ids: Sequence[int], sampling: Sampling

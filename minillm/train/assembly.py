@@ -72,12 +72,13 @@ def teacher_inputs(
 
 
 def sampled_tokens(rollouts: Sequence[Rollout]) -> SampledTokens:
-    """Concatenate the log-probabilities of scored rollouts, and their KL(q‖p) if it is known for all of them."""
+    """Concatenate the log-probabilities of scored rollouts, and log p and KL(q‖p) if they are known for all of them."""
     known = [r.reverse_kl for r in rollouts if r.reverse_kl is not None]
+    logp = [r.teacher.token_logprobs for r in rollouts if r.teacher and r.teacher.token_logprobs is not None]
     return SampledTokens(
         torch.cat([r.student_logprobs for r in rollouts]),
         torch.cat([r.behaviour_logprobs for r in rollouts]),
-        torch.cat([r.teacher.token_logprobs for r in rollouts if r.teacher is not None]),
+        torch.cat(logp) if len(logp) == len(rollouts) else None,
         torch.tensor([len(r.response_ids) for r in rollouts]),
         torch.cat(known) if len(known) == len(rollouts) else None,
     )

@@ -19,12 +19,12 @@ from minillm.data.rollouts import Rollout, TeacherRows
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
 from minillm.loss.config import Objective
-from minillm.loss.credit import baselines
+from minillm.loss.credit import baselines, needs_sampled_rewards_first
 from minillm.loss.in_forward import Scoring, score_responses
 from minillm.loss.on_policy import OnPolicyLoss
 from minillm.loss.terms import extra_divergence
 from minillm.loss.token_scores import TokenScores
-from minillm.models.device import release_memory
+from minillm.models.device import release_cpu_memory
 from minillm.models.lora import check_adapter
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
@@ -36,6 +36,7 @@ from minillm.teacher.base import score_missing
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
+from minillm.teacher.states import StatesTeacher
 from minillm.train.assembly import pad_micro_batch, sampled_tokens, teacher_inputs
 from minillm.train.base import DistillationTrainer
 from minillm.train.checks import check_logprob_teacher, check_on_policy
@@ -126,6 +127,9 @@ class MiniLLMTrainer(DistillationTrainer):
         self._centred = self.objective.baseline == "centre" and self.objective.long_term > 0
         # With centred expected rewards, the returns have to be known before the first update on a batch.
         self._scores_first = self._centred and self.objective.reward == "expected"
+        # Otherwise log p of the sampled tokens comes with their scores.
+        trainers_mixture = self.objective.old_logprobs == "trainer" and config.teacher_mix > 0
+        self._logp_first = needs_sampled_rewards_first(self.objective) or trainers_mixture
         self._mismatch = MismatchMonitor(self.metrics)
         self._batch_number = -1
         self._batch_metrics: dict[str, tuple[float, float]] = {}  # logged with every update on the batch
@@ -171,8 +175,7 @@ class MiniLLMTrainer(DistillationTrainer):
             self._start_batch(number)
         for name, (total, count) in self._batch_metrics.items():
             self.metrics.add_mean(name, total, count)
-        lengths = [len(rollout.response_ids) for rollout in self.rollouts]
-        return self.schedule.micro_batches(update, lengths, self.text, self.global_sum)
+        return self.schedule.micro_batches(update, self.rollouts, self.text, self.global_sum)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""
@@ -236,7 +239,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _start_batch(self, number: int) -> None:
         """Sample batch `number`, complete it, have the teacher score it, and compute its baselines."""
-        self._release_cpu_memory()
+        release_cpu_memory(self.args.device)
         with self._checkpoint_on_engine_error():
             sampled = self._sample(number)
         self._note_sampling(sampled)
@@ -247,7 +250,7 @@ class MiniLLMTrainer(DistillationTrainer):
             with self.phase("rescoring", sampled.num_tokens):
                 self._rescore(rollouts)
         self.use_batch(number, rollouts)
-        self._release_cpu_memory()
+        release_cpu_memory(self.args.device)
         ahead = self.rollout_config.overlap and (number + 1) * self.schedule.updates_per_batch < self.state.max_steps
         if ahead:
             with self._checkpoint_on_engine_error():
@@ -284,6 +287,8 @@ class MiniLLMTrainer(DistillationTrainer):
         missing = [(r.prompt_ids, r.response_ids) for r in rollouts if r.teacher is None]
         with self.phase("teacher", self.utilisation.read_by_teacher(missing)):
             score_missing(self.teacher, rollouts, self.sampling)
+            if self._logp_first and isinstance(self.teacher, StatesTeacher):
+                self.teacher.add_token_logprobs(rollouts, self.sampling)
 
     def student_scores(self, rollouts: Sequence[Rollout], teacher: bool = False) -> list[TokenScores]:
         """Scores of each rollout's tokens by a forward of the student with its current weights, without gradient.
@@ -316,8 +321,8 @@ class MiniLLMTrainer(DistillationTrainer):
             if self._is_current(rollout):
                 self._mismatch.note(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
             rollout.student_logprobs = rollout.behaviour_logprobs = logq
-            if rollout.teacher is not None:
-                logp = rollout.teacher.token_logprobs
+            logp = None if rollout.teacher is None else rollout.teacher.token_logprobs
+            if logp is not None:
                 rollout.behaviour_logprobs = mixture_logprobs(logq, logp, self.rollout_config.teacher_mix)
         broken = [r for r in rollouts if r.reverse_kl is not None and not r.reverse_kl.isfinite().all()]
         self.stop_at([f"KL(q‖p) is not finite on {self._name_rows(broken)}"] if broken else [])
@@ -332,11 +337,6 @@ class MiniLLMTrainer(DistillationTrainer):
     def _is_current(self, rollout: Rollout) -> bool:
         """Whether the current weights sampled the rollout."""
         return rollout.weights_version == self.state.global_step
-
-    def _release_cpu_memory(self) -> None:
-        """On a CPU, return freed memory: sampling and updates allocate different sizes, which fragments the heap."""
-        if self.args.device.type == "cpu":
-            release_memory()
 
     @contextmanager
     def _checkpoint_on_engine_error(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from minillm.data.batches import bucket
+from minillm.data.rollouts import Rollout
 from minillm.data.seeding import permutation
 from minillm.data.text import TextBlocks
 from minillm.errors import InputError
@@ -102,21 +103,21 @@ class BatchSchedule:
         return UpdatePosition(batch, inner_epoch, index, first=within == 0)
 
     def micro_batches(
-        self, update: int, lengths: Sequence[int], text: TextBlocks | None, total: Callable[[float], float]
+        self, update: int, rollouts: Sequence[Rollout], text: TextBlocks | None, total: Callable[[float], float]
     ) -> list[MicroBatch]:
         """The micro-batches of one update in this process.
 
         Args:
             update: the update's number, counted from 0.
-            lengths: response tokens of each of this process's rollouts of the batch.
+            rollouts: this process's rollouts of the batch.
             text: packed text, of which the update reads as many blocks as it has responses.
             total: the sum of a number over all processes.
         """
         at = self.position(update)
-        order = permutation(len(lengths), self._worker.seed, "inner", at.batch, at.inner_epoch, self._worker.rank)
+        order = permutation(len(rollouts), self._worker.seed, "inner", at.batch, at.inner_epoch, self._worker.rank)
         chosen = order[at.index * self._own_update_size : (at.index + 1) * self._own_update_size]
-        tokens = [lengths[i] for i in chosen]
-        groups = self._groups(tokens)
+        tokens = [len(rollouts[i].response_ids) for i in chosen]
+        groups = self._groups([len(rollouts[i].prompt_ids) + len(rollouts[i].response_ids) for i in chosen])
         blocks = self._text_blocks(update, text, len(groups))
         text_tokens = [text.tokens(some) if text else 0 for some in blocks]
         if self._by_update:
@@ -133,13 +134,13 @@ class BatchSchedule:
             for group, some, (count, text_count) in zip(groups, blocks, counts, strict=True)
         ]
 
-    def _groups(self, tokens: list[int]) -> list[list[int]]:
-        """The responses of each micro-batch, given the tokens of each response."""
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        """The responses of each micro-batch, given the tokens of each response with its prompt."""
         size = self._micro_batch_size
         if self._by_update:
-            return bucket(tokens, size)
+            return bucket(lengths, size)
         # Which responses are whitened together, and divided by one count, must not depend on their lengths.
-        return [list(range(start, start + size)) for start in range(0, len(tokens), size)]
+        return [list(range(start, start + size)) for start in range(0, len(lengths), size)]
 
     def _text_blocks(self, update: int, text: TextBlocks | None, micro_batches: int) -> list[list[int]]:
         """This process's blocks of text for each micro-batch."""

@@ -33,6 +33,7 @@ def naive_returns(rewards: list[float], lengths: list[int], gamma: float, first:
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_a_walk_in_any_stretches_sums_the_future(stretch: int, return_from: str, first: int, gamma: float) -> None:
     data = tokens()
+    assert data.teacher_logprobs is not None
     rewards = data.teacher_logprobs - data.student_logprobs
     walk = ReturnWalk(data.segments, gamma, return_from)
     got = torch.empty_like(rewards)
@@ -76,8 +77,9 @@ def test_token_and_prefix_weights_follow_their_products() -> None:
 
 
 def test_rewards_are_scaled_then_clipped() -> None:
-    data = SampledTokens(torch.tensor([-1.0, -9.0]), torch.zeros(2), torch.tensor([-3.0, -1.0]), torch.tensor([2]))
-    assert credit.sampled_rewards(data, Objective.paper(reward_scale=0.5, reward_clip=5.0)).tolist() == [-4.0, 5.0]
+    logp, logq = torch.tensor([-3.0, -1.0]), torch.tensor([-1.0, -9.0])
+    objective = Objective.paper(reward_scale=0.5, reward_clip=5.0)
+    assert credit.sampled_rewards(logp, logq, objective).tolist() == [-4.0, 5.0]
 
 
 def test_whitening_over_padding_is_whitening_of_the_padded_block() -> None:

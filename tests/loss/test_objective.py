@@ -262,6 +262,31 @@ def test_our_presets_match_a_plain_loop_response_by_response(preset: str, alpha:
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("preset", ["recommended", "paper"])
+def test_the_teachers_logprobs_come_with_the_scores_where_nobody_knows_them_before(preset: str) -> None:
+    world, objective = World.random(8), Objective.model_validate({"preset": preset, "baseline": "none"})
+    for y in world.responses():
+        rows, ids = torch.tensor(world.rows(y)), torch.tensor(y)
+        q, p = (logs.detach()[rows, ids] for logs in (world.logq(), world.logp()))
+        found = []
+        for logp in (p, None):
+            loss_of = OnPolicyLoss(
+                objective, SampledTokens(q, (q.exp() / 2 + p.exp() / 2).log(), logp, ids.new_tensor([len(y)]))
+            )
+            gradients = world.gradients(rows, ids, loss_of)
+            found.append([*gradients, *(loss_of.tally.sums[name] for name in ("sampled_reverse_kl", "advantage"))])
+        for known, unknown in zip(*found, strict=True):
+            torch.testing.assert_close(unknown, known, rtol=1e-9, atol=1e-12)
+
+
+def test_rewards_that_a_batch_is_whitened_or_centred_by_have_to_be_known_before() -> None:
+    tokens = SampledTokens(torch.zeros(3), torch.zeros(3), None, torch.tensor([3]))
+    with pytest.raises(ValueError, match="baseline: whiten needs the rewards before"):
+        OnPolicyLoss(Objective.paper(baseline="whiten"), tokens)
+    with pytest.raises(ValueError, match="a baseline of returns needs log p"):
+        credit.baselines(tokens, Objective.paper(baseline="centre"))
+
+
 @pytest.mark.parametrize("reward", ["expected", "sampled"])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 def test_returns_are_centred_on_those_of_the_other_responses_and_nothing_is_biased(reward: str, alpha: float) -> None:

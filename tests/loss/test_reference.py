@@ -97,8 +97,10 @@ def test_hand_worked_advantages() -> None:
     """Two responses in blocks of four tokens, with rewards 1, 2 and 4 before scaling."""
     data = SampledTokens(torch.zeros(3), torch.zeros(3), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 1]))
     objective = Objective.reference()
-    assert credit.sampled_rewards(data, objective).tolist() == [2.0, 4.0, 8.0]
-    values = credit.returns(credit.sampled_rewards(data, objective), data, objective)
+    rewards = credit.precomputed_rewards(data, objective)
+    assert rewards is not None
+    assert rewards.tolist() == [2.0, 4.0, 8.0]
+    values = credit.returns(rewards, data, objective)
     assert values.tolist() == pytest.approx([(2 + 0.95 * 4) / 2, 4.0, 8.0])  # 2.9, 4, 8
     # Over eight slots the mean is 14.9/8, and the mean square (2.9² + 4² + 8²)/8.
     mean, square = 14.9 / 8, (2.9**2 + 16 + 64) / 8

@@ -85,7 +85,8 @@ class World:
         q, p = (self.logq().detach() if logq_old is None else logq_old)[rows, ids], self.logp()[rows, ids]
         behaviour = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
         settings = {"slots": LENGTH, **settings}
-        loss_of = OnPolicyLoss(objective, SampledTokens(q, behaviour, p, torch.tensor([len(y)])), **settings)
+        known = p if credit.needs_sampled_rewards_first(objective) else None
+        loss_of = OnPolicyLoss(objective, SampledTokens(q, behaviour, known, torch.tensor([len(y)])), **settings)
         return float(behaviour.sum().exp()), self.gradients(rows, ids, loss_of)
 
     def gradients(self, rows: Tensor, ids: Tensor, loss_of: OnPolicyLoss) -> list[Tensor]:

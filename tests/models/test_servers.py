@@ -59,6 +59,7 @@ def served(rows: list[dict[str, float]]) -> TeacherTargets:
 def test_a_served_teachers_zeros_are_floored_and_invalid_logprobs_are_refused() -> None:
     targets = served([{"5": -0.3, "6": -9999.0}, {"1": -INF, "6": -0.4}])
     assert targets.rows is not None
+    assert targets.token_logprobs is not None
     assert targets.rows.logprobs.tolist() == [pytest.approx([-0.3, LOG_ZERO]), pytest.approx([LOG_ZERO, -0.4])]
     assert targets.token_logprobs.tolist() == pytest.approx([-0.3, LOG_ZERO])
     for value in (NAN, INF, 0.5):

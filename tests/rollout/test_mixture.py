@@ -95,6 +95,7 @@ def test_a_record_sorts_steps_and_drops_what_was_sampled_ahead() -> None:
     add([(0, 1), (0, 2)], [1.0, 2.0])  # the first of them again: the later counts
     [(logq, first), (_, second)] = record.finish([2, 2])
     assert logq.tolist() == [-0.0, -1.0]
+    assert first.token_logprobs is not None
     assert first.token_logprobs.tolist() == [-0.0, -2.0]
     assert second.hidden is not None
     assert second.hidden[:, 0].tolist() == [10.0, 11.0]

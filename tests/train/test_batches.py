@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from minillm.data.rollouts import Rollout
 from minillm.errors import EngineError
 from minillm.loss.config import Objective
 from minillm.models.load import load_model
+from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.teacher.local import LocalTeacher
 from minillm.train.on_policy import MiniLLMTrainer
+from minillm.train.schedule import BatchSchedule
 from tests.train.common import OFF_POLICY, PROMPTS, ROLLOUT, OwnEngine, arguments, teacher_model, train
 
 
@@ -100,9 +103,42 @@ def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_pa
         seen[preset] = float((rollout.student_logprobs - logq).abs().max())
         assert logged["engine_mismatch"] > 1e-3
         assert rollout.teacher is not None
+        assert rollout.teacher.token_logprobs is not None
         mixture = (0.7 * rollout.student_logprobs.exp() + 0.3 * rollout.teacher.token_logprobs.exp()).log()
         torch.testing.assert_close(rollout.behaviour_logprobs, mixture, rtol=1e-5, atol=1e-6)
     assert seen["reference"] < 1e-5 < 1e-3 < seen["paper"]
+
+
+def test_rescored_rollouts_of_an_engine_that_returns_no_states_keep_their_mixture(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
+    """A server that mixes returns log p alone, which is that of its own student's rollout; p̃ is computed anew."""
+    engine = TransformersEngine(
+        load_model(pair[0], torch.float32), teacher=LocalTeacher(load_model(pair[1], torch.float32))
+    )
+    generate = engine.generate
+
+    def without_targets(*args: Any, **kwargs: Any) -> Any:
+        rollouts = generate(*args, **kwargs)
+        for rollout in rollouts:
+            rollout.teacher = None
+        return rollouts
+
+    engine.generate = without_targets  # pyright: ignore
+    trainer = MiniLLMTrainer(
+        *pair,
+        arguments(tmp_path, max_steps=1, learning_rate=0.0),
+        rollout=ROLLOUT,
+        train_dataset=PROMPTS,
+        engine=engine,
+        objective=Objective.recommended(old_logprobs="trainer"),
+    )
+    trainer.train()
+    for rollout in trainer.rollouts:
+        assert rollout.teacher is not None
+        assert rollout.teacher.token_logprobs is not None
+        mixture = (0.7 * rollout.student_logprobs.exp() + 0.3 * rollout.teacher.token_logprobs.exp()).log()
+        torch.testing.assert_close(rollout.behaviour_logprobs, mixture, rtol=1e-5, atol=1e-6)
 
 
 def test_an_engine_that_samples_another_student_is_reported_once(
@@ -271,3 +307,15 @@ def test_an_engine_that_goes_away_leaves_a_checkpoint(pair: tuple[str, str], tmp
     assert resumed.state.global_step == 8
     for (name, x), y in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):  # pyright: ignore
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_sequences_of_similar_length_share_a_micro_batch() -> None:
+    """The rows of a micro-batch are as wide as its longest prompt and response together."""
+    zeros = torch.zeros(1)
+    sizes = [(1, 8), (7, 1), (5, 4), (1, 7), (3, 6), (8, 1), (2, 6), (3, 5)]
+    rollouts = [Rollout([2] * prompt, [3] * response, zeros, zeros, 0, True) for prompt, response in sizes]
+    schedule = BatchSchedule(RolloutConfig(num_rollouts=8), 4, 2)
+    groups = [
+        {sum(sizes[i]) for i in batch.rollouts} for batch in schedule.micro_batches(0, rollouts, None, lambda x: x)
+    ]
+    assert groups == [{8}, {9}]

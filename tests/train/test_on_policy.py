@@ -137,6 +137,7 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
                 logq, logp = (torch.log_softmax(m(ids).logits[0, -n - 1 : -1].double(), -1) for m in models)
             rewards = -(logq.exp() * (logq - logp)).sum(-1)
             if objective.reward == "sampled":
+                assert r.teacher.token_logprobs is not None
                 rewards = (r.teacher.token_logprobs - r.student_logprobs).double()
             returns.append([float(rewards[t + 1 :].mean()) for t in range(n - 1)])
         advantages = []
@@ -156,6 +157,17 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
         spread = (sum(a * a for a in advantages) / len(advantages)) ** 0.5
         assert abs(mean) < 0.02 * spread
     assert logged[0] == pytest.approx(logged[1], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(("reward", "baseline"), [("expected", "centre"), ("sampled", "none"), ("sampled", "centre")])
+def test_the_teachers_head_is_multiplied_before_the_loss_only_where_a_batch_is_centred_by_log_p(
+    pair: tuple[str, str], tmp_path: Path, reward: str, baseline: str
+) -> None:
+    objective = Objective.recommended(reward=reward, baseline=baseline)
+    plain = ROLLOUT.model_copy(update={"teacher_mix": 0.0})  # an engine that mixes knows log p anyway
+    trainer = train(pair, tmp_path, objective=objective, rollout=plain, max_steps=1)
+    known = {r.teacher is not None and r.teacher.token_logprobs is not None for r in trainer.rollouts}
+    assert known == {reward == "sampled" and baseline == "centre"}
 
 
 def test_several_samples_of_a_prompt_differ(pair: tuple[str, str], tmp_path: Path) -> None:
