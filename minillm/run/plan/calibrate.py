@@ -115,19 +115,23 @@ def _update_speed(device: torch.device, dtype: torch.dtype, sizes: _Sizes) -> fl
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        float(loss)  # waits for a GPU
 
     update()  # compiles, and allocates the moments
+    _wait_for(device)
     taken: list[float] = []
     while not taken or (len(taken) < _UPDATES and sum(taken) < _MOST_SECONDS):
         start = time.perf_counter()
         update()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait_for(device)
         taken.append(time.perf_counter() - start)
     lengths = [[float(sizes.tokens)] * sizes.prompts] * 2
     counted = update_flops(dimensions_of(student), dimensions_of(teacher.model), lengths[0], lengths[1])
     return (counted.teacher + counted.student + counted.head) / min(taken)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _copying_speed(device: torch.device) -> float:

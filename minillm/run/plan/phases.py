@@ -375,7 +375,8 @@ class Planner:
         sampling *= batches * sampled
         # A teacher that is mixed in scores what is sampled meanwhile, unless a server does the sampling.
         scored = rollout.num_rollouts - (0 if mixed is None or rollout.engine == "server" else sampled)
-        scoring = batches * scored * self._teacher_flops(prompt, response)
+        scoring = batches * scored * self._states_flops(prompt, response)
+        scoring += batches * scored * work.needs_logprobs_first(recipe) * self.teacher.dimensions.head(response)
         # Responses whose log-probabilities under the student come from a forward of the trainer.
         rescored = rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
         rescoring = batches * rescored * _scoring_flops(student, prompt, response)
