@@ -51,7 +51,7 @@ def lengths(rollouts: Any) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("mix", [0.0, 0.3])
 def test_an_update_on_policy(pair: tuple[str, str], tmp_path: Path, mix: float) -> None:
     rollout = PLAIN.model_copy(update={"teacher_mix": mix})
-    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    batch: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = train(pair, tmp_path, max_steps=1, rollout=rollout, objective=Objective.paper(), **batch)
     student, teacher = sizes(pair)
     expected = update_flops(student, teacher, *lengths(trainer.rollouts), width=trainer.width, mixed=mix > 0)
@@ -74,7 +74,7 @@ def test_sampling_counts_in_the_first_update_on_a_batch(pair: tuple[str, str], t
 @pytest.mark.usefixtures("clock")
 def test_a_prompt_of_several_responses_is_read_once(pair: tuple[str, str], tmp_path: Path) -> None:
     rollout = PLAIN.model_copy(update={"samples_per_prompt": 4})
-    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    batch: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     trainer = train(pair, tmp_path, max_steps=1, rollout=rollout, objective=Objective.paper(), **batch)
     student, teacher = sizes(pair)
     prompts, responses = lengths(trainer.rollouts)
