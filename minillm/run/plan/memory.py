@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minillm.loss.token_scores import CHUNK
+from minillm.models.config import AdapterConfig
 from minillm.models.shape import Shape, kept_bytes
 from minillm.rollout.engines.vllm_memory import GIB, buffer_bytes, cache_needed, cache_wanted, why_not_on_cpus
 from minillm.run.plan.machine import Machine
@@ -60,13 +61,23 @@ def trained_weights(training: StageTraining, model: Shape) -> Parts:
         weights = model.parameters - model.body + 3 * model.body / model.layers
         gathered["gathered weights"] = training.itemsize * weights
     if training.has_adapter and lora is not None:
-        adapter = lora.rank * model.layers * (11 * model.hidden + 3 * model.inner)
+        adapter = adapter_weights(lora, model)
         whole = frozen_weights(model, training.itemsize, lora.quantization)
         return gathered | {"student": whole / shards, "adapter with gradients and moments": 4 * _FLOAT32 * adapter}
     sizes = {training.trains: _FLOAT32, "gradients": _FLOAT32, "moments": 2 * _FLOAT32}
     if machine.processes > 1 and not machine.shard:
         sizes["gradient buckets"] = _FLOAT32  # DDP's, which hold a copy of all gradients
     return gathered | {part: model.parameters * itemsize / shards for part, itemsize in sizes.items()}
+
+
+def adapter_weights(lora: AdapterConfig, model: Shape) -> float:
+    """Number of weights of a LoRA adapter on all linear layers of a body with gated feed-forward layers.
+
+    Args:
+        lora: the settings of the adapter, of which the rank counts.
+        model: the model that it is added to.
+    """
+    return lora.rank * model.layers * (11 * model.hidden + 3 * model.inner)
 
 
 def activations(training: StageTraining, model: Shape, length: int) -> float:

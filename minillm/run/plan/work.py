@@ -16,6 +16,7 @@ from minillm.data.config import Source
 from minillm.data.examples import Example, read_examples
 from minillm.data.files import read_jsonl
 from minillm.data.templates import prompt_text
+from minillm.loss.credit import needs_sampled_rewards_first
 from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
 from minillm.run.stages import stage_named
@@ -153,6 +154,18 @@ def updates_of_batch(recipe: Recipe, machine: Machine) -> int:
     """
     update = StageTraining(recipe, machine, "minillm").responses_per_update
     return max(recipe.rollout.num_rollouts // update, 1) * recipe.rollout.inner_epochs
+
+
+def needs_logprobs_first(recipe: Recipe) -> bool:
+    """Whether the minillm stage computes log p of sampled tokens when rollouts are scored, before the loss does it.
+
+    This costs one product of the teacher's head.
+
+    Args:
+        recipe: the recipe.
+    """
+    mixture_of_trainer = recipe.objective.old_logprobs == "trainer" and recipe.rollout.teacher_mix > 0
+    return needs_sampled_rewards_first(recipe.objective) or mixture_of_trainer
 
 
 def validations(training: dict[str, Any], updates: int, per_epoch: int) -> int:
