@@ -23,9 +23,9 @@ from minillm.rollout.engines.base import Engine
 from minillm.teacher.routed import ExactTeacher, hidden_states
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.arguments import check_arguments
-from minillm.train.checks import STATES_REMEDY
+from minillm.train.checks import STATES_REMEDY, check_shard_teacher
 from minillm.train.finite import Finite
-from minillm.train.pair import TeacherSource, load_pair, resolve_tokenizer
+from minillm.train.pair import TeacherSource, load_pair, resolve_tokenizer, teacher_names
 from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import check_parameters
 from minillm.train.utilisation import Utilisation
@@ -49,7 +49,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         rollout: how the student is sampled, for validation too.
         engine: an engine that samples; by default one is started when it is needed.
         eval_dataset: rows for validation; see `ValidationMixin`.
-        shard_teacher: shard the teacher's decoder layers over the processes.
+        shard_teacher: shard the teacher's decoder layers over the processes; not with several teachers.
         longest: tokens of the longest sequence that the teacher scores; the servers of a served teacher are asked
             whether they accept it.
         conventions: vocabulary and end tokens. By default they follow from the tokenizer and the teacher. They are
@@ -81,6 +81,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         **kwargs: Any,
     ) -> None:
         check_parameters(kwargs)
+        check_shard_teacher(teacher_names(teacher), shard_teacher)
         check_arguments(
             args,
             eval_dataset=eval_dataset,

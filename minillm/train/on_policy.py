@@ -292,8 +292,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _score_by_teacher(self, rollouts: Sequence[Rollout]) -> None:
         missing = [rollout for rollout in rollouts if rollout.teacher is None]
-        sequences = [(rollout.prompt_ids, rollout.response_ids) for rollout in missing]
-        names = [rollout.teacher_name for rollout in missing]
+        sequences, names = [(r.prompt_ids, r.response_ids) for r in missing], [r.teacher_name for r in missing]
         with self.phase("teacher", self.utilisation.read_by_teacher(sequences, names)):
             score_missing(self.teacher, rollouts, self.sampling)
             if self._logp_first and not isinstance(self.teacher, ServedLogprobs):

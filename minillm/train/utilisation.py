@@ -112,8 +112,8 @@ class Utilisation(TrainerCallback):
 
         Args:
             batch: The sequences.
-            teacher: What the student is compared with: states of one teacher or of several, which the heads multiply, or rows,
-                which they do not.
+            teacher: What the student is compared with: states of one teacher or of several, which the heads multiply,
+                or rows, which they do not.
             width: Size of the shared vocabulary.
             trained: Whether there is a backward pass.
         """

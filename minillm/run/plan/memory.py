@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from minillm.loss.token_scores import CHUNK
 from minillm.models.config import AdapterConfig
 from minillm.models.shape import Shape, kept_bytes
-from minillm.rollout.engines.vllm_memory import GIB, buffer_bytes, cache_needed, cache_wanted, why_not_on_cpus
+from minillm.rollout.engines.vllm_memory import (
+    GIB,
+    buffer_bytes,
+    cache_needed,
+    cache_wanted,
+    why_not_mixed,
+    why_not_on_cpus,
+)
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.work import StageTraining
 from minillm.run.recipe import Recipe
@@ -159,11 +166,15 @@ class SampledModel:
     @property
     def by_transformers(self) -> bool:
         """Whether transformers samples the model in this process, rather than vLLM."""
-        if self.recipe.rollout.engine == "transformers" or not self.machine.vllm:
+        engine, teacher, gpu = self.recipe.rollout.engine, self.teacher, self.machine.gpu
+        if engine == "transformers" or not self.machine.vllm:
             return True
-        if self.teacher is not None and self.recipe.teacher.first.quantization:
-            return True  # vLLM does not mix a quantised teacher in
-        return not self.machine.gpu and any(why_not_on_cpus(model.config) is not None for model in self._models)
+        # A server holds its teacher as it was started.
+        if teacher is not None and engine != "server":
+            quantized = self.recipe.teacher.first.quantization is not None
+            if quantized or why_not_mixed(self.model.config, teacher.config, gpu) is not None:
+                return True
+        return not gpu and any(why_not_on_cpus(model.config) is not None for model in self._models)
 
     @property
     def _models(self) -> list[Shape]:
@@ -201,7 +212,8 @@ class SampledModel:
         if teacher is not None:
             parts["vLLM's copy of the teacher"] = teacher.parameters * itemsize
         if machine.gpu:
-            parts["vLLM's buffers"] = buffer_bytes(model.head // model.hidden, sequences)
+            vocabulary = max(each.config.vocab_size for each in self._models)
+            parts["vLLM's buffers"] = buffer_bytes(vocabulary, sequences, mixes=teacher is not None)
         return parts
 
     def engine_while_training(self) -> tuple[Parts, bool]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from minillm.models.flops import Dimensions
 from minillm.models.shape import Shape, shape_of
-from minillm.rollout.engines.vllm_memory import GIB
+from minillm.rollout.engines.vllm_memory import GIB, states_bytes
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.memory import Parts, SampledModel
@@ -105,18 +105,6 @@ def _body_flops(training: StageTraining, trained: Dimensions, length: float) -> 
     """Operations of the body's forward and backward over a sequence. Checkpointing computes the forward again."""
     forwards = 2 if training.argument("gradient_checkpointing") else 1
     return forwards * trained.forward([length]) + trained.backward([length])
-
-
-def _layers_per_update(training: StageTraining, model: Shape, scoring: Shape | None = None) -> float:
-    """Forwards and backwards of one layer in a weight update; a forward without a backward counts as a third of one.
-
-    Args:
-        training: the stage.
-        model: the model that it trains.
-        scoring: a model that scores the same sequences, if there is one.
-    """
-    layers = model.layers * (4 / 3 if training.argument("gradient_checkpointing") else 1)
-    return training.accumulation_steps * (layers + (0 if scoring is None else scoring.layers / 3))
 
 
 class Planner:
@@ -226,7 +214,7 @@ class Planner:
             idle["teacher"] = self.teachers.whole_weights(training.itemsize)
         phase = Phase(name, idle | self._supervised_buffers(training, model, scoring))
         phase.flops = training.updates * self._supervised_flops(training, model, scoring)
-        layers = training.updates * _layers_per_update(training, model, scoring)
+        layers = training.updates * work.layers_per_update(training, model, scoring)
         phase.seconds = self.machine.training_seconds(phase.flops, training.itemsize, layers)
         return [phase, *self._validation_phases(training, idle, phase)]
 
@@ -310,7 +298,7 @@ class Planner:
         training = StageTraining(self.recipe, self.machine, "minillm")
         rollouts, update = self._on_policy_memory(training)
         updating = Phase("minillm: update", update, training.updates * self._on_policy_flops(training))
-        layers = training.updates * _layers_per_update(training, self.student) * (2 if self._trains_on_text else 1)
+        layers = training.updates * work.layers_per_update(training, self.student) * (2 if self._trains_on_text else 1)
         updating.seconds = self.machine.training_seconds(updating.flops, training.itemsize, layers)
         flops, seconds = self._rollout_cost(training, updating.seconds)
         return [Phase("minillm: rollouts", rollouts, flops, seconds), updating]
@@ -334,6 +322,9 @@ class Planner:
         engine, stays = SampledModel(recipe, machine, self.student, itemsize, mixed).engine_while_training()
         # Gradients are freed after an update.
         sampling = {part: size for part, size in update.items() if part != "gradients"} | engine
+        if mixed is not None and rollout.engine != "server":
+            size = {"new_tokens": rollout.max_new_tokens, "sequences": own_rollouts, "itemsize": itemsize}
+            sampling["teacher's states while sampling"] = states_bytes(mixed.config, **size)
         if stays:
             update |= engine
         update["activations"] = memory.activations(training, self.student, length)
