@@ -185,8 +185,9 @@ def generate(
 @app.command()
 def plan(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe; or a folder, for a table of all recipes below it.", show_default=False)
-    ],
+        Path | None,
+        typer.Argument(help="A recipe; or a folder, for a table of all recipes below it.", show_default=False),
+    ] = None,
     overrides: Overrides = None,
     gpus: Gpus = None,
     memory: Memory = None,
@@ -196,9 +197,22 @@ def plan(
     fit: Annotated[
         Path | None, typer.Option(help="Write a recipe here that extends this one and fits.", show_default=False)
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            help="First measure this machine (the GPU, or with --gpus 0 or without a GPU the CPU), in less than two "
+            "minutes, for this plan and later ones. The recipe may be left out."
+        ),
+    ] = False,
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
     size = None if memory is None else _bytes(memory)
+    if calibrate:
+        _calibrate(gpus)
+    if recipe is None:
+        if not calibrate:
+            raise InputError("a recipe is needed, or a folder of recipes (without one, plan only takes --calibrate)")
+        return
     from minillm.run.recipe_file import load_recipe
 
     def overridden(file: Path, changes: list[str]) -> Any:
@@ -221,6 +235,15 @@ def plan(
         typer.echo(f"no settings make it fit: {fit} is not written")
         raise typer.Exit(1)
     _write_fit(fit, recipe, [*(overrides or []), *found.overrides])
+
+
+def _calibrate(gpus: int | None) -> None:
+    """Measure the GPU of this machine, or its CPU if there is none or if the plan is for it."""
+    import torch
+
+    from minillm.run.plan.calibrate import calibrate
+
+    typer.echo(calibrate(gpu=gpus != 0 and torch.cuda.is_available()))
 
 
 def _write_fit(fit: Path, recipe: Path, overrides: list[str]) -> None:

@@ -4,9 +4,20 @@
 
 Ours is compared with TRL's `DistillationTrainer`. Both have the same pair of models, prompts, tokens, loss (on-policy
 reverse KL, no long-term term) and optimiser. Each contender is a process of its own that makes one update on request,
-so that they take turns and their memory is separate. The lower bound (`floor`) is the sum of plain vLLM sampling, the
-forward pass of the teacher, the forward and backward pass of the student, and four matmuls of the head, each measured
-alone.
+so that they take turns and their memory is separate.
+
+`floor` is what the parts of an update take without anything between them: plain vLLM sampling, the forward pass of the
+teacher, the forward and backward pass of the student, and the four matmuls of the head. They run in the order of an
+update, micro-batch by micro-batch, with the head between the student's forward and backward pass, so that caches are as
+cold as in ours. vLLM gets new weights before each round, which is not counted: they empty its prefix cache, as they do
+in ours. The student is transformers' own, not compiled. So the floor is what can be reached without another student or
+another engine, and not a limit of the hardware.
+
+`of_peak` compares with that limit: operations by formula (`minillm.models.flops`; of an update without padding, and
+without anything that is computed twice) / (seconds × peak). The peak is the highest speed of matmuls at the shapes of
+the student and of the teacher, in the dtype of the run. Every process measures it before each of its turns, while the
+others wait for theirs, and it is not part of the turn; the highest of all these measurements is the peak of all
+contenders. Phases of `ours`: rollout is sampling, update is the student with both heads. TRL is given as a whole.
 """
 
 from __future__ import annotations
@@ -19,8 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +41,17 @@ from transformers import TrainerCallback
 from minillm.data.batches import pad
 from minillm.data.examples import read_examples
 from minillm.data.templates import chat_ids
-from minillm.models.device import fast_bfloat16, machine, working_dtype
-from minillm.models.head import hidden_states
+from minillm.models.device import device, fast_bfloat16, machine, working_dtype
+from minillm.models.flops import UpdateFlops, update_flops
+from minillm.models.hardware import measured_flops
+from minillm.models.head import head_of, hidden_states
 from minillm.models.load import load_model, load_tokenizer
+from minillm.models.shape import shape_of
+from minillm.models.weights import plain_weights
 
 LEARNING_RATE = 1e-5
 PHASES = ("rollout_seconds", "teacher_seconds", "update_seconds", "sync_seconds")
+CHUNK = 512  # tokens that the head is multiplied with at once, as in ours
 
 
 def messages(options: argparse.Namespace) -> list[list[dict[str, str]]]:
@@ -68,8 +83,8 @@ def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 class UpdateOnRequest(TrainerCallback):
     """Makes one update per line of standard input and reports what it took; training stops when the input ends."""
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._log = model, {}
+    def __init__(self, model: Any, options: argparse.Namespace) -> None:
+        self._model, self._log, self._options = model, {}, options
         self._before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -88,6 +103,7 @@ class UpdateOnRequest(TrainerCallback):
             "moved": moved,
             "loss": self._log.get("loss"),
             "phases": {k: self._log.get(k) for k in PHASES},
+            "peak_flops": self._peak,
         }
 
     def _wait(self, control: Any, report: dict[str, Any] | None = None) -> None:
@@ -95,7 +111,25 @@ class UpdateOnRequest(TrainerCallback):
             print_report(report)
         if not sys.stdin.readline():
             control.should_training_stop = True
+            return
+        self._peak = peak(self._options)
         self._started = time.perf_counter()
+
+
+def peak(options: argparse.Namespace) -> float:
+    """Measure the speed of matmuls at the shapes of both models, in operations per second."""
+    products = [shape for name in (options.student, options.teacher) for shape in shape_of(name).dimensions.products()]
+    return measured_flops(device(), working_dtype(), products)
+
+
+def operations(options: argparse.Namespace, sequences: int) -> UpdateFlops:
+    """Count the operations of an update on as many prompts."""
+    tokenizer = load_tokenizer(options.student)
+    given = argparse.Namespace(**vars(options) | {"sequences": sequences})
+    prompts = [len(chat_ids(m, tokenizer)) for m in messages(given)]
+    student, teacher = (shape_of(name).dimensions for name in (options.student, options.teacher))
+    width = min(student.vocab, teacher.vocab)
+    return update_flops(student, teacher, prompts, [options.tokens] * len(prompts), width=width)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -135,7 +169,7 @@ def ours(options: argparse.Namespace) -> None:
             train_dataset=[{"prompt": m} for m in messages(options)],
         )
         trainer.sampling = replace(trainer.sampling, eos_ids=())  # every response has all its tokens
-        trainer.add_callback(UpdateOnRequest(trainer.model))
+        trainer.add_callback(UpdateOnRequest(trainer.model, options))
         trainer.train()
         lengths = {len(r.response_ids) for r in trainer.rollouts}
         print_report({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
@@ -164,7 +198,7 @@ def trl(options: argparse.Namespace) -> None:
             processing_class=load_tokenizer(options.student),
             train_dataset=Dataset.from_list([{"prompt": m} for m in messages(options)]),
         )
-        trainer.add_callback(UpdateOnRequest(student))
+        trainer.add_callback(UpdateOnRequest(student, options))
         lengths: set[int] = set()
         original = trainer._compute_loss
 
@@ -178,55 +212,82 @@ def trl(options: argparse.Namespace) -> None:
 
 
 def floor(options: argparse.Namespace) -> None:
-    from minillm.data.sampling import Sampling
-    from minillm.rollout.engines.base import EngineSizing
-    from minillm.rollout.engines.vllm import VLLMEngine
-    from minillm.teacher.local import LocalTeacher
-
-    tokenizer = load_tokenizer(options.student)
-    dtype = working_dtype()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    prompts = [chat_ids(m, tokenizer) for m in messages(options)]
-    g = torch.Generator().manual_seed(0)
-    responses = torch.randint(3, 1000, (len(prompts), options.tokens), generator=g).tolist()
-    student: Any = load_model(options.student, torch.float32)
-    teacher_model: Any = load_model(options.teacher, dtype)
-    student, teacher_model = student.to(device), teacher_model.to(device)
-    teacher, engine = (
-        LocalTeacher(teacher_model),
-        VLLMEngine(options.student, EngineSizing(192 + options.tokens, dtype)),
-    )
-    sampling = Sampling(options.tokens, (), len(tokenizer))
-    micro = min(options.sequences, options.micro_batch)
-    weights = [m.get_output_embeddings().weight.detach().to(dtype) for m in (student, teacher_model)]
-
-    def train() -> None:
-        for start in range(0, len(prompts), micro):
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                hidden = hidden_states(
-                    student, pad(prompts[start : start + micro], responses[start : start + micro], device)
-                )
-            hidden.float().square().mean().backward()
-
-    def heads() -> None:
-        for _ in range(len(prompts) * options.tokens // 512):
-            states = [torch.randn(512, w.shape[1], device=device).to(dtype) for w in weights]
-            logits = states[0] @ weights[0].t()
-            torch.mm(states[1], weights[1].t())
-            torch.mm(logits, weights[0])
-            torch.mm(logits.t(), states[0])
-
-    parts: dict[str, Callable[[], Any]] = {
-        "sampling": lambda: engine.generate(prompts, sampling, list(range(len(prompts)))),
-        "teacher": lambda: teacher.hidden(prompts, responses),
-        "student": train,
-        "head": heads,
-    }
+    parts = FloorParts(options)
     while sys.stdin.readline():
-        taken = {name: seconds(part) for name, part in parts.items()}
-        print_report({"seconds": sum(taken.values()), "phases": taken, "moved": True})
+        speed = peak(options)
+        parts.refresh()
+        taken = parts.run()
+        print_report({"seconds": sum(taken.values()), "phases": taken, "moved": True, "peak_flops": speed})
     print_report({})
-    engine.close()
+    parts.engine.close()
+
+
+class FloorParts:
+    """The parts of an update, with nothing between them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from minillm.data.sampling import Sampling
+        from minillm.rollout.engines.base import EngineSizing
+        from minillm.rollout.engines.vllm import VLLMEngine
+        from minillm.teacher.local import LocalTeacher
+
+        tokenizer = load_tokenizer(options.student)
+        self.dtype, self.device = working_dtype(), device()
+        self.prompts = [chat_ids(m, tokenizer) for m in messages(options)]
+        g = torch.Generator().manual_seed(0)
+        self.responses = torch.randint(3, 1000, (len(self.prompts), options.tokens), generator=g).tolist()
+        student: Any = load_model(options.student, torch.float32)
+        teacher: Any = load_model(options.teacher, self.dtype)
+        self.student, self.teacher = student.to(self.device), LocalTeacher(teacher.to(self.device))
+        sizing = EngineSizing(192 + options.tokens, self.dtype, options.sequences)
+        self.engine = VLLMEngine(options.student, sizing)
+        self.sampling = Sampling(options.tokens, (), len(tokenizer))
+        self.micro_batch = min(options.sequences, options.micro_batch)
+        heads = (head_of(self.student), self.teacher.head)
+        self.weights = [head.weight.detach().to(self.dtype) for head in heads]
+
+    def refresh(self) -> None:
+        """Send weights to the engine, which empties its prefix cache, and drop the gradients, as before an update."""
+        self.engine.update_weights(plain_weights(self.student, self.dtype), 0)
+        self.student.zero_grad()
+
+    def run(self) -> dict[str, float]:
+        """Run all parts once, and return the seconds of each."""
+        numbers = list(range(len(self.prompts)))
+        taken = {"sampling": seconds(lambda: self.engine.generate(self.prompts, self.sampling, numbers))}
+        self.engine.sleep()
+        taken |= {
+            "teacher": seconds(lambda: self.teacher.hidden(self.prompts, self.responses)),
+            "student": 0.0,
+            "head": 0.0,
+        }
+        for start in range(0, len(numbers), self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            self._train(self.prompts[part], self.responses[part], taken)
+        return taken
+
+    def _train(self, prompts: list[list[int]], responses: list[list[int]], taken: dict[str, float]) -> None:
+        """Forward, head and backward of a micro-batch; adds their seconds to `taken`."""
+        hidden: list[Any] = []
+
+        def forward() -> None:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                hidden.append(hidden_states(self.student, pad(prompts, responses, self.device)))
+
+        taken["student"] += seconds(forward)
+        # The numbers do not matter to the speed: any states and gradients have the sizes.
+        tokens = sum(map(len, responses))
+        states = [torch.randn(tokens, w.shape[1], device=self.device).to(self.dtype) for w in self.weights]
+        taken["head"] += seconds(lambda: self._multiply_heads(states))
+        taken["student"] += seconds(lambda: hidden[0].float().square().mean().backward())
+
+    def _multiply_heads(self, states: list[torch.Tensor]) -> None:
+        student, teacher = self.weights
+        for own, others in zip(states[0].split(CHUNK), states[1].split(CHUNK), strict=True):
+            logits = own @ student.t()
+            torch.mm(others, teacher.t())
+            torch.mm(logits, student)
+            torch.mm(logits.t(), own)
 
 
 def same_loss() -> float:
@@ -297,7 +358,8 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
     """Measure every contender at one batch size.
 
     Returns:
-        Medians of the seconds of an update and of its phases, and the peak memory in bytes, by contender.
+        Medians of the seconds of an update and of its phases, shares of the peak, and the peak memory in bytes, by
+        contender; and the operations of an update.
     """
     given = [
         f"--{name}={getattr(options, name.replace('-', '_'))}"
@@ -325,7 +387,39 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
         for name, some in reports.items()
         if name != "trl"
     }
-    return {"seconds": taken, "phases": phases, "peak_bytes": {name: end["peak_bytes"] for name, end in ends.items()}}
+    counted = operations(options, sequences)
+    highest = max(report["peak_flops"] for some in reports.values() for report in some)
+    return {
+        "seconds": taken,
+        "phases": phases,
+        "peak_bytes": {name: end["peak_bytes"] for name, end in ends.items()},
+        "flops": {**asdict(counted), "whole": counted.total},
+        "peak_flops": highest,
+        "of_peak": {name: shares(counted, value, phases.get(name, {}), highest) for name, value in taken.items()},
+    }
+
+
+def shares(counted: UpdateFlops, whole: float, phases: dict[str, float], peak_flops: float) -> dict[str, float]:
+    """Compute the share of the peak that an update and its phases reach.
+
+    Args:
+        counted: The operations of the update.
+        whole: The seconds of the update.
+        phases: The seconds of its phases, by the names of ours or of the floor.
+        peak_flops: Operations per second.
+    """
+    of_phases = {
+        "rollout_seconds": ("sampling", counted.sampling),
+        "teacher_seconds": ("teacher", counted.teacher),
+        "update_seconds": ("update", counted.student + counted.head),
+        **{name: (name, value) for name, value in asdict(counted).items()},
+    }
+    found = {"whole": counted.total / (whole * peak_flops)}
+    for name, taken in phases.items():
+        if name in of_phases and taken:
+            label, flops = of_phases[name]
+            found[label] = flops / (taken * peak_flops)
+    return found
 
 
 def main() -> None:
@@ -363,9 +457,10 @@ def main() -> None:
     result |= {
         "vs_floor": max(f["seconds"]["ours"] / f["seconds"]["floor"] for f in found.values()),
         "memory_vs_trl": first["peak_bytes"]["ours"] / first["peak_bytes"]["trl"],
-        "phases": {str(n): f["phases"] for n, f in found.items()},
-        "seconds": {str(n): f["seconds"] for n, f in found.items()},
-        "peak_bytes": {str(n): f["peak_bytes"] for n, f in found.items()},
+        **{
+            key: {str(n): f[key] for n, f in found.items()}
+            for key in ("phases", "seconds", "peak_bytes", "of_peak", "flops", "peak_flops")
+        },
         "loss_difference": difference,
         "tokens": options.tokens,
         "warm_up": options.warm_up,
@@ -382,6 +477,9 @@ def main() -> None:
         print(f"{n} responses: " + ", ".join(f"{name} {value:.1f} s" for name, value in f["seconds"].items()))
         for name, phases in f["phases"].items():
             print(f"  {name}: " + ", ".join(f"{phase} {value:.2f}" for phase, value in phases.items()))
+        print(f"  of the peak of {f['peak_flops']:.2e} operations a second:")
+        for name, shared in f["of_peak"].items():
+            print(f"    {name}: " + ", ".join(f"{phase} {value:.0%}" for phase, value in shared.items()))
     print({key: round(value, 3) for key, value in result.items() if isinstance(value, float)})
 
 

@@ -38,6 +38,16 @@ class Padded:
     lengths: Int[Tensor, " sequences"]
     position_ids: Int[Tensor, "rows width"] | None = None
 
+    def sequence_lengths(self) -> list[int]:
+        """Return the number of tokens of each sequence, prompt and response together.
+
+        Sequences whose response is empty are left out.
+        """
+        last = self.positions[self.lengths[self.lengths > 0].cumsum(0) - 1]
+        width = self.input_ids.shape[1]
+        own = last % width if self.position_ids is None else self.position_ids.flatten()[last]
+        return (own + 2).tolist()  # the last token follows the one that predicts it, and positions count from 0
+
 
 def pad(
     prompts: Sequence[Sequence[int]],

@@ -91,7 +91,11 @@ def machine() -> str:
     """Return the name of the hardware for measurements: the accelerator, or the processor and the threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """Return the name of the processor; `CPU` if the system does not say it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    return f"{model}, {torch.get_num_threads()} threads"
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minillm.models.configs import head_size, read_config
 from minillm.models.families import KNOWN
+from minillm.models.flops import Dimensions, dimensions_of, inner_size
 from minillm.models.pruning.depth import check_keep_layers
 from minillm.models.pruning.layer_settings import cut_config
 
@@ -32,12 +33,14 @@ class Shape:
         config: Config of its text model.
         parameters: Number of parameters. A tied head counts once.
         head: Number of parameters of the output head, tied or not.
+        dimensions: Sizes of its matrix products, as if every weight were trained.
     """
 
     name: str
     config: Any
     parameters: int
     head: int
+    dimensions: Dimensions
 
     @property
     def hidden(self) -> int:
@@ -52,13 +55,11 @@ class Shape:
     @property
     def inner(self) -> int:
         """Width of the feed-forward layers."""
-        return (
-            getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * self.hidden
-        )
+        return inner_size(self.config)
 
     @property
     def body(self) -> int:
-        """Number of parameters of the body that take part in matrix products: all except embedding and head."""
+        """Number of parameters without embedding and head."""
         tied = getattr(self.config, "tie_word_embeddings", False)
         return self.parameters - (self.head if tied else 2 * self.head)
 
@@ -101,7 +102,8 @@ def shape_of(source: str, keep_layers: int | None = None) -> Shape:
         config = cut_config(config, [*range(keep_layers - 1), depth - 1])
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
-    return Shape(source, config.get_text_config(), model.num_parameters(), model.get_output_embeddings().weight.numel())
+    head = model.get_output_embeddings().weight.numel()
+    return Shape(source, config.get_text_config(), model.num_parameters(), head, dimensions_of(model))
 
 
 def _config(source: str) -> Any:

@@ -51,8 +51,8 @@ class RolloutConfig(Section):
     """Seconds for which requests to an unreachable or failing server are retried. After that the run saves a checkpoint
     and stops."""
     server_timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds that a server may take for one request: to sample one response, or to load new weights. Increase it for
-    long responses or slow servers."""
+    """Seconds that a server may take for one request: to sample or score one response, or to load new weights. Increase
+    it for long responses or slow servers."""
     overlap: bool = False
     """Sample the next batch of rollouts while the student trains on the current one. The next batch is then sampled
     with the weights from before the current batch, so training is one batch off-policy. Requires `engine: server`,
@@ -92,7 +92,7 @@ class RolloutConfig(Section):
     lora: Literal["merged", "adapter"] = "merged"
     """How the weights of a LoRA student reach the engine. `merged` sends all weights, with the adapter merged into the
     base model. `adapter` sends the adapter alone to vLLM in the training process, which keeps the base model: less is
-    sent, and the engine rounds as the trainer does."""
+    sent, and the engine rounds as the trainer does. vLLM mixes no teacher with it: set `teacher_mix: 0` as well."""
     engine_memory: Annotated[float, Field(gt=0)] | None = None
     """Size of vLLM's key-value cache in GiB. By default the cache holds all rollouts of a batch at full length, as far
     as the memory allows."""
@@ -161,14 +161,24 @@ class RolloutConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_speculation(self) -> RolloutConfig:
+        if self.teacher_mix and "speculative_config" in self.engine_options:
+            raise InputError(
+                "engine_options: speculative_config with teacher_mix: vLLM accepts or rejects drafts by the student's "
+                "distribution alone, not by the mixture: leave it out, or set teacher_mix: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_lora(self) -> RolloutConfig:
         if self.lora == "adapter" and self.engine == "server":
             raise InputError(
                 "lora: adapter is for vLLM in the training process; servers take merged weights: set lora: merged"
             )
         if self.lora == "adapter" and self.teacher_mix and self.engine != "transformers":
+            default = "" if "teacher_mix" in self.model_fields_set else ", the default"
             raise InputError(
-                "lora: adapter with teacher_mix: vLLM mixes a teacher with a student of merged weights only: set lora: "
-                "merged, or teacher_mix: 0"
+                f"lora: adapter with teacher_mix: {self.teacher_mix:g}{default}: vLLM mixes a teacher with a student "
+                "of merged weights only: set lora: merged, or teacher_mix: 0"
             )
         return self

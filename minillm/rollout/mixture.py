@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minillm.data.rollouts import TeacherTargets
+from minillm.errors import EngineError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -187,10 +188,21 @@ class MixtureRecord:
         Args:
             lengths: The number of tokens of each response. Later tokens, which engines that work ahead have sampled,
                 are left out.
+
+        Raises:
+            EngineError: A token of these responses was not added: the engine did not sample it from the mixture.
         """
         # An engine that runs out of memory may repeat a step; the latest one counts.
         index = {key: i for i, key in enumerate(self._keys)}
-        order = torch.tensor([index[row, t] for row, n in enumerate(lengths) for t in range(n)], dtype=torch.long)
+        wanted = [(row, t) for row, n in enumerate(lengths) for t in range(n)]
+        for row, position in wanted:
+            if (row, position) not in index:
+                raise EngineError(
+                    f"the engine did not sample token {position} of response {row} from the mixture of student and "
+                    "teacher: something replaces its sampler, such as an engine option for speculative decoding: leave "
+                    "that out, or set rollout.teacher_mix: 0"
+                )
+        order = torch.tensor([index[key] for key in wanted], dtype=torch.long)
         split: Any = lambda values: values.split(list(lengths))  # noqa: E731
         student = split(torch.cat(self._student).cpu()[order])
         teacher = split(torch.cat(self._teacher).cpu()[order])

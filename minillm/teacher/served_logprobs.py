@@ -48,14 +48,17 @@ class ServedLogprobs:
         top_k: how many of the student's most likely tokens are scored per position; 0 where only sampled tokens count.
         max_length: tokens of the longest sequence that will be scored.
         patience: seconds for which a server that does not answer is retried.
+        timeout: seconds that one request may take.
 
     Raises:
         EngineError: a server is unreachable, or serves shorter sequences.
     """
 
-    def __init__(self, urls: Sequence[str], *, top_k: int, max_length: int, patience: float = 600.0) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, top_k: int, max_length: int, patience: float = 600.0, timeout: float = 300.0
+    ) -> None:
         self.top_k = top_k
-        self._servers = Servers(urls, patience=patience)
+        self._servers = Servers(urls, patience=patience, timeout=timeout)
         try:
             for server in self._servers.each:
                 # A request for log-probabilities has to sample one more token, which needs a position too.

@@ -5,12 +5,14 @@ is applied to here. So every divergence, every temperature and the language-mode
 process, for H numbers of two or four bytes per token of prompt and response.
 
 What is trusted is checked when a server is attached, and again when its process has been replaced: the states of a
-fixed prompt have the width of the head, depend on earlier tokens only, are not normalised, and are those that all the
-other servers gave. Of every answer, the number of states is checked, and that they are finite.
+fixed prompt have the width of the head, depend on earlier tokens only, are not normalised, and are roughly those of the
+first server. Those of one server change by much less, so that a restart with other weights is found. Of every answer,
+the number of states is checked, and that they are finite.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from minillm.teacher.states import StatesTeacher
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+logger = logging.getLogger(__name__)
 STATES_PATH = "/pooling"
 # Tokens of the fixed prompt: a prime that divides no usual width, so that missing states do not look like states of
 # another width.
@@ -34,7 +37,7 @@ _FIXED_LENGTH = 11
 # The dtypes are those that a server can send, the ones with fewer bytes first. bfloat16 moves the states of the
 # quickstart's models by 2 to 3 %. Those of its teacher and student differ by 33 %, those of the student before and
 # after its whole training by 10 %, and those of two of its checkpoints by 3 %, which only float32 tells apart.
-_ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 0.005}
+_ROUNDING = {torch.bfloat16: (0.1, 0.01), torch.float16: (0.02, 0.002), torch.float32: (0.005, 0.0005)}
 
 
 class ServedStates(StatesTeacher):
@@ -45,6 +48,7 @@ class ServedStates(StatesTeacher):
         head: the teacher's output head. States get its dtype and device.
         max_length: tokens of the longest sequence that will be scored.
         patience: seconds for which a server that does not answer is retried.
+        timeout: seconds that one request may take.
 
     Attributes:
         dtype: what states are sent in: the dtype with the fewest bytes that loses nothing of what the servers compute.
@@ -54,13 +58,15 @@ class ServedStates(StatesTeacher):
             differ from those of the first.
     """
 
-    def __init__(self, urls: Sequence[str], head: Head, *, max_length: int, patience: float = 600.0) -> None:
+    def __init__(
+        self, urls: Sequence[str], head: Head, *, max_length: int, patience: float = 600.0, timeout: float = 300.0
+    ) -> None:
         self._head, self._max_length = head, max_length
         # Tokens from the whole vocabulary: the first ids are often control tokens, and after a few of those bfloat16
         # moved the states of the quickstart's teacher by 100 %.
         self._fixed_prompt = [(i + 1) * len(head.weight) // (_FIXED_LENGTH + 2) for i in range(_FIXED_LENGTH)]
-        self._servers = Servers(urls, refresh=self._verify, patience=patience, path=STATES_PATH)
-        self._fixed_states: Tensor | None = None
+        self._servers = Servers(urls, refresh=self._verify, patience=patience, timeout=timeout, path=STATES_PATH)
+        self._fixed_states: dict[str, Tensor] = {}  # as each server first returned them, by its address
         self.dtype = next(iter(_ROUNDING))
         try:
             for server in self._servers.each:
@@ -137,20 +143,42 @@ class ServedStates(StatesTeacher):
             # Read before the states are requested, so that a later restart shows as another start time.
             server.started_at = server.process_start_time()
             states = self._checked_states(server)
-            exact = next(dtype for dtype in _ROUNDING if torch.equal(states.to(dtype).float(), states))
-            first = self._fixed_states is None
-            if self._fixed_states is None:
-                self._fixed_states = states
-            difference = _difference(states, self._fixed_states)
-            if difference > max(_ROUNDING[exact], _ROUNDING[self.dtype]):
-                raise EngineError(
-                    f"{server.url}: its states of a fixed prompt differ by {difference:.1%} from those that "
-                    f"{self._servers.each[0].url} returned at first: it holds another model, or was restarted with "
-                    "other weights"
+            self._compare(server, states)
+            if server.started_at is None and server.url not in self._fixed_states:
+                logger.warning(
+                    "%s: /metrics does not report when the process started; a restart during which no request fails "
+                    "will not be noticed, nor other weights after it.",
+                    server.url,
                 )
-            if first or exact.itemsize > self.dtype.itemsize:
+            exact = _exact_dtype(states)
+            if not self._fixed_states or exact.itemsize > self.dtype.itemsize:
                 self.dtype = exact
+            self._fixed_states.setdefault(server.url, states)
             server.has_current_weights = True
+
+    def _compare(self, server: Server, states: Tensor) -> None:
+        """Compare states of the fixed prompt with those that the server returned before, or else with the first ones.
+
+        Raises:
+            EngineError: they are those of other weights.
+        """
+        if not self._fixed_states:
+            return
+        before = self._fixed_states.get(server.url)
+        others = next(iter(self._fixed_states.values())) if before is None else before
+        difference, dtypes = _difference(states, others), (_exact_dtype(states), _exact_dtype(others))
+        for_others, for_itself = next(limits for dtype, limits in _ROUNDING.items() if dtype in dtypes)
+        if before is not None and difference > for_itself:
+            raise EngineError(
+                f"{server.url}: its states of a fixed prompt differ by {difference:.2%} from those that it "
+                "returned before: it was restarted with other weights, in another dtype or on other hardware; resume "
+                "the run to train with it as it is now"
+            )
+        if before is None and difference > for_others:
+            raise EngineError(
+                f"{server.url}: its states of a fixed prompt differ by {difference:.1%} from those that "
+                f"{self._servers.each[0].url} returned: they are of different models"
+            )
 
     def _checked_states(self, server: Server) -> Tensor:
         """A server's states of the fixed prompt, float32.
@@ -161,7 +189,7 @@ class ServedStates(StatesTeacher):
         """
         states = self._fixed_prompt_states(server, _FIXED_LENGTH)
         beginning = self._fixed_prompt_states(server, _FIXED_LENGTH // 2)
-        if _difference(states[: len(beginning)], beginning) > _ROUNDING[torch.bfloat16]:
+        if _difference(states[: len(beginning)], beginning) > _ROUNDING[torch.bfloat16][0]:
             raise EngineError(f"{server.url}: its states depend on later tokens, as those of an encoder do")
         if (states.norm(dim=1) - 1).abs().max() < 1e-2:
             raise EngineError(f"{server.url}: its states are normalised, although the request asks for plain ones")
@@ -188,6 +216,11 @@ class ServedStates(StatesTeacher):
         if not states.isfinite().all():
             raise TransientServerError(f"{STATES_PATH} answered states that are not finite")
         return states
+
+
+def _exact_dtype(states: Tensor) -> torch.dtype:
+    """The dtype with the fewest bytes that float32 states lose nothing in."""
+    return next(dtype for dtype in _ROUNDING if torch.equal(states.to(dtype).float(), states))
 
 
 def _difference(states: Tensor, others: Tensor) -> float:

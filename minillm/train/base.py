@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -19,14 +20,15 @@ from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings
 from minillm.models.conventions import Conventions
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
-from minillm.teacher.routed import ExactTeacher
+from minillm.teacher.routed import ExactTeacher, hidden_states
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.arguments import check_arguments
-from minillm.train.checks import STATES_REMEDY
+from minillm.train.checks import STATES_REMEDY, check_shard_teacher
 from minillm.train.finite import Finite
-from minillm.train.pair import TeacherSource, load_pair, resolve_tokenizer
+from minillm.train.pair import TeacherSource, load_pair, resolve_tokenizer, teacher_names
 from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import check_parameters
+from minillm.train.utilisation import Utilisation
 from minillm.train.validation import ValidationMixin
 
 
@@ -47,7 +49,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         rollout: how the student is sampled, for validation too.
         engine: an engine that samples; by default one is started when it is needed.
         eval_dataset: rows for validation; see `ValidationMixin`.
-        shard_teacher: shard the teacher's decoder layers over the processes.
+        shard_teacher: shard the teacher's decoder layers over the processes; not with several teachers.
         longest: tokens of the longest sequence that the teacher scores; the servers of a served teacher are asked
             whether they accept it.
         conventions: vocabulary and end tokens. By default they follow from the tokenizer and the teacher. They are
@@ -56,6 +58,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
 
     Attributes:
         text_temperature: divides the logits in the losses on text, and in the cross-entropy of given responses.
+        utilisation: counts the operations of each update.
     """
 
     text_temperature: float = 1.0
@@ -78,6 +81,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         **kwargs: Any,
     ) -> None:
         check_parameters(kwargs)
+        check_shard_teacher(teacher_names(teacher), shard_teacher)
         check_arguments(
             args,
             eval_dataset=eval_dataset,
@@ -108,6 +112,10 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         # The mixin only closes the teacher, so it declares a wider type.
         self.teacher = scoring  # pyright: ignore[reportIncompatibleVariableOverride]
         self._logged_at: int | None = None  # the update after which metrics were last logged
+        # A student whose weights have 16 bits computes with them, whatever the arguments say.
+        dtype = self._student.dtype if self._student.dtype in (torch.bfloat16, torch.float16) else pair.compute_dtype
+        self.utilisation = Utilisation(self._student, scoring, self.metrics, device=self.args.device, dtype=dtype)
+        self.add_callback(self.utilisation)
 
     @abstractmethod
     def updates_per_epoch(self) -> int:
@@ -132,6 +140,13 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             raise InputError(f"the teacher's servers return log-probabilities of some tokens only: {STATES_REMEDY}")
         return self.teacher
 
+    def states_of_teacher(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], names: Sequence[str | None]
+    ) -> list[Tensor]:
+        """The final hidden states that predict each response's tokens, for an update, by the teacher of its name."""
+        self.utilisation.read_by_teacher(list(zip(prompts, responses, strict=True)), names)
+        return hidden_states(self.states_teacher, prompts, responses, names)
+
     def get_train_dataloader(self) -> DataLoader:
         """A loader that only counts micro-batches."""
         counted: Any = range(self.updates_per_epoch() * self.args.gradient_accumulation_steps)
@@ -141,6 +156,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         """The micro-batches of the next update. The items of the loader are ignored."""
         if self._logged_at is None:
             self._logged_at = self.state.global_step
+        self.utilisation.begin()
         return self.begin(self.micro_batches(self.state.global_step)), None
 
     def compute_loss(
@@ -171,6 +187,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         Returns:
             The object that the forward reads.
         """
+        self.utilisation.scored(batch, teacher, self.width, trained=loss_fn is not None)
         settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
         return Scoring(batch, settings, teacher, loss_fn, divergence)
 

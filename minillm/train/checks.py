@@ -123,6 +123,23 @@ def check_several_teachers(rollout: RolloutConfig, objective: Objective, text: b
         raise InputError("objective.language_model_distill with several teachers: rows of text name no teacher: set 0")
 
 
+def check_shard_teacher(names: Collection[str], shard: bool) -> None:
+    """Refuse to shard several teachers, of which processes read different ones at the same time.
+
+    Args:
+        names: the names of the teachers; empty if there is one for all rows.
+        shard: whether the teacher is to be sharded.
+
+    Raises:
+        InputError: there are several.
+    """
+    if names and shard:
+        raise InputError(
+            "shard_teacher with several teachers: every forward of a sharded teacher needs all processes, which would "
+            "ask each of them unequally often: leave it out, or serve the teachers (ServedTeacher)"
+        )
+
+
 def check_teacher_names(names: Collection[str], rows: Mapping[str, Sequence[Mapping[str, Any]] | None]) -> None:
     """Refuse rows that do not name one of several teachers.
 

@@ -34,7 +34,7 @@ from minillm.rollout.source import RolloutSource, SampledBatch
 from minillm.rollout.worker import Worker
 from minillm.teacher.base import score_missing
 from minillm.teacher.local import LocalTeacher
-from minillm.teacher.routed import RoutedTeacher, hidden_states
+from minillm.teacher.routed import RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.assembly import pad_micro_batch, sampled_tokens, teacher_inputs
@@ -230,7 +230,7 @@ class MiniLLMTrainer(DistillationTrainer):
         states = None
         if text and self.objective.language_model_distill:
             prompts, responses = [ids[:1] for ids in text], [ids[1:] for ids in text]
-            states = hidden_states(self.states_teacher, prompts, responses, [None] * len(text))
+            states = self.states_of_teacher(prompts, responses, [None] * len(text))
         return teacher_inputs(self.teacher, rollouts, text, states, self.args.device)
 
     # Rollouts
@@ -238,8 +238,7 @@ class MiniLLMTrainer(DistillationTrainer):
     @property
     def mixed_teacher(self) -> LocalTeacher | None:
         """The teacher that the engine holds beside the student, if it is mixed in."""
-        teacher = self.teacher
-        return teacher if self.rollout_config.teacher_mix and isinstance(teacher, LocalTeacher) else None
+        return self.teacher if self.rollout_config.teacher_mix and isinstance(self.teacher, LocalTeacher) else None
 
     @property
     def _mixed_sampling(self) -> Sampling:
@@ -283,6 +282,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _note_sampling(self, sampled: SampledBatch) -> None:
         rollouts, step = sampled.rollouts, self.state.global_step
+        self.utilisation.sampled(rollouts, self._engine, mixed=self.rollout_config.teacher_mix > 0)
         self.metrics.add_seconds("rollout", sampled.seconds, sampled.num_tokens)
         self._batch_metrics = {
             "response_length": (sampled.num_tokens, len(rollouts)),
@@ -291,7 +291,9 @@ class MiniLLMTrainer(DistillationTrainer):
         }
 
     def _score_by_teacher(self, rollouts: Sequence[Rollout]) -> None:
-        with self.phase("teacher", sum(len(r.response_ids) for r in rollouts if r.teacher is None)):
+        missing = [rollout for rollout in rollouts if rollout.teacher is None]
+        sequences, names = [(r.prompt_ids, r.response_ids) for r in missing], [r.teacher_name for r in missing]
+        with self.phase("teacher", self.utilisation.read_by_teacher(sequences, names)):
             score_missing(self.teacher, rollouts, self.sampling)
             if self._logp_first and not isinstance(self.teacher, ServedLogprobs):
                 self.teacher.add_token_logprobs(rollouts, self.sampling)

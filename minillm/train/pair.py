@@ -63,7 +63,7 @@ class ModelPair:
 
         Args:
             args: device and batch size.
-            sharded: whether to shard the teacher over processes.
+            sharded: whether to shard a single teacher over processes, which a served one is not.
             longest: tokens of the longest sequence that it will score, which servers have to accept.
 
         Raises:
@@ -73,8 +73,7 @@ class ModelPair:
         if self.source is None:
             return AdapterOff(self.student, batch_size=_batch_size(args))
         if not isinstance(self.source, Mapping):
-            model: Any = self.teacher_models.get("")
-            return self._one(self.source, shard(model, args.device) if sharded else model, args, longest)
+            return self._one(self.source, self.teacher_models.get(""), args, longest, sharded=sharded)
         teachers: dict[str, StatesTeacher] = {}
         try:
             for name, source in self.source.items():
@@ -90,11 +89,13 @@ class ModelPair:
         return RoutedTeacher(teachers)
 
     def _one(
-        self, source: NamedSource, model: Any, args: TrainingArguments, longest: int
+        self, source: NamedSource, model: Any, args: TrainingArguments, longest: int, *, sharded: bool = False
     ) -> StatesTeacher | ServedLogprobs:
         """One teacher on this process's device; `model` is its model, if it is not served."""
         if isinstance(source, ServedTeacher):
             return source.attach(longest, self.compute_dtype, args.device)
+        if sharded:
+            model = shard(model, args.device)
         return LocalTeacher(
             model.to(args.device), _batch_size(args), source=source if isinstance(source, str) else None
         )

@@ -130,6 +130,7 @@ class StudentMixin(TrainerPart):
                     sequences=config.num_rollouts // self.accelerator.num_processes,
                     dtype=self.compute_dtype,
                 )
+                sizing = replace(sizing, new_tokens=config.max_new_tokens)
                 self._engine = make_engine(
                     config, folder, sizing, tokenizer=folder, model=student, teacher=self.mixed_teacher, work=work
                 )

@@ -14,7 +14,7 @@ from minillm.errors import InputError
 from minillm.loss.config import DivergenceConfig
 from minillm.loss.supervised import SupervisedLoss
 from minillm.loss.terms import extra_divergence
-from minillm.teacher.routed import hidden_states, join_states
+from minillm.teacher.routed import join_states
 from minillm.train.base import DistillationTrainer
 from minillm.train.checks import check_teacher_names
 from minillm.train.finite import listed
@@ -103,8 +103,8 @@ class SupervisedTrainer(DistillationTrainer):
         teacher = None
         if self._cross_entropy < 1:
             with self.phase("teacher", len(batch.targets)):
-                scoring, names = self.states_teacher, [row.get("teacher") for row in rows]
-                teacher = join_states(scoring, hidden_states(scoring, prompts, responses, names), names)
+                names = [row.get("teacher") for row in rows]
+                teacher = join_states(self.states_teacher, self.states_of_teacher(prompts, responses, names), names)
         loss = SupervisedLoss(self._cross_entropy, count, self._divergence)
         divergence = None if teacher is None else extra_divergence(self._divergence)
         value = self.update_on(model, batch, loss, teacher, self._processes, divergence)

@@ -1,4 +1,4 @@
-"""The mixture of two tiny models by enumeration, and the χ² statistic of samples from it."""
+"""Pairs of tiny models, their mixture by enumeration, and the χ² statistic of samples from it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ from collections import Counter
 from typing import Any
 
 import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from minillm.data.sampling import Sampling
+from tests.conftest import tiny_llama
 
 V, LENGTH, EOS = 5, 3, 1
 SAMPLING = Sampling(LENGTH, (EOS,), V, temperature=1.3)
@@ -54,3 +65,63 @@ def fits(counts: Counter, expected: dict[tuple[int, ...], float], n: int) -> boo
     """Whether the statistic lies within four standard deviations of its mean."""
     statistic, freedom = chi_square(counts, expected, n)
     return statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def gemma(seed: int) -> Any:
+    """A model with a sliding window of four tokens in every other layer, and soft caps."""
+    torch.manual_seed(seed)
+    config = Gemma2Config(
+        vocab_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, sliding_window=4, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
+        bos_token_id=None,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config).eval()
+
+
+SHARED: dict[str, Any] = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.3}
+
+
+def wide_llama() -> Any:
+    """Another width, grouped keys, a head of its own, and more rows in it."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=9, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, **SHARED,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def qwen2() -> Any:
+    """Biases, and heads of 64 instead of 32."""
+    torch.manual_seed(6)
+    config = Qwen2Config(
+        vocab_size=8, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, **SHARED,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def gpt2() -> Any:
+    torch.manual_seed(7)
+    config = GPT2Config(
+        vocab_size=8, n_embd=64, n_layer=2, n_head=2, n_positions=256, initializer_range=0.4, eos_token_id=1,
+        bos_token_id=1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def llama() -> Any:
+    return tiny_llama(3, layers=1, vocab=8, scale=0.4)
+
+
+PAIRS = {
+    "llama from a wider llama": (llama, wide_llama),
+    "llama from qwen2": (llama, qwen2),
+    "gpt2 from llama": (gpt2, llama),
+    "llama from gpt2": (llama, gpt2),
+    "llama from gemma2": (llama, lambda: gemma(5)),
+}

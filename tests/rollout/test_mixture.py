@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
@@ -17,7 +16,7 @@ from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.mixture import MixedTokens, MixtureRecord, sample_mixture, uniform_numbers
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import tiny_llama
-from tests.rollout.mixture import EOS, LENGTH, PROMPT, SAMPLING, V, enumerate_mixture, fits
+from tests.rollout.mixture import EOS, LENGTH, PAIRS, PROMPT, SAMPLING, V, enumerate_mixture, fits
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +98,10 @@ def test_a_record_sorts_steps_and_drops_what_was_sampled_ahead() -> None:
     assert first.token_logprobs.tolist() == [-0.0, -2.0]
     assert second.hidden is not None
     assert second.hidden[:, 0].tolist() == [10.0, 11.0]
+    record = MixtureRecord()
+    add([(0, 0), (1, 0), (1, 1)], [0.0, 1.0, 2.0])
+    with pytest.raises(EngineError, match="did not sample token 1 of response 0 from the mixture"):
+        record.finish([2, 2])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5])
@@ -119,21 +122,21 @@ def test_frequencies_are_those_of_the_mixture(models: tuple[Any, Any], alpha: fl
     assert abs(float(weights.mean()) - 1) <= 4 * float(weights.std()) / n**0.5 + 1e-5
 
 
-def gemma(seed: int) -> Any:
-    """A model with a sliding window of four tokens in every other layer, and soft caps."""
-    torch.manual_seed(seed)
-    config = Gemma2Config(
-        vocab_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, sliding_window=4, initializer_range=0.3, eos_token_id=1, pad_token_id=0,
-        bos_token_id=None,
-    )  # fmt: skip
-    return Gemma2ForCausalLM(config).eval()
+@pytest.mark.parametrize("name", PAIRS)
+def test_frequencies_of_pairs(name: str) -> None:
+    student, teacher = (make() for make in PAIRS[name])
+    n = 6000
+    engine = TransformersEngine(student, 2000, teacher=LocalTeacher(teacher))
+    rollouts = engine.generate([PROMPT] * n, replace(SAMPLING, teacher_mix=0.5), list(range(n)))
+    counts = Counter(tuple(r.response_ids) for r in rollouts)
+    assert fits(counts, enumerate_mixture(student, teacher, 0.5), n)
+    assert not fits(counts, enumerate_mixture(student, teacher, 0.2), n)
 
 
-@pytest.mark.parametrize("windows", [False, True])
-def test_states_and_logprobs_are_those_of_one_plain_forward(models: tuple[Any, Any], windows: bool) -> None:
-    student, teacher = models
-    local = LocalTeacher(gemma(5) if windows else teacher)
+@pytest.mark.parametrize("name", PAIRS)
+def test_states_and_logprobs_are_those_of_one_plain_forward(name: str) -> None:
+    student, teacher = (make() for make in PAIRS[name])
+    local = LocalTeacher(teacher)
     sampling = Sampling(12, (EOS,), V, teacher_mix=0.5)
     prompts = [[2], [3, 4, 2, 2, 3, 0, 4], [4, 4]] * 4
     engine = TransformersEngine(student, teacher=local)

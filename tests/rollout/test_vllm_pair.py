@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
@@ -25,56 +24,7 @@ from minillm.rollout.engines.vllm import VLLMEngine
 from minillm.rollout.engines.vllm_memory import memory_settings, vllm_is_installed
 from minillm.teacher.local import LocalTeacher
 from tests.conftest import save, tiny_llama
-from tests.rollout.mixture import PROMPT, SAMPLING, enumerate_mixture, fits
-from tests.rollout.test_mixture import gemma
-
-SHARED: dict[str, Any] = {"eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None, "initializer_range": 0.3}
-
-
-def wide_llama() -> Any:
-    """Another width, grouped keys, a head of its own, and more rows in it."""
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=9, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, **SHARED,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def qwen2() -> Any:
-    """Biases, and heads of 64 instead of 32."""
-    torch.manual_seed(6)
-    config = Qwen2Config(
-        vocab_size=8, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, **SHARED,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def gpt2() -> Any:
-    torch.manual_seed(7)
-    config = GPT2Config(
-        vocab_size=8, n_embd=64, n_layer=2, n_head=2, n_positions=256, initializer_range=0.4, eos_token_id=1,
-        bos_token_id=1,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
-
-
-def llama() -> Any:
-    return tiny_llama(3, layers=1, vocab=8, scale=0.4)
-
-
-PAIRS = {
-    "llama from a wider llama": (llama, wide_llama),
-    "llama from qwen2": (llama, qwen2),
-    "gpt2 from llama": (gpt2, llama),
-    "llama from gpt2": (llama, gpt2),
-    "llama from gemma2": (llama, lambda: gemma(5)),
-}
+from tests.rollout.mixture import PAIRS, PROMPT, SAMPLING, enumerate_mixture, fits, llama, wide_llama
 
 
 @pytest.mark.vllm
@@ -182,10 +132,16 @@ def test_what_vllm_cannot_mix_is_left_to_transformers_or_refused(monkeypatch: py
     assert choose.choose_engine("vllm", student, teacher) == "vllm"
 
 
-def test_an_adapter_alone_is_not_mixed() -> None:
-    with pytest.raises(ValueError, match=r"lora: adapter with teacher_mix.*set lora: merged, or teacher_mix: 0"):
+def test_settings_that_exclude_a_mixture() -> None:
+    with pytest.raises(ValueError, match=r"teacher_mix: 0\.2, the default: .*set lora: merged, or teacher_mix: 0"):
         RolloutConfig(lora="adapter")
+    with pytest.raises(ValueError, match=r"lora: adapter with teacher_mix: 0\.4: vLLM mixes"):
+        RolloutConfig(lora="adapter", teacher_mix=0.4)
     RolloutConfig(lora="adapter", teacher_mix=0.0)
+    options = {"speculative_config": {"method": "ngram"}}
+    with pytest.raises(ValueError, match=r"speculative_config with teacher_mix: .*leave it out, or set teacher_mix: 0"):
+        RolloutConfig(engine_options=options)
+    RolloutConfig(engine_options=options, teacher_mix=0.0)
     with pytest.raises(ValueError, match=r"draft_tokens: .*without drafts: leave it out"):
         RolloutConfig.model_validate({"draft_tokens": 10})
 

@@ -15,7 +15,7 @@ import torch
 from minillm.models.families import KNOWN
 from minillm.models.shape import kept_bytes, shape_of
 from minillm.rollout.engines.base import EngineSizing
-from minillm.rollout.engines.vllm_memory import GIB, cache_needed, memory_settings
+from minillm.rollout.engines.vllm_memory import GIB, buffer_bytes, cache_needed, memory_settings
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import Plan, plan
 from minillm.run.recipe_file import load_recipe
@@ -215,10 +215,22 @@ def test_the_cache_is_the_one_that_the_engine_asks_for(tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 45, 1 << 45))
-    settings = memory_settings(tmp_path / "s", EngineSizing(384, torch.bfloat16, sequences=4096), configs[1])
+    sizing = EngineSizing(384, torch.bfloat16, sequences=4096, new_tokens=128)
+    settings = memory_settings(tmp_path / "s", sizing, configs[1], collects_states=True)
     assert settings["kv_cache_memory_bytes"] == roomy["vLLM's cache"]
     whole = sum(roomy[f"vLLM's {part}"] for part in ("weights", "copy of the teacher", "cache", "buffers"))
-    assert settings["gpu_memory_utilization"] == round(whole / (1 << 45), 3)
+    # Of the states of the mixed-in teacher, those of one batch are held by the trainer and two copies by the engine.
+    states = 4096 * 128 * configs[1].hidden_size * 2
+    assert roomy["teacher's hidden states"] == states
+    assert roomy["teacher's states while sampling"] == 2 * states
+    total = 2 * int(whole + 3 * states)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total, total))
+    assert memory_settings(tmp_path / "s", sizing, configs[1], collects_states=True)["gpu_memory_utilization"] == 0.5
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total // 2, total))
+    tight = memory_settings(tmp_path / "s", sizing, configs[1], collects_states=True)["kv_cache_memory_bytes"]
+    others = whole - roomy["vLLM's cache"] + 3 * states
+    assert tight == int(0.9 * (total // 2) - others)
+    assert buffer_bytes(1000, 256, mixes=True) - buffer_bytes(1000, 256) == 2 * 256 * 1000 * 4
 
 
 def test_the_quickstart_takes_the_minutes_that_it_took() -> None:
@@ -242,6 +254,29 @@ def test_decoding_on_a_cpu_reads_the_weights_for_every_token(tmp_path: Path) -> 
         ).seconds
 
     assert seconds(1e9) == pytest.approx(2 * seconds(2e9), rel=0.01)
+
+
+def test_which_engine_samples_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantised teacher, or other attention heads under an older vLLM on GPUs, is left to the transformers engine.
+
+    A server holds the teacher as it was started.
+    """
+
+    def parts(**changes: Any) -> Any:
+        return phase(plan(recipe(tmp_path, **changes), Machine(8)), "rollouts").parts
+
+    quantized = {"source": str(tmp_path / "t"), "quantization": "4bit"}
+    own = {"num_rollouts": 64, "engine": "server", "servers": "auto"}
+    assert "the sampled model's cache" in parts(teacher=quantized)
+    assert "vLLM's copy of the teacher" in parts(teacher=quantized, rollout=own)
+    assert "teacher's states while sampling" not in parts(rollout=own)
+    monkeypatch.setattr("minillm.rollout.engines.vllm_memory._vllm_version", lambda: (0, 28))
+    heads = [shape_of(str(tmp_path / name)).config.num_attention_heads for name in ("s", "t")]
+    assert heads[0] != heads[1]
+    assert "the sampled model's cache" in parts()
+    for version in ((0, 29), None):  # None: vLLM is not installed where the plan is made
+        monkeypatch.setattr("minillm.rollout.engines.vllm_memory._vllm_version", lambda found=version: found)
+        assert "vLLM's copy of the teacher" in parts()
 
 
 def test_what_moves_the_hours(tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ from tests.conftest import save
 from tests.run.plans import RECIPES, on_disk, phase, recipe
 
 
+@pytest.fixture(autouse=True)
+def no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have calibrated the machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_no_change_is_proposed_that_the_run_would_refuse(tmp_path: Path) -> None:
     """A run refuses a quantised student that is sharded, or whose model is GPT-2."""
     whole = recipe(tmp_path)

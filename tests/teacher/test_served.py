@@ -28,6 +28,7 @@ from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.teacher.served_states import ServedStates
 from minillm.train.on_policy import MiniLLMTrainer
+from minillm.train.pair import load_pair
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_llama
 from tests.loopback import LoopbackServer, short_backoff  # noqa: F401
@@ -44,7 +45,8 @@ class FakeServer(LoopbackServer):
 
     def __init__(self, model: Any, *, states: bool = True, dtype: torch.dtype = torch.float32) -> None:
         self.teacher, self.dtype = LocalTeacher(model), dtype
-        self.started, self.faults = 1.7e9, list[Callable[[Any, Any], None]]()
+        self.started: float | None = 1.7e9
+        self.faults = list[Callable[[Any, Any], None]]()
         self.change: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
         self.bodies = list[dict[str, Any]]()
         self.states, self.lock = states, threading.Lock()
@@ -52,7 +54,7 @@ class FakeServer(LoopbackServer):
 
     def get(self, handler: Any) -> None:
         if handler.path == "/metrics":
-            handler.say(200, b"process_start_time_seconds %.2f\n" % self.started)
+            handler.say(200, b"" if self.started is None else b"process_start_time_seconds %.2f\n" % self.started)
         elif handler.path == "/pooling":
             handler.say(405 if self.states else 404, {})
         else:
@@ -201,6 +203,54 @@ def test_a_server_that_restarts_with_other_weights_is_found(
     teacher.close()
 
 
+def scaled(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Changes states in bfloat16 by a share of their size, as other weights do."""
+    return lambda states: (states * factor).to(torch.bfloat16).float()
+
+
+def test_other_weights_of_one_server_are_told_from_two_servers_that_round(
+    fakes: Callable[..., FakeServer], pair: tuple[str, str]
+) -> None:
+    """In bfloat16, the states of two checkpoints differ as little as those of two kinds of hardware."""
+    first, second = fakes(dtype=torch.bfloat16), fakes(dtype=torch.bfloat16)
+    second.change = scaled(1.03)
+    teacher = attach([first, second], pair[1])
+    for server in (first, second):
+        server.started, server.change = 1.8e9, scaled(1.003) if server is first else scaled(1.033)
+    assert len(teacher.hidden([[2]] * 8, [[3]] * 8)) == 8
+    second.started, second.change = 1.9e9, scaled(1.0)
+    with pytest.raises(
+        EngineError, match=rf"{second.url}: its states .* differ by 2\.\d+% from those that it returned"
+    ):
+        teacher.hidden([[2]] * 20, [[3]] * 20)
+    teacher.close()
+
+
+def test_a_server_whose_restarts_are_not_seen_is_named_once(
+    fakes: Callable[..., FakeServer], pair: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    servers = [fakes(), fakes()]
+    servers[1].started = None
+    teacher = attach(servers, pair[1])
+    servers[1].faults = [hanging_up] * 2
+    teacher.hidden([[2]] * 8, [[3]] * 8)
+    warned = [record.getMessage() for record in caplog.records if "a restart during which" in record.getMessage()]
+    assert [message.split(": ")[0] for message in warned] == [servers[1].url]
+    teacher.close()
+
+
+def test_a_served_teacher_is_not_sharded(
+    fakes: Callable[..., FakeServer], pair: tuple[str, str], tmp_path: Path, tokenizer: Any
+) -> None:
+    """A recipe may name servers for a teacher that is sharded where it is loaded."""
+    args = arguments(tmp_path)
+    served = load_pair(pair[0], ServedTeacher([fakes().url], pair[1], timeout=12.0), args, tokenizer, None)
+    teacher = served.teacher(args, sharded=True, longest=32)
+    assert isinstance(teacher, ServedStates)
+    assert teacher._servers._client.timeout.read == 12.0
+    teacher.close()
+
+
 def reversed_rows(states: torch.Tensor) -> torch.Tensor:
     return states.flip(0)
 
@@ -306,14 +356,19 @@ def test_what_log_probabilities_cannot_do_is_refused_before_anything_is_sampled(
         changes = changes | {"rollout": RolloutConfig(max_new_tokens=10, **settings, **changes["rollout"])}
     with pytest.raises(InputError, match=message + ".*, or start servers that return states: vllm serve TEACHER"):
         train(pair, teacher, tmp_path, **changes)
-    assert "26 to 67 % of it at temperature 1" in caplog.text
+    assert "the student's 16 most likely tokens" in caplog.text
+    assert "65 % with 16" in caplog.text
 
 
 def test_the_best_checkpoint_and_supervised_training_need_states(
-    fakes: Callable[..., FakeServer], pair: tuple[str, str], tmp_path: Path
+    fakes: Callable[..., FakeServer], pair: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher = ServedTeacher([fakes(states=False).url], pair[1])
     assert isinstance(teacher.attach(32), ServedLogprobs)
+    caplog.clear()
+    ServedTeacher(teacher.urls, pair[1], top_k=0).attach(32).close()
+    assert "only those of the sampled tokens are used" in caplog.text
+    assert "KL" not in caplog.text
     best = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True, "save_steps": 1}
     args = arguments(tmp_path, **best, metric_for_best_model="reverse_kl")
     rollout = RolloutConfig(
@@ -328,21 +383,32 @@ def test_the_best_checkpoint_and_supervised_training_need_states(
 
 
 def test_the_stages_of_a_recipe_read_the_servers(
-    fakes: Callable[..., FakeServer], pair: tuple[str, str], tmp_path: Path
+    fakes: Callable[..., FakeServer], pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The warm-up and minillm stages leave the student that a teacher in their process makes."""
+    timeouts = []
+    monkeypatch.setattr(
+        "minillm.run.stages.shared.ServedTeacher",
+        lambda *args, **settings: (timeouts.append(settings["timeout"]), ServedTeacher(*args, **settings))[1],
+    )
     data, file, server = tmp_path / "prompts.jsonl", tmp_path / "recipe.yaml", fakes()
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
     file.write_text(RECIPE.format(run=tmp_path / "run", data=data, teacher=pair[1]))
     students, requests = [], [0]
     for name, servers in (("here", "[]"), ("served", f"[{server.url}]")):
         words = [f"run_dir={tmp_path / name}", "rollout.teacher_mix=0", "rollout.temperature=0.7"]
-        words += [f"teacher.servers={servers}", "training.optim=sgd", "warmup.training.optim=sgd"]
+        words += [
+            f"teacher.servers={servers}",
+            "rollout.server_timeout=77",
+            "training.optim=sgd",
+            "warmup.training.optim=sgd",
+        ]
         for stages in ("[teacher, student, responses, warmup]", "[minillm]"):
             runner.run_recipe(load_recipe(file, [*words, f"stages={stages}"]))
             requests.append(len(server.bodies))
         students.append(load_model(tmp_path / name / "student", torch.float32).state_dict())
     assert requests[1] == requests[2] == 0 < requests[3] < requests[4]
+    assert set(timeouts) == {77.0}
     for name, value in students[0].items():
         torch.testing.assert_close(students[1][name], value, rtol=1e-4, atol=1e-5)
 

@@ -307,3 +307,11 @@ def test_one_teacher_ignores_the_column_and_heads_may_have_padding(
     assert isinstance(trainer.teacher, RoutedTeacher)
     assert "The heads are 32 (student) and 40 (teacher chat) tokens wide; both are used up to 32." in caplog.text
     assert trainer.width == 32
+
+
+def test_several_teachers_are_not_sharded(pair: tuple[str, str], chat: str, tmp_path: Path) -> None:
+    teachers, rows = {"math": pair[1], "chat": chat}, [{**ROWS[0], "prompt_ids": [2], "response_ids": [3, 1]}] * 4
+    with pytest.raises(InputError, match=r"shard_teacher with several teachers: .*: leave it out, or serve"):
+        MiniLLMTrainer(pair[0], teachers, arguments(tmp_path), rollout=ROLLOUT, train_dataset=ROWS, shard_teacher=True)
+    with pytest.raises(InputError, match="shard_teacher with several teachers"):
+        SupervisedTrainer(pair[0], teachers, arguments(tmp_path), train_dataset=rows, shard_teacher=True)

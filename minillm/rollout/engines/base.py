@@ -75,12 +75,14 @@ class EngineSizing:
         dtype: Dtype of the weights, and of the key-value cache.
         sequences: How many responses are sampled together; the key-value cache should hold all of them at full length.
         memory: Size of vLLM's key-value cache in GiB; None computes it from the other fields.
+        new_tokens: Maximum number of tokens of a response, if it is known apart from the prompt.
     """
 
     max_length: int
     dtype: torch.dtype
     sequences: int = 64
     memory: float | None = None
+    new_tokens: int | None = None
 
     @classmethod
     def from_config(

@@ -215,7 +215,7 @@ class _MixedSteps:
         with self._teacher.reading():
             out = body(self._teacher.model)(input_ids=inputs, past_key_values=self.cache, **step.arguments)
         self.cache = out.past_key_values
-        states = out.last_hidden_state[:, -1]
+        states = out.last_hidden_state[:, -1].contiguous()  # a slice would keep the states of whole prompts
         positions = [len(step.ids[i]) for i in rows]
         found = sample_mixture(
             step.logits,

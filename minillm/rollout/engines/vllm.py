@@ -103,7 +103,8 @@ class VLLMEngine:
             # Every training process has its own engine; without this setting vLLM would build one over all of them.
             settings["distributed_executor_backend"] = "external_launcher"
         teacher_config = None if teacher is None else teacher.model.config
-        settings |= memory_settings(folder, sizing, teacher_config) | engine_limits(sizing) | dict(options or {})
+        settings |= memory_settings(folder, sizing, teacher_config, collects_states=True)
+        settings |= engine_limits(sizing) | dict(options or {})
         make = partial(
             LLM,
             str(folder),

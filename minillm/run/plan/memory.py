@@ -8,8 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minillm.loss.token_scores import CHUNK
+from minillm.models.config import AdapterConfig
 from minillm.models.shape import Shape, kept_bytes
-from minillm.rollout.engines.vllm_memory import GIB, buffer_bytes, cache_needed, cache_wanted, why_not_on_cpus
+from minillm.rollout.engines.vllm_memory import (
+    GIB,
+    buffer_bytes,
+    cache_needed,
+    cache_wanted,
+    why_not_mixed,
+    why_not_on_cpus,
+)
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.work import StageTraining
 from minillm.run.recipe import Recipe
@@ -60,13 +68,23 @@ def trained_weights(training: StageTraining, model: Shape) -> Parts:
         weights = model.parameters - model.body + 3 * model.body / model.layers
         gathered["gathered weights"] = training.itemsize * weights
     if training.has_adapter and lora is not None:
-        adapter = lora.rank * model.layers * (11 * model.hidden + 3 * model.inner)
+        adapter = adapter_weights(lora, model)
         whole = frozen_weights(model, training.itemsize, lora.quantization)
         return gathered | {"student": whole / shards, "adapter with gradients and moments": 4 * _FLOAT32 * adapter}
     sizes = {training.trains: _FLOAT32, "gradients": _FLOAT32, "moments": 2 * _FLOAT32}
     if machine.processes > 1 and not machine.shard:
         sizes["gradient buckets"] = _FLOAT32  # DDP's, which hold a copy of all gradients
     return gathered | {part: model.parameters * itemsize / shards for part, itemsize in sizes.items()}
+
+
+def adapter_weights(lora: AdapterConfig, model: Shape) -> float:
+    """Number of weights of a LoRA adapter on all linear layers of a body with gated feed-forward layers.
+
+    Args:
+        lora: the settings of the adapter, of which the rank counts.
+        model: the model that it is added to.
+    """
+    return lora.rank * model.layers * (11 * model.hidden + 3 * model.inner)
 
 
 def activations(training: StageTraining, model: Shape, length: int) -> float:
@@ -148,11 +166,15 @@ class SampledModel:
     @property
     def by_transformers(self) -> bool:
         """Whether transformers samples the model in this process, rather than vLLM."""
-        if self.recipe.rollout.engine == "transformers" or not self.machine.vllm:
+        engine, teacher, gpu = self.recipe.rollout.engine, self.teacher, self.machine.gpu
+        if engine == "transformers" or not self.machine.vllm:
             return True
-        if self.teacher is not None and self.recipe.teacher.first.quantization:
-            return True  # vLLM does not mix a quantised teacher in
-        return not self.machine.gpu and any(why_not_on_cpus(model.config) is not None for model in self._models)
+        # A server holds its teacher as it was started.
+        if teacher is not None and engine != "server":
+            quantized = self.recipe.teacher.first.quantization is not None
+            if quantized or why_not_mixed(self.model.config, teacher.config, gpu) is not None:
+                return True
+        return not gpu and any(why_not_on_cpus(model.config) is not None for model in self._models)
 
     @property
     def _models(self) -> list[Shape]:
@@ -190,7 +212,8 @@ class SampledModel:
         if teacher is not None:
             parts["vLLM's copy of the teacher"] = teacher.parameters * itemsize
         if machine.gpu:
-            parts["vLLM's buffers"] = buffer_bytes(model.head // model.hidden, sequences)
+            vocabulary = max(each.config.vocab_size for each in self._models)
+            parts["vLLM's buffers"] = buffer_bytes(vocabulary, sequences, mixes=teacher is not None)
         return parts
 
     def engine_while_training(self) -> tuple[Parts, bool]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from minillm.models.flops import Dimensions
 from minillm.models.shape import Shape, shape_of
-from minillm.rollout.engines.vllm_memory import GIB
+from minillm.rollout.engines.vllm_memory import GIB, states_bytes
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.memory import Parts, SampledModel
@@ -92,25 +93,18 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     return Plan(phases, machine)
 
 
-def _training_flops(training: StageTraining) -> tuple[float, float]:
-    """Operations per parameter and token of a forward and backward: of the body, and of the head.
+def _trained_dimensions(training: StageTraining, model: Shape) -> Dimensions:
+    """The dimensions of the model that a stage trains. Weights beside an adapter are frozen."""
+    lora = training.recipe.student.lora
+    if not training.has_adapter or lora is None:
+        return model.dimensions
+    return model.dimensions.frozen_beside(memory.adapter_weights(lora, model))
 
-    Frozen weights beside an adapter have no gradient. Gradient checkpointing computes the body's forward again.
-    """
-    each = 4 if training.has_adapter else 6
-    return each + 2 * bool(training.argument("gradient_checkpointing")), each
 
-
-def _layers_per_update(training: StageTraining, model: Shape, scoring: Shape | None = None) -> float:
-    """Forwards and backwards of one layer in a weight update; a forward without a backward counts as a third of one.
-
-    Args:
-        training: the stage.
-        model: the model that it trains.
-        scoring: a model that scores the same sequences, if there is one.
-    """
-    layers = model.layers * (4 / 3 if training.argument("gradient_checkpointing") else 1)
-    return training.accumulation_steps * (layers + (0 if scoring is None else scoring.layers / 3))
+def _body_flops(training: StageTraining, trained: Dimensions, length: float) -> float:
+    """Operations of the body's forward and backward over a sequence. Checkpointing computes the forward again."""
+    forwards = 2 if training.argument("gradient_checkpointing") else 1
+    return forwards * trained.forward([length]) + trained.backward([length])
 
 
 class Planner:
@@ -195,7 +189,7 @@ class Planner:
         parts = {"process": memory.PROCESS, **sampled.engine(memory.BATCH_SIZE, length)}
         if sampled.by_transformers:
             parts["the sampled model"] = model.parameters * itemsize
-        flops = samples * scoring_flops(model, prompt, longest / 2)
+        flops = samples * model.dimensions.decoding([prompt], [longest / 2])
         decoding = alone.decoding_seconds(model, itemsize, memory.BATCH_SIZE, longest, prompt + longest)
         return Phase(name, parts, flops, alone.seconds(flops, itemsize) + samples / memory.BATCH_SIZE * decoding)
 
@@ -220,7 +214,7 @@ class Planner:
             idle["teacher"] = self.teachers.whole_weights(training.itemsize)
         phase = Phase(name, idle | self._supervised_buffers(training, model, scoring))
         phase.flops = training.updates * self._supervised_flops(training, model, scoring)
-        layers = training.updates * _layers_per_update(training, model, scoring)
+        layers = training.updates * work.layers_per_update(training, model, scoring)
         phase.seconds = self.machine.training_seconds(phase.flops, training.itemsize, layers)
         return [phase, *self._validation_phases(training, idle, phase)]
 
@@ -247,10 +241,11 @@ class Planner:
         prompt, response = rows.prompt_tokens, rows.answer_tokens
         # On a CPU the head of TRL's loss reads the prompts as well.
         all_tokens = training.definition.uses_trl and not self.machine.gpu
-        body, head = _training_flops(training)
-        flops = body * model.body * (prompt + response)
-        flops += head * model.head * (prompt + response if all_tokens else response)
-        flops += 0 if scoring is None else self.teachers.scoring_flops(prompt, response)
+        trained = _trained_dimensions(training, model)
+        flops = _body_flops(training, trained, prompt + response)
+        teacher = None if scoring is None else self.teachers.hidden
+        flops += trained.head_training(prompt + response if all_tokens else response, teacher=teacher)
+        flops += 0 if scoring is None else self.teachers.states_flops(prompt, response)
         return training.responses_per_update * flops
 
     # Validation
@@ -285,7 +280,7 @@ class Planner:
             return 0.0, 0.0
         model, rows, times = self._trained_model(training), work.rows(recipe, "validation"), training.validations
         prompt, longest = rows.prompt_tokens, recipe.rollout.max_new_tokens
-        each = scoring_flops(model, prompt, longest / 2)
+        each = model.dimensions.decoding([prompt], [longest / 2])
         if training.definition.scores_with_teacher(recipe):
             each += scoring_flops(model, prompt, longest / 2)
             local = training.definition.uses_trl  # whose validation loads the teacher, wherever it is served
@@ -303,7 +298,7 @@ class Planner:
         training = StageTraining(self.recipe, self.machine, "minillm")
         rollouts, update = self._on_policy_memory(training)
         updating = Phase("minillm: update", update, training.updates * self._on_policy_flops(training))
-        layers = training.updates * _layers_per_update(training, self.student) * (2 if self._trains_on_text else 1)
+        layers = training.updates * work.layers_per_update(training, self.student) * (2 if self._trains_on_text else 1)
         updating.seconds = self.machine.training_seconds(updating.flops, training.itemsize, layers)
         flops, seconds = self._rollout_cost(training, updating.seconds)
         return [Phase("minillm: rollouts", rollouts, flops, seconds), updating]
@@ -325,10 +320,11 @@ class Planner:
         update["teacher's hidden states"] = states * itemsize
         mixed = self.teachers.first if rollout.teacher_mix else None
         engine, stays = SampledModel(recipe, machine, self.student, itemsize, mixed).engine_while_training()
-        without_gradients = {
-            part: size for part, size in update.items() if part != "gradients"
-        }  # freed after an update
-        sampling = without_gradients | engine
+        # Gradients are freed after an update.
+        sampling = {part: size for part, size in update.items() if part != "gradients"} | engine
+        if mixed is not None and rollout.engine != "server":
+            size = {"new_tokens": rollout.max_new_tokens, "sequences": own_rollouts, "itemsize": itemsize}
+            sampling["teacher's states while sampling"] = states_bytes(mixed.config, **size)
         if stays:
             update |= engine
         update["activations"] = memory.activations(training, self.student, length)
@@ -342,16 +338,15 @@ class Planner:
 
     def _on_policy_flops(self, training: StageTraining) -> float:
         """Operations of a weight update of the minillm stage."""
-        student, objective = self.student, self.recipe.objective
+        objective, hidden = self.recipe.objective, self.teachers.hidden
         prompt, response = work.rows(self.recipe, "train").prompt_tokens, self.recipe.rollout.max_new_tokens / 2
-        body, head = _training_flops(training)
+        trained = _trained_dimensions(training, self.student)
         # The teacher's hidden states are kept from the rollouts; only its head is computed again.
-        heads = head * student.head + 2 * self.teachers.head
-        each = body * student.body * (prompt + response) + heads * response
+        each = _body_flops(training, trained, prompt + response) + trained.head_training(response, teacher=hidden)
         if self._trains_on_text:
             block = objective.language_model_block
-            each += block * (body * student.body + head * student.head)
-            each += self.teachers.scoring_flops(0, block) * (objective.language_model_distill > 0)
+            each += _body_flops(training, trained, block) + trained.head_training(block, teacher=hidden)
+            each += self.teachers.states_flops(0, block) * (objective.language_model_distill > 0)
         return training.responses_per_update * each
 
     def _rollout_cost(self, training: StageTraining, training_seconds: float) -> tuple[float, float]:
@@ -367,14 +362,20 @@ class Planner:
         batches = math.ceil(training.updates / work.updates_of_batch(recipe, machine))
         given = round((1 - rollout.on_policy) * rollout.num_rollouts)
         sampled = rollout.num_rollouts - given - round(rollout.replay * (rollout.num_rollouts - given))
-        sampling = batches * sampled * scoring_flops(student, prompt, response)
-        scoring = batches * rollout.num_rollouts * self.teachers.scoring_flops(prompt, response)
+        mixed = self.teachers.first if rollout.teacher_mix else None
+        sampling = student.dimensions.decoding([prompt], [response])
+        sampling += 0.0 if mixed is None else mixed.dimensions.decoding([prompt], [response])
+        sampling *= batches * sampled
+        # A teacher that is mixed in scores what is sampled meanwhile, unless a server does the sampling.
+        scored = rollout.num_rollouts - (0 if mixed is None or rollout.engine == "server" else sampled)
+        scoring = batches * scored * self.teachers.states_flops(prompt, response)
+        scoring += batches * scored * work.needs_logprobs_first(recipe) * self.teachers.head_flops(response)
         # Responses whose log-probabilities under the student come from a forward of the trainer.
         rescored = rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
         rescoring = batches * rescored * scoring_flops(student, prompt, response)
         engines = self._engines()
         longest, in_one_engine = rollout.max_new_tokens, -(-sampled // engines)
-        decoding = machine.decoding_seconds(student, itemsize, in_one_engine, longest, prompt + longest)
+        decoding = machine.decoding_seconds(student, itemsize, in_one_engine, longest, prompt + longest, mixed)
         seconds = replace(machine, processes=engines).seconds(sampling, itemsize) + batches * decoding
         scoring_seconds = machine.seconds(scoring, itemsize)
         if rollout.overlap:  # all batches but the first are sampled during the weight updates

@@ -11,7 +11,7 @@ from minillm.teacher.config import TeacherConfig, teacher_label
 
 def scoring_flops(model: Shape, prompt: float, response: float) -> float:
     """Operations of one forward over a prompt and a response of so many tokens, with logits for the response only."""
-    return 2 * model.body * (prompt + response) + 2 * model.head * response
+    return model.dimensions.forward([prompt + response]) + model.dimensions.head(response)
 
 
 class Teachers:
@@ -38,9 +38,18 @@ class Teachers:
         return len(self.by_label)
 
     @property
-    def head(self) -> float:
-        """Parameters of an output head, the mean over the teachers."""
-        return sum(shape.head for _, shape in self.by_label.values()) / len(self)
+    def hidden(self) -> float:
+        """Size of the hidden states, the mean over the teachers."""
+        return sum(shape.hidden for _, shape in self.by_label.values()) / len(self)
+
+    def head_flops(self, tokens: float) -> float:
+        """Operations of one product of an output head, the mean over the teachers."""
+        return sum(shape.dimensions.head(tokens) for _, shape in self.by_label.values()) / len(self)
+
+    def states_flops(self, prompt: float, response: float) -> float:
+        """Operations of this run for the hidden states of a response: none of a teacher that is served."""
+        local = [shape for each, shape in self.by_label.values() if not each.servers]
+        return sum(shape.dimensions.forward([prompt + response]) for shape in local) / len(self)
 
     def forward_flops(self, prompt: float, response: float) -> float:
         """Operations for the scores of a response where the teachers are in a process, the mean over the teachers."""
@@ -48,11 +57,7 @@ class Teachers:
 
     def scoring_flops(self, prompt: float, response: float) -> float:
         """Operations of this run for the scores of a response: the head's of a teacher that is served."""
-        flops = (
-            2 * shape.head * response if each.servers else scoring_flops(shape, prompt, response)
-            for each, shape in self.by_label.values()
-        )
-        return sum(flops) / len(self)
+        return self.states_flops(prompt, response) + self.head_flops(response)
 
     def whole_weights(self, itemsize: int) -> float:
         """Bytes of all teachers where they are loaded whole, wherever they are served."""

@@ -16,6 +16,8 @@ from minillm.data.config import Source
 from minillm.data.examples import Example, read_examples
 from minillm.data.files import read_jsonl
 from minillm.data.templates import prompt_text
+from minillm.loss.credit import needs_sampled_rewards_first
+from minillm.models.shape import Shape
 from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
 from minillm.run.stages import stage_named
@@ -153,6 +155,30 @@ def updates_of_batch(recipe: Recipe, machine: Machine) -> int:
     """
     update = StageTraining(recipe, machine, "minillm").responses_per_update
     return max(recipe.rollout.num_rollouts // update, 1) * recipe.rollout.inner_epochs
+
+
+def layers_per_update(training: StageTraining, model: Shape, scoring: Shape | None = None) -> float:
+    """Forwards and backwards of one layer in a weight update; a forward without a backward counts as a third of one.
+
+    Args:
+        training: the stage.
+        model: the model that it trains.
+        scoring: a model that scores the same sequences, if there is one.
+    """
+    layers = model.layers * (4 / 3 if training.argument("gradient_checkpointing") else 1)
+    return training.accumulation_steps * (layers + (0 if scoring is None else scoring.layers / 3))
+
+
+def needs_logprobs_first(recipe: Recipe) -> bool:
+    """Whether the minillm stage computes log p of sampled tokens when rollouts are scored, before the loss does it.
+
+    This costs one product of the teacher's head.
+
+    Args:
+        recipe: the recipe.
+    """
+    mixture_of_trainer = recipe.objective.old_logprobs == "trainer" and recipe.rollout.teacher_mix > 0
+    return needs_sampled_rewards_first(recipe.objective) or mixture_of_trainer
 
 
 def validations(training: dict[str, Any], updates: int, per_epoch: int) -> int:

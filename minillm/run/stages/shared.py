@@ -97,6 +97,7 @@ def _served(run: Run, name: str) -> ServedTeacher | None:
         run.teachers[name],
         top_k=teacher.top_k if needs_rows else 0,
         patience=run.rollout().server_patience,
+        timeout=run.rollout().server_timeout,
     )
 
 
