@@ -145,6 +145,14 @@ def test_an_interrupted_calibration_leaves_the_earlier_one(monkeypatch: pytest.M
         assert find_calibration(of) == (earlier, "")
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (64.0, True)])
+def test_a_busy_processor_is_said(load: float, said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert ("calibrate again when nothing else runs" in calibrate.calibrate(gpu=False)) == said
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

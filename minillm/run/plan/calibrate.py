@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ def calibrate(gpu: bool) -> str:
     """
     if gpu and not torch.cuda.is_available():
         raise InputError("--calibrate: there is no GPU here; with --gpus 0 the processor is measured")
+    busy = "" if gpu else _others_at_work()
     device, sizes = torch.device("cuda" if gpu else "cpu"), _ON_GPU if gpu else _ON_CPU
     bf16 = gpu or cpu_multiplies_bfloat16()
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -77,8 +79,19 @@ def calibrate(gpu: bool) -> str:
     file = found.save(of)
     return (
         f"calibrated {of}: {flops:.2e} operations a second in {str(dtype).removeprefix('torch.')}, {float32:.2e} in "
-        f"float32, {bandwidth / 1e9:.0f} GB/s, a small update reaches {utilisation:.0%}; kept in {file}"
+        f"float32, {bandwidth / 1e9:.0f} GB/s, a small update reaches {utilisation:.0%}; kept in {file}{busy}"
     )
+
+
+def _others_at_work() -> str:
+    """A remark for a processor that other processes use, which makes it look slower; empty if it is idle."""
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return ""
+    if load < 0.5 * (os.cpu_count() or 1):
+        return ""
+    return f". The load of this machine was {load:.1f} when this began: calibrate again when nothing else runs"
 
 
 def _model(sizes: _Sizes) -> Any:
