@@ -4,9 +4,17 @@
 
 vLLM is compared with the `generate` of transformers. Teacher-mixed sampling, by vLLM and by the transformers engine, is
 compared with mixing two models token by token without an engine, as LMOps does it, and with plain sampling followed by
-scoring with the teacher, which mixing makes unnecessary. Every number is in seconds per sampled token, because the
-lengths differ from sample to sample. The contenders take turns. Memory is measured in processes of their own: of plain
-vLLM with the teacher beside it, and of vLLM that mixes the teacher in.
+the teacher's forward, which mixing makes unnecessary: up to the states, which is what training without mixing needs
+(`plain_and_states`), and up to log p of the tokens, which mixing returns as well (`plain_and_scored`). Every number is
+in seconds per sampled token, because the lengths differ from sample to sample. The contenders take turns. Memory is
+measured in processes of their own: of plain vLLM with the teacher beside it, and of vLLM that mixes the teacher in.
+
+With `--random`, student and teacher are random weights of the published sizes of two models, which need no download,
+and so are the prompts; every answer then has its full length. On a GPU, one line for each pair:
+
+    for pair in "HuggingFaceTB/SmolLM2-135M-Instruct HuggingFaceTB/SmolLM2-135M-Instruct" \\
+        "openai-community/gpt2 openai-community/gpt2-medium" "openai-community/gpt2 openai-community/gpt2-xl"; do
+        set -- $pair; python eval/speed/rollout.py --random --student $1 --teacher $2 --sequences 256 --json; done
 """
 
 from __future__ import annotations
@@ -15,16 +23,20 @@ import argparse
 import json
 import logging
 import os
+import random
 import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from measure import median, seconds
+from transformers import AutoModelForCausalLM
 
 from minillm.data.examples import read_examples
 from minillm.data.logprobs import next_token_logprobs
@@ -33,6 +45,7 @@ from minillm.data.sampling import Sampling
 from minillm.data.templates import render
 from minillm.models.device import device, machine, working_dtype
 from minillm.models.load import load_model, load_tokenizer
+from minillm.models.shape import shape_of
 from minillm.models.weights import plain_weights
 from minillm.rollout.engines.base import Engine, EngineSizing
 from minillm.rollout.engines.transformers import TransformersEngine
@@ -59,8 +72,8 @@ def generate_with_transformers(model: Any, prompts: Sequence[list[int]], samplin
         top_k=0,
         top_p=1.0,
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(sampling.eos_ids),
-        pad_token_id=sampling.eos_ids[0],
+        eos_token_id=list(sampling.eos_ids) or None,
+        pad_token_id=next(iter(sampling.eos_ids), 0),
     )
     return sum(_length(row, sampling) for row in out[:, ids.shape[1] :].tolist())
 
@@ -90,7 +103,8 @@ def mix_per_token(student: Any, teacher: Any, alpha: float, prompts: Sequence[li
             rows.append(next_token_logprobs(out.logits[:, -1], sampling).exp())
         tokens = torch.multinomial((1 - alpha) * rows[0] + alpha * rows[1], 1)[:, 0]
         drawn += len(tokens)
-        going = ~torch.isin(tokens, torch.tensor(sampling.eos_ids, device=tokens.device))
+        ends = torch.tensor(sampling.eos_ids, dtype=torch.long, device=tokens.device)
+        going = ~torch.isin(tokens, ends)
         if not going.any():
             break
         if not going.all():
@@ -119,6 +133,7 @@ def parse() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="*", help="of these contenders alone, e.g. plain_and_scored mixed; no ratios to the others then"
     )
+    parser.add_argument("--random", action="store_true", help="random weights of the published sizes of the two models")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser
@@ -157,6 +172,22 @@ def memory_of(contender: str) -> int:
     return int(found[0].removeprefix("PEAK "))
 
 
+def random_prompts(count: int, vocab_size: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[draw.randrange(vocab_size) for _ in range(draw.randint(32, 160))] for _ in range(count)]
+
+
+def random_weights(name: str) -> str:
+    """Save a model of the published sizes of `name`, with random weights, and return its folder."""
+    folder = Path(tempfile.gettempdir()) / "minillm-random" / name.replace("/", "--")
+    if not (folder / "model.safetensors").is_file():
+        torch.manual_seed(0)
+        with torch.device(device()):
+            model: Any = AutoModelForCausalLM.from_config(shape_of(name).config, dtype=working_dtype())
+        model.save_pretrained(folder, max_shard_size="100GB")
+    return str(folder)
+
+
 class Bench:
     """The models, the engine and the prompts that the contenders share.
 
@@ -166,16 +197,25 @@ class Bench:
     """
 
     def __init__(self, options: argparse.Namespace, *, pair: bool) -> None:
-        tokenizer, dtype = load_tokenizer(options.student), working_dtype()
-        examples = read_examples(options.prompts, limit=options.sequences)
-        self.prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
+        dtype, new = working_dtype(), options.max_new_tokens
+        if options.random:
+            size = min(shape_of(name).config.vocab_size for name in (options.student, options.teacher))
+            self.prompts, ends = random_prompts(options.sequences, size), ()
+            options.student, options.teacher = (random_weights(name) for name in (options.student, options.teacher))
+        else:
+            tokenizer = load_tokenizer(options.student)
+            examples = read_examples(options.prompts, limit=options.sequences)
+            self.prompts = [render(example, "chat", tokenizer, options.system) for example in examples]
+            size, ends = len(tokenizer), (tokenizer.eos_token_id,)
         self.alpha, self._folder, self._dtype = options.alpha, options.student, dtype
-        new, eos = options.max_new_tokens, tokenizer.eos_token_id
-        self.sampling = Sampling(new, (eos,), len(tokenizer), options.temperature)
+        self.sampling = Sampling(new, ends, size, options.temperature)
         teacher: Any = load_model(options.teacher, dtype).eval()
         self.teacher = LocalTeacher(teacher.to(device()))
         sizing = EngineSizing(max(map(len, self.prompts)) + new, dtype, options.sequences)
         self.engine = VLLMEngine(options.student, sizing, teacher=self.teacher if pair else None)
+        # On a CPU the pair reads without its teacher where nothing is mixed; CUDA graphs of it contain both models.
+        alone = pair and torch.cuda.is_available()
+        self.plain_engine = VLLMEngine(options.student, sizing) if alone else self.engine
         self._calls = 0
 
     @cached_property
@@ -189,29 +229,32 @@ class Bench:
 
     def fresh(self) -> None:
         """Drop what the engine has cached of the prompts, as new weights do before every batch in training."""
-        self.engine.update_weights(plain_weights(self.student, self._dtype), 0)
+        for engine in {id(engine): engine for engine in (self.engine, self.plain_engine)}.values():
+            engine.update_weights(plain_weights(self.student, self._dtype), 0)
 
     def sample(self, engine: Engine, alpha: float = 0.0) -> list[Rollout]:
         self._calls += 1
         seeds = range(self._calls * len(self.prompts), (self._calls + 1) * len(self.prompts))
         return engine.generate(self.prompts, replace(self.sampling, teacher_mix=alpha), seeds)
 
-    def plain_and_scored(self) -> int:
-        rollouts = self.sample(self.engine)
+    def plain_and_scored(self, *, logprobs: bool) -> int:
+        rollouts = self.sample(self.plain_engine)
         score_missing(self.teacher, rollouts, self.sampling)
-        self.teacher.add_token_logprobs(rollouts, self.sampling)  # mixing brings log p, too
+        if logprobs:
+            self.teacher.add_token_logprobs(rollouts, self.sampling)
         return count(rollouts)
 
     def contenders(self) -> dict[str, Callable[[], int]]:
         """What samples one batch and returns the number of its tokens, by name."""
         return {
-            "plain": lambda: count(self.sample(self.engine)),
+            "plain": lambda: count(self.sample(self.plain_engine)),
             "transformers": lambda: generate_with_transformers(self.student, self.prompts, self.sampling),
             "per_token": lambda: mix_per_token(
                 self.student, self.teacher.model, self.alpha, self.prompts, self.sampling
             ),
             "mixed_transformers": lambda: count(self.sample(self.by_transformers, self.alpha)),
-            "plain_and_scored": self.plain_and_scored,
+            "plain_and_states": lambda: self.plain_and_scored(logprobs=False),
+            "plain_and_scored": lambda: self.plain_and_scored(logprobs=True),
             "mixed": lambda: count(self.sample(self.engine, self.alpha)),
         }
 
@@ -245,6 +288,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 if turn:  # the first turn warms up
                     taken[name].append(spent / drawn[0])
     bench.engine.close()
+    bench.plain_engine.close()
     per_token = {name: median(values) for name, values in taken.items()}
 
     def ratio(slow: str, fast: str) -> float | None:
@@ -253,6 +297,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "vs_transformers": ratio("transformers", "plain"),
         "mixed_vs_per_token": ratio("per_token", "mixed"),
+        "mixed_vs_plain": ratio("mixed", "plain"),
+        "mixed_vs_plain_states": ratio("mixed", "plain_and_states"),
         "mixed_vs_plain_scored": ratio("mixed", "plain_and_scored"),
         "tokens_per_second": {name: 1 / value for name, value in per_token.items()},
         "rounds": {name: [1 / value for value in values] for name, values in taken.items()},
