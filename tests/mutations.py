@@ -402,8 +402,8 @@ MUTATIONS = [
     Mutation(
         "a restarted teacher's weights not compared",
         "teacher/served_states.py",
-        "if before is not None and difference > for_itself:",
-        "if False and difference > for_itself:",
+        "if before is not None and difference > repeated:",
+        "if False and difference > repeated:",
     ),
     Mutation(
         "others of a served teacher's row as likely as the student's",
