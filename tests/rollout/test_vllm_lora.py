@@ -105,6 +105,7 @@ def test_vllm_mixes_a_merged_student_with_its_own_base(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 logprobs, own_logprobs(model, r.prompt_ids, r.response_ids, sampling), atol=1e-4, rtol=1e-4
             )
+        assert r.teacher.token_logprobs is not None
         assert not torch.allclose(r.student_logprobs, r.teacher.token_logprobs, atol=1e-2)
 
 

@@ -71,9 +71,9 @@ def buffer_bytes(vocabulary: int, sequences: int, *, mixes: bool = False) -> int
 
 
 def states_bytes(config: Any, *, new_tokens: int, sequences: int, itemsize: int) -> int:
-    """Return how many bytes the states of a teacher that is mixed in take while responses are sampled in this process.
+    """Return how many bytes the states of a teacher that is mixed in take, where they are collected in this process.
 
-    They are held twice: as the steps return them, and sorted by response.
+    While they are sorted by response, there are two copies of those of a call.
 
     Args:
         config: Config of the teacher's text model.
@@ -81,7 +81,7 @@ def states_bytes(config: Any, *, new_tokens: int, sequences: int, itemsize: int)
         sequences: Number of responses.
         itemsize: Bytes of one number.
     """
-    return 2 * sequences * new_tokens * config.hidden_size * itemsize
+    return sequences * new_tokens * config.hidden_size * itemsize
 
 
 _MIXED_HEADS = (0, 29)  # the first version whose FlashAttention counts the heads of each layer by itself
@@ -186,7 +186,7 @@ def memory_settings(
     if teacher is not None and collects_states:
         size = {"new_tokens": sizing.new_tokens or sizing.max_length, "sequences": sizing.sequences}
         states = states_bytes(texts[-1], **size, itemsize=sizing.dtype.itemsize)
-        buffers += states * 3 // 2  # the trainer still holds those of the batch before
+        buffers += 3 * states  # two copies of a call's, and those of the batch before, which the trainer still holds
     share = min(wanted + weights + buffers, 0.9 * free)
     # The cache's size is given explicitly: when vLLM measures it, memory that another process frees meanwhile is an
     # error.

@@ -319,11 +319,13 @@ class Planner:
         states = own_rollouts * rollout.max_new_tokens * self.teachers.widest.hidden
         update["teacher's hidden states"] = states * itemsize
         mixed = self.teachers.first if rollout.teacher_mix else None
-        engine, stays = SampledModel(recipe, machine, self.student, itemsize, mixed).engine_while_training()
+        sampled = SampledModel(recipe, machine, self.student, itemsize, mixed)
+        engine, stays = sampled.engine_while_training()
         # Gradients are freed after an update.
         sampling = {part: size for part, size in update.items() if part != "gradients"} | engine
         if mixed is not None and rollout.engine != "server":
-            size = {"new_tokens": rollout.max_new_tokens, "sequences": own_rollouts, "itemsize": itemsize}
+            copied = min(own_rollouts, memory.BATCH_SIZE) if sampled.by_transformers else own_rollouts
+            size = {"new_tokens": rollout.max_new_tokens, "sequences": own_rollouts + copied, "itemsize": itemsize}
             sampling["teacher's states while sampling"] = states_bytes(mixed.config, **size)
         if stays:
             update |= engine
