@@ -17,6 +17,7 @@ from minillm.models.flops import Dimensions, dimensions_of, update_flops
 from minillm.models.load import load_model
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
+from tests.conftest import save, tiny_llama
 from tests.train.common import PROMPTS, ROLLOUT, OwnEngine, arguments, train
 
 PEAK, SECONDS = 1e9, 2.0
@@ -187,3 +188,40 @@ def test_a_sequence_without_response_has_no_length_here() -> None:
     prompts: list[list[int]] = [[4] * 3, [4], [4] * 2]
     assert pad(prompts, [[5] * 2, [], [5]]).sequence_lengths() == [5, 3]
     assert pad(prompts, [[], [], []]).sequence_lengths() == []
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_each_of_several_teachers_counts_for_its_own_responses(
+    pair: tuple[str, str], tmp_path: Path, on_policy: bool
+) -> None:
+    folders = {"one": pair[1], "two": save(tiny_llama(5, width=96), tmp_path / "two")}
+    batch: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    names = ["one", "two", "two"]
+    trainer: Any
+    if on_policy:
+        rows = [{**row, "teacher": names[i % 3]} for i, row in enumerate(PROMPTS)]
+        trainer = MiniLLMTrainer(
+            pair[0],
+            folders,
+            arguments(tmp_path / "run", **batch),
+            rollout=PLAIN,
+            objective=Objective.paper(),
+            train_dataset=rows,
+        )
+    else:
+        rows = [{"prompt_ids": [2, 5, 3], "response_ids": [7] * (2 + i), "teacher": names[i % 3]} for i in range(8)]
+        trainer = SupervisedTrainer(pair[0], folders, arguments(tmp_path / "run", **batch), train_dataset=rows)
+    trainer.train()
+    if on_policy:
+        trained = [(r.prompt_ids, r.response_ids, r.teacher_name) for r in trainer.rollouts]
+    else:
+        trained = [(row["prompt_ids"], row["response_ids"], row["teacher"]) for row in rows]
+    student = sizes(pair)[0]
+    expected = student.decoding(*zip(*((len(p), len(r)) for p, r, _ in trained), strict=True)) if on_policy else 0.0
+    for prompt, response, name in trained:
+        teacher = sizes((pair[0], folders[name]))[1]
+        length = len(prompt) + len(response)
+        expected += student.forward([length]) + student.backward([length]) + teacher.forward([length])
+        expected += student.head_training(len(response), trainer.width, teacher.hidden)
+    assert logged(trainer) == [pytest.approx(expected)]
