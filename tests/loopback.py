@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from abc import ABC, abstractmethod
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from minillm.models import servers as serving
 
 
-class LoopbackServer:
+class LoopbackServer(ABC):
     """Subclasses answer requests in `get` and `post`, by the handler's `say`."""
 
     def __init__(self) -> None:
@@ -41,11 +42,13 @@ class LoopbackServer:
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
+    @abstractmethod
     def get(self, handler: Any) -> None:
-        raise NotImplementedError
+        """Answer a GET request."""
 
+    @abstractmethod
     def post(self, handler: Any, body: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Answer a POST request with this body."""
 
     def close(self) -> None:
         self._http.shutdown()
