@@ -212,7 +212,7 @@ class Servers:
                 answers at an address every time.
         """
         completed: dict[int, T] = {}
-        deadline = time.monotonic() + self._patience
+        deadline: float | None = None  # counts from the first restart: before it, the requests may take any time
         while missing := [i for i in range(len(requests)) if i not in completed]:
             answers = self.all([lambda request=requests[i]: self._complete(*request) for i in missing], progress)
             used = {server.url: server for _, server, _ in answers}
@@ -222,7 +222,9 @@ class Servers:
                 for i, (answer, server, started_at) in zip(missing, answers, strict=True)
                 if server.url not in replaced and started_at == server.started_at
             }
-            if replaced and time.monotonic() > deadline:
+            if replaced and deadline is None:
+                deadline = time.monotonic() + self._patience
+            elif replaced and time.monotonic() > (deadline or 0.0):
                 raise EngineError(
                     f"{', '.join(sorted(replaced))}: the answers came from changing processes (by their start time in "
                     f"/metrics) for {self._patience:g} s ({_PATIENCE}); an address must be one server, not several "

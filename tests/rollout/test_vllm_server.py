@@ -229,6 +229,22 @@ def test_an_address_with_changing_processes_is_refused(servers: list[FakeServer]
         engine.generate([[1]], SAMPLING, [1])
 
 
+def test_one_restart_is_forgiven_however_long_the_requests_took(servers: list[FakeServer], tmp_path: Path) -> None:
+    """A long batch is longer than the patience; the time in which processes change counts from the first restart."""
+    engine = attach(servers[:1], tmp_path, patience=0.1)
+    engine.update_weights(weights(5.0), 1)
+
+    def slow(handler: Any, body: Any) -> None:
+        time.sleep(0.3)
+        servers[0].started = 1.8e9
+        servers[0].complete(handler, body)
+
+    servers[0].faults = [slow]
+    [rollout] = engine.generate([[1]], SAMPLING, [1])
+    assert rollout.response_ids[1] == 15
+    assert servers[0].seeds[1] == 2
+
+
 def test_a_fault_without_a_restart_sends_no_weights_again(servers: list[FakeServer], tmp_path: Path) -> None:
     engine = attach(servers[:1], tmp_path)
     engine.update_weights(weights(5.0), 1)
