@@ -22,7 +22,7 @@ from measure import alternate, in_fresh_process, median, peak_extra_bytes
 from torch import Tensor
 
 from minillm.loss.token_scores import ScoreGradients, TokenScores, token_scores
-from minillm.models.device import cpu_multiplies_bfloat16, machine
+from minillm.models.device import cpu_multiplies_bfloat16, float32_from_bfloat16_products, machine
 from minillm.models.head import Head, TeacherStates
 
 
@@ -71,7 +71,9 @@ def ours(p: Problem) -> None:
 def multiplied(tensor: Tensor) -> Tensor:
     """Convert a tensor to the dtype of the matmuls: float32 on a CPU that emulates bfloat16, otherwise unchanged.
 
-    Ours does the same. TRL's kernel multiplies in float32 on every CPU.
+    On a CPU that multiplies bfloat16, these matmuls round their results to bfloat16 as well, as PyTorch's own do. Ours
+    keeps float32 results there (`float32_from_bfloat16_products`), which takes longer. TRL's kernel multiplies in
+    float32 on every CPU. `gradient_error` tells the difference.
     """
     return tensor.float() if not tensor.is_cuda and not cpu_multiplies_bfloat16() else tensor
 
@@ -99,14 +101,18 @@ def liger(p: Problem) -> None:
 
 
 def floor(p: Problem) -> None:
-    """Compute the logits of both models and the two matmuls of the gradient, in chunks of the size that ours uses."""
-    weight, teacher_weight = multiplied(p.weight.detach()), multiplied(p.teacher_weight)
-    hidden, teacher_hidden = multiplied(p.hidden.detach()), multiplied(p.teacher_hidden)
-    for states, teacher_states in zip(hidden.split(512), teacher_hidden.split(512), strict=True):
-        logits = states @ weight.t()
-        torch.mm(teacher_states, teacher_weight.t())
-        torch.mm(logits, weight)
-        torch.mm(logits.t(), states)
+    """Compute the logits of both models and the two matmuls of the gradient, in chunks and with products as in ours."""
+    on_cpu, rounded = not p.hidden.is_cuda, p.hidden.dtype == torch.bfloat16
+    weight, teacher_weight, hidden, teacher_hidden = (
+        tensor.detach().float() if on_cpu else tensor.detach()
+        for tensor in (p.weight, p.teacher_weight, p.hidden, p.teacher_hidden)
+    )
+    with float32_from_bfloat16_products(on_cpu and rounded):
+        for states, teacher_states in zip(hidden.split(512), teacher_hidden.split(512), strict=True):
+            logits = states @ weight.t()
+            torch.mm(teacher_states, teacher_weight.t())
+            torch.mm(logits, weight)
+            torch.mm(logits.t(), states)
 
 
 def contenders() -> dict[str, Callable[[Problem], None]]:

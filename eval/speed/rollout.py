@@ -24,7 +24,6 @@ import json
 import logging
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, seconds
+from measure import median, resident, seconds
 from transformers import AutoModelForCausalLM
 
 from minillm.data.examples import read_examples
@@ -266,7 +265,7 @@ def count(rollouts: Sequence[Rollout]) -> int:
 def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident("VmHWM")  # getrusage would give a process the peak of the one that started it
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

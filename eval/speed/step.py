@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import median, seconds
+from measure import median, resident, seconds
 from transformers import TrainerCallback
 
 from minillm.data.batches import pad
@@ -134,8 +134,7 @@ def operations(options: argparse.Namespace, sequences: int) -> UpdateFlops:
 
 def print_report(report: dict[str, Any]) -> None:
     """Print a report, with the peak memory of this process, for `Worker` to read."""
-    resident = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else int(resident.split()[1]) * 1024
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
     print("REPORT " + json.dumps(report | {"peak_bytes": peak}), file=sys.__stdout__, flush=True)
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from minillm.data.logprobs import LOG_ZERO
-from minillm.models.device import cpu_multiplies_bfloat16
 from minillm.models.head import LogitTransform
 
 if TYPE_CHECKING:
@@ -32,7 +31,8 @@ class Precision(NamedTuple):
     """The dtypes of a computation.
 
     Attributes:
-        matmul: dtype in which states, weights and gradients of logits are multiplied.
+        matmul: dtype of the states, weights and gradients of logits that are multiplied. It is float32 on a CPU also
+            where they are rounded: see `float32_from_bfloat16_products`.
         wide: dtype of logits, scores and accumulated gradients.
         rounded: Whether states and weights have 16 bits, or are rounded to 16 bits by autocast.
     """
@@ -48,7 +48,7 @@ class Precision(NamedTuple):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         rounded = dtype.itemsize <= 2
-        if dtype == torch.bfloat16 and device == "cpu" and not cpu_multiplies_bfloat16():
+        if dtype == torch.bfloat16 and device == "cpu":
             dtype = torch.float32
         return cls(dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32, rounded)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
 from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
+from minillm.models.device import float32_from_bfloat16_products
 from minillm.models.head import Head, LogitTransform, project
 
 if TYPE_CHECKING:
@@ -170,7 +171,11 @@ class _GradientInForward(torch.autograd.Function):
     ) -> Tensor:
         precision = Precision.of(hidden)
         head = Head(weight, bias, arguments.head.scale, arguments.head.softcap)
-        with torch.autocast(hidden.device.type, enabled=False):
+        on_cpu = hidden.device.type == "cpu"
+        with (
+            torch.autocast(hidden.device.type, enabled=False),
+            float32_from_bfloat16_products(on_cpu and precision.rounded),
+        ):
             scorer = _ChunkedScorer(hidden, head, arguments, precision, ctx.needs_input_grad[:3])
             loss = scorer.run()
         arguments.scores, gradients = scorer.scores, scorer.gradients

@@ -27,6 +27,30 @@ def cpu_multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@contextlib.contextmanager
+def float32_from_bfloat16_products(enabled: bool = True) -> Iterator[None]:
+    """On a CPU that multiplies bfloat16, have products of float32 matrices round their factors to bfloat16.
+
+    The products are summed and returned in float32, as `out_dtype` does it on a GPU. A product of bfloat16 matrices
+    would be rounded to bfloat16 as well, by which a logit of 20 is off by up to 0.06. On other CPUs, and for products
+    on other devices, nothing changes. The setting is one of the whole process, so the context should hold nothing but
+    the products.
+
+    Args:
+        enabled: Whether to do so; otherwise the context changes nothing.
+    """
+    if not (enabled and cpu_multiplies_bfloat16()):
+        yield
+        return
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def fast_bfloat16() -> bool:
     """Return whether bfloat16 is fast on the device of this machine."""
     return device().type != "cpu" or cpu_multiplies_bfloat16()

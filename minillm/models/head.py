@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, pad
 from minillm.errors import InputError
+from minillm.models.device import float32_from_bfloat16_products
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -150,6 +151,12 @@ class Head:
         bias = None if self.bias is None else self.bias[:width]
         return Head(self.weight[:width], bias, self.scale, self.softcap)
 
+    def converted_once(self) -> Head:
+        """Return the head for many products with 16-bit states: `project` then converts no weights."""
+        if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
+            return replace(self, weight=self.weight.float())
+        return self
+
     def logits(self, hidden: Float[Tensor, "tokens hidden"], temperature: float = 1.0) -> Float[Tensor, "tokens vocab"]:
         """Return the logits of the whole vocabulary, in float32, or in float64 if the hidden states are.
 
@@ -160,7 +167,7 @@ class Head:
             temperature: Temperature that the logits are divided by.
         """
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return LogitTransform.of(self, temperature, wide).logits(project(hidden, self.weight.to(hidden.dtype)), wide)
+        return LogitTransform.of(self, temperature, wide).logits(project(hidden, self.weight), wide)
 
 
 @dataclass
@@ -223,8 +230,12 @@ def project(
 
     Args:
         states: h, the final hidden states of the body.
-        weight: W, the weights of the head.
+        weight: W, the weights of the head, which are converted where their dtype is another one.
     """
+    if states.dtype == torch.bfloat16 and states.device.type == "cpu":
+        with float32_from_bfloat16_products():
+            return states.float() @ weight.float().t()
+    weight = weight.to(states.dtype)
     if states.is_cuda and states.dtype.itemsize == 2:
         return torch.mm(states, weight.t(), out_dtype=torch.float32)
     return states @ weight.t()

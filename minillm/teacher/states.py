@@ -83,17 +83,24 @@ class StatesTeacher(ABC):
         """
         rows = _CPU_ROWS if hidden.device.type == "cpu" else max(_CPU_ROWS, _GPU_LOGITS // sampling.vocab_size)
         tokens = torch.tensor(list(ids), device=hidden.device)[:, None]
+        head = self.head.narrow(sampling.vocab_size).converted_once()
         out = [
-            self.distribution(states, sampling).gather(1, part)[:, 0]
+            _log_softmax(head, states, sampling).gather(1, part)[:, 0]
             for states, part in zip(hidden.split(rows), tokens.split(rows), strict=True)
         ]
         return torch.cat(out).cpu() if len(ids) else torch.zeros(0)
 
-    @torch.no_grad()
     def distribution(self, hidden: Float[Tensor, "tokens hidden"], sampling: Sampling) -> Float[Tensor, "tokens vocab"]:
         """Log p over the shared vocabulary at each hidden state, float32."""
-        return torch.log_softmax(self.head.narrow(sampling.vocab_size).logits(hidden, sampling.temperature), dim=-1)
+        return _log_softmax(self.head.narrow(sampling.vocab_size), hidden, sampling)
 
     @abstractmethod
     def close(self) -> None:
         """Release connections."""
+
+
+@torch.no_grad()
+def _log_softmax(
+    head: Head, hidden: Float[Tensor, "tokens hidden"], sampling: Sampling
+) -> Float[Tensor, "tokens vocab"]:
+    return torch.log_softmax(head.logits(hidden, sampling.temperature), dim=-1)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.loss import elementwise
-from minillm.loss.token_scores import token_scores
+from minillm.loss.token_scores import LossFn, ScoreGradients, TokenScores, token_scores
 from minillm.models import device as hardware
 from minillm.models.head import Head, TeacherStates
 from minillm.run.stages import shared, stage_named
@@ -34,16 +33,47 @@ def test_a_recipe_that_asks_for_bfloat16(
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_bfloat16_states_are_multiplied_in_what_is_quick(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elementwise, "cpu_multiplies_bfloat16", lambda: quick)
+def test_logits_of_bfloat16_states_are_not_rounded(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: quick)
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(40, 16, generator=g).bfloat16(), torch.randn(50, 16, generator=g).bfloat16()
     targets = torch.randint(50, (40,), generator=g)
     _, got = token_scores(hidden, Head(weight), targets, TeacherStates(hidden, Head(weight)))
     want = torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(1, targets[:, None])[:, 0]
-    assert (
-        float((got.logq - want).abs().max()) < 1e-5
-    ) is not quick  # bfloat16 products are rounded, float32 ones are not
+    assert float((got.logq - want).abs().max()) < 1e-5
+    logits = Head(weight).logits(hidden)
+    assert logits.dtype == torch.float32
+    assert float((torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0] - want).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_products_are_made_in_bfloat16_only_inside_the_context(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: quick)
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+
+    def inside(*_: object) -> None:
+        assert (setting.fp32_precision == "bf16") is quick
+        raise KeyError
+
+    with pytest.raises(KeyError), hardware.float32_from_bfloat16_products():
+        inside()
+    assert setting.fp32_precision == before
+    with hardware.float32_from_bfloat16_products(False):
+        assert setting.fp32_precision == before
+    states = torch.ones(3, 4)  # float32 states of a float32 computation are never rounded
+    token_scores(states, Head(torch.ones(5, 4)), torch.zeros(3, dtype=torch.long), loss_fn=_seen(before))
+    with pytest.raises(KeyError):
+        token_scores(states.bfloat16(), Head(torch.ones(5, 4)), torch.zeros(3, dtype=torch.long), loss_fn=inside)
+    assert setting.fp32_precision == before
+
+
+def _seen(precision: str) -> LossFn:
+    def loss_fn(part: slice, scores: TokenScores) -> tuple[torch.Tensor, ScoreGradients]:
+        assert torch.backends.mkldnn.matmul.fp32_precision == precision
+        return scores.logq.sum(), ScoreGradients()
+
+    return loss_fn
 
 
 def test_the_working_dtype_is_one_of_the_two(monkeypatch: pytest.MonkeyPatch) -> None:
