@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +40,13 @@ from transformers import TrainerCallback
 from minillm.data.batches import pad
 from minillm.data.examples import read_examples
 from minillm.data.templates import chat_ids
-from minillm.models.device import device, fast_bfloat16, machine, working_dtype
+from minillm.models.device import (
+    device,
+    fast_bfloat16,
+    float32_from_bfloat16_products,
+    machine,
+    working_dtype,
+)
 from minillm.models.flops import UpdateFlops, update_flops
 from minillm.models.hardware import measured_flops
 from minillm.models.head import head_of, hidden_states
@@ -243,7 +248,9 @@ class FloorParts:
         self.sampling = Sampling(options.tokens, (), len(tokenizer))
         self.micro_batch = min(options.sequences, options.micro_batch)
         heads = (head_of(self.student), self.teacher.head)
-        self.weights = [head.weight.detach().to(self.dtype) for head in heads]
+        # On a CPU ours multiplies float32 numbers, rounded to bfloat16 on the way where that is fast.
+        self.head_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
+        self.weights = [head.weight.detach().to(self.head_dtype) for head in heads]
 
     def refresh(self) -> None:
         """Send weights to the engine, which empties its prefix cache, and drop the gradients, as before an update."""
@@ -276,8 +283,9 @@ class FloorParts:
         taken["student"] += seconds(forward)
         # The numbers do not matter to the speed: any states and gradients have the sizes.
         tokens = sum(map(len, responses))
-        states = [torch.randn(tokens, w.shape[1], device=self.device).to(self.dtype) for w in self.weights]
-        taken["head"] += seconds(lambda: self._multiply_heads(states))
+        states = [torch.randn(tokens, w.shape[1], device=self.device).to(self.head_dtype) for w in self.weights]
+        with float32_from_bfloat16_products(self.dtype == torch.bfloat16 and self.device.type == "cpu"):
+            taken["head"] += seconds(lambda: self._multiply_heads(states))
         taken["student"] += seconds(lambda: hidden[0].float().square().mean().backward())
 
     def _multiply_heads(self, states: list[torch.Tensor]) -> None:
