@@ -108,24 +108,29 @@ def activations(training: StageTraining, model: Shape, length: int) -> float:
     )
 
 
-def scoring_head(model: Shape, tokens: int, itemsize: int, *, with_teacher: bool) -> float:
+def scoring_head(model: Shape, tokens: int, itemsize: int, *, with_teacher: bool, gpu: bool) -> float:
     """Memory of the output head in this library's losses.
 
-    It consists of the logits of one chunk of tokens with the sums over the vocabulary, of the head's copy in the dtype
-    that is computed with, of the head's gradient, and of the hidden states with their gradient.
+    It consists of the logits of one chunk of tokens with the sums over the vocabulary, of a head's copy in the dtype
+    that is multiplied, of the head's gradient, and of the hidden states with their gradient. The copy is that of the
+    student's weights in bfloat16 on a GPU, and that of the teacher's weights in float32 on a CPU; the teacher's head is
+    taken to be as large as the student's.
 
     Args:
         model: the model that is trained.
         tokens: tokens of a micro-batch that have a loss.
         itemsize: bytes of the numbers that the stage computes with.
         with_teacher: whether the logits of the teacher are computed beside those of the model.
+        gpu: whether the stage runs on a GPU.
 
     Returns:
         The bytes in one process.
     """
     vocabulary = model.head // model.hidden
     logits = min(CHUNK, tokens) * vocabulary * _FLOAT32 * (4 if with_teacher else 3)
-    copy = model.head * 2 if itemsize == 2 else 0
+    copy = 0
+    if itemsize == 2:
+        copy = model.head * 2 if gpu else model.head * _FLOAT32 * with_teacher
     return logits + copy + model.head * _FLOAT32 + 2 * tokens * model.hidden * _FLOAT32
 
 

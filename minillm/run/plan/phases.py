@@ -228,7 +228,7 @@ class Planner:
         parts: Parts = {"activations": memory.activations(training, model, length)}
         if not training.definition.uses_trl:
             tokens, with_teacher = micro * longest, scoring is not None
-            parts["head"] = memory.scoring_head(model, tokens, training.itemsize, with_teacher=with_teacher)
+            parts["head"] = memory.scoring_head(model, tokens, training.itemsize, with_teacher=with_teacher, gpu=gpu)
         else:
             parts["head"] = memory.trl_head(model, micro * (longest if gpu else length), gpu)
         if scoring is not None:
@@ -335,7 +335,7 @@ class Planner:
             block = recipe.objective.language_model_block
             update["activations"] += memory.activations(training, self.student, block)
             tokens += training.micro_batch_size * block
-        update["head"] = memory.scoring_head(self.student, tokens, itemsize, with_teacher=True)
+        update["head"] = memory.scoring_head(self.student, tokens, itemsize, with_teacher=True, gpu=machine.gpu)
         return sampling, update
 
     def _on_policy_flops(self, training: StageTraining) -> float:
