@@ -124,7 +124,7 @@ MUTATIONS = [
         "rewards = sampled",
     ),
     Mutation(
-        "rewards taken anew each inner epoch", "train/on_policy.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"
+        "rewards taken anew each inner epoch", "train/assembly.py", "rollout.reverse_kl = reverse_kl.clone()", "pass"
     ),
     Mutation(
         "whitened without the padding",
@@ -296,6 +296,18 @@ MUTATIONS = [
         "train/on_policy.py",
         "if self._logp_first and",
         "if",
+    ),
+    Mutation(
+        "KL(q‖p) of the mixture with the models exchanged",
+        "rollout/mixture.py",
+        "q.divergence_from(p)",
+        "p.divergence_from(q)",
+    ),
+    Mutation(
+        "the engine's KL(q‖p) taken for the trainer's",
+        "train/on_policy.py",
+        "return sampled if self._scores_first else sampled.without_reverse_kl()",
+        "return sampled",
     ),
     Mutation(
         "log p of another mixture after rescoring",

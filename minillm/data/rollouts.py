@@ -67,8 +67,8 @@ class Rollout:
         weights_version: the version of the weights that q_old stands for.
         finished: whether the response ended with an EOS or a stop string, rather than at the length limit.
         teacher: what the teacher returned; None until the response is scored.
-        reverse_kl: float32, KL(q‖p) after each prefix, for the student that first trained on the response; None until
-            then.
+        reverse_kl: float32, KL(q‖p) after each prefix: for the student that sampled the response, from an engine that
+            mixed the teacher in, or for the one that first trained on it. None until then.
         top_logprobs: log q of the most likely tokens at each position, by token id; None unless they were requested.
         teacher_name: the teacher that scores the response, where there are several; None where there is one.
     """
@@ -96,6 +96,7 @@ class Rollout:
         stopped: bool = False,
         top_logprobs: Sequence[dict[int, float]] | None = None,
         teacher: TeacherTargets | None = None,
+        reverse_kl: Float[Tensor, " tokens"] | None = None,
     ) -> Rollout:
         """Build a rollout from an engine's output, cut after the token that ends the response.
 
@@ -110,6 +111,7 @@ class Rollout:
             teacher: the teacher's targets of `ids`, with their log-probabilities, where it was mixed in. The behaviour
                 log-probabilities are then those of the mixture. Targets that hold nothing but log p are used for these
                 alone, and the response remains to be scored.
+            reverse_kl: KL(q‖p) at each of `ids`, where the engine knows it.
         """
         length = sampling.length(ids)
         finished = stopped or length is not None
@@ -122,6 +124,8 @@ class Rollout:
             assert targets.token_logprobs is not None
             rollout.behaviour_logprobs = mixture_logprobs(values, targets.token_logprobs, sampling.teacher_mix)
             rollout.teacher = None if targets.hidden is None and targets.rows is None else targets
+        if reverse_kl is not None:
+            rollout.reverse_kl = reverse_kl[: len(rollout.response_ids)]
         return rollout
 
     def to_saved(self) -> dict[str, Any]:

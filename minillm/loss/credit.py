@@ -118,6 +118,11 @@ def needs_sampled_rewards_first(objective: Objective) -> bool:
     return objective.reward == "sampled" and (centred or objective.baseline.startswith("whiten"))
 
 
+def needs_expected_rewards_first(objective: Objective) -> bool:
+    """Whether expected rewards, −KL(q‖p), must be known for a batch before its tokens are scored for the loss."""
+    return objective.reward == "expected" and objective.baseline == "centre" and objective.long_term > 0
+
+
 def importance_weights(logs: Float[Tensor, " tokens"], truncation: float | None = None) -> Float[Tensor, " tokens"]:
     """Return exp(logs), limited from above.
 

@@ -2,7 +2,8 @@
 
 Both models make every step, each with its own keys and values. A coin that shows the teacher with probability α decides
 which of the two distributions a token is sampled from, so that p̃ itself is never computed over the vocabulary. The
-sampled token's log q and log p are computed in the same step.
+sampled token's log q and log p are computed in the same step, and so is KL(q‖p) of the two distributions: objectives
+that need it before the first update on a batch need no forward pass of the student for it.
 
 The random numbers of a token are a function of the response's seed and the token's position in the response. A response
 therefore does not depend on which others are sampled beside it, nor on the engine that samples it.
@@ -13,12 +14,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import TeacherTargets
 from minillm.errors import EngineError
 
@@ -65,15 +67,17 @@ class MixedTokens:
         tokens: The sampled tokens.
         student_logprobs: float32, log q of each token.
         teacher_logprobs: float32, log p of each token.
+        reverse_kl: float32, KL(q‖p) of the distributions of each row.
     """
 
     tokens: Int[Tensor, " rows"]
     student_logprobs: Float[Tensor, " rows"]
     teacher_logprobs: Float[Tensor, " rows"]
+    reverse_kl: Float[Tensor, " rows"]
 
     def select(self, rows: Int[Tensor, " rows"]) -> MixedTokens:
         """Return some of the rows."""
-        return MixedTokens(self.tokens[rows], self.student_logprobs[rows], self.teacher_logprobs[rows])
+        return MixedTokens(**{name: values[rows] for name, values in vars(self).items()})
 
 
 def sample_mixture(
@@ -105,7 +109,7 @@ def sample_mixture(
     within = torch.where(from_teacher[:, None], p.masses[rows, block], q.masses[rows, block])
     offset, _ = _look_up(within.double().cumsum(-1), rest)
     tokens = block * _BLOCK + offset
-    return MixedTokens(tokens, q.logprobs(tokens), p.logprobs(tokens))
+    return MixedTokens(tokens, q.logprobs(tokens), p.logprobs(tokens), q.divergence_from(p))
 
 
 @dataclass
@@ -133,6 +137,12 @@ class _Distribution:
     def logprobs(self, tokens: Tensor) -> Tensor:
         return self.logits.gather(1, tokens[:, None])[:, 0] - self.log_total
 
+    def divergence_from(self, other: _Distribution) -> Tensor:
+        """KL(self‖other) of each row; log-probabilities below `LOG_ZERO` count as that."""
+        own, others = ((each.logits - each.log_total[:, None]).clamp(min=LOG_ZERO) for each in (self, other))
+        masses = self.masses.flatten(1)[:, : own.shape[1]]
+        return ((masses * (own - others)).sum(-1) / self.sums.sum(-1)).float()
+
 
 def _look_up(cumulative: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Find where a number between 0 and 1 falls in each row of cumulative masses.
@@ -152,8 +162,22 @@ def _look_up(cumulative: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return index[:, 0], rest.clamp(0, 1 - 2**-53)[:, 0]
 
 
+class MixedResponse(NamedTuple):
+    """What the engine knows of one response of T tokens that was sampled from the mixture.
+
+    Attributes:
+        student_logprobs: float32, log q of its tokens.
+        teacher: The teacher's states, and log p of the tokens.
+        reverse_kl: float32, KL(q‖p) after each prefix.
+    """
+
+    student_logprobs: Float[Tensor, " tokens"]
+    teacher: TeacherTargets
+    reverse_kl: Float[Tensor, " tokens"]
+
+
 class MixtureRecord:
-    """What the steps of one `Engine.generate` call found out: log q, log p and the teacher's states of every token.
+    """What the steps of one `Engine.generate` call found out about every token: `MixedTokens` and the teacher's states.
 
     Attributes:
         number: Number of the record in this process. Engines that work ahead use it to recognise a step that belongs to
@@ -165,8 +189,7 @@ class MixtureRecord:
     def __init__(self) -> None:
         self.number = next(self._numbers)
         self._keys: list[tuple[int, int]] = []  # row and position of every token, in the order they were added
-        self._student: list[Tensor] = []
-        self._teacher: list[Tensor] = []
+        self._tokens: list[Tensor] = []  # log q, log p and KL(q‖p), [3, rows] of each step
         self._states: list[Tensor] = []
 
     def add(self, keys: Sequence[tuple[int, int]], tokens: MixedTokens, states: Float[Tensor, "tokens hidden"]) -> None:
@@ -178,12 +201,11 @@ class MixtureRecord:
             states: The teacher's final hidden states that predicted them.
         """
         self._keys += keys
-        self._student.append(tokens.student_logprobs)
-        self._teacher.append(tokens.teacher_logprobs)
+        self._tokens.append(torch.stack([tokens.student_logprobs, tokens.teacher_logprobs, tokens.reverse_kl]))
         self._states.append(states)
 
-    def finish(self, lengths: Sequence[int]) -> list[tuple[Float[Tensor, " tokens"], TeacherTargets]]:
-        """Return log q and the teacher's targets of each response.
+    def finish(self, lengths: Sequence[int]) -> list[MixedResponse]:
+        """Return what is known of each response.
 
         Args:
             lengths: The number of tokens of each response. Later tokens, which engines that work ahead have sampled,
@@ -204,12 +226,11 @@ class MixtureRecord:
                 )
         order = torch.tensor([index[key] for key in wanted], dtype=torch.long)
         split: Any = lambda values: values.split(list(lengths))  # noqa: E731
-        student = split(torch.cat(self._student).cpu()[order])
-        teacher = split(torch.cat(self._teacher).cpu()[order])
+        numbers = [split(values[order]) for values in torch.cat(self._tokens, dim=1).cpu()]
         states = torch.cat(self._states)
         self._states = []
         states = split(states[order.to(states.device)])
         return [
-            (logq, TeacherTargets(logp, hidden=hidden))
-            for logq, logp, hidden in zip(student, teacher, states, strict=True)
+            MixedResponse(logq, TeacherTargets(logp, hidden=hidden), reverse_kl)
+            for logq, logp, reverse_kl, hidden in zip(*numbers, states, strict=True)
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -34,6 +34,10 @@ class SampledBatch:
     def num_tokens(self) -> int:
         """The number of response tokens."""
         return sum(len(rollout.response_ids) for rollout in self.rollouts)
+
+    def without_reverse_kl(self) -> SampledBatch:
+        """Return the batch without the engine's KL(q‖p), for objectives that take that of the trainer."""
+        return replace(self, rollouts=[replace(rollout, reverse_kl=None) for rollout in self.rollouts])
 
 
 class RolloutSource:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from minillm.loss.credit import SampledTokens
 from minillm.loss.teacher_spans import Teacher
 from minillm.teacher.routed import ExactTeacher, join_states
 from minillm.teacher.served_logprobs import ServedLogprobs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def pad_micro_batch(
@@ -92,3 +96,18 @@ def sampled_tokens(rollouts: Sequence[Rollout]) -> SampledTokens:
         torch.tensor([len(r.response_ids) for r in rollouts]),
         torch.cat(known) if len(known) == len(rollouts) else None,
     )
+
+
+def keep_first_reverse_kl(rollouts: Sequence[Rollout], values: Float[Tensor, " tokens"]) -> None:
+    """Write KL(q‖p) into those rollouts that have none yet.
+
+    Later inner epochs keep the rewards of the first, although KL(q‖p) on the same prefixes has changed by then.
+
+    Args:
+        rollouts: the rollouts.
+        values: KL(q‖p) of their tokens, one rollout after another.
+    """
+    by_rollout = values.cpu().split([len(rollout.response_ids) for rollout in rollouts])
+    for rollout, reverse_kl in zip(rollouts, by_rollout, strict=True):
+        if rollout.reverse_kl is None:
+            rollout.reverse_kl = reverse_kl.clone()

@@ -18,7 +18,7 @@ from minillm.data.logprobs import mixture_logprobs
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.loss.config import Objective
-from minillm.loss.credit import baselines, needs_sampled_rewards_first
+from minillm.loss.credit import baselines, needs_expected_rewards_first, needs_sampled_rewards_first
 from minillm.loss.in_forward import Scoring, score_responses
 from minillm.loss.on_policy import OnPolicyLoss
 from minillm.loss.teacher_spans import Teacher
@@ -37,7 +37,7 @@ from minillm.teacher.local import LocalTeacher
 from minillm.teacher.routed import RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
-from minillm.train.assembly import pad_micro_batch, sampled_tokens, teacher_inputs
+from minillm.train.assembly import keep_first_reverse_kl, pad_micro_batch, sampled_tokens, teacher_inputs
 from minillm.train.base import DistillationTrainer
 from minillm.train.checks import check_logprob_teacher, check_on_policy, check_routing
 from minillm.train.datasets import check_context, longest_scored, pack_text_dataset, tokenize_prompts
@@ -130,8 +130,7 @@ class MiniLLMTrainer(DistillationTrainer):
         self.text_temperature = self.objective.language_model_temperature
         self._set_up_data(config, train_dataset, text_dataset, responses or [])
         self._centred = self.objective.baseline == "centre" and self.objective.long_term > 0
-        # With centred expected rewards, the returns have to be known before the first update on a batch.
-        self._scores_first = self._centred and self.objective.reward == "expected"
+        self._scores_first = needs_expected_rewards_first(self.objective)
         # Otherwise log p of the sampled tokens comes with their scores.
         trainers_mixture = self.objective.old_logprobs == "trainer" and config.teacher_mix > 0
         self._logp_first = needs_sampled_rewards_first(self.objective) or trainers_mixture
@@ -202,11 +201,7 @@ class MiniLLMTrainer(DistillationTrainer):
         value = self.update_on(
             model, batch, loss, teacher, self.accelerator.num_processes, extra_divergence(self.objective.divergence)
         )
-        # Later inner epochs keep the rewards of the first, although KL(q‖p) on the same prefixes has changed by then.
-        reverse_kls = loss.reverse_kl.cpu().split([len(rollout.response_ids) for rollout in rollouts])
-        for rollout, reverse_kl in zip(rollouts, reverse_kls, strict=True):
-            if rollout.reverse_kl is None:
-                rollout.reverse_kl = reverse_kl.clone()
+        keep_first_reverse_kl(rollouts, loss.reverse_kl)
         sums = loss.tally.sums
         current = all(self._is_current(rollout) for rollout in rollouts)
         if inputs.first_use and current and self.objective.old_logprobs == "engine":
@@ -254,7 +249,7 @@ class MiniLLMTrainer(DistillationTrainer):
         rollouts = self.source.complete(number, sampled.rollouts)
         with self._checkpoint_on_engine_error():
             self._score_by_teacher(rollouts)
-        if self.objective.old_logprobs == "trainer" or self._scores_first:
+        if self._needs_rescoring(rollouts):
             with self.phase("rescoring", sampled.num_tokens):
                 self._rescore(rollouts)
         self.use_batch(number, rollouts)
@@ -278,7 +273,7 @@ class MiniLLMTrainer(DistillationTrainer):
         engine = self.sync()
         sampled = self.source.sample(number, engine, self._mixed_sampling)
         engine.sleep()
-        return sampled
+        return sampled if self._scores_first else sampled.without_reverse_kl()
 
     def _note_sampling(self, sampled: SampledBatch) -> None:
         rollouts, step = sampled.rollouts, self.state.global_step
@@ -313,6 +308,11 @@ class MiniLLMTrainer(DistillationTrainer):
         return score_responses(
             self.model_wrapped, prompts, responses, self.args.per_device_train_batch_size, self.args.device, scoring
         )
+
+    def _needs_rescoring(self, rollouts: Sequence[Rollout]) -> bool:
+        """Whether a forward of the student has to come before the updates on a batch, in any process."""
+        lacking = self._scores_first and any(rollout.reverse_kl is None for rollout in rollouts)
+        return self.objective.old_logprobs == "trainer" or self.global_sum(float(lacking)) > 0
 
     def _rescore(self, rollouts: Sequence[Rollout]) -> None:
         """Score a batch with the student before it trains on it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
@@ -39,6 +41,8 @@ def test_draws_have_the_frequencies_of_the_mixture(size: int, alpha: float, temp
         counts.update((token,) for token in drawn.tokens.tolist())
         torch.testing.assert_close(drawn.student_logprobs.double(), q.log()[drawn.tokens], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(drawn.teacher_logprobs.double(), p.log()[drawn.tokens], atol=1e-5, rtol=1e-5)
+        want = (q * (q.log() - p.log())).sum().expand(len(part))
+        torch.testing.assert_close(drawn.reverse_kl.double(), want, atol=1e-5, rtol=1e-5)
     mixture = ((1 - alpha) * q + alpha * p).tolist()
     assert fits(counts, {(token,): mass for token, mass in enumerate(mixture)}, n)
     wrong = ((0.9 - alpha) * q + (0.1 + alpha) * p).tolist()
@@ -55,6 +59,7 @@ def test_every_row_has_a_share_and_a_temperature_of_its_own() -> None:
         assert together.tokens[row] == alone.tokens[0]
         torch.testing.assert_close(together.student_logprobs[rows], alone.student_logprobs)
         torch.testing.assert_close(together.teacher_logprobs[rows], alone.teacher_logprobs)
+        torch.testing.assert_close(together.reverse_kl[rows], alone.reverse_kl)
 
 
 def test_a_token_without_mass_is_never_drawn() -> None:
@@ -64,7 +69,10 @@ def test_a_token_without_mass_is_never_drawn() -> None:
     drawn = sample_mixture(logits, logits, extremes, 0.5, 1.0, 400)
     assert drawn.tokens.tolist() == [399] * 3
     assert drawn.student_logprobs.tolist() == [0.0] * 3
+    assert drawn.reverse_kl.tolist() == [0.0] * 3
     logits[:, 0] = 0.0
+    excluded = sample_mixture(logits, logits.roll(-1, 1), extremes, 0.5, 1.0, 400)  # p allows 398 and 399
+    torch.testing.assert_close(excluded.reverse_kl, torch.full((3,), 0.5 * (math.log(0.5) - LOG_ZERO)))
     assert sample_mixture(logits, logits, extremes, 0.5, 1.0, 400).tokens.tolist() == [0, 399, 399]
 
 
@@ -87,12 +95,13 @@ def test_a_record_sorts_steps_and_drops_what_was_sampled_ahead() -> None:
 
     def add(keys: list[tuple[int, int]], values: list[float]) -> None:
         numbers = torch.tensor(values)
-        record.add(keys, MixedTokens(numbers.long(), -numbers, -2 * numbers), numbers[:, None])
+        record.add(keys, MixedTokens(numbers.long(), -numbers, -2 * numbers, 3 * numbers), numbers[:, None])
 
     add([(1, 0), (0, 0)], [10.0, 0.0])
     add([(0, 1), (1, 1)], [99.0, 11.0])
     add([(0, 1), (0, 2)], [1.0, 2.0])  # the first of them again: the later counts
-    [(logq, first), (_, second)] = record.finish([2, 2])
+    [(logq, first, reverse_kl), (_, second, _)] = record.finish([2, 2])
+    assert reverse_kl.tolist() == [0.0, 3.0]
     assert logq.tolist() == [-0.0, -1.0]
     assert first.token_logprobs is not None
     assert first.token_logprobs.tolist() == [-0.0, -2.0]

@@ -36,7 +36,8 @@ def test_forwards_are_counted(pair: tuple[str, str], tmp_path: Path, preset: str
     """Tokens that go through each model.
 
     The teacher reads each rollout once, whatever the number of inner epochs. The student reads it once per update;
-    `reference` scores every rollout once more, and so does `recommended`, which centres expected returns.
+    `reference` scores every rollout once more, and so does `recommended`, which centres expected returns, where the
+    engine does not mix the teacher in.
     """
     rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.0, "inner_epochs": 3})
     separate: Any = load_model(pair[0], torch.float32)
@@ -72,6 +73,38 @@ def test_a_mixed_rollout_is_read_by_the_teacher_while_it_is_drawn(pair: tuple[st
     trainer.train()
     assert calls.count("update") == 8
     assert "teacher" not in calls[calls.index("update") :]
+
+
+@pytest.mark.parametrize("preset", ["recommended", "exact"])
+def test_a_mixing_engine_saves_the_forward_that_finds_expected_rewards(
+    pair: tuple[str, str], tmp_path: Path, preset: str
+) -> None:
+    """`recommended` centres by KL(q‖p) of every token, which the engine knows; `exact` takes the KL of its own pass."""
+    kept: list[Any] = []
+
+    class Seen(MiniLLMTrainer):
+        def use_batch(self, number: int, rollouts: list[Rollout]) -> None:
+            kept.extend(None if r.reverse_kl is None else r.reverse_kl.clone() for r in rollouts)
+            own = self.student_scores(rollouts, teacher=True)
+            self.own = [scores.reverse_kl for scores in own]
+            super().use_batch(number, rollouts)
+
+    trainer = Seen(
+        *pair,
+        arguments(tmp_path, max_steps=2),
+        rollout=ROLLOUT,
+        train_dataset=PROMPTS,
+        objective=Objective.model_validate({"preset": preset}),
+    )
+    trainer._rescore = lambda rollouts: pytest.fail("the batch is scored by the student once more")
+    trainer.train()
+    if preset == "exact":
+        assert kept == [None] * 8
+        return
+    assert len(kept) == 8
+    for engine, own in zip(kept, trainer.own, strict=True):
+        torch.testing.assert_close(engine, own, rtol=1e-4, atol=1e-5)
+    assert trainer.baselines.unique().numel() == 8
 
 
 def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -242,13 +242,14 @@ class VLLMEngine:
             Rollout.drawn(
                 prompt,
                 row,
-                logq,
+                response.student_logprobs,
                 sampling,
                 self.version,
                 stopped=completion.finish_reason == "stop",
-                teacher=targets,
+                teacher=response.teacher,
+                reverse_kl=response.reverse_kl,
             )
-            for prompt, row, completion, (logq, targets) in zip(prompts, ids, completions, found, strict=True)
+            for prompt, row, completion, response in zip(prompts, ids, completions, found, strict=True)
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:

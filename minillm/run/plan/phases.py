@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from minillm.loss.credit import needs_expected_rewards_first
 from minillm.models.flops import Dimensions
 from minillm.models.shape import Shape, shape_of
 from minillm.rollout.engines.vllm_memory import GIB, states_bytes
@@ -373,7 +374,11 @@ class Planner:
         scoring = batches * scored * self.teachers.states_flops(prompt, response)
         scoring += batches * scored * work.needs_logprobs_first(recipe) * self.teachers.head_flops(response)
         # Responses whose log-probabilities under the student come from a forward of the trainer.
-        rescored = rollout.num_rollouts if recipe.objective.old_logprobs == "trainer" else given
+        rescored = given
+        if recipe.objective.old_logprobs == "trainer" or (
+            needs_expected_rewards_first(recipe.objective) and scored > 0
+        ):
+            rescored = rollout.num_rollouts
         rescoring = batches * rescored * scoring_flops(student, prompt, response)
         engines = self._engines()
         longest, in_one_engine = rollout.max_new_tokens, -(-sampled // engines)
