@@ -3,9 +3,9 @@
     python eval/speed/body.py --student runs/quickstart/student [--batches 8x63+96 4x63+400] [--json]
 
 `sdpa` and `eager` are transformers' own. With `_compiled`, every decoder layer is compiled by itself, with dynamic
-shapes. A batch `8x63+96` has 8 prompts of 63 tokens with responses of 96. All contenders have the same weights in float32
-and the run's autocast, and take turns. `first_seconds` is the first pass of each, which contains compilation;
-`gradient_difference` is relative, and compares with the first contender.
+shapes. A batch `8x63+96` has 8 prompts of 63 tokens with responses of 96. All contenders have the same weights in
+float32 and the autocast of a run, and take turns. `first_seconds` is the first pass of each, which contains its
+compilation; `gradient_difference` is relative, and compares with the first contender.
 """
 
 from __future__ import annotations
