@@ -114,7 +114,14 @@ def _config(source: str) -> Any:
 
 
 def kept_bytes(
-    shape: Shape, rows: int, length: int, *, half: bool, checkpointing: bool, sharded: bool = False
+    shape: Shape,
+    rows: int,
+    length: int,
+    *,
+    half: bool,
+    checkpointing: bool,
+    sharded: bool = False,
+    attention: str | None = None,
 ) -> float:
     """Return the bytes that autograd keeps from a forward pass of the body. float32 weights are not counted.
 
@@ -127,22 +134,27 @@ def kept_bytes(
             copies exist only during the forward pass.
         sharded: Whether weights are sharded. They are then gathered in bfloat16 one block at a time and freed again, so
             there are no copies.
+        attention: Implementation of attention; None for the one that transformers chooses.
     """
     config, kind = shape.config.to_json_string(use_diff=False), type(shape.config)
     copies = 2.0 * shape.body if half else 0.0
-    whole = _count_kept_bytes(config, kind, rows, length, half, False)
+    whole = _count_kept_bytes(config, kind, rows, length, half, False, attention)
     if not checkpointing:
         return whole - copies if sharded else whole
     block = (whole - copies if sharded else whole) / shape.layers
-    checkpoints = _count_kept_bytes(config, kind, rows, length, half, True)
+    checkpoints = _count_kept_bytes(config, kind, rows, length, half, True, attention)
     return checkpoints + (block if sharded else max(block, copies))
 
 
 @cache
-def _count_kept_bytes(config: str, kind: Any, rows: int, length: int, half: bool, checkpointing: bool) -> int:
+def _count_kept_bytes(
+    config: str, kind: Any, rows: int, length: int, half: bool, checkpointing: bool, attention: str | None
+) -> int:
     """Count the bytes that autograd keeps, on fake tensors. `config` is JSON, so that results can be cached."""
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        model: Any = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(config)), dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(
+            kind.from_dict(json.loads(config)), dtype=torch.float32, attn_implementation=attention
+        )
         # Dropout is off in training too, and OPT draws a random number for each layer, which cannot be a fake tensor.
         model.eval()
         if checkpointing:

@@ -17,6 +17,7 @@ from minillm.errors import InputError
 from minillm.loss.in_forward import Scoring, score
 from minillm.loss.teacher_spans import Teacher
 from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings
+from minillm.models.attention import set_training_attention
 from minillm.models.conventions import Conventions
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
@@ -91,6 +92,8 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         tokenizer = resolve_tokenizer(model, processing_class)
         check_one_gpu(args)
         pair = load_pair(model, teacher, args, tokenizer, conventions)
+        if isinstance(model, str):  # a model object keeps the attention that the user gave it
+            set_training_attention(pair.student, args.device, pair.compute_dtype, longest)
         self.temperature = temperature
         super().__init__(
             model=pair.student,

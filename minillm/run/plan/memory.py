@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from minillm.loss.token_scores import CHUNK
+from minillm.models.attention import training_attention
 from minillm.models.config import AdapterConfig
 from minillm.models.shape import Shape, kept_bytes
 from minillm.rollout.engines.vllm_memory import (
@@ -98,10 +101,15 @@ def activations(training: StageTraining, model: Shape, length: int) -> float:
     Returns:
         The bytes in one process.
     """
+    attention = None
+    if not training.definition.uses_trl:
+        dtype = torch.bfloat16 if training.itemsize == 2 else torch.float32
+        attention = training_attention("cuda" if training.machine.gpu else "cpu", dtype, length)
     return kept_bytes(
         model,
         training.micro_batch_size,
         length,
+        attention=attention,
         half=training.itemsize == 2,
         checkpointing=training.argument("gradient_checkpointing"),
         sharded=training.machine.shard,
