@@ -75,6 +75,7 @@ PRIVATE = {
     ("minillm.models.device", "_is_mkldnn_bf16_supported"): "PyTorch has no public question",
     ("minillm.models.load", "_DropoutNd"): "the base class of all dropouts",
     ("minillm.models.load", "_hf_deepspeed_config_weak_ref"): "there is a function that sets it, and none that asks",
+    ("minillm.models.attention", "_attn_implementation"): "transformers has no public question",
     ("minillm.models.pruning.apply", "_attn_implementation"): "transformers has no public question",
     ("minillm.models.quantization", "_parameters"): "`named_parameters` gives no dictionary to write to",
     ("minillm.models.shape", "_cdata"): "the identity of a storage without memory",

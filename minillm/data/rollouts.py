@@ -41,18 +41,23 @@ class TeacherTargets:
             follow from the states, and scoring the states for the loss gives them in passing.
         hidden: the teacher's final hidden states that predict the tokens.
         rows: log p of a few tokens at each position.
+        reverse_kl: float32, KL(q‖p) after each prefix for the student that sampled, from an engine that mixed the
+            teacher in.
     """
 
     token_logprobs: Float[Tensor, " tokens"] | None
     hidden: Float[Tensor, "tokens hidden"] | None = None
     rows: TeacherRows | None = None
+    reverse_kl: Float[Tensor, " tokens"] | None = None
 
     def first(self, length: int) -> TeacherTargets:
         """Return the targets of the first `length` tokens."""
         hidden = None if self.hidden is None else self.hidden[:length]
         rows = None if self.rows is None else TeacherRows(self.rows.ids[:length], self.rows.logprobs[:length])
-        logprobs = None if self.token_logprobs is None else self.token_logprobs[:length]
-        return TeacherTargets(logprobs, hidden, rows)
+        logprobs, reverse_kl = (
+            None if values is None else values[:length] for values in (self.token_logprobs, self.reverse_kl)
+        )
+        return TeacherTargets(logprobs, hidden, rows, reverse_kl)
 
 
 @dataclass
@@ -96,7 +101,6 @@ class Rollout:
         stopped: bool = False,
         top_logprobs: Sequence[dict[int, float]] | None = None,
         teacher: TeacherTargets | None = None,
-        reverse_kl: Float[Tensor, " tokens"] | None = None,
     ) -> Rollout:
         """Build a rollout from an engine's output, cut after the token that ends the response.
 
@@ -111,7 +115,6 @@ class Rollout:
             teacher: the teacher's targets of `ids`, with their log-probabilities, where it was mixed in. The behaviour
                 log-probabilities are then those of the mixture. Targets that hold nothing but log p are used for these
                 alone, and the response remains to be scored.
-            reverse_kl: KL(q‖p) at each of `ids`, where the engine knows it.
         """
         length = sampling.length(ids)
         finished = stopped or length is not None
@@ -124,8 +127,7 @@ class Rollout:
             assert targets.token_logprobs is not None
             rollout.behaviour_logprobs = mixture_logprobs(values, targets.token_logprobs, sampling.teacher_mix)
             rollout.teacher = None if targets.hidden is None and targets.rows is None else targets
-        if reverse_kl is not None:
-            rollout.reverse_kl = reverse_kl[: len(rollout.response_ids)]
+            rollout.reverse_kl = targets.reverse_kl
         return rollout
 
     def to_saved(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Requests to `vllm serve` processes: load balancing, retries, and validation of the answers.
+"""Requests to `vllm serve` processes: load balancing and retries. `minillm.models.completions` validates the answers.
 
 A request goes to the server with the fewest requests in flight. A server that is unreachable, overloaded or returns an
 invalid answer is left alone for a while and then tried again. A failed request is repeated unchanged, seed included, so
@@ -7,19 +7,18 @@ that no response is sampled twice. `VLLM_API_KEY`, where it is set, is sent with
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
 from tqdm.auto import tqdm
 
-from minillm.data.logprobs import LOG_ZERO
 from minillm.errors import EngineError
 
 # Settings of every completion: token ids as numbers, and none of the sampling settings of the served folder.
@@ -36,7 +35,7 @@ PLAIN: dict[str, Any] = {
 }
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 10.0  # seconds before the first retry of a request, and the most between two
 _COMPLETIONS, _PATIENCE = "/v1/completions", "rollout.server_patience"
-_CONNECT_TIMEOUT, _ROUNDING = 5.0, 1e-3  # seconds; how far above 0 a log-probability may be rounded
+_CONNECT_TIMEOUT = 5.0  # seconds
 T = TypeVar("T")
 
 
@@ -212,7 +211,7 @@ class Servers:
                 answers at an address every time.
         """
         completed: dict[int, T] = {}
-        deadline: float | None = None  # counts from the first restart: before it, the requests may take any time
+        deadline = math.inf  # counts from the first restart: before it, the requests may take any time
         while missing := [i for i in range(len(requests)) if i not in completed]:
             answers = self.all([lambda request=requests[i]: self._complete(*request) for i in missing], progress)
             used = {server.url: server for _, server, _ in answers}
@@ -222,14 +221,14 @@ class Servers:
                 for i, (answer, server, started_at) in zip(missing, answers, strict=True)
                 if server.url not in replaced and started_at == server.started_at
             }
-            if replaced and deadline is None:
-                deadline = time.monotonic() + self._patience
-            elif replaced and time.monotonic() > (deadline or 0.0):
+            if replaced and time.monotonic() > deadline:
                 raise EngineError(
                     f"{', '.join(sorted(replaced))}: the answers came from changing processes (by their start time in "
                     f"/metrics) for {self._patience:g} s ({_PATIENCE}); an address must be one server, not several "
                     "behind a balancer"
                 )
+            if replaced:
+                deadline = min(deadline, time.monotonic() + self._patience)
         return [completed[i] for i in range(len(requests))]
 
     def call_with_retries(self, action: Callable[[], None], server: Server) -> None:
@@ -338,65 +337,3 @@ class Servers:
         if self._closed or time.monotonic() >= deadline:
             raise EngineError(f"{server.url}: {error}; tried for {self._patience:g} s ({_PATIENCE})") from error
         time.sleep(max(min(seconds, deadline - time.monotonic()), 0.0))
-
-
-@dataclass
-class Completion:
-    """A validated completion of T tokens.
-
-    Attributes:
-        ids: The T sampled token ids.
-        logprobs: The T log-probabilities of the sampled tokens.
-        tables: For each of the T positions, log-probabilities by token id; empty where they were not requested.
-        stopped: Whether the completion ended before its token limit.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    tables: list[dict[int, float]]
-    stopped: bool
-
-
-def checked_logprob(value: float) -> float:
-    """Return a server's log-probability, but at least `LOG_ZERO`.
-
-    Raises:
-        ValueError: The value is above 0 (beyond rounding) or not a number.
-    """
-    if not value <= _ROUNDING:
-        raise ValueError(f"invalid log-probability {value} (above 0, or not a number)")
-    return max(float(value), LOG_ZERO)
-
-
-def read_completion(answer: Any, required_ids: Sequence[int] = (), tables: bool = True) -> Completion:
-    """Read and validate the JSON of a completion.
-
-    A sampled token has a probability above 0. Other tokens may have none: −inf, or the −9999 that stands for it in
-    JSON, counts as `LOG_ZERO`.
-
-    Args:
-        answer: The parsed JSON.
-        required_ids: Token ids whose log-probabilities the first position must have.
-        tables: Whether the log-probabilities of other tokens are needed.
-
-    Raises:
-        KeyError, TypeError, ValueError: The answer is not a valid completion. `Server.complete` catches these.
-    """
-    [choice] = answer["choices"]
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise ValueError(f"finish_reason {choice['finish_reason']!r}")
-    ids, logprobs = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
-    if not ids or len(ids) != len(logprobs) or not all(isinstance(token, int) for token in ids):
-        raise ValueError(f"{len(ids)} tokens with {len(logprobs)} log-probabilities")
-    if any(checked_logprob(value) == LOG_ZERO for value in logprobs):
-        raise ValueError("a sampled token has a probability of 0")
-    stopped = choice["finish_reason"] == "stop"
-    if not tables:
-        return Completion(ids, logprobs, [], stopped)
-    by_position = [
-        {int(name.removeprefix("token_id:")): checked_logprob(value) for name, value in table.items()}
-        for table in choice["logprobs"]["top_logprobs"]
-    ]
-    if len(by_position) != len(ids) or not set(required_ids) <= by_position[0].keys():
-        raise ValueError("requested log-probabilities are missing")
-    return Completion(ids, logprobs, by_position, stopped)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -162,20 +162,6 @@ def _look_up(cumulative: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return index[:, 0], rest.clamp(0, 1 - 2**-53)[:, 0]
 
 
-class MixedResponse(NamedTuple):
-    """What the engine knows of one response of T tokens that was sampled from the mixture.
-
-    Attributes:
-        student_logprobs: float32, log q of its tokens.
-        teacher: The teacher's states, and log p of the tokens.
-        reverse_kl: float32, KL(q‖p) after each prefix.
-    """
-
-    student_logprobs: Float[Tensor, " tokens"]
-    teacher: TeacherTargets
-    reverse_kl: Float[Tensor, " tokens"]
-
-
 class MixtureRecord:
     """What the steps of one `Engine.generate` call found out about every token: `MixedTokens` and the teacher's states.
 
@@ -204,8 +190,8 @@ class MixtureRecord:
         self._tokens.append(torch.stack([tokens.student_logprobs, tokens.teacher_logprobs, tokens.reverse_kl]))
         self._states.append(states)
 
-    def finish(self, lengths: Sequence[int]) -> list[MixedResponse]:
-        """Return what is known of each response.
+    def finish(self, lengths: Sequence[int]) -> list[tuple[Float[Tensor, " tokens"], TeacherTargets]]:
+        """Return log q and the teacher's targets of each response.
 
         Args:
             lengths: The number of tokens of each response. Later tokens, which engines that work ahead have sampled,
@@ -231,6 +217,6 @@ class MixtureRecord:
         self._states = []
         states = split(states[order.to(states.device)])
         return [
-            MixedResponse(logq, TeacherTargets(logp, hidden=hidden), reverse_kl)
+            (logq, TeacherTargets(logp, hidden=hidden, reverse_kl=reverse_kl))
             for logq, logp, reverse_kl, hidden in zip(*numbers, states, strict=True)
         ]

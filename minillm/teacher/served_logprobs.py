@@ -25,7 +25,8 @@ import torch
 from minillm.data.rollouts import Rollout, TeacherRows, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.errors import InputError
-from minillm.models.servers import PLAIN, Servers, checked_logprob, read_completion
+from minillm.models.completions import checked_logprob, read_completion
+from minillm.models.servers import PLAIN, Servers
 
 TOP_LOGPROBS = 20  # the most that a server returns unless --max-logprobs says otherwise
 _NEGLIGIBLE = -9.2  # log 1e-4: less likely tokens of the student are counted among the others

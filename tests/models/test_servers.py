@@ -10,7 +10,7 @@ import torch
 from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
-from minillm.models.servers import read_completion
+from minillm.models.completions import read_completion
 from minillm.teacher.served_logprobs import ServedLogprobs
 
 NAN, INF = float("nan"), float("inf")

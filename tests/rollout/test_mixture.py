@@ -100,8 +100,9 @@ def test_a_record_sorts_steps_and_drops_what_was_sampled_ahead() -> None:
     add([(1, 0), (0, 0)], [10.0, 0.0])
     add([(0, 1), (1, 1)], [99.0, 11.0])
     add([(0, 1), (0, 2)], [1.0, 2.0])  # the first of them again: the later counts
-    [(logq, first, reverse_kl), (_, second, _)] = record.finish([2, 2])
-    assert reverse_kl.tolist() == [0.0, 3.0]
+    [(logq, first), (_, second)] = record.finish([2, 2])
+    assert first.reverse_kl is not None
+    assert first.reverse_kl.tolist() == [0.0, 3.0]
     assert logq.tolist() == [-0.0, -1.0]
     assert first.token_logprobs is not None
     assert first.token_logprobs.tolist() == [-0.0, -2.0]

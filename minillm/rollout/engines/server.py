@@ -37,8 +37,9 @@ from safetensors.torch import save_file
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
+from minillm.models.completions import Completion, read_completion
 from minillm.models.configs import text_config
-from minillm.models.servers import PLAIN, Completion, Server, Servers, TransientServerError, read_completion
+from minillm.models.servers import PLAIN, Server, Servers, TransientServerError
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, padding_bias
 from minillm.rollout.engines.local_server import LocalServer, check_local_server, start_for_all
 from minillm.rollout.engines.server_checks import check_logprobs_mode, read_mixed, start_pair, teacher_logprobs

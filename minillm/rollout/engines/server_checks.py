@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minillm.errors import EngineError
-from minillm.models.servers import PLAIN, Completion, Server, TransientServerError, read_completion
+from minillm.models.completions import Completion, read_completion
+from minillm.models.servers import PLAIN, Server, TransientServerError
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -231,10 +231,8 @@ class _MixedSteps:
     def finish(self, ids: Sequence[list[int]]) -> list[dict[str, Any]]:
         """Return the arguments of `Rollout.drawn` for each response."""
         return [
-            {"ids": row, "logprobs": logq, "teacher": targets, "reverse_kl": reverse_kl}
-            for row, (logq, targets, reverse_kl) in zip(
-                ids, self._record.finish([len(row) for row in ids]), strict=True
-            )
+            {"ids": row, "logprobs": logq, "teacher": targets}
+            for row, (logq, targets) in zip(ids, self._record.finish([len(row) for row in ids]), strict=True)
         ]
 
 

@@ -242,14 +242,13 @@ class VLLMEngine:
             Rollout.drawn(
                 prompt,
                 row,
-                response.student_logprobs,
+                logq,
                 sampling,
                 self.version,
                 stopped=completion.finish_reason == "stop",
-                teacher=response.teacher,
-                reverse_kl=response.reverse_kl,
+                teacher=targets,
             )
-            for prompt, row, completion, response in zip(prompts, ids, completions, found, strict=True)
+            for prompt, row, completion, (logq, targets) in zip(prompts, ids, completions, found, strict=True)
         ]
 
     def update_weights(self, weights: NamedTensors, version: int) -> None:
