@@ -332,11 +332,11 @@ class MiniLLMTrainer(DistillationTrainer):
             logp = None if rollout.teacher is None else rollout.teacher.token_logprobs
             if logp is not None:
                 rollout.behaviour_logprobs = mixture_logprobs(logq, logp, self.rollout_config.teacher_mix)
-        broken = [r for r in rollouts if r.reverse_kl is not None and not r.reverse_kl.isfinite().all()]
-        self.stop_at([f"KL(q‖p) is not finite on {self._name_rows(broken)}"] if broken else [])
 
     def use_batch(self, number: int, rollouts: list[Rollout]) -> None:
         """Make scored rollouts the batch that the next updates train on."""
+        broken = [r for r in rollouts if r.reverse_kl is not None and not r.reverse_kl.isfinite().all()]
+        self.stop_at([f"KL(q‖p) is not finite on {self._name_rows(broken)}"] if broken else [])
         self._batch_number, self.rollouts = number, rollouts
         self.baselines = torch.zeros(len(rollouts))
         if self._centred:

@@ -300,7 +300,10 @@ def test_what_moves_the_hours(tmp_path: Path) -> None:
     assert work_of(inner_epochs=4)[0] == pytest.approx(rollouts * 3 / 5)
     off = {"long_term": 0, "single_step_weight": "none"}
     assert work_of(off, replay=0.5)[0] < rollouts
-    assert work_of({"old_logprobs": "trainer"})[0] > rollouts
+    without = work_of({"baseline": "none"})[0]
+    assert rollouts > without  # centred expected rewards take a forward of the student
+    assert work_of({"baseline": "none", "old_logprobs": "trainer"})[0] == rollouts
+    assert work_of(teacher_mix=0.2)[0] == work_of({"baseline": "none"}, teacher_mix=0.2)[0]  # the engine knows them
     served = work_of(teacher={"servers": ["http://x:1"]})
     assert served[0] < rollouts
     assert served[1] == updates  # the teacher's head is computed here

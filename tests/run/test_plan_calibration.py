@@ -172,7 +172,8 @@ def test_what_the_command_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_teacher_that_is_mixed_in_decodes_what_is_sampled(tmp_path: Path) -> None:
     def rollouts(machine: Machine, **changes: Any) -> Any:
-        return phase(plan(recipe(tmp_path, rollout={"num_rollouts": 64, **changes}), machine), "rollouts")
+        rollout, objective = {"num_rollouts": 64, **changes}, {"baseline": "none"}
+        return phase(plan(recipe(tmp_path, rollout=rollout, objective=objective), machine), "rollouts")
 
     slow = Machine(gpu=False, flops=1e30, bandwidth=1e9)  # bound by what it reads
     alone, mixed = (rollouts(slow, teacher_mix=mix) for mix in (0, 0.2))

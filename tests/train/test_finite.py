@@ -141,19 +141,30 @@ def test_a_state_that_is_none_ends_training_before_anything_is_saved(
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("by_engine", [True, False])
 def test_rollouts_that_cannot_be_read_are_named_before_they_are_trained_on(
-    pair: tuple[str, str], tmp_path: Path
+    pair: tuple[str, str], tmp_path: Path, by_engine: bool
 ) -> None:
-    trainer = make("minillm", pair, arguments(tmp_path))
-    original = trainer.student_scores
+    """KL(q‖p) of the rollouts comes from an engine that mixes the teacher in, and otherwise from a forward."""
+    rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.3 if by_engine else 0.0})
+    trainer = MiniLLMTrainer(*pair, arguments(tmp_path), rollout=rollout, train_dataset=PROMPTS)
+    sample, score = trainer.source.sample, trainer.student_scores
 
-    def own(rollouts: Any, teacher: bool = False) -> Any:
-        scores = original(rollouts, teacher)
+    def sampled(*given: Any) -> Any:
+        found = sample(*given)
+        kl = found.rollouts[1].reverse_kl
+        assert (kl is not None) is by_engine
+        if kl is not None:
+            kl[0] = float("nan")
+        return found
+
+    def scored(rollouts: Any, teacher: bool = False) -> Any:
+        scores = score(rollouts, teacher)
         if teacher:
             scores[1].reverse_kl[0] = float("nan")
         return scores
 
-    trainer.student_scores = own
+    trainer.source.sample, trainer.student_scores = sampled, scored
     row = trainer.source.prompt_rows(0)[1]
     with pytest.raises(TrainingDiverged, match=rf"^update 1: KL\(q‖p\) is not finite on train_dataset row {row}\. "):
         trainer.train()
