@@ -110,7 +110,8 @@ class Objective(Section):
     """What is subtracted from returns to reduce variance. `centre`: the mean return per token of the batch's other
     responses (leave-one-out); with expected rewards this takes one more forward pass of the student over the rollouts
     before it trains on them, unless an engine in the process mixes the teacher in (`rollout.teacher_mix`), which knows
-    KL_k. `whiten`: normalise to mean 0 and standard deviation 1 in each micro-batch, over all processes; needs `reward: sampled`. `whiten_padded`: the same with padding counted as zeros, as in LMOps."""
+    KL_k. `whiten`: normalise to mean 0 and standard deviation 1 in each micro-batch, over all processes; needs
+    `reward: sampled`. `whiten_padded`: the same with padding counted as zeros, as in LMOps."""
     importance: Literal["none", "token", "prefix"] = "token"
     """Importance weight in the long-term term, which corrects for sampling from p̃ instead of q_old. `token`: ρ_t.
     `prefix`: the product ρ_1 … ρ_k for each sampled reward r_k, or ρ_1 … ρ_(k−1) for an expected one, which is unbiased
