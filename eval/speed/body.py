@@ -33,10 +33,10 @@ def batch(text: str) -> Padded:
     """Make a batch of random tokens from a text such as `8x63+96`."""
     rows, _, lengths = text.partition("x")
     generator = torch.Generator().manual_seed(0)
-    drawn = [
+    prompts, responses = (
         torch.randint(3, 1000, (int(rows), int(length)), generator=generator).tolist() for length in lengths.split("+")
-    ]
-    return pad(*drawn, device())
+    )
+    return pad(prompts, responses, device())
 
 
 def contender(name: str, source: str) -> Any:

@@ -8,6 +8,7 @@ import gc
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def float32_from_bfloat16_products(enabled: bool = True) -> Iterator[None]:
     if not (enabled and cpu_multiplies_bfloat16()):
         yield
         return
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

@@ -49,10 +49,10 @@ def test_logits_of_bfloat16_states_are_not_rounded(quick: bool, monkeypatch: pyt
 @pytest.mark.parametrize("quick", [True, False])
 def test_products_are_made_in_bfloat16_only_inside_the_context(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: quick)
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = setting.fp32_precision
 
-    def inside(*_: object) -> None:
+    def inside(*_: object) -> Any:
         assert (setting.fp32_precision == "bf16") is quick
         raise KeyError
 
@@ -70,7 +70,8 @@ def test_products_are_made_in_bfloat16_only_inside_the_context(quick: bool, monk
 
 def _seen(precision: str) -> LossFn:
     def loss_fn(part: slice, scores: TokenScores) -> tuple[torch.Tensor, ScoreGradients]:
-        assert torch.backends.mkldnn.matmul.fp32_precision == precision
+        setting: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+        assert setting.fp32_precision == precision
         return scores.logq.sum(), ScoreGradients()
 
     return loss_fn

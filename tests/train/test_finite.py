@@ -147,7 +147,7 @@ def test_rollouts_that_cannot_be_read_are_named_before_they_are_trained_on(
 ) -> None:
     """KL(q‖p) of the rollouts comes from an engine that mixes the teacher in, and otherwise from a forward."""
     rollout = ROLLOUT.model_copy(update={"teacher_mix": 0.3 if by_engine else 0.0})
-    trainer = MiniLLMTrainer(*pair, arguments(tmp_path), rollout=rollout, train_dataset=PROMPTS)
+    trainer: Any = MiniLLMTrainer(*pair, arguments(tmp_path), rollout=rollout, train_dataset=PROMPTS)
     sample, score = trainer.source.sample, trainer.student_scores
 
     def sampled(*given: Any) -> Any:
