@@ -310,6 +310,18 @@ MUTATIONS = [
         "return sampled",
     ),
     Mutation(
+        "patience counted from before the first restart",
+        "models/servers.py",
+        "deadline = math.inf  #",
+        "deadline = time.monotonic() + self._patience  #",
+    ),
+    Mutation(
+        "a sum over the vocabulary in float32",
+        "loss/elementwise.py",
+        "values.sum(-1, dtype=torch.float64)",
+        "values.sum(-1)",
+    ),
+    Mutation(
         "log p of another mixture after rescoring",
         "train/on_policy.py",
         "needs_sampled_rewards_first(self.objective) or trainers_mixture",
