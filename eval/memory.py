@@ -84,6 +84,7 @@ def write_made_up_data(folder: Path, source: str, prompt: int, answer: int) -> l
         f"data.heldout={file}",
         "data.validation=null",
         "data.template=plain",
+        "data.system=null",  # the plain template has no room for one
         f"responses.file={answers}",
         "warmup.targets=teacher",
     ]
