@@ -75,7 +75,7 @@ class JsonLines:
         end = self._starts[number + 1] if number + 1 < len(self._starts) else self._end
         raw = os.pread(self._file.fileno(), end - start, start)  # moves no position, which forks would share
         line = raw.partition(b"\n")[0].removeprefix(b"" if start else _BYTE_ORDER_MARK)
-        return _parsed(_decoded(line, place), place)
+        return _parsed(_decoded(line, place), place), place
 
     def _check_first(self, raw: bytes) -> None:
         if raw.startswith((b"\xff\xfe", b"\xfe\xff")):

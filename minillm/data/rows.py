@@ -120,8 +120,10 @@ class RowReader:
         Raises:
             DataError: The file has changed since it was scanned.
         """
-        found = self._rows[number]
-        fields, place = found if isinstance(found, tuple) else (dict(found), f"{self._source.name}[{number}]")
+        if isinstance(self._rows, JsonLines):
+            fields, place = self._rows[number]
+        else:
+            fields, place = dict(self._rows[number]), f"{self._source.name}[{number}]"
         return _renamed(fields, place, self._source, None, checked=True)
 
 
