@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,27 +130,27 @@ class ResponsesFile:
 
     def __init__(self, path: Path) -> None:
         self.progress = Progress()
-        self._path, self._end = path, 0
+        self._path = path
         if path.is_file():
-            with path.open("rb") as lines:
+            with path.open("r+b") as lines:
+                end = 0
                 for line in lines:
                     if not line.endswith(b"\n"):
                         break
-                    self._end += len(line)
-                    if line.strip():
-                        row = json.loads(line)
-                        self.progress.note(row.get("teacher", ""), row["row"])
+                    end += len(line)
+                    self._note(json.loads(line))
+                lines.truncate(end)
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write rows after those that are complete."""
+        """Write rows at the end."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("r+b" if self._path.is_file() else "wb") as file:
-            file.truncate(self._end)
-            file.seek(self._end)
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
-            self._end = file.tell()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for row in rows:
-            self.progress.note(row.get("teacher", ""), row["row"])
+            self._note(row)
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        self.progress.note(row.get("teacher", ""), row["row"])
 
 
 def _is_token_ids(ids: Any) -> bool:

@@ -19,6 +19,8 @@ from minillm.rollout.config import RolloutConfig
 
 logger = logging.getLogger(__name__)
 
+_TRIED = 1000  # rows of a large data set, spread evenly; to tokenise them takes under a second
+
 
 def check_context(config: RolloutConfig, student: PreTrainedModel) -> None:
     """Check that the longest prompt and response fit into the student's context.
@@ -64,12 +66,13 @@ def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prom
         max_prompt_tokens: the most tokens of a prompt.
 
     Raises:
-        InputError: there are no rows, a row has no prompt, or a prompt is too long. For a row of a large data set it is
-            raised when the row is asked for.
+        InputError: there are no rows, a row has no prompt, or a prompt is too long. Of a large data set some rows are
+            tried now, and the error of another is raised when it is asked for.
     """
     if len(dataset) > IN_MEMORY:
         large = LazySequence(len(dataset), lambda row: _short_prompt(dataset, row, tokenizer, max_prompt_tokens))
-        _ = large[0]  # finds columns with other names now
+        for row in range(0, len(large), len(large) // _TRIED):
+            _ = large[row]
         return large
     prompts = [_prompt_ids(dataset[i], tokenizer) for i in range(len(dataset))]
     if not prompts:
