@@ -525,6 +525,30 @@ MUTATIONS = [
         'if self.objective.old_logprobs == "engine":\n',
         "if True:\n",
     ),
+    Mutation(
+        "BOS of a GGUF file is lost",
+        "models/gguf.py",
+        "        add_bos_token=facts.adds_bos,\n",
+        "        add_bos_token=False,\n",
+    ),
+    Mutation(
+        "a chat template of a GGUF file goes without BOS",
+        "models/gguf.py",
+        "    if not rendered.startswith(tokenizer.bos_token):",
+        "    if False:",
+    ),
+    Mutation(
+        "a space before every text of a GGUF file",
+        "models/gguf.py",
+        "    if _puts_space(backend) == wanted:\n",
+        "    if True:\n",
+    ),
+    Mutation(
+        "one end token of several in a GGUF file",
+        "models/gguf.py",
+        'for name in ("eos", "eot", "eom")]',
+        'for name in ("eos",)]',
+    ),
 ]
 
 
