@@ -35,7 +35,9 @@ SUITE = [
     "tests/train",
     "tests/evaluation/test_store.py",
     "tests/evaluation/test_suite.py",
+    "tests/run/test_gguf_teacher.py",
     "tests/run/test_jobs.py",
+    "tests/run/test_run_state.py",
     "tests/run/test_plan.py",
     "tests/run/test_plan_calibration.py",
     "tests/run/test_plan_fit.py",
@@ -548,6 +550,24 @@ MUTATIONS = [
         "models/gguf.py",
         'for name in ("eos", "eot", "eom")]',
         'for name in ("eos",)]',
+    ),
+    Mutation(
+        "a stage that has made nothing counts as made with its settings",
+        "run/directory.py",
+        'if entry is None or not (entry["finished"] or stage_named(stage).has_made_something(self._recipe.run_dir)):',
+        "if entry is None:",
+    ),
+    Mutation(
+        "redo throws away what nobody named",
+        "run/runner.py",
+        "    if not lost or (not named and len(lost) == 1):\n",
+        "    if True:\n",
+    ),
+    Mutation(
+        "a GGUF teacher is spared the check of the student's adapter",
+        "run/checks.py",
+        "    if recipe.student.lora is not None:\n        check_student(",
+        "    if recipe.student.lora is not None and not find_gguf(teacher):\n        check_student(",
     ),
 ]
 

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from minillm.rollout.engines.vllm_pair import PairControl
 
 
-
 class VLLMEngine:
     """One vLLM engine in this process.
 

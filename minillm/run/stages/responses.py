@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -77,6 +78,9 @@ class Responses(Stage):
             write_jsonl(file, rows)
         if engine:
             engine.close()
+
+    def has_made_something(self, run_dir: Path) -> bool:
+        return (run_dir / "responses.jsonl").is_file()
 
     def discard(self, run: Run, requested: bool) -> None:
         (run.dir / "responses.jsonl").unlink(missing_ok=True)
