@@ -569,6 +569,24 @@ MUTATIONS = [
         "    if recipe.student.lora is not None:\n        check_student(",
         "    if recipe.student.lora is not None and not find_gguf(teacher):\n        check_student(",
     ),
+    Mutation(
+        "nobody says that a stage ended worse than it began",
+        "run/stages/shared.py",
+        "    if found is not None:\n        logger.warning(",
+        "    if False:\n        logger.warning(",
+    ),
+    Mutation(
+        "the student is watched from after the first update on",
+        "train/watch.py",
+        "        if state.global_step == 0:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "half the rows that are watched count",
+        "train/validation.py",
+        "        tokens = self.global_sum(sum(map(len, answers)))\n",
+        "        tokens = self.global_sum(sum(map(len, answers[::2])))\n",
+    ),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -46,6 +46,8 @@ class Stage(ABC):
         keeps_work: whether a stage that is made again because another was takes from before what still holds, so that
             nothing is lost. What other stages have made is thrown away.
         curve_title, curves: the plots that the report draws of its log.
+        watched: what its log is asked for at the end, to tell whether it ended worse than it began; see
+            `minillm.train.watch.decline`.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,7 @@ class Stage(ABC):
     keeps_work: ClassVar[bool] = False
     curve_title: ClassVar[str] = ""
     curves: ClassVar[Sequence[Panel]] = ()
+    watched: ClassVar[Mapping[str, str]] = {}
 
     def arguments(self, recipe: Recipe) -> dict[str, Any]:
         """The stage's `TrainingArguments` as the recipe gives them; empty for a stage that trains nothing."""

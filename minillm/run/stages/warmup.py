@@ -57,6 +57,11 @@ class Warmup(Stage):
         ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
         ("Gradient norm", {"grad_norm": "before clipping"}),
     )
+    watched = {
+        "eval_reverse_kl": "KL(q‖p) of the validation",
+        "watched_reverse_kl": "KL(q‖p) on some of its own training rows",
+        "loss": "its loss",
+    }
 
     def trains_on_references(self, recipe: Recipe) -> bool:
         return recipe.warmup.targets == "references"
@@ -89,6 +94,8 @@ class Warmup(Stage):
             cross_entropy_temperature=settings.cross_entropy_temperature,
             eval_dataset=run.validation,
         )
+        if settings.cross_entropy < 1:
+            shared.watch_rows(self, trainer, _rows(run))
         shared.train(run, self, trainer, run.warmed, final="minillm" not in recipe.stages)
 
     def phases(self, planner: Planner) -> list[Phase]:
