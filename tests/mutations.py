@@ -36,6 +36,7 @@ SUITE = [
     "tests/evaluation/test_store.py",
     "tests/evaluation/test_suite.py",
     "tests/run/test_gguf_teacher.py",
+    "tests/run/test_responses_file.py",
     "tests/run/test_jobs.py",
     "tests/run/test_run_state.py",
     "tests/run/test_plan.py",
@@ -57,6 +58,60 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "every pass over the data has the order of the first",
+        "data/seeding.py",
+        "_order(self._n, *self._seed, number)",
+        "_order(self._n, *self._seed, 0)",
+    ),
+    Mutation(
+        "a line is read again from the line before it",
+        "data/json_lines.py",
+        "start = self._starts[number]",
+        "start = self._starts[number - 1]",
+    ),
+    Mutation(
+        "a file that has changed is read on",
+        "data/json_lines.py",
+        "if self._current_version() != self._version:",
+        "if False:",
+    ),
+    Mutation(
+        "every answer of a chat is read again as its first",
+        "data/examples.py",
+        "number - bisect_left(self._rows, row)",
+        "0",
+    ),
+    Mutation(
+        "a prompt that is too long is trained on in a large data set",
+        "data/prompts.py",
+        "if len(ids) <= self._rendering.max_prompt_tokens else None",
+        "if ids else None",
+    ),
+    Mutation(
+        "one row stands in for all that are left out",
+        "data/prompts.py",
+        'seed_of("stand-in", place, attempt)',
+        'seed_of("stand-in", attempt)',
+    ),
+    Mutation(
+        "large text is packed in the order of its file",
+        "data/text.py",
+        "dataset[order[position]] for position",
+        "dataset[position] for position",
+    ),
+    Mutation(
+        "a second pass over large text has the order of the first",
+        "data/text.py",
+        "        return self._passes[turn]",
+        "        return turn % len(self._blocks)",
+    ),
+    Mutation(
+        "responses are sampled again that were written before",
+        "run/responses_file.py",
+        "        self.row = row\n",
+        "        self.row = -1\n",
+    ),
     Mutation(
         "mask dropped: a return runs on into the next response",
         "loss/credit.py",

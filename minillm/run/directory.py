@@ -81,7 +81,8 @@ def _by_content(value: Any) -> Any:
 
 
 def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    with Path(file).open("rb") as opened:  # in pieces: a data file may be larger than memory
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _is_run_directory(folder: Path) -> bool:

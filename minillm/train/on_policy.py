@@ -165,7 +165,7 @@ class MiniLLMTrainer(DistillationTrainer):
             ReplayedAndGiven(config, responses, self.sampling.eos_ids, worker, routed=routed),
             score_given=lambda given: [scores.logq for scores in self.student_scores(given)],
             worker=worker,
-            teachers=[train_dataset[row]["teacher"] for row in range(len(prompts))] if routed else None,
+            teacher_of=(lambda row: train_dataset[row]["teacher"]) if routed else None,
         )
 
     # Updates

@@ -44,7 +44,7 @@ class ValidationMixin(StudentMixin):
             responses.
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        own = [rows[i] for i in range(len(rows))][self.accelerator.process_index :: self.accelerator.num_processes]
+        own = [rows[i] for i in range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)]
         with self.phase("validation"):
             sampled = self.sample_answers([row["prompt_ids"] for row in own])
             answers = [self._answer(row, rollout) for row, rollout in zip(own, sampled, strict=True)]

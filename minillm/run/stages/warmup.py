@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -71,9 +70,8 @@ class Warmup(Stage):
 
     def check_rows(self, run: Run) -> None:
         super().check_rows(run)
-        given = run.recipe.responses.file
-        if given is not None and not self.trains_on_references(run.recipe):
-            run.given_responses(given)
+        if run.recipe.responses.file is not None and not self.trains_on_references(run.recipe):
+            _ = run.answer_rows
 
     def run(self, run: Run) -> None:
         from minillm.run.stages import shared
@@ -86,7 +84,7 @@ class Warmup(Stage):
             teacher=shared.supervised_teacher(run, arguments),
             args=arguments,
             shard_teacher=recipe.teacher.first.shard,
-            train_dataset=_rows(run),
+            train_dataset=run.references if settings.targets == "references" else run.answer_rows,
             cross_entropy=settings.cross_entropy,
             divergence=settings.divergence,
             temperature=settings.temperature,
@@ -107,13 +105,3 @@ class Warmup(Stage):
     def tags(self, recipe: Recipe) -> list[str]:
         fine_tuned = recipe.warmup.cross_entropy == 1 and recipe.warmup.targets == "references"
         return ["sft"] if fine_tuned else ["distillation"]
-
-
-def _rows(run: Run) -> list[dict[str, Any]]:
-    """The answers that the recipe trains the student on."""
-    from minillm.data.files import read_jsonl
-
-    given = run.recipe.responses.file
-    if run.recipe.warmup.targets == "references":
-        return run.references
-    return read_jsonl(Path(run.answers)) if given is None else run.given_responses(given)
