@@ -33,15 +33,17 @@ def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Ite
     """
     if not hasattr(model, "get_base_model"):
         for name, value in _stored(model):
-            yield name, full_tensor(value).to(dtype)
+            yield name, full_tensor(value, dtype)
         return
     check_adapter(model)
     deltas = {f"{name}.weight": pairs for name, pairs in adapted_layers(model)} if merged else {}
     for name, value in _stored(model.get_base_model()):
         if "lora_" not in name:
             plain = name.replace(".base_layer", "")
-            whole = full_tensor(value)
-            for module, adapter in deltas.get(plain, []):
+            pairs = deltas.get(plain, [])
+            # A weight that an adapter is added to is rounded after that, and so is gathered as it is stored.
+            whole = full_tensor(value, None if pairs else dtype)
+            for module, adapter in pairs:
                 with gathered(part for key, part in module.named_parameters() if "lora_" in key):
                     delta = full_tensor(module.get_delta_weight(adapter))
                 whole = whole + delta.to(whole.dtype)
