@@ -35,7 +35,7 @@ def run_recipe(recipe: Recipe, only: str | None = None, redo: bool = False) -> R
     if rank == 0 and redo:
         _discard(run, stages[0])
     if world > 1:
-        processes.rendezvous(run, rank)
+        processes.rendezvous(run, rank, world)
     for number, stage in enumerate(stages):
         run.state.check(stage)
         run.state.needs(stage, stages[:number])

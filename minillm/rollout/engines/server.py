@@ -17,7 +17,8 @@ minillm installed on its machine, and in addition
 
 with the student's own architecture for `LlamaForCausalLM`. The teacher in the training process scores the responses.
 
-The weights are written as safetensors to a folder that the trainer and the servers must both see. Every server loads
+The weights are written as safetensors to a folder that the trainer and the servers must both see: for servers on other
+machines, `run_dir` is on a file system that they share, at the same path. Every server loads
 the current weights before it samples, because a server that was restarted has the weights of MODEL. Load balancing and
 retries are in `minillm.models.servers`.
 """
@@ -42,7 +43,13 @@ from minillm.models.configs import text_config
 from minillm.models.servers import PLAIN, Server, Servers, TransientServerError
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, padding_bias
 from minillm.rollout.engines.local_server import LocalServer, check_local_server, start_for_all
-from minillm.rollout.engines.server_checks import check_logprobs_mode, read_mixed, start_pair, teacher_logprobs
+from minillm.rollout.engines.server_checks import (
+    check_addresses,
+    check_logprobs_mode,
+    read_mixed,
+    start_pair,
+    teacher_logprobs,
+)
 from minillm.rollout.engines.vllm_plugin import MixtureRequest
 
 if TYPE_CHECKING:
@@ -114,6 +121,7 @@ class VLLMServerEngine:
         model, own, saved = request.model, None, request.work / "server-teacher"
         if model is None:
             raise EngineError("rollout.engine: server samples the student in training only")
+        check_addresses(request.config.servers)
         if request.config.servers != "auto":
             return cls._attach_all(request, model, request.config.servers)
         teacher = request.teacher
