@@ -215,7 +215,7 @@ class Measurement:
         passed = {name: after[name] - before[name] for name in self.names}
 
         def total(names: list[str]) -> Count:
-            return Count(*(sum(values) for values in zip(*((passed[n].sent, passed[n].received) for n in names))))
+            return Count(sum(passed[name].sent for name in names), sum(passed[name].received for name in names))
 
         if not self.served:
             return dict.fromkeys(KINDS, 0.0) | {"training": float(total(self.nodes).sent)}
@@ -224,7 +224,7 @@ class Measurement:
         return dict.fromkeys(KINDS, 0.0) | {
             "training": float(nodes.sent - asked - teachers.received),
             "weights to the servers": float(files.sent),
-            "rollouts of the servers": float(asked + servers.sent),
+            "rollouts of the servers": float(asked + servers.sent - files.received),
             "states of the served teacher": float(teachers.sent + teachers.received),
         }
 

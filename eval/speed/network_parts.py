@@ -4,8 +4,8 @@
     python eval/speed/network_parts.py student|teacher MODEL ADDRESS FILES ROOT
 
 A server answers as vLLM does, with as many bytes: the student's samples exactly and takes new weights, which it reads
-over the network from the file server at FILES, whose folder is ROOT; the teacher's returns states. A training process reports each update in
-a file of FOLDER, and goes on when the file is gone.
+over the network from the file server at FILES, whose folder is ROOT; the teacher's returns states. A training process
+reports each update in a file of FOLDER, and goes on when the file is gone.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
@@ -321,11 +323,14 @@ class VLLMServerEngine:
         partial_folder = target.with_name(target.name + ".part")
         shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir(parents=True)
-        # Tied weights are one storage under two names, which safetensors refuses.
-        save_file(
-            {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights},
-            partial_folder / "model.safetensors",
-        )
+        # Of tied weights, the first name alone is written, as in a saved model: servers read them once, not twice.
+        found, seen = dict[str, Tensor](), dict[int, weakref.ref[Tensor]]()
+        for name, value in weights:
+            earlier = seen.get(id(value))
+            if earlier is None or earlier() is not value:  # another tensor may have got the place of one that is gone
+                seen[id(value)] = weakref.ref(value)
+                found[name] = value.to("cpu", copy=True).contiguous()
+        save_file(found, partial_folder / "model.safetensors")
         shutil.rmtree(target, ignore_errors=True)
         partial_folder.rename(target)
 

@@ -98,11 +98,11 @@ def spread_flows(spread: str, training: StageTraining, model: Shape) -> list[Flo
             _ring("weights in shards, all-gather", 2 * micro_batches * weights, machine),
             _ring("gradients, reduce-scatter", micro_batches * half, machine),
         ]
-    # Blocks are gathered for the forward and again for the backward, everything else once.
-    blocks = training.itemsize * model.body
+    # All is gathered for the forward, and all but the head (with a tied embedding) again for the backward.
+    again = training.itemsize * (model.parameters - model.head)
     by_gloo = 1 if machine.gpu else 2  # which has no reduce-scatter: PyTorch has it reduce all of it everywhere
     return [
-        _ring("weights in shards, all-gather", micro_batches * (weights + blocks), machine),
+        _ring("weights in shards, all-gather", micro_batches * (weights + again), machine),
         _ring("gradients, reduce-scatter", by_gloo * _FLOAT32 * trained, machine),
     ]
 
@@ -120,10 +120,13 @@ def _trained(training: StageTraining, model: Shape) -> float:
 
 
 def _rescoring(training: StageTraining, model: Shape) -> Flow:
-    """Weights that are gathered for the student's forwards over a batch before it trains on it."""
+    """Weights that are gathered for the student's forwards over a batch before it trains on it.
+
+    The head is gathered once, and then need not be for the first micro-batch of the update.
+    """
     own = batch_of(training.recipe).rescored / training.machine.processes
     forwards = -(-own // training.micro_batch_size) / work.updates_of_batch(training.recipe, training.machine)
-    size = forwards * training.itemsize * model.parameters
+    size = forwards * training.itemsize * (model.parameters - model.head)
     return _ring("weights in shards to score a batch first, all-gather", size, training.machine)
 
 
