@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -60,6 +61,18 @@ Utilisation = Annotated[
     float | None,
     typer.Option(
         help="Share of --flops that is reached (model FLOPs utilisation). Default: 0.35, or 0.6 of a CPU.",
+        show_default=False,
+    ),
+]
+Nodes = Annotated[
+    int,
+    typer.Option(min=1, help="Number of machines that the GPUs are on, as many on each; --gpus counts all of them."),
+]
+Link = Annotated[
+    float | None,
+    typer.Option(
+        help="What one machine sends to the others in a second, in GB (100 Gbit/s are 12.5), and receives at once. "
+        "Default: 12.5.",
         show_default=False,
     ),
 ]
@@ -196,6 +209,8 @@ def plan(
     shard: Annotated[bool, typer.Option(help="Shard the student over the processes (FSDP2, ZeRO-3).")] = False,
     flops: Flops = None,
     utilisation: Utilisation = None,
+    nodes: Nodes = 1,
+    link: Link = None,
     fit: Annotated[
         Path | None, typer.Option(help="Write a recipe here that extends this one and fits.", show_default=False)
     ] = None,
@@ -209,6 +224,8 @@ def plan(
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
     size = None if memory is None else _bytes(memory)
+    if link is not None and not 0 < link < math.inf:
+        raise InputError(f"--link {link:g}: a number of GB in a second above 0 is needed")
     if calibrate:
         _calibrate(gpus)
     if recipe is None:
@@ -223,7 +240,7 @@ def plan(
     loaded = None if recipe.is_dir() else overridden(recipe, [])
     from minillm.run.plan import fit_report, machine_for, plan_report, table_report  # they import torch
 
-    machine, source = machine_for(gpus, size, flops, utilisation, shard)
+    machine, source = machine_for(gpus, size, flops, utilisation, shard, nodes, link and link * 1e9)
     if loaded is None:
         typer.echo(table_report(recipe, machine, lambda file: overridden(file, [])), nl=False)
         return

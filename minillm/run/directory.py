@@ -87,8 +87,8 @@ def _digest(file: str) -> str:
 
 def _is_run_directory(folder: Path) -> bool:
     """Whether a folder is a run directory, or empty, or was begun this moment by another process."""
-    names = {file.name for file in folder.iterdir()}
-    return names <= {"recipe.json", "state.part", "launched"} or "state.json" in names
+    names = {file.name for file in folder.iterdir() if not file.name.startswith("launched")}
+    return names <= {"recipe.json", "state.part"} or "state.json" in names
 
 
 def _normalise_path(key: str, value: Any) -> Any:

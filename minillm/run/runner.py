@@ -40,7 +40,7 @@ def run_recipe(recipe: Recipe, only: str | Sequence[str] | None = None, redo: bo
         if rank == 0:
             _discard(run, stages)
     if world > 1:
-        processes.rendezvous(run, rank)
+        processes.rendezvous(run, rank, world)
     for number, stage in enumerate(stages):
         run.state.check(stage)
         run.state.needs(stage, stages[:number])

@@ -364,7 +364,7 @@ class MiniLLMTrainer(DistillationTrainer):
         within_batch = step % self.schedule.updates_per_batch > 0
         unfinished = self.rollouts if within_batch else []
         checkpoint = RolloutCheckpoint(self._batch_number, unfinished, self.source.others.buffer)
-        checkpoint.save(folder, self.accelerator.process_index)
+        checkpoint.save(folder, self.accelerator.process_index, self.accelerator.num_processes)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -3,9 +3,10 @@
 - `machine`: the hardware that a recipe is planned for, and its speed.
 - `work`: rows, tokens and weight updates of the stages.
 - `memory`: bytes by purpose.
-- `phases`: the plan; each stage takes its phases from there.
+- `phases`: the plan; each stage takes its phases from there, and those of the minillm stage take `rollouts`.
+- `network`: bytes from machine to machine; `growth`: the time of an update as machines are added.
 - `fit`: settings that make a recipe fit.
-- `text`: the text that the command prints.
+- `text`, with `network_text`: the text that the command prints.
 """
 
 from minillm.run.plan.fit import advice, fewest_gpus, fit_recipe
