@@ -126,6 +126,7 @@ class UpdateOnRequest(TrainerCallback):
             "moved": all(not torch.equal(part, self._before[name]) for name, part in self._parts().items()),
             "loss": self._log.get("loss"),
             "phases": {name: self._log.get(name) for name in PHASES},
+            "engine_start_seconds": self._log.get("engine_start_seconds") or 0.0,
             "peak_flops": self._peak,
         }
 

@@ -2,11 +2,11 @@
 
     python eval/speed/scaling.py [--only AXIS...] [--quick] [--table | --json] [--figures FOLDER]
 
-The axes leave from one point, the quickstart's pair with `--tokens` and `--sequences`, and change one setting; `corners`
-change several. Models of other sizes or vocabularies have random weights or heads, and all responses have a fixed
-length. Every point is measured in a process of its own, in which `MiniLLMTrainer` and vLLM start anew: the settings of a
-point decide how much memory vLLM takes, so an engine cannot be shared. The start is not part of an update's seconds. At
-a third of the points TRL's `DistillationTrainer` takes turns with ours.
+The axes leave from one point, the quickstart's pair with `--tokens` and `--sequences`, and change one setting;
+`corners` change several. Models of other sizes or vocabularies have random weights or heads, and all responses have a
+fixed length. Every point is measured in a process of its own, in which `MiniLLMTrainer` and vLLM start anew: the
+settings of a point decide how much memory vLLM takes, so an engine cannot be shared. The start is not part of an
+update's seconds. At a third of the points TRL's `DistillationTrainer` takes turns with ours.
 
 - `tokens`, `responses`, `vocabulary`, `student`, `teacher`: sizes of an update.
 - `padding`: the longest response is so many times as long as the shortest one; the mean remains.
@@ -14,9 +14,9 @@ a third of the points TRL's `DistillationTrainer` takes turns with ours.
 - `rows`: rows of data, from the file to the first batch, and in each batch; no model is loaded.
 - `models`: models of an evaluation, with sampling, scoring of the text, and the start of one engine.
 
-A point is kept in `--out` when it is complete. A call that was stopped, or ran out of its `--minutes`, is made again and
-goes on; points of another machine or version are not used. A point that is planned not to fit into memory is left out
-by name. The peak memory of a process is its largest resident size, on a GPU what PyTorch had allocated at most.
+A point is kept in `--out` when it is complete. A call that was stopped, or ran out of its `--minutes`, is made again
+and goes on; points of another machine or version are not used. A point that is planned not to fit into memory is left
+out by name. The peak memory of a process is its largest resident size, on a GPU what PyTorch had allocated at most.
 
 Of each phase an exponent of a log-log fit is given with its 95 % interval, the exponent of the upper half of the axis,
 and that of the operations that the phase consists of. What grows faster than these is named in `faults`.
@@ -101,10 +101,8 @@ class Curve:
         if point.trl:
             found.setdefault("trl", None)
         self._results.add(point.key, found | {"planned": planned})
-        taken = time.monotonic() - start
-        say(
-            f"{point}: {found['ours']['seconds']:.2f} s, {found['ours']['peak_bytes'] / 1e9:.2f} GB ({taken:.0f} s in all)"
-        )
+        taken, own = time.monotonic() - start, found["ours"]
+        say(f"{point}: {own['seconds']:.2f} s, {own['peak_bytes'] / 1e9:.2f} GB ({taken:.0f} s in all)")
 
     def _leave_out(self, point: Point, reason: str, what: str = "") -> None:
         self.left_out[f"{point}{what}"] = reason

@@ -42,9 +42,8 @@ class Results:
             record = json.loads(line)
             key, on = record["key"], record["on"]
         except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(
-                f"{place}: no record of a point ({error}); remove the line, or name another file"
-            ) from None
+            fault = f"{place}: no record of a point ({error}): remove the line, or name another file"
+            raise SystemExit(fault) from None
         if on == self._on:
             self.by_key[key] = record
         else:
