@@ -214,6 +214,18 @@ MUTATIONS = [
         "None",
     ),
     Mutation(
+        "vLLM planned as if it read a prompt again for every response",
+        "run/plan/memory.py",
+        "for cached in (0.0, known)",
+        "for cached in (0.0, 0.0)",
+    ),
+    Mutation(
+        "a known length of responses planned as half as long",
+        "run/plan/work.py",
+        "recipe.rollout.max_new_tokens / 2 if self.response is None else self.response",
+        "recipe.rollout.max_new_tokens / 2",
+    ),
+    Mutation(
         "small models planned as fast as large ones",
         "run/plan/machine.py",
         "layers * _LAYER_SECONDS if self.gpu else 0.0",

@@ -79,12 +79,13 @@ class Warmup(Stage):
 
         settings, recipe = run.recipe.warmup, run.recipe
         arguments = shared.training_arguments(run, self)
+        rows = run.references if settings.targets == "references" else run.answer_rows
         trainer = SupervisedTrainer(
             **shared.student_arguments(run, run.start, arguments),
             teacher=shared.supervised_teacher(run, arguments),
             args=arguments,
             shard_teacher=recipe.teacher.first.shard,
-            train_dataset=run.references if settings.targets == "references" else run.answer_rows,
+            train_dataset=rows,
             cross_entropy=settings.cross_entropy,
             divergence=settings.divergence,
             temperature=settings.temperature,
@@ -93,7 +94,7 @@ class Warmup(Stage):
             eval_dataset=run.validation,
         )
         if settings.cross_entropy < 1:
-            shared.watch_rows(self, trainer, _rows(run))
+            shared.watch_rows(self, trainer, rows)
         shared.train(run, self, trainer, run.warmed, final="minillm" not in recipe.stages)
 
     def phases(self, planner: Planner) -> list[Phase]:
