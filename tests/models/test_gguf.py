@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from minillm.data.encoding import TextEncoder
 from minillm.data.examples import Example
@@ -109,6 +109,15 @@ def test_a_header_is_read_without_the_vocabulary(tmp_path: Path) -> None:
     header = gguf_header(tmp_path / "x.gguf")
     assert header["tokenizer.ggml.tokens"] == len(BYTES)
     assert tokenizer_facts(header).adds_bos
+
+
+def test_the_config_is_the_one_that_transformers_reads(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    write_gguf(file)
+    ours, theirs = read_config(file).to_dict(), AutoConfig.from_pretrained(tmp_path, gguf_file="x.gguf").to_dict()
+    differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert differing <= {"pad_token_id", "bos_token_id", "eos_token_id", "_name_or_path"}
+    assert ours["vocab_size"] == len(SENTENCEPIECE)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a file of weights", None])

@@ -8,8 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from minillm.errors import MinillmError
+from minillm.models import gguf
+from minillm.models.load import load_tokenizer
 from minillm.run import runner
 from minillm.run.context import Run
 from minillm.run.recipe import Recipe
@@ -89,3 +92,36 @@ def test_blocks_that_are_not_found_are_refused_before_the_first_stage(
         Run(loaded(recipe))
     Run(loaded(recipe, "stages=[teacher]"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_reads_the_file_once_and_every_stage_begins_with_bos(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            read.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(gguf, "convert_gguf_tokenizer", counted("tokenizer", gguf.convert_gguf_tokenizer))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted("model", AutoModelForCausalLM.from_pretrained))
+    settings = ["rollout.teacher_mix=0.2", "objective.preset=recommended"]
+    done = runner.run_recipe(loaded(recipe, *settings))
+    assert read.count("tokenizer") == 1
+    rows = [json.loads(line) for line in (done.dir / "responses.jsonl").read_text().splitlines()]
+    asked = json.loads((done.dir / "evaluate" / "prompts.json").read_text())
+    assert len(asked) == 8
+    for ids in (*(row["prompt_ids"] for row in rows), *(prompt.ids for prompt in done.heldout_prompts)):
+        assert (ids[0], ids.count(1)) == (1, 1)
+    for folder in (done.teacher, done.start, done.warmed, done.student):
+        assert load_tokenizer(folder)("ab")["input_ids"] == done.conventions.tokenizer("ab")["input_ids"]
+        assert json.loads((Path(folder) / "generation_config.json").read_text())["eos_token_id"] == [2, 4]
+    logged = json.loads((Path(done.student) / "trainer_state.json").read_text())["log_history"]
+    assert max(entry["engine_mismatch"] for entry in logged if "engine_mismatch" in entry) < 1e-4
+    # The same run again converts the tokenizer, and leaves the weights alone.
+    read.clear()
+    runner.run_recipe(loaded(recipe, *settings))
+    assert read == ["tokenizer"]
