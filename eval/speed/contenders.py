@@ -163,7 +163,7 @@ def set_lengths(lengths: Sequence[int]) -> None:
             one.max_tokens = length
         return run(engine, prompts, params, progress)
 
-    VLLMEngine._run = limited
+    VLLMEngine._run = limited  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def count_tokens(trainer: Any) -> dict[str, int]:

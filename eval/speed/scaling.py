@@ -69,13 +69,14 @@ class Curve:
         """Measure the points of all axes; those of which there are records are skipped, or only planned again."""
         for point in in_order(axes):
             record = self._results.by_key.get(point.key)
-            done = record is not None and ("trl" in record or not point.trl)
-            if done and not plan_again:
+            if record is not None and point.trl and "trl" not in record:
+                record = None  # it was measured without TRL, which is asked for now
+            if record is not None and not plan_again:
                 continue
             earlier = {one.x: found for one in axes.get("rows", []) if (found := self._results.by_key.get(one.key))}
             task = prepare(point, self._models, self._machine, earlier)
             planned = task.planned.record | {"with": self._with}
-            if done:
+            if record is not None:
                 self._results.add(point.key, record | {"planned": planned})
             else:
                 self._try(task, planned)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def workload(settings: Settings, models: Models) -> Workload:
         lengths=() if len(set(lengths)) == 1 else tuple(lengths),
         measures_peak=False,
     )
-    return Workload(**vars(work) | {"longest_prompt": max(prompt_lengths(work))})
+    return replace(work, longest_prompt=max(prompt_lengths(work)))
 
 
 def measure_update(work: Workload, rounds: Rounds, *, trl: bool) -> Record:
