@@ -82,12 +82,15 @@ Link = Annotated[
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Run only this stage, e.g. evaluate.", show_default=False)] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="Run only this stage, e.g. evaluate, or several: warmup,minillm.", show_default=False),
+    ] = None,
     redo: Annotated[
         bool,
         typer.Option(
-            help="Run the first stage again, and those that build on it, even if it is finished or was run with other "
-            "settings."
+            help="Make the stages that --stage names again, even if they are finished or were made with other "
+            "settings. It refuses to throw away the work of a stage that is not named."
         ),
     ] = False,
 ) -> None:
@@ -101,21 +104,20 @@ def run(
     if is_comparison(recipe):
         _compare(recipe, overrides or [])
         return
-    if stage is not None:
-        try:
-            stage_named(stage)
-        except InputError as error:
-            raise InputError(f"--stage {error}") from None
+    try:
+        stages = [stage_named(name.strip()).name for name in stage.split(",")] if stage is not None else None
+    except InputError as error:
+        raise InputError(f"--stage {error}") from None
     loaded = load_recipe(recipe, overrides or [])
     from minillm.run.processes import rank
     from minillm.run.runner import run_recipe  # after the recipe, which is read without torch
     from minillm.run.stages.report import describe
 
-    done = run_recipe(loaded, stage, redo)
+    done = run_recipe(loaded, stages, redo)
     if rank() == 0:
         from minillm.run.results import show_results
 
-        if stage == "evaluate":
+        if stages is not None and "evaluate" in stages and "report" not in stages:
             describe(done)  # the report and the cards that are there describe other answers
         show_results(done.dir)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from minillm.data.lazy import LazySequence
 from minillm.errors import InputError
 from minillm.loss.config import Objective
 from minillm.rollout.config import RolloutConfig
@@ -45,6 +46,7 @@ def check_on_policy(
     if served_teacher:
         check_served_teacher(rollout)
     check_off_policy(rollout, objective)
+    check_samples(rollout, objective)
     if sharded_teacher:
         check_sharded_teacher(rollout, objective, text)
     if rollout.teacher_mix and not can_mix:
@@ -79,6 +81,20 @@ def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
                 f"rollout.{name} trains on responses that the current student did not sample, which the long-term term "
                 "and its weights do not allow: set objective.long_term: 0 and objective.single_step_weight: none"
             )
+
+
+def check_samples(rollout: RolloutConfig, objective: Objective) -> None:
+    """Refuse to compare a response with others to its prompt where there are none.
+
+    Raises:
+        InputError: the message names the setting to change.
+    """
+    by_prompt = objective.credit_offset == "rate_per_prompt"
+    if by_prompt and objective.long_term and rollout.samples_per_prompt < 2:
+        raise InputError(
+            "objective.credit_offset: rate_per_prompt takes the price of tokens from other responses to the same "
+            "prompt: set rollout.samples_per_prompt to 2 or more, or credit_offset: rate"
+        )
 
 
 def update_size_fault(rollout: RolloutConfig, update_size: int, processes: int) -> str | None:
@@ -151,6 +167,8 @@ def check_teacher_names(names: Collection[str], rows: Mapping[str, Sequence[Mapp
         InputError: naming the row, and the names that are allowed.
     """
     for argument, dataset in rows.items() if names else ():
+        if isinstance(dataset, LazySequence):  # its file was checked when it was read, and to check it makes every row
+            continue
         for number in range(len(dataset or ())):
             row = dataset[number] if dataset is not None else {}
             if row.get("teacher") not in names:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,11 +24,14 @@ class RolloutCheckpoint:
         number: the number of the current batch of rollouts.
         rollouts: this process's rollouts of that batch; empty between two batches.
         replay: this process's rollouts that can be replayed.
+        credit: what the batches before leave to the batch that comes next, or that is unfinished (`BatchCredit.state`);
+            empty in checkpoints of earlier versions.
     """
 
     number: int
     rollouts: list[Rollout]
     replay: list[Rollout]
+    credit: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path, rank: int, processes: int) -> None:
         """Write this process's file. The teacher's targets are left out; the teacher scores again after a resume.
@@ -42,6 +46,7 @@ class RolloutCheckpoint:
             "number": self.number,
             "rollouts": [rollout.to_saved() for rollout in self.rollouts],
             "earlier": [rollout.to_saved() for rollout in self.replay],
+            "credit": self.credit,
         }
         torch.save(saved, folder / _FILE.format(rank=rank))
 
@@ -77,7 +82,7 @@ class RolloutCheckpoint:
                 "machine the rank that it had, or save on a file system that all of them share"
             )
         rollouts, replay = ([Rollout.from_saved(fields) for fields in saved[key]] for key in ("rollouts", "earlier"))
-        return cls(saved["number"], rollouts, replay)
+        return cls(saved["number"], rollouts, replay, saved.get("credit", {}))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def update_time(recipe: Recipe, machine: Machine) -> UpdateTime:
         The seconds by part.
     """
     planner, training = Planner(recipe, machine), StageTraining(recipe, machine, "minillm")
-    cost = rollout_cost(training, planner.student, planner.teachers)
+    cost = rollout_cost(training, planner.student, planner.teachers, planner.lengths)
     updates = training.updates
     flows = network.traffic(planner, training)
     return UpdateTime(

@@ -2,12 +2,12 @@
 
 Memory is that of prompts and responses of full length, which some batch will have. Operations and time are those of
 average ones: prompts and references are as long as the text of the data says, and sampled responses are half as long as
-the longest ones that are allowed.
+the longest ones that are allowed, unless `Lengths` says how long those of the minillm stage are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from minillm.models.flops import Dimensions
 from minillm.models.shape import Shape, shape_of
@@ -15,65 +15,21 @@ from minillm.rollout.engines.vllm_memory import GIB, states_bytes
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.memory import Parts, SampledModel
+from minillm.run.plan.phase import Phase, Plan
 from minillm.run.plan.rollouts import batches, rollout_cost
 from minillm.run.plan.teachers import Teachers, scoring_flops
-from minillm.run.plan.work import StageTraining
+from minillm.run.plan.work import Lengths, StageTraining
 from minillm.run.recipe import Recipe
 from minillm.run.stages import STAGES
 
 
-@dataclass
-class Phase:
-    """One phase of a run: its memory in one process, and its cost in all processes together."""
-
-    name: str
-    """The stage, with the part of it that the phase is."""
-    parts: Parts = field(default_factory=dict)
-    """Bytes in one process by purpose."""
-    flops: float = 0.0
-    """Floating-point operations of all processes."""
-    seconds: float = 0.0
-    """The time that the phase takes."""
-
-    @property
-    def peak(self) -> float:
-        """Bytes of memory in one process."""
-        return sum(self.parts.values())
-
-
-@dataclass
-class Plan:
-    """The phases of a recipe on a machine."""
-
-    phases: list[Phase]
-    """In the order of the stages."""
-    machine: Machine
-    """The machine that the recipe is planned for."""
-    overrides: list[str] = field(default_factory=list)
-    """The `section.key=value` settings that `fit_recipe` changed."""
-
-    @property
-    def peak(self) -> float:
-        """Bytes of memory in one process, in the phase that needs most."""
-        return max((phase.peak for phase in self.phases), default=0.0)
-
-    @property
-    def fits(self) -> bool:
-        """Whether every phase fits into the machine's memory."""
-        return self.peak <= self.machine.memory
-
-    @property
-    def hours(self) -> float:
-        """The time of all phases, in hours."""
-        return sum(phase.seconds for phase in self.phases) / 3600
-
-
-def plan(recipe: Recipe, machine: Machine) -> Plan:
+def plan(recipe: Recipe, machine: Machine, lengths: Lengths | None = None) -> Plan:
     """Plan the stages of a recipe.
 
     Args:
         recipe: the recipe.
         machine: the machine to plan for.
+        lengths: average lengths of the minillm stage's prompts and responses, where they are known.
 
     Returns:
         The memory, operations and time of each phase.
@@ -83,7 +39,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         MissingError, SourceError: the config of a model cannot be read.
         InputError: the teacher has too few layers for `student.keep_layers`.
     """
-    planner = Planner(recipe, machine)
+    planner = Planner(recipe, machine, lengths)
     phases = [phase for stage in STAGES if stage.name in recipe.stages for phase in stage.phases(planner)]
     for phase in phases:
         cache = phase.parts.get("vLLM's cache")
@@ -113,14 +69,16 @@ class Planner:
     Args:
         recipe: the recipe.
         machine: the machine to plan for.
+        lengths: as for `plan`.
 
     Attributes:
         teachers: the sizes of the teacher, or of several.
         student: the sizes of the student, after pruning.
+        lengths: average lengths of the minillm stage, where they are known.
     """
 
-    def __init__(self, recipe: Recipe, machine: Machine) -> None:
-        self.recipe, self.machine = recipe, machine
+    def __init__(self, recipe: Recipe, machine: Machine, lengths: Lengths | None = None) -> None:
+        self.recipe, self.machine, self.lengths = recipe, machine, lengths or Lengths()
         self.teachers = Teachers(recipe)
         if recipe.student.source == "prune":
             self.student = shape_of(recipe.teacher.first.source, recipe.student.keep_layers)
@@ -140,6 +98,7 @@ class Planner:
                 samples,
                 train.prompt_tokens,
                 settings.max_new_tokens,
+                settings.samples_per_prompt,
             )
             for label, (_, teacher) in self.teachers.by_label.items()
         ]
@@ -160,8 +119,9 @@ class Planner:
         """
         recipe, itemsize = self.recipe, self.machine.itemsize
         heldout, longest = work.rows(recipe, "heldout"), recipe.evaluate.max_new_tokens
-        samples = models * heldout.prompts * len(recipe.evaluate.seeds)
-        phase = self._sampling(f"evaluate: {name}", model, samples, heldout.prompt_tokens, longest)
+        seeds = len(recipe.evaluate.seeds)
+        samples = models * heldout.prompts * seeds
+        phase = self._sampling(f"evaluate: {name}", model, samples, heldout.prompt_tokens, longest, seeds)
         phase.parts[name] = model.parameters * itemsize
         if name == "student":
             # One process scores the answers, so that the teacher is not sharded.
@@ -173,7 +133,7 @@ class Planner:
             phase.seconds += replace(self.machine, processes=1).seconds(scoring, itemsize)
         return phase
 
-    def _sampling(self, name: str, model: Shape, samples: float, prompt: float, longest: int) -> Phase:
+    def _sampling(self, name: str, model: Shape, samples: float, prompt: float, longest: int, per_prompt: int) -> Phase:
         """The phase in which one process samples from a model that is not trained.
 
         Args:
@@ -182,6 +142,7 @@ class Planner:
             samples: responses in all.
             prompt: tokens of a prompt, on average.
             longest: tokens of the longest response.
+            per_prompt: responses to each prompt.
         """
         alone, itemsize = replace(self.machine, processes=1), self.machine.itemsize
         sampled = SampledModel(self.recipe, self.machine, model, itemsize)
@@ -189,7 +150,7 @@ class Planner:
         parts = {"process": memory.PROCESS, **sampled.engine(memory.BATCH_SIZE, length)}
         if sampled.by_transformers:
             parts["the sampled model"] = model.parameters * itemsize
-        flops = samples * model.dimensions.decoding([prompt], [longest / 2])
+        flops = samples * sampled.flops(prompt, longest / 2, per_prompt)
         decoding = alone.decoding_seconds(model, itemsize, memory.BATCH_SIZE, longest, prompt + longest)
         return Phase(name, parts, flops, alone.seconds(flops, itemsize) + samples / memory.BATCH_SIZE * decoding)
 
@@ -350,7 +311,7 @@ class Planner:
     def _on_policy_flops(self, training: StageTraining) -> float:
         """Operations of a weight update of the minillm stage."""
         objective, hidden = self.recipe.objective, self.teachers.hidden
-        prompt, response = work.rows(self.recipe, "train").prompt_tokens, self.recipe.rollout.max_new_tokens / 2
+        prompt, response = self.lengths.of(self.recipe)
         trained = _trained_dimensions(training, self.student)
         # The teacher's hidden states are kept from the rollouts; only its head is computed again.
         each = _body_flops(training, trained, prompt + response) + trained.head_training(response, teacher=hidden)
@@ -367,7 +328,7 @@ class Planner:
             training: the minillm stage.
             training_seconds: the time of all weight updates, during which rollouts are sampled where they overlap.
         """
-        cost = rollout_cost(training, self.student, self.teachers)
+        cost = rollout_cost(training, self.student, self.teachers, self.lengths)
         seconds = cost.sampling
         if self.recipe.rollout.overlap:  # all batches but the first are sampled during the weight updates
             seconds = max(seconds - training_seconds, seconds / batches(training))

@@ -9,8 +9,9 @@ from minillm.loss.credit import needs_expected_rewards_first
 from minillm.models.shape import Shape
 from minillm.run.plan import work
 from minillm.run.plan.machine import Machine
+from minillm.run.plan.memory import SampledModel
 from minillm.run.plan.teachers import Teachers, scoring_flops
-from minillm.run.plan.work import StageTraining
+from minillm.run.plan.work import Lengths, StageTraining
 from minillm.run.recipe import Recipe
 
 
@@ -71,24 +72,24 @@ def batches(training: StageTraining) -> int:
     return math.ceil(training.updates / work.updates_of_batch(training.recipe, training.machine))
 
 
-def rollout_cost(training: StageTraining, student: Shape, teachers: Teachers) -> RolloutCost:
+def rollout_cost(training: StageTraining, student: Shape, teachers: Teachers, lengths: Lengths) -> RolloutCost:
     """Operations and seconds of all batches of rollouts.
 
     Args:
         training: the minillm stage.
         student: the sizes of the student.
         teachers: the sizes of its teachers.
+        lengths: average lengths of prompts and responses, where they are known.
 
     Returns:
         The operations, and the seconds of each part, one after another.
     """
     recipe, machine, itemsize = training.recipe, training.machine, training.itemsize
     rollout, batch, times = recipe.rollout, batch_of(recipe), batches(training)
-    prompt, response = work.rows(recipe, "train").prompt_tokens, rollout.max_new_tokens / 2
+    prompt, response = lengths.of(recipe)
     mixed = teachers.first if rollout.teacher_mix else None
-    sampling = student.dimensions.decoding([prompt], [response])
-    sampling += 0.0 if mixed is None else mixed.dimensions.decoding([prompt], [response])
-    sampling *= times * batch.sampled
+    engine = SampledModel(recipe, machine, student, itemsize, mixed)
+    sampling = times * batch.sampled * engine.flops(prompt, response, rollout.samples_per_prompt)
     scoring = teachers.states_flops(prompt, response)
     scoring += work.needs_logprobs_first(recipe) * teachers.head_flops(response)
     scoring *= times * batch.scored

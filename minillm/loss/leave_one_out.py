@@ -1,0 +1,94 @@
+"""Prices and baselines of a response from the other responses of its batch.
+
+A response has no part in its own. They are then independent of it, given its prompt, and do not bias the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minillm.loss import credit
+from minillm.loss.config import Objective
+from minillm.loss.credit import SampledTokens
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Gather = Callable[[Any], list[Any]]
+"""Returns the objects that all processes pass, in one order in all of them."""
+
+
+def alone(value: Any) -> list[Any]:
+    """Gather over a single process."""
+    return [value]
+
+
+@dataclass
+class RateSums:
+    """Sums of the batches before, of which every new batch forgets a part.
+
+    Attributes:
+        reverse_kl: Sum of KL_t, in nats.
+        tokens: Number of tokens.
+    """
+
+    reverse_kl: float = 0.0
+    tokens: float = 0.0
+
+
+def offsets(
+    tokens: SampledTokens,
+    objective: Objective,
+    prompts: Sequence[Hashable],
+    before: RateSums | None = None,
+    gather: Gather = alone,
+) -> tuple[Float[Tensor, " responses"], RateSums]:
+    """Return κ of each response: KL per token, Σ KL_t / T, of the other responses, as a ratio of sums.
+
+    With `rate_per_prompt` they are the other responses to the same prompt; a prompt with a single response takes the
+    batch's κ. With `importance: prefix` each KL_t and each token counts W_{t−1}, which makes κ that of the student
+    whatever the share of the teacher was.
+
+    Args:
+        tokens: The sampled tokens of this process, with KL(q‖p).
+        objective: `credit_offset`, `importance` and `offset_memory` are read.
+        prompts: What tells the prompts apart, for each response.
+        before: The sums of the batches before, for `offset_memory`.
+        gather: Collects objects from all processes.
+
+    Returns:
+        κ in float64, in nats per token; and the sums to pass with the next batch. A response that is compared with
+        nothing gets its own KL per token.
+    """
+    assert tokens.reverse_kl is not None
+    weights = torch.ones_like(tokens.student_logprobs, dtype=torch.float64)
+    if objective.importance == "prefix":
+        weights = credit.prefix_weights(tokens, objective.importance_truncation)[0].double()
+    columns = torch.stack([weights * tokens.reverse_kl.double(), weights])
+    own = columns.new_zeros(2, len(tokens.lengths)).index_add(1, tokens.segments, columns)
+    everywhere = [row for rows in gather(list(zip(prompts, *own.tolist(), strict=True))) for row in rows]
+    kept, before = objective.offset_memory, before or RateSums()
+    total = own.new_tensor(
+        [
+            kept * before.reverse_kl + sum(row[1] for row in everywhere),
+            kept * before.tokens + sum(row[2] for row in everywhere),
+        ]
+    )
+    others = total[:, None] - own
+    if objective.credit_offset == "rate_per_prompt":
+        of_prompt: dict[Hashable, list[float]] = {}
+        for prompt, reverse_kl, count in everywhere:
+            sums = of_prompt.setdefault(prompt, [0.0, 0.0])
+            of_prompt[prompt] = [sums[0] + reverse_kl, sums[1] + count]
+        numbers = {prompt: sum(row[0] == prompt for row in everywhere) for prompt in set(prompts)}
+        same = own.new_tensor([of_prompt[prompt] for prompt in prompts]).t() - own
+        several = torch.tensor([numbers[prompt] > 1 for prompt in prompts], device=own.device)
+        others = torch.where(several, same, others)
+    compared = torch.tensor(len(everywhere) > 1 or kept * before.tokens > 0, device=own.device)
+    others = torch.where(compared, others, own)
+    return others[0] / others[1], RateSums(*total.tolist())
