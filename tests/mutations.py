@@ -45,6 +45,8 @@ SUITE = [
     "tests/run/test_plan_calibration.py",
     "tests/run/test_plan_fit.py",
     "tests/run/test_plan_work.py",
+    "tests/run/test_plan_network.py",
+    "tests/run/test_meeting.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -633,6 +635,47 @@ MUTATIONS = [
         "if True:\n",
     ),
     Mutation(
+        "shards gathered as wide as they are trained",
+        "models/shards.py",
+        "cast = value.detach().to(wanted)\n    return cast.full_tensor() if isinstance(cast, DTensor) else cast",
+        "cast = value.detach()\n    return (cast.full_tensor() if isinstance(cast, DTensor) else cast).to(wanted)",
+    ),
+    Mutation("a tied head gathered twice", "models/weights.py", "whole = tied.get(id(value))", "whole = None"),
+    Mutation(
+        "a weight taken for the one whose place it got",
+        "rollout/engines/server.py",
+        "if earlier is None or earlier() is not value:",
+        "if earlier is None:",
+    ),
+    Mutation(
+        "a second machine's process goes on with an earlier launch",
+        "run/processes.py",
+        'while not (launch.is_file() and number in launch.read_text(encoding="utf-8").split()):',
+        "while not launch.is_file():",
+    ),
+    Mutation(
+        "a server on every machine's own loopback",
+        "rollout/engines/server_checks.py",
+        "if own := [url for url in servers if is_loopback(url)]:",
+        "if own := []:",
+    ),
+    Mutation(
+        "files of one machine counted as processes",
+        "train/rollout_checkpoint.py",
+        'writers = saved.get("processes", len(files))',
+        "writers = len(files)",
+    ),
+    Mutation(
+        "an all-reduce counted as one pass around the ring",
+        "run/plan/network.py",
+        '_ring("gradients, all-reduce", 2 * _FLOAT32 * trained, machine)',
+        '_ring("gradients, all-reduce", _FLOAT32 * trained, machine)',
+    ),
+    Mutation(
+        "weights counted for one of several servers",
+        "run/plan/network.py",
+        "read = share * weights * len(_elsewhere(_rollout_servers(training)))",
+        "read = share * weights * bool(_elsewhere(_rollout_servers(training)))",
         "BOS of a GGUF file is lost",
         "models/gguf.py",
         "        add_bos_token=facts.adds_bos,\n",
