@@ -76,6 +76,7 @@ class Rollout:
             mixed the teacher in, or for the one that first trained on it. None until then.
         top_logprobs: log q of the most likely tokens at each position, by token id; None unless they were requested.
         teacher_name: the teacher that scores the response, where there are several; None where there is one.
+        entropy: float32, entropy of the student's distribution after each prefix, in nats; None where nobody needs it.
     """
 
     prompt_ids: list[int]
@@ -88,6 +89,7 @@ class Rollout:
     reverse_kl: Float[Tensor, " tokens"] | None = None
     top_logprobs: Sequence[dict[int, float]] | None = None
     teacher_name: str | None = None
+    entropy: Float[Tensor, " tokens"] | None = None
 
     @classmethod
     def drawn(

@@ -376,7 +376,7 @@ class Planner:
         # Responses whose log-probabilities under the student come from a forward of the trainer.
         rescored = given
         if recipe.objective.old_logprobs == "trainer" or (
-            needs_expected_rewards_first(recipe.objective) and scored > 0
+            needs_expected_rewards_first(recipe.objective) and (scored > 0 or recipe.objective.baseline == "value")
         ):
             rescored = rollout.num_rollouts
         rescoring = batches * rescored * scoring_flops(student, prompt, response)
