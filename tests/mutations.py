@@ -707,7 +707,9 @@ MUTATIONS = [
         "run/plan/network.py",
         "read = share * weights * len(_elsewhere(_rollout_servers(training)))",
         "read = share * weights * bool(_elsewhere(_rollout_servers(training)))",
-        "BOS of a GGUF file is lost",  # pyright: ignore[reportCallIssue]
+    ),
+    Mutation(
+        "BOS of a GGUF file is lost",
         "models/gguf.py",
         "        add_bos_token=facts.adds_bos,\n",
         "        add_bos_token=False,\n",
