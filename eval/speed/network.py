@@ -36,7 +36,7 @@ from minillm.models.device import cpu_multiplies_bfloat16, fast_bfloat16, machin
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.network import Flow, seconds, traffic
 from minillm.run.plan.phases import Planner
-from minillm.run.plan.work import StageTraining
+from minillm.run.plan.work import Lengths, StageTraining
 from minillm.run.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -230,13 +230,15 @@ class Measurement:
         }
 
     def predicted(self) -> tuple[list[Flow], Machine]:
-        """The flows of the plan. It takes responses for half as long as the longest, and these are all of that."""
-        recipe = load_recipe(self.folder / "recipe.yaml", [f"rollout.max_new_tokens={2 * TOKENS}"])
+        """The flows of the plan, which is told that every prompt and every response is as long as it may be."""
+        recipe = load_recipe(self.folder / "recipe.yaml")
         planned = Machine(
             processes=self.processes, nodes=self.processes, gpu=False, bf16=cpu_multiplies_bfloat16(),
             shard=self.sharded, link=self.rate, vllm=False,
         )  # fmt: skip
-        return traffic(Planner(recipe, planned), StageTraining(recipe, planned, "minillm")), planned
+        return traffic(
+            Planner(recipe, planned, Lengths(TOKENS, TOKENS)), StageTraining(recipe, planned, "minillm")
+        ), planned
 
 
 def _sum(flows: list[Flow], starts: tuple[str, ...]) -> float:
