@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from minillm.config import Section, Share
 from minillm.errors import InputError
+from minillm.loss.presets import PRESETS
 
 DIVERGENCE_PARAMETERS: dict[str, tuple[str, ...]] = {
     "forward_kl": (),
@@ -85,9 +86,13 @@ class Objective(Section):
     ρ_t = q_old(y_t)/p̃(y_t).
     """
 
-    preset: Literal["paper", "reference", "recommended", "exact"] = "recommended"
-    """Values that the other fields start from. `recommended`: expected rewards, centred. `paper`: equations 5 to 8 of
-    arXiv 2306.08543. `reference`: what the LMOps code computes. `exact`: the unbiased gradient of KL(q‖p)."""
+    # The unpacked names are a static Literal for pydantic, whose messages list them, but not for pyright.
+    preset: Literal[*PRESETS] = "recommended"  # pyright: ignore[reportInvalidTypeForm]
+    """Values that the other fields start from. `recommended`: expected rewards, centred; `recommended-2026-11` is what
+    that meant in November 2026. `paper`: equations 5 to 8 of arXiv 2306.08543. `reference`: what the LMOps code
+    computes. `exact`: the unbiased gradient of KL(q‖p). `rate`: that of KL per token. `words`: the same with the
+    probabilities of ending left to the single step. `fixed_advantage`: a control that reads no teacher, with one
+    negative advantage for all tokens (asked for by arXiv 2608.31046)."""
     reward: Literal["sampled", "expected"] = "expected"
     """Reward r_k of a token. `sampled`: log p(y_k) − log q_old(y_k). `expected`: its expectation −KL_k, the negative
     reverse KL at that token. It is computed when a response is first trained on, and kept for later epochs over the
@@ -103,15 +108,38 @@ class Objective(Section):
     return_from: Literal["next", "current"] = "next"
     """First reward in a token's return. `next`: s = t+1, as in the paper, where the single-step term contains the
     immediate reward. `current`: s = t, as in LMOps."""
+    credit_offset: Literal["none", "rate", "rate_per_prompt"] = "none"
+    """What every future token costs, added to its reward. `none`: nothing; the sum of KL then praises every early end.
+    `rate`: κ, the mean KL per token of the batch's other responses; the gradient is that of KL per token. It can
+    exchange length between prompts. `rate_per_prompt`: κ of the other responses to the same prompt, which cannot; it
+    needs `rollout.samples_per_prompt` of at least 2. Both need `reward: expected`, `return_from: next` and
+    `length_norm: false`, and what `baseline: centre` needs. Equations (C) and (D)."""
+    offset_memory: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the sums behind κ that a batch keeps of the batches before it, with `credit_offset: rate`. κ then varies
+    less from batch to batch, and lags behind the student: the sums are those of about 1/(1 − `offset_memory`) batches.
+    0: this batch alone."""
+    credit_for: Literal["tokens", "words"] = "tokens"
+    """Which choices the long-term term credits. `tokens`: every token, with ∇log q(y_t). `words`: which token follows,
+    given that the response goes on, with ∇log[q(y_t)/(1−q(end))]. Whether to end is then left to the single-step term
+    alone, which knows that exactly. Equation (E)."""
     length_norm: bool = True
     """Divide each return by the number of rewards in it (equation 6 of the paper). Sums without it favour short
     responses."""
-    baseline: Literal["none", "centre", "whiten", "whiten_padded"] = "centre"
+    advantage: Literal["returns", "fixed"] = "returns"
+    """Advantage A_t of the long-term term. `returns`: from rewards. `fixed`: −1 for every token, whatever the teacher
+    says, scaled by `long_term`: a control. On samples of the current student its expected gradient is 0."""
+    baseline: Literal["none", "centre", "position", "prompt_position", "value", "whiten", "whiten_padded"] = "centre"
     """What is subtracted from returns to reduce variance. `centre`: the mean return per token of the batch's other
     responses (leave-one-out); with expected rewards this takes one more forward pass of the student over the rollouts
     before it trains on them, unless an engine in the process mixes the teacher in (`rollout.teacher_mix`), which knows
-    KL_k. `whiten`: normalise to mean 0 and standard deviation 1 in each micro-batch, over all processes; needs
-    `reward: sampled`. `whiten_padded`: the same with padding counted as zeros, as in LMOps."""
+    KL_k. `position`: the mean return of the other responses at the same position. `prompt_position`: that of the other
+    responses to the same prompt, which needs `rollout.samples_per_prompt` of at least 2. `value`: a linear function of
+    KL_t, entropy and position that is fitted to the returns of the batch before. `whiten`: normalise to mean 0 and
+    standard deviation 1 in each micro-batch, over all processes; needs `reward: sampled`. `whiten_padded`: the same
+    with padding counted as zeros, as in LMOps."""
+    trace: Share = 1.0
+    """λ with `baseline: value`. Below 1, rewards that come later count λ less for each token, and the value stands in
+    for them (generalised advantage estimation, arXiv 1506.02438): less variance, and bias where the value is wrong."""
     importance: Literal["none", "token", "prefix"] = "token"
     """Importance weight in the long-term term, which corrects for sampling from p̃ instead of q_old. `token`: ρ_t.
     `prefix`: the product ρ_1 … ρ_k for each sampled reward r_k, or ρ_1 … ρ_(k−1) for an expected one, which is unbiased
@@ -215,6 +243,48 @@ class Objective(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_credit(self) -> Objective:
+        if self.advantage == "fixed" and (self.baseline != "none" or self.credit_offset != "none"):
+            raise InputError(
+                "advantage: fixed reads no returns, so nothing is subtracted from them or added to them: set "
+                "baseline: none and credit_offset: none"
+            )
+        if self.advantage == "fixed" and (self.importance == "prefix" or self.length_norm):
+            raise InputError(
+                "advantage: fixed has no rewards to weight or to count: set length_norm: false, and importance: token "
+                "or none"
+            )
+        if self.trace < 1 and self.baseline != "value":
+            raise InputError("trace puts a value in place of later rewards: set baseline: value, or trace: 1")
+        if self.baseline == "value" and (self.length_norm or self.return_from == "current"):
+            raise InputError(
+                "baseline: value predicts the sum of the rewards after a token: set length_norm: false and "
+                "return_from: next"
+            )
+        if self.baseline == "value" and self.reward == "sampled":
+            raise InputError("baseline: value predicts −KL from KL: set reward: expected")
+        if self.offset_memory and self.credit_offset != "rate":
+            raise InputError(
+                "offset_memory keeps the price of all prompts together over batches: set credit_offset: rate, or "
+                "offset_memory: 0"
+            )
+        if self.credit_offset == "none":
+            return self
+        name = f"credit_offset: {self.credit_offset}"
+        if self.length_norm:
+            raise InputError(
+                f"{name} charges every future token its price, and length_norm turns that into one constant for all "
+                "tokens: set length_norm: false"
+            )
+        if self.reward == "sampled":
+            raise InputError(f"{name} is the mean of KL, so the rewards must be −KL too: set reward: expected")
+        if self.return_from == "current":
+            raise InputError(
+                f"{name} prices the tokens that a choice leads to, not the token itself: set return_from: next"
+            )
+        return self
+
     @classmethod
     def paper(cls, **changes: Any) -> Objective:
         """Return the objective of the paper, equations 5 to 8 of arXiv 2306.08543.
@@ -258,29 +328,26 @@ class Objective(Section):
         """
         return cls(preset="exact", **changes)
 
+    @classmethod
+    def rate(cls, **changes: Any) -> Objective:
+        """Return the objective with the gradient of KL per token, equation (C) of `minillm.loss.credit`.
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "recommended": {},
-    "paper": {"reward": "sampled", "baseline": "none", "single_step_weight": "token", "dual_clip": None},
-    "reference": {
-        "reward": "sampled",
-        "reward_scale": 0.5,
-        "reward_clip": 100.0,
-        "discount": 0.95,
-        "return_from": "current",
-        "baseline": "whiten_padded",
-        "dual_clip": None,
-        "weight_in_clip": True,
-        "language_model_distill": 0.5,
-        "old_logprobs": "trainer",
-        "normalise": "micro_batch_tokens",
-    },
-    "exact": {
-        "length_norm": False,
-        "baseline": "none",
-        "importance": "prefix",
-        "single_step_weight": "prefix",
-        "clip": None,
-    },
-}
-"""Fields of `Objective` that each preset sets; all others keep their defaults, which are those of `recommended`."""
+        It is unbiased at the first update on a batch without teacher mixing, but for the error of κ, which a batch
+        estimates. `discount: 0.9` trades a little bias for much less variance.
+
+        Args:
+            **changes: Fields that should differ from the preset.
+        """
+        return cls(preset="rate", **changes)
+
+    @classmethod
+    def words(cls, **changes: Any) -> Objective:
+        """Return the objective whose long-term term credits words only, equation (E) of `minillm.loss.credit`.
+
+        It is the gradient of KL per token with the probabilities of ending held fixed in the distribution of responses,
+        and unbiased where `rate` is.
+
+        Args:
+            **changes: Fields that should differ from the preset.
+        """
+        return cls(preset="words", **changes)

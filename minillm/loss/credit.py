@@ -13,6 +13,27 @@ and with sampled rewards r_k the second sum is
 where W_t = ρ_1…ρ_t and ρ = q/p̃. (A) is equations 3 to 5 of the paper with an importance weight for every token. (B)
 replaces each r_k by its expectation given the tokens before it, which cannot increase the variance.
 
+The sum Σ KL_t praises every early end. KL per token, J₂ = E[Σ_t KL_t] / E[T], does not. With κ = J₂ without gradient,
+
+    E[T] · ∇J₂ = E_{y~q} Σ_t ∇KL_t + Σ_t ∇log q(y_t) Σ_{k>t} (KL_k − κ)                                  (C)
+
+is the gradient of E[Σ_t KL_t] − κ·E[T], in which every future token is charged its average price (the policy gradient
+of the average reward; `credit_offset: rate`). E[T] is the token count that the loss is divided by. With a κ of each
+prompt x (`rate_per_prompt`),
+
+    E_x E_{y|x} Σ_t ∇KL_t + Σ_t ∇log q(y_t) Σ_{k>t} (KL_k − κ_x) = E_x E[T|x] · ∇J₂(x)                   (D)
+
+which lowers the KL per token of every prompt by itself: none gets shorter because another one is easier. Both hold for
+y ~ q, and for y ~ p̃ with the weights W_{k−1} of (B) (`importance: prefix`).
+
+`credit_for: words` leaves the choice to end to the single step. Let h_t = q(end|y_<t) be the probability of all end
+tokens together, and q(y_t) = (1−h_t) · w(y_t) for every other token, a word. With h fixed in the distribution of
+responses, though not in KL_t, the gradient of the same objective by θ is, with sums over words y_t,
+
+    E_{y~q} Σ_t ∇KL_t + Σ_{t: y_t a word} ∇log[q(y_t)/(1−h_t)] Σ_{k>t} (KL_k − κ)                        (E)
+
+A `discount` below 1 takes the later terms of each inner sum for less, which is the gradient of no objective.
+
 All values are per token, floating point and without gradient. They are stored flat: one tensor of N tokens holds all
 responses of a batch, one after another, and `lengths` has the length of each.
 """
@@ -31,7 +52,7 @@ from minillm.errors import InputError
 from minillm.loss.config import Objective
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 _WALK = 512  # tokens that `returns` handles at a time
 # Logarithm of the largest importance weight. Products of such a weight with rewards and hidden states, and the
@@ -53,7 +74,9 @@ class SampledTokens:
             a batch is centred or whitened by need them earlier.
         lengths: Number of tokens of each response.
         reverse_kl: KL(q_old‖p) of the next-token distributions at each token. None until the tokens have been scored
-        once.
+            once.
+        offset: κ of the response that each token belongs to, in nats per token; added to every reward. None: nothing.
+        is_end: Whether a token is an end token, which can only be the last of a response. None where nobody asks.
     """
 
     student_logprobs: Float[Tensor, " tokens"]
@@ -61,6 +84,8 @@ class SampledTokens:
     teacher_logprobs: Float[Tensor, " tokens"] | None
     lengths: Int[Tensor, " responses"]
     reverse_kl: Float[Tensor, " tokens"] | None = None
+    offset: Float[Tensor, " tokens"] | None = None
+    is_end: Bool[Tensor, " tokens"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("student_logprobs", "behaviour_logprobs", "teacher_logprobs"):
@@ -112,15 +137,20 @@ def precomputed_rewards(tokens: SampledTokens, objective: Objective) -> Float[Te
     return None if tokens.reverse_kl is None else -tokens.reverse_kl
 
 
+def is_centred(objective: Objective) -> bool:
+    """Whether a baseline is subtracted that depends on the returns of a whole batch."""
+    return objective.baseline not in ("none", "whiten", "whiten_padded") and objective.long_term > 0
+
+
 def needs_sampled_rewards_first(objective: Objective) -> bool:
     """Whether sampled rewards, and with them log p(y), must be known for a batch before its tokens are scored."""
-    centred = objective.baseline == "centre" and objective.long_term > 0
-    return objective.reward == "sampled" and (centred or objective.baseline.startswith("whiten"))
+    return objective.reward == "sampled" and (is_centred(objective) or objective.baseline.startswith("whiten"))
 
 
 def needs_expected_rewards_first(objective: Objective) -> bool:
     """Whether expected rewards, −KL(q‖p), must be known for a batch before its tokens are scored for the loss."""
-    return objective.reward == "expected" and objective.baseline == "centre" and objective.long_term > 0
+    compared = is_centred(objective) or (objective.credit_offset != "none" and objective.long_term > 0)
+    return objective.reward == "expected" and compared
 
 
 def importance_weights(logs: Float[Tensor, " tokens"], truncation: float | None = None) -> Float[Tensor, " tokens"]:
@@ -215,15 +245,20 @@ def num_rewards(tokens: SampledTokens, objective: Objective) -> Int[Tensor, " to
 
 
 def return_sum(
-    tokens: SampledTokens, objective: Objective
+    tokens: SampledTokens, objective: Objective, rewards: Float[Tensor, " tokens"] | None = None
 ) -> tuple[Float[Tensor, " responses"], Float[Tensor, " responses"]]:
     """Return the sum and the number of the returns of each response that a baseline averages, in float64.
 
     Returns that contain no reward, such as that of a last token, are not counted. Expected rewards of tokens that
     have not been scored yet are estimated by ρ_k r_k: the tokens are sampled from p̃, and the mean of ρ_k r_k under
     p̃ is −KL_k, while that of r_k is not.
+
+    Args:
+        tokens: The sampled tokens.
+        objective: Defines rewards and returns.
+        rewards: Other rewards, in place of those of the objective.
     """
-    rewards = precomputed_rewards(tokens, objective)
+    rewards = precomputed_rewards(tokens, objective) if rewards is None else rewards
     if rewards is None:
         if tokens.teacher_logprobs is None:
             raise InputError("a baseline of returns needs log p(y) or KL(q‖p) of the tokens, and neither is known")
@@ -250,11 +285,17 @@ def baselines(
         total: Sums a scalar over all processes.
 
     Returns:
-        The baselines in float64; 0 for a response without others.
+        The baselines in float64; 0 for a response without others. With `tokens.offset` they are of returns that
+        contain the offset of the response that they are for, which that response has no part in either.
     """
     sums, counts = return_sum(tokens, objective)
     others = total(counts.sum()) - counts
-    return (total(sums.sum()) - sums) / others.clamp(min=1) * (others > 0)
+    means = (total(sums.sum()) - sums) / others.clamp(min=1) * (others > 0)
+    if tokens.offset is None:
+        return means
+    sums, _ = return_sum(tokens, objective, torch.ones_like(tokens.student_logprobs))
+    charges = (total(sums.sum()) - sums) / others.clamp(min=1) * (others > 0)
+    return means + charges * tokens.offset[tokens.lengths.cumsum(0) - 1].double()
 
 
 def whiten(

@@ -5,6 +5,9 @@
 Sums over tokens are divided by a token count. ρ̂ = q/q_old is the ratio of the student to the student that sampled. The
 advantages A and the importance weights w and v come from `minillm.loss.credit`. Where A < 0 the minimum does not
 limit ρ̂ from above; `dual_clip` does.
+
+With `credit_for: words` A is 0 for end tokens, and for words the gradient is that of log[q(y_t)/(1−q(end))] with the
+same factor: ρ̂ and clip remain those of q(y_t), because the word was sampled with q_old(y_t).
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ class OnPolicyLoss:
     Args:
         objective: The loss.
         tokens: The sampled responses, which are the first N tokens of the batch.
-        baseline: Subtracted from the returns with `baseline: centre`, one value for all tokens or one per token [N];
-            see `credit.baselines`.
+        baseline: Subtracted from the returns if `credit.is_centred(objective)`, one value for all tokens or one per
+            token [N]; see `credit.baselines`.
         count: Divisor of the sums over sampled tokens.
         text_count: Divisor of the sums over tokens of text.
         slots: Number of responses × `max_new_tokens`, for `whiten_padded`.
@@ -61,7 +64,7 @@ class OnPolicyLoss:
         self._n = len(tokens.student_logprobs)
         self._num_rewards = credit.num_rewards(tokens, objective)
         ones = torch.ones_like(tokens.student_logprobs)
-        self._baseline = ones * baseline if objective.baseline == "centre" else torch.zeros_like(ones)
+        self._baseline = ones * baseline if credit.is_centred(objective) else torch.zeros_like(ones)
         truncation = objective.importance_truncation
         before, including = credit.prefix_weights(tokens, truncation)
         token = credit.token_weights(tokens, truncation)
@@ -74,10 +77,13 @@ class OnPolicyLoss:
         by_reward = before if objective.reward == "expected" else including
         self._reward_weights = by_reward if objective.importance == "prefix" else ones
         self._walk = credit.ReturnWalk(tokens.segments, objective.discount, objective.return_from)
-        rewards = credit.precomputed_rewards(tokens, objective)
+        if objective.credit_for == "words" and objective.long_term and tokens.is_end is None:
+            raise InputError("credit_for: words needs to know which tokens end a response (SampledTokens.is_end)")
+        fixed = objective.advantage == "fixed"
+        rewards = torch.zeros_like(ones) if fixed else credit.precomputed_rewards(tokens, objective)
         if rewards is None and objective.baseline.startswith("whiten"):
             raise InputError(f"baseline: {objective.baseline} needs the rewards before the tokens are scored")
-        self._advantages = None if rewards is None else self._known(rewards, slots, total)
+        self._advantages = None if rewards is None else -ones if fixed else self._known(rewards, slots, total)
         self.reverse_kl = torch.zeros_like(tokens.student_logprobs)
         self.tally = Tally()
 
@@ -98,6 +104,9 @@ class OnPolicyLoss:
         self.reverse_kl[part] = scores.reverse_kl
         advantages = self._future(part, scores) if self._advantages is None else self._advantages[part]
         weights = self._weights[part]
+        words = objective.credit_for == "words" and self._tokens.is_end is not None
+        if words and self._tokens.is_end is not None:
+            advantages = advantages.masked_fill(self._tokens.is_end[part], 0.0)
         # A ratio above its limit is replaced by the limit, so that a token far off policy still counts.
         ratio = credit.importance_weights(
             scores.logq - old, objective.importance_truncation if objective.clip is None else None
@@ -133,7 +142,8 @@ class OnPolicyLoss:
         if field == "divergence":
             self.tally.add(divergence=exact)
         by_logq = -long * weights * gain * active
-        return loss, replace(ScoreGradients(logq=by_logq), **{field: single})
+        gradients = replace(ScoreGradients(logq=by_logq), **{field: single})
+        return loss, replace(gradients, going_on=-by_logq) if words else gradients
 
     def _text(self, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
         """Return λ·Σ[(1−s)·(−log q(y)) + s·KL(p‖q)] over tokens of text, at their temperature, and its derivatives.
@@ -152,6 +162,8 @@ class OnPolicyLoss:
         rewards = -scores.reverse_kl
         if self._objective.reward == "sampled":
             rewards = credit.sampled_rewards(scores.logp, self._tokens.student_logprobs[part], self._objective)
+        if self._tokens.offset is not None:
+            rewards = rewards + self._tokens.offset[part]
         value = self._walk(part, rewards * self._reward_weights[part])
         return self._finish(value, part, self._objective.length_norm)
 
@@ -160,6 +172,8 @@ class OnPolicyLoss:
     ) -> Float[Tensor, " tokens"]:
         """Return advantages from rewards that are all known before the tokens are scored."""
         objective = self._objective
+        if self._tokens.offset is not None:
+            rewards = rewards + self._tokens.offset
         value = credit.returns(rewards * self._reward_weights, self._tokens, objective)
         if objective.baseline.startswith("whiten"):
             return credit.whiten(value, slots if objective.baseline == "whiten_padded" else None, total)

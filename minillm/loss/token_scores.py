@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
 from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
+from minillm.loss.words import ChunkLogits, EndTokens
 from minillm.models.device import float32_from_bfloat16_products
 from minillm.models.head import Head, LogitTransform, project
 
@@ -44,6 +45,7 @@ class TokenScores:
         divergence: Values of the additional divergence, if `token_scores` was given one.
         text_logq: log q(y) at the temperature of text. Equal to `logq` if the temperatures are the same.
         text_forward_kl: KL(p‖q) at the temperature of text. Equal to `forward_kl` if the temperatures are the same.
+        going_on: log(1 − q(end)), the log-probability that the token is no end token, if there are `end_ids`.
     """
 
     logq: Float[Tensor, " tokens"]
@@ -54,6 +56,7 @@ class TokenScores:
     divergence: Float[Tensor, " tokens"] | None = None
     text_logq: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
     text_forward_kl: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
+    going_on: Float[Tensor, " tokens"] | None = None
 
     def __post_init__(self) -> None:
         if self.text_logq is None:
@@ -70,6 +73,7 @@ class ScoreGradients:
     divergence: Float[Tensor, " tokens"] | None = None
     text_logq: Float[Tensor, " tokens"] | None = None
     text_forward_kl: Float[Tensor, " tokens"] | None = None
+    going_on: Float[Tensor, " tokens"] | None = None
 
 
 LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
@@ -95,12 +99,14 @@ class ScoringSettings:
         width: Size of the vocabulary: the first rows of both heads; the other rows are padding. None means all rows,
             and then both heads must have the same number.
         chunk: Number of tokens in a chunk. A chunk also ends where the teacher changes.
+        end_ids: The tokens that end a response, for losses that need `going_on`; empty if none does.
     """
 
     temperature: float = 1.0
     text_temperature: float | None = None
     width: int | None = None
     chunk: int = CHUNK
+    end_ids: tuple[int, ...] = ()
 
     @property
     def other_text_temperature(self) -> float | None:
@@ -239,6 +245,10 @@ class _Chunk:
     divergence_logits: Float[Tensor, "chunk vocab"] | None = None
     divergence: Float[Tensor, " chunk"] | None = None
 
+    @property
+    def logits(self) -> ChunkLogits:
+        return ChunkLogits(self.student, self.teacher, self.targets, self.measures, self.span.transforms)
+
 
 class _ChunkedScorer:
     """Computes scores, loss and gradients chunk by chunk. After `run`, `scores` and `gradients` are complete.
@@ -264,6 +274,7 @@ class _ChunkedScorer:
         self._weight, self._states = head.weight.detach().to(dtype), hidden.detach().to(dtype)
         transform = LogitTransform.of(head, settings.temperature, wide)
         self._text_temperature = settings.other_text_temperature
+        self._ends = EndTokens(settings.end_ids, hidden.device, wide) if settings.end_ids else None
         shared = SpanSettings(transform, self._text_temperature, width, precision)
         self._spans = teacher_spans(arguments.teacher, self._num_tokens, shared)
         self.scores = self._empty_scores(hidden)
@@ -275,6 +286,8 @@ class _ChunkedScorer:
         left_out = {"divergence"} if self._arguments.divergence is None else set()
         if self._text_temperature is None:
             left_out |= {"text_logq", "text_forward_kl"}
+        if self._ends is None:
+            left_out |= {"going_on"}
         self._score_names = [field.name for field in fields(TokenScores) if field.name not in left_out]
         shape, wide = (self._num_tokens,), self._precision.wide
         return TokenScores(**{name: hidden.new_zeros(shape, dtype=wide) for name in self._score_names})
@@ -313,6 +326,8 @@ class _ChunkedScorer:
             text_measures = self._measure(student, teacher, targets, span.text_transforms, wide)
             scores.text_logq, scores.text_forward_kl = text_measures.logq, text_measures.forward_kl
             chunk.text_measures = text_measures
+        if self._ends is not None:
+            scores.going_on = self._ends.going_on(chunk.logits)
         if arguments.divergence is not None:
             with torch.enable_grad():
                 logits = span.transforms.student.logits(student, wide).requires_grad_()
@@ -351,9 +366,15 @@ class _ChunkedScorer:
         dtype, wide, _ = self._precision
         transforms = chunk.span.transforms
         derivatives = Derivatives(by_score["logq"], by_score["reverse_kl"], by_score["forward_kl"])
-        grad = self._differentiate(
-            chunk.student, chunk.teacher, chunk.targets, chunk.measures, derivatives, transforms, wide, dtype
-        )
+        if self._ends is not None and given.going_on is not None and chunk.scores.going_on is not None:
+            going_on, by_going_on = chunk.scores.going_on, by_score["going_on"]
+            grad = self._ends.differentiate(
+                self._differentiate, chunk.logits, derivatives, by_going_on, going_on, dtype
+            )
+        else:
+            grad = self._differentiate(
+                chunk.student, chunk.teacher, chunk.targets, chunk.measures, derivatives, transforms, wide, dtype
+            )
         text_given = given.text_logq is not None or given.text_forward_kl is not None
         text_transforms = chunk.span.text_transforms
         if chunk.text_measures is not None and text_transforms is not None and text_given:

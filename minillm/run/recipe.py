@@ -24,6 +24,7 @@ from minillm.run.stages.warmup import WarmupConfig
 from minillm.teacher.config import TeacherSection
 from minillm.train.checks import (
     check_off_policy,
+    check_samples,
     check_served_teacher,
     check_several_teachers,
     check_sharded_teacher,
@@ -82,6 +83,7 @@ class SharedRecipe(Section):
     @model_validator(mode="after")
     def _check_rollouts(self) -> SharedRecipe:
         check_off_policy(self.rollout, self.objective)
+        check_samples(self.rollout, self.objective)
         if self.teacher.several:
             check_several_teachers(self.rollout, self.objective, self.data.text is not None)
         if self.teacher.first.shard:

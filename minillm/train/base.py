@@ -59,10 +59,12 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
 
     Attributes:
         text_temperature: divides the logits in the losses on text, and in the cross-entropy of given responses.
+        end_ids: the tokens whose probability the loss needs (`TokenScores.going_on`); empty if it does not.
         utilisation: counts the operations of each update.
     """
 
     text_temperature: float = 1.0
+    end_ids: tuple[int, ...] = ()
     teacher: ExactTeacher | ServedLogprobs  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
@@ -191,7 +193,8 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             The object that the forward reads.
         """
         self.utilisation.scored(batch, teacher, self.width, trained=loss_fn is not None)
-        settings = ScoringSettings(self.temperature, self.text_temperature, self.width)
+        end_ids = self.end_ids if loss_fn is not None else ()
+        settings = ScoringSettings(self.temperature, self.text_temperature, self.width, end_ids=end_ids)
         return Scoring(batch, settings, teacher, loss_fn, divergence)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def check_on_policy(
     if served_teacher:
         check_served_teacher(rollout)
     check_off_policy(rollout, objective)
+    check_samples(rollout, objective)
     if sharded_teacher:
         check_sharded_teacher(rollout, objective, text)
     if rollout.teacher_mix and not can_mix:
@@ -80,6 +81,26 @@ def check_off_policy(rollout: RolloutConfig, objective: Objective) -> None:
                 f"rollout.{name} trains on responses that the current student did not sample, which the long-term term "
                 "and its weights do not allow: set objective.long_term: 0 and objective.single_step_weight: none"
             )
+
+
+def check_samples(rollout: RolloutConfig, objective: Objective) -> None:
+    """Refuse to compare a response with others to its prompt where there are none.
+
+    Raises:
+        InputError: the message names the setting to change.
+    """
+    if not objective.long_term or rollout.samples_per_prompt > 1:
+        return
+    if objective.credit_offset == "rate_per_prompt":
+        raise InputError(
+            "objective.credit_offset: rate_per_prompt takes the price of tokens from other responses to the same "
+            "prompt: set rollout.samples_per_prompt to 2 or more, or credit_offset: rate"
+        )
+    if objective.baseline == "prompt_position":
+        raise InputError(
+            "objective.baseline: prompt_position is the mean of other responses to the same prompt: set "
+            "rollout.samples_per_prompt to 2 or more, or baseline: position"
+        )
 
 
 def update_size_fault(rollout: RolloutConfig, update_size: int, processes: int) -> str | None:

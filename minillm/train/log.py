@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,10 @@ class Metrics:
         """The sum of a number over all processes, each of which must call this."""
         tensor = torch.as_tensor(value, dtype=torch.float64, device=self._device)
         return float(self._accelerator.reduce(tensor, reduction="sum"))  # pyright: ignore[reportArgumentType]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The objects that all processes pass, each of which must call this."""
+        return gather_object([value]) if self._accelerator.num_processes > 1 else [value]
 
     def add_sums(self, sums: Mapping[str, Tensor]) -> None:
         """Add sums over tokens; the next log reports their means per token, or per update for losses (`..._loss`)."""

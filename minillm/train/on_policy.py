@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -18,7 +17,7 @@ from minillm.data.logprobs import mixture_logprobs
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.loss.config import Objective
-from minillm.loss.credit import baselines, needs_expected_rewards_first, needs_sampled_rewards_first
+from minillm.loss.credit import needs_sampled_rewards_first
 from minillm.loss.in_forward import Scoring, score_responses
 from minillm.loss.on_policy import OnPolicyLoss
 from minillm.loss.teacher_spans import Teacher
@@ -37,8 +36,9 @@ from minillm.teacher.local import LocalTeacher
 from minillm.teacher.routed import RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
-from minillm.train.assembly import keep_first_reverse_kl, pad_micro_batch, sampled_tokens, teacher_inputs
+from minillm.train.assembly import keep_first_reverse_kl, pad_micro_batch, teacher_inputs
 from minillm.train.base import DistillationTrainer
+from minillm.train.batch_credit import BatchCredit
 from minillm.train.checks import check_logprob_teacher, check_on_policy, check_routing
 from minillm.train.datasets import check_context, longest_scored, pack_text_dataset, tokenize_prompts
 from minillm.train.finite import listed
@@ -74,7 +74,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     Attributes:
         rollouts: this process's rollouts of the current batch.
-        baselines: for each of these rollouts, the baseline of its returns.
+        credit: what the batch is compared with: prices of its tokens, and baselines of its returns.
         source: where rollouts come from.
         schedule: which rollouts and which text an update trains on.
 
@@ -129,8 +129,8 @@ class MiniLLMTrainer(DistillationTrainer):
             self.sampling = replace(self.sampling, top_logprobs=self.teacher.top_k)
         self.text_temperature = self.objective.language_model_temperature
         self._set_up_data(config, train_dataset, text_dataset, responses or [])
-        self._centred = self.objective.baseline == "centre" and self.objective.long_term > 0
-        self._scores_first = needs_expected_rewards_first(self.objective)
+        self.credit = BatchCredit(self.objective, self.sampling.eos_ids, self.global_sum, self.metrics.gather)
+        self.end_ids = self.credit.end_ids
         # Otherwise log p of the sampled tokens comes with their scores.
         trainers_mixture = self.objective.old_logprobs == "trainer" and config.teacher_mix > 0
         self._logp_first = needs_sampled_rewards_first(self.objective) or trainers_mixture
@@ -138,7 +138,6 @@ class MiniLLMTrainer(DistillationTrainer):
         self._batch_number = -1
         self._batch_metrics: dict[str, tuple[float, float]] = {}  # logged with every update on the batch
         self.rollouts: list[Rollout] = []
-        self.baselines = torch.zeros(0)
 
     def _set_up_data(
         self,
@@ -188,11 +187,11 @@ class MiniLLMTrainer(DistillationTrainer):
         device, rollouts = self.args.device, [self.rollouts[i] for i in inputs.rollouts]
         batch, pieces = pad_micro_batch(rollouts, inputs.text, self.text, self.objective.language_model_block, device)
         teacher = self._teacher_inputs(rollouts, pieces)
-        sampled = sampled_tokens(rollouts)
+        sampled, baseline = self.credit.tokens(rollouts, inputs.rollouts)
         loss = OnPolicyLoss(
             self.objective,
             sampled.to(device),
-            baseline=self.baselines[inputs.rollouts][sampled.segments].to(device),
+            baseline=baseline.to(device),
             count=inputs.count,
             text_count=inputs.text_count,
             slots=len(rollouts) * self.sampling.max_new_tokens,
@@ -241,7 +240,7 @@ class MiniLLMTrainer(DistillationTrainer):
         return replace(self.sampling, teacher_mix=self.rollout_config.teacher_mix)
 
     def _start_batch(self, number: int) -> None:
-        """Sample batch `number`, complete it, have the teacher score it, and compute its baselines."""
+        """Sample batch `number`, complete it, have the teacher score it, and compute what it is compared with."""
         release_cpu_memory(self.args.device)
         with self._checkpoint_on_engine_error():
             sampled = self._sample(number)
@@ -273,7 +272,7 @@ class MiniLLMTrainer(DistillationTrainer):
         engine = self.sync()
         sampled = self.source.sample(number, engine, self._mixed_sampling)
         engine.sleep()
-        return sampled if self._scores_first else sampled.without_reverse_kl()
+        return sampled if self.credit.scores_first else sampled.without_reverse_kl()
 
     def _note_sampling(self, sampled: SampledBatch) -> None:
         rollouts, step = sampled.rollouts, self.state.global_step
@@ -311,7 +310,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _needs_rescoring(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether a forward of the student has to come before the updates on a batch, in any process."""
-        lacking = self._scores_first and any(rollout.reverse_kl is None for rollout in rollouts)
+        lacking = self.credit.lacks_scores(rollouts)
         return self.objective.old_logprobs == "trainer" or self.global_sum(float(lacking)) > 0
 
     def _rescore(self, rollouts: Sequence[Rollout]) -> None:
@@ -320,9 +319,10 @@ class MiniLLMTrainer(DistillationTrainer):
         This gives KL(q‖p), which centred returns need. If the objective asks for the trainer's own q_old, the trainer's
         log q replaces the engine's, and p̃ is computed from it.
         """
-        for rollout, scores in zip(rollouts, self.student_scores(rollouts, self._scores_first), strict=True):
-            if self._scores_first:
-                rollout.reverse_kl = scores.reverse_kl
+        first = self.credit.scores_first
+        for rollout, scores in zip(rollouts, self.student_scores(rollouts, first), strict=True):
+            if first:
+                rollout.reverse_kl, rollout.entropy = scores.reverse_kl, scores.entropy
             if self.objective.old_logprobs == "engine":
                 continue
             logq = scores.logq
@@ -338,9 +338,7 @@ class MiniLLMTrainer(DistillationTrainer):
         broken = [r for r in rollouts if r.reverse_kl is not None and not r.reverse_kl.isfinite().all()]
         self.stop_at([f"KL(q‖p) is not finite on {self._name_rows(broken)}"] if broken else [])
         self._batch_number, self.rollouts = number, rollouts
-        self.baselines = torch.zeros(len(rollouts))
-        if self._centred:
-            self.baselines = baselines(sampled_tokens(rollouts), self.objective, self.global_sum).float()
+        self.credit.start(rollouts)
 
     def _is_current(self, rollout: Rollout) -> bool:
         """Whether the current weights sampled the rollout."""
@@ -363,8 +361,9 @@ class MiniLLMTrainer(DistillationTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         within_batch = step % self.schedule.updates_per_batch > 0
         unfinished = self.rollouts if within_batch else []
-        checkpoint = RolloutCheckpoint(self._batch_number, unfinished, self.source.others.buffer)
-        checkpoint.save(folder, self.accelerator.process_index)
+        state = self.credit.state(finished=not within_batch)
+        checkpoint = RolloutCheckpoint(self._batch_number, unfinished, self.source.others.buffer, state)
+        checkpoint.save(folder, self.accelerator.process_index, self.accelerator.num_processes)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -377,6 +376,7 @@ class MiniLLMTrainer(DistillationTrainer):
         if saved is None:
             return
         self.source.others.buffer = saved.replay
+        self.credit.load_state(saved.credit)
         if saved.rollouts:
             self._score_by_teacher(saved.rollouts)
             self.use_batch(saved.number, saved.rollouts)

@@ -14,6 +14,7 @@ import torch
 
 from minillm.loss import elementwise as plain
 from minillm.loss.elementwise import Derivatives, Transforms
+from minillm.loss.words import ChunkLogits, EndTokens
 from minillm.models.head import Head, LogitTransform
 
 N, V = 5, 300  # three blocks of 128 columns, the last of them not full
@@ -30,7 +31,7 @@ def test_the_kernels_in_the_interpreter() -> None:
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "11 passed" in done.stdout
+    assert "12 passed" in done.stdout
 
 
 @pytest.fixture
@@ -96,3 +97,23 @@ def test_excluded_tokens_are_the_plain_functions_too(kernels: ModuleType, least:
     torch.testing.assert_close(grad, plain.differentiate(*by_score), rtol=2e-5, atol=2e-6)
     student[1, 7] = torch.nan  # NaN is not hidden by the lower limit of log-probabilities
     assert all(bool(value[1].isnan()) for value in kernels.measure(*arguments)[4:])
+
+
+def test_the_score_of_words_is_that_of_the_plain_function(kernels: ModuleType) -> None:
+    """The kernel computes all columns but those of the end tokens and of the tokens themselves."""
+    g = torch.Generator().manual_seed(2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, teacher = (4 * torch.randn(N, V, generator=g).to(device) for _ in range(2))
+    targets = torch.tensor([0, 127, 128, 299, 5], device=device)
+    transform = LogitTransform(None, 1.0, None, 0.7)
+    transforms = Transforms(transform, transform)
+    measures = plain.measure(student, teacher, targets, transforms, torch.float32)
+    chunk = ChunkLogits(student, teacher, targets, measures, transforms)
+    ends = EndTokens((128, 130, 7), student.device, torch.float32)
+    factors = [torch.randn(N, generator=g).to(device) for _ in range(4)]
+    going_on = ends.going_on(chunk)
+    want, got = (
+        ends.differentiate(module.differentiate, chunk, Derivatives(*factors[:3]), factors[3], going_on, torch.float32)
+        for module in (plain, kernels)
+    )
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)

@@ -69,6 +69,39 @@ class World:
             total = total + logq[index].sum().exp() * (logq[index] - logp[index]).sum()
         return list(torch.autograd.grad(total, [self.states, self.head]))
 
+    def rate(self, credit_for: str, kappa: float | None = None) -> list[Tensor]:
+        """Return E[T] times the gradient of J₂ = E[Σ KL_t] / E[T], from the objective itself, by autograd.
+
+        Args:
+            credit_for: "words" holds the probabilities of ending fixed in the distribution of responses.
+            kappa: The price of a token, for the gradient of E[Σ KL_t] − κ E[T]. By default J₂, which is J₂'s gradient.
+        """
+        logq, logp = self.logq(), self.logp()
+        kl = (logq.exp() * (logq - logp)).sum(-1)
+        if credit_for == "words":
+            end = logq[:, EOS].detach().exp()
+            word = logq - torch.log1p(-logq[:, EOS].exp())[:, None] + torch.log1p(-end)[:, None]
+            logq = torch.where(torch.arange(V) == EOS, end.log()[:, None], word)
+        total, length = torch.zeros(2, dtype=torch.float64)
+        for y in self.responses():
+            rows, ids = torch.tensor(self.rows(y)), torch.tensor(y)
+            probability = logq[rows, ids].sum().exp()
+            total, length = total + probability * kl[rows].sum(), length + probability * len(y)
+        if kappa is None:
+            return [length.detach() * g for g in torch.autograd.grad(total / length, [self.states, self.head])]
+        return list(torch.autograd.grad(total - kappa * length, [self.states, self.head]))
+
+    def kappa(self) -> float:
+        """Return J₂ = E[Σ KL_t] / E[T] of responses that the student samples."""
+        logq, logp = self.logq().detach(), self.logp()
+        kl = (logq.exp() * (logq - logp)).sum(-1)
+        total, length = 0.0, 0.0
+        for y in self.responses():
+            rows, ids = torch.tensor(self.rows(y)), torch.tensor(y)
+            probability = float(logq[rows, ids].sum().exp())
+            total, length = total + probability * float(kl[rows].sum()), length + probability * len(y)
+        return total / length
+
     def one(
         self, y: tuple[int, ...], objective: Objective, alpha: float, logq_old: Tensor | None = None, **settings: Any
     ) -> tuple[float, list[Tensor]]:
@@ -79,14 +112,17 @@ class World:
             objective: The loss.
             alpha: Share of the teacher in the mixture.
             logq_old: log q_old [prefixes, V] of the student that sampled. By default the student that is trained.
-            **settings: Other arguments of `OnPolicyLoss`.
+            **settings: Other arguments of `OnPolicyLoss`; and `offset`, κ of all tokens.
         """
         rows, ids = torch.tensor(self.rows(y)), torch.tensor(y)
         q, p = (self.logq().detach() if logq_old is None else logq_old)[rows, ids], self.logp()[rows, ids]
         behaviour = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
         settings = {"slots": LENGTH, **settings}
         known = p if credit.needs_sampled_rewards_first(objective) else None
-        loss_of = OnPolicyLoss(objective, SampledTokens(q, behaviour, known, torch.tensor([len(y)])), **settings)
+        tokens = SampledTokens(q, behaviour, known, torch.tensor([len(y)]), is_end=ids == EOS)
+        if (offset := settings.pop("offset", None)) is not None:
+            tokens.offset = torch.full_like(q, offset)
+        loss_of = OnPolicyLoss(objective, tokens, **settings)
         return float(behaviour.sum().exp()), self.gradients(rows, ids, loss_of)
 
     def gradients(self, rows: Tensor, ids: Tensor, loss_of: OnPolicyLoss) -> list[Tensor]:
@@ -103,7 +139,7 @@ class World:
             ids,
             TeacherStates(self.teacher_states[rows], Head(self.teacher_head)),
             loss_fn=loss_of,
-            settings=ScoringSettings(chunk=2),
+            settings=ScoringSettings(chunk=2, end_ids=(EOS,)),
         )
         return list(torch.autograd.grad(loss, [self.states, self.head]))
 

@@ -10,6 +10,7 @@ import torch
 
 from minillm.data.lazy import LazySequence
 from minillm.loss.config import Objective
+from minillm.loss.presets import PRESETS
 from minillm.models.load import load_model
 from minillm.train import datasets
 from minillm.train.on_policy import MiniLLMTrainer
@@ -145,7 +146,7 @@ def test_the_baseline_is_the_mean_return_of_the_other_rollouts(
         advantages = []
         for i, own in enumerate(returns):
             others = [value for j, values in enumerate(returns) if j != i for value in values]
-            assert float(trainer.baselines[i]) == pytest.approx(sum(others) / len(others), rel=1e-4)
+            assert float(trainer.credit.baselines[i]) == pytest.approx(sum(others) / len(others), rel=1e-4)
             advantages += [value - sum(others) / len(others) for value in own] + [0.0]
         logged.append([entry["advantage"] for entry in trainer.state.log_history if "advantage" in entry])
         tokens = [
@@ -183,7 +184,7 @@ def test_several_samples_of_a_prompt_differ(pair: tuple[str, str], tmp_path: Pat
     assert len({tuple(r.response_ids) for r in drawn}) > 4
 
 
-@pytest.mark.parametrize("preset", ["paper", "reference", "recommended", "exact"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains(pair: tuple[str, str], tmp_path: Path, preset: str) -> None:
     logged = [
         e

@@ -45,6 +45,24 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Average lengths in the minillm stage. What is not given is estimated."""
+
+    prompt: float | None = None
+    """Tokens of a prompt."""
+    response: float | None = None
+    """Tokens of a response."""
+
+    def of(self, recipe: Recipe) -> tuple[float, float]:
+        """Return the tokens of a prompt and of a response of a recipe.
+
+        The text of the data tells the first, and responses are taken to be half as long as the longest ones.
+        """
+        prompt = rows(recipe, "train").prompt_tokens if self.prompt is None else self.prompt
+        return prompt, recipe.rollout.max_new_tokens / 2 if self.response is None else self.response
+
+
+@dataclasses.dataclass(frozen=True)
 class StageTraining:
     """The training of one stage of a recipe on a machine: batch sizes and numbers of updates."""
 

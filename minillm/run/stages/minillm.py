@@ -44,6 +44,10 @@ class MiniLLM(Stage):
         ("Importance weights", {"importance_weight": "mean weight", "clipped": "share clipped"}),
         ("Engine against trainer, nats", {"engine_mismatch": "mean |difference| of log q"}),
     )
+    watched = {
+        "eval_reverse_kl": "KL(q‖p) of the validation",
+        "reverse_kl": "KL(q‖p) of its responses",
+    }
 
     def trains_on_references(self, recipe: Recipe) -> bool:
         return recipe.rollout.on_policy < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -72,6 +73,9 @@ class Responses(Stage):
             if engine is not None:
                 engine.close()
                 release_memory()
+
+    def has_made_something(self, run_dir: Path) -> bool:
+        return (run_dir / "responses.jsonl").is_file()
 
     def discard(self, run: Run, requested: bool) -> None:
         (run.dir / "responses.jsonl").unlink(missing_ok=True)

@@ -56,6 +56,11 @@ class Warmup(Stage):
         ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
         ("Gradient norm", {"grad_norm": "before clipping"}),
     )
+    watched = {
+        "eval_reverse_kl": "KL(q‖p) of the validation",
+        "watched_reverse_kl": "KL(q‖p) on some of its own training rows",
+        "loss": "its loss",
+    }
 
     def trains_on_references(self, recipe: Recipe) -> bool:
         return recipe.warmup.targets == "references"
@@ -74,12 +79,13 @@ class Warmup(Stage):
 
         settings, recipe = run.recipe.warmup, run.recipe
         arguments = shared.training_arguments(run, self)
+        rows = run.references if settings.targets == "references" else run.answer_rows
         trainer = SupervisedTrainer(
             **shared.student_arguments(run, run.start, arguments),
             teacher=shared.supervised_teacher(run, arguments),
             args=arguments,
             shard_teacher=recipe.teacher.first.shard,
-            train_dataset=run.references if settings.targets == "references" else run.answer_rows,
+            train_dataset=rows,
             cross_entropy=settings.cross_entropy,
             divergence=settings.divergence,
             temperature=settings.temperature,
@@ -87,6 +93,8 @@ class Warmup(Stage):
             cross_entropy_temperature=settings.cross_entropy_temperature,
             eval_dataset=run.validation,
         )
+        if settings.cross_entropy < 1:
+            shared.watch_rows(self, trainer, rows)
         shared.train(run, self, trainer, run.warmed, final="minillm" not in recipe.stages)
 
     def phases(self, planner: Planner) -> list[Phase]:
