@@ -78,6 +78,23 @@ Link = Annotated[
 ]
 
 
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        from minillm.distribution import versions
+
+        typer.echo("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_versions, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Distil a large language model into a small one on the student's own samples (MiniLLM)."""
+
+
 @app.command()
 def run(
     recipe: RecipePath,

@@ -22,7 +22,7 @@ from minillm.run.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 # Each floor may import from those below it (to its left), and from itself.
 FLOORS = [
-    "errors config redaction",
+    "errors config redaction distribution",
     "data",
     "models",
     "loss",
@@ -38,6 +38,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 LIGHT = [
     "minillm.cli",
     "minillm.config",
+    "minillm.distribution",
     "minillm.errors",
     "minillm.redaction",
     "minillm.run.experiments.config",
