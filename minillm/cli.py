@@ -13,23 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
+from minillm.commands import recipes, show
+from minillm.commands.app import Overrides, RecipePath, app
 from minillm.errors import InputError, Interrupted, MinillmError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Distil a large language model into a small one on the student's own samples (MiniLLM).",
-)
-
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[section.key=value]...", help="Settings that replace the recipe's, e.g. training.learning_rate=1e-5."
-    ),
-]
+__all__ = ["app", "main", "recipes", "show"]  # commands register themselves when they are imported
 
 # Options of `minillm plan`.
 Gpus = Annotated[

@@ -31,12 +31,16 @@ FLOORS = [
     "evaluation",
     "train",
     "run",
+    "commands",
     "cli",
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Read by everything, so that a typing error in a recipe costs no import of torch.
 LIGHT = [
     "minillm.cli",
+    "minillm.commands.app",
+    "minillm.commands.recipes",
+    "minillm.commands.show",
     "minillm.config",
     "minillm.distribution",
     "minillm.errors",
@@ -44,6 +48,8 @@ LIGHT = [
     "minillm.run.experiments.config",
     "minillm.run.recipe",
     "minillm.run.recipe_file",
+    "minillm.run.resolved",
+    "minillm.run.shipped",
     "minillm.run.stages",
 ]
 # What engines need is told without torch. `minillm plan` itself imports torch once its recipe is read: it asks torch for
