@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from minillm.commands import recipes, show
+from minillm.commands import recipes, schema, show
 from minillm.commands.app import Overrides, RecipePath, app
 from minillm.errors import InputError, Interrupted, MinillmError
 
-__all__ = ["app", "main", "recipes", "show"]  # commands register themselves when they are imported
+__all__ = ["app", "main", "recipes", "schema", "show"]  # commands register themselves when they are imported
 
 # Options of `minillm plan`.
 Gpus = Annotated[

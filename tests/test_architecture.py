@@ -40,6 +40,7 @@ LIGHT = [
     "minillm.cli",
     "minillm.commands.app",
     "minillm.commands.recipes",
+    "minillm.commands.schema",
     "minillm.commands.show",
     "minillm.config",
     "minillm.distribution",
@@ -49,6 +50,7 @@ LIGHT = [
     "minillm.run.recipe",
     "minillm.run.recipe_file",
     "minillm.run.resolved",
+    "minillm.run.schema",
     "minillm.run.shipped",
     "minillm.run.stages",
 ]

@@ -60,9 +60,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: naming the file and line (or the override), the key, the value and what is allowed.
     """
+    overrides = list(overrides)
     recipe, where = _load(Path(path), overrides, Recipe)
     if faults := _faults(recipe):
-        before = _faults_before(Path(path), overrides) if overrides else []
+        before = _faults_before(Path(path)) if overrides else None
         raise RecipeError("\n".join(_say(fault, where, Path(path), before) for fault in faults))
     return recipe
 
@@ -132,7 +133,7 @@ def _faults(recipe: Recipe) -> list[Fault]:
     return found + [(("data", name), f"no such file: {file}") for name, file in missing.items()]
 
 
-def _faults_before(path: Path, overrides: Iterable[str]) -> list[Fault]:
+def _faults_before(path: Path) -> list[Fault]:
     """The faults of a recipe without its overrides, which are to blame for all others."""
     try:
         return _faults(_load(path, (), Recipe)[0])

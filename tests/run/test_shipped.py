@@ -52,7 +52,7 @@ def test_a_recipe_extends_another_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     mine.write_text("extends: gpt2/120m\nrun_dir: mine\n")
     recipe, where = resolve_recipe(mine)
     assert (recipe.student.source, recipe.run_dir) == ("openai-community/gpt2", Path("mine"))
-    assert where[("teacher", "source")].endswith("recipes/gpt2/120m.yaml:4")
+    assert where[("teacher", "source")].endswith("recipes/gpt2/120m.yaml:5")
     mine.write_text(extending_recipe(Path("gpt2/120m"), mine, ["seed=3"]))
     assert mine.read_text() == "extends: gpt2/120m\nseed: 3\n"
     assert resolve_recipe(mine)[0].seed == 3
