@@ -13,11 +13,19 @@ from typing import Annotated, Any
 
 import typer
 
-from minillm.commands import recipes, schema, show
+from minillm.commands import check, init, recipes, schema, show
 from minillm.commands.app import Overrides, RecipePath, app
 from minillm.errors import InputError, Interrupted, MinillmError
 
-__all__ = ["app", "main", "recipes", "schema", "show"]  # commands register themselves when they are imported
+__all__ = [
+    "app",
+    "check",
+    "init",
+    "main",
+    "recipes",
+    "schema",
+    "show",
+]  # commands register themselves when they are imported
 
 # Options of `minillm plan`.
 Gpus = Annotated[

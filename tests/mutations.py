@@ -38,6 +38,9 @@ SUITE = [
     "tests/train",
     "tests/evaluation/test_store.py",
     "tests/evaluation/test_suite.py",
+    "tests/run/test_shipped.py",
+    "tests/run/test_schema.py",
+    "tests/run/test_new_recipe.py",
     "tests/run/test_gguf_teacher.py",
     "tests/run/test_responses_file.py",
     "tests/run/test_jobs.py",
@@ -63,6 +66,36 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "a shipped recipe hides a file of the user's",
+        "run/shipped.py",
+        "    if given.is_file():\n        return given\n",
+        "",
+    ),
+    Mutation(
+        "a fault of an override is blamed on the recipe's line",
+        "run/recipe_file.py",
+        "COMMAND_LINE if before is not None and fault not in before else",
+        "",
+    ),
+    Mutation(
+        "what an override replaces keeps its source",
+        "run/recipe_file.py",
+        "        del where[key]\n",
+        "        pass\n",
+    ),
+    Mutation(
+        "a schema asks for keys that the extended recipe has",
+        "run/schema.py",
+        '("required", "title",',
+        '("title",',
+    ),
+    Mutation(
+        "a check does not look at finished stages",
+        "run/dry_run.py",
+        "        run.state.needs(stage, recipe.stages[:number])\n",
+        "",
+    ),
     Mutation(
         "every pass over the data has the order of the first",
         "data/seeding.py",

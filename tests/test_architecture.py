@@ -39,6 +39,8 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 LIGHT = [
     "minillm.cli",
     "minillm.commands.app",
+    "minillm.commands.check",
+    "minillm.commands.init",
     "minillm.commands.recipes",
     "minillm.commands.schema",
     "minillm.commands.show",

@@ -129,4 +129,15 @@ def test_an_installed_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Pa
     )  # fmt: skip
     assert Path(where.strip()).is_relative_to(target)
     assert command("--version").stdout.startswith(f"minillm {minillm.__version__}\n")
+    listed = command("recipes")
+    assert "gpt2/120m" in listed.stdout, listed.stderr
+    shown = command("show", "quickstart")
+    assert f"file: {target}/minillm/recipes/quickstart/train.jsonl" in shown.stdout, shown.stderr
+    assert command("schema", "suite").stdout == (ROOT / "recipes" / "schemas" / "suite.json").read_text()
     assert not list(work.iterdir())
+    (work / "mine.yaml").write_text("extends: gpt2/120m\nrun_dir: mine\n")
+    assert "source: openai-community/gpt2-xl" in command("show", "mine.yaml").stdout
+    misspelt = command("run", "quickstrat")
+    assert (misspelt.returncode, "did you mean quickstart?" in misspelt.stderr) == (2, True)
+    checked = command("evaluate", "eval/paper", "data_dir=nowhere", "model=a:nowhere")  # a suite that is shipped
+    assert "no such recipe" not in checked.stderr
