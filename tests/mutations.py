@@ -576,6 +576,24 @@ MUTATIONS = [
         "logq",
     ),
     Mutation(
+        "no floor where one logit alone is below it",
+        "loss/elementwise.py",
+        "if float(least.min()) >",
+        "if float(least.max()) >",
+    ),
+    Mutation(
+        "a chunk's gradient of the head in place of the sum",
+        "loss/gradients.py",
+        "self._used_weight.addmm_(grad.t(), states)",
+        "self._used_weight.addmm_(grad.t(), states, beta=0)",
+    ),
+    Mutation(
+        "the last block of a head is left out",
+        "models/head.py",
+        "for start in range(0, len(weight), rows):\n        part = weight[start : start + rows]\n        torch.mm",
+        "for start in range(0, len(weight) - rows + 1, rows):\n        part = weight[start : start + rows]\n        torch.mm",
+    ),
+    Mutation(
         "another divergence without the head's slope",
         "loss/token_scores.py",
         "(by_logits * transforms.student.slope(logits.detach()))",
