@@ -384,12 +384,6 @@ MUTATIONS = [
     ),
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
-        "head gradient of the last chunk only",
-        "loss/token_scores.py",
-        "self._used_weight += _scaled(grad.t() @ states, unit)",
-        "self._used_weight.copy_(_scaled(grad.t() @ states, unit))",
-    ),
-    Mutation(
         "tied or trained head forgotten by the adapter check",
         "models/head.py",
         'hasattr(module, "base_layer") or hasattr(module, "modules_to_save")',
