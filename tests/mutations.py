@@ -417,12 +417,6 @@ MUTATIONS = [
     ),
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
-        "head gradient of the last chunk only",
-        "loss/token_scores.py",
-        "self._used_weight += _scaled(grad.t() @ states, unit)",
-        "self._used_weight.copy_(_scaled(grad.t() @ states, unit))",
-    ),
-    Mutation(
         "tied or trained head forgotten by the adapter check",
         "models/head.py",
         'hasattr(module, "base_layer") or hasattr(module, "modules_to_save")',
@@ -607,6 +601,24 @@ MUTATIONS = [
         "loss/elementwise.py",
         "(logq + (others_p - others_q)[:, None])",
         "logq",
+    ),
+    Mutation(
+        "no floor where one logit alone is below it",
+        "loss/elementwise.py",
+        "if float(least.min()) >",
+        "if float(least.max()) >",
+    ),
+    Mutation(
+        "a chunk's gradient of the head in place of the sum",
+        "loss/gradients.py",
+        "self._used_weight.addmm_(grad.t(), states)",
+        "self._used_weight.addmm_(grad.t(), states, beta=0)",
+    ),
+    Mutation(
+        "the last block of a head is left out",
+        "models/head.py",
+        "for start in range(0, len(weight), rows):\n        part = weight[start : start + rows]\n        torch.mm",
+        "for start in range(0, len(weight) - rows + 1, rows):\n        part = weight[start : start + rows]\n        torch.mm",
     ),
     Mutation(
         "another divergence without the head's slope",

@@ -125,13 +125,13 @@ def teacher_spans(teacher: Teacher | None, num_tokens: int, settings: SpanSettin
         return [TeacherSpan(0, num_tokens, *settings.of_rows(), rows=teacher)]
     parts = [teacher] if isinstance(teacher, TeacherStates) else list(teacher)
     dtype, wide, _ = settings.precision
-    # One copy of each head in the dtype of the matrix products, however many spans use it.
+    # One copy of each head as it is multiplied, however many spans use it.
     weights: dict[int, Tensor] = {}
     spans, start = [], 0
     for states in parts:
         head, key = states.head.narrow(settings.width), id(states.head.weight)
         if key not in weights:
-            weights[key] = head.weight.detach().to(dtype)
+            weights[key] = settings.precision.factor(head.weight)
         transforms = settings.transforms(LogitTransform.of(head, settings.student.temperature, wide))
         stop = start + len(states.hidden)
         spans.append(TeacherSpan(start, stop, *transforms, states=states.hidden.to(dtype), weight=weights[key]))

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
+from minillm.loss.gradients import Gradients
 from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
 from minillm.loss.words import ChunkLogits, EndTokens
-from minillm.models.device import float32_from_bfloat16_products
+from minillm.models.device import float32_from_bfloat16_products, large_blocks_kept
 from minillm.models.head import Head, LogitTransform, project
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 CHUNK = 512
-"""Number of tokens in a chunk."""
+"""Number of tokens in a chunk, at most."""
+_CPU_LOGITS = 1 << 25  # of one chunk on a CPU, where more are not quicker
 
 
 @dataclass
@@ -74,6 +76,11 @@ class ScoreGradients:
     text_logq: Float[Tensor, " tokens"] | None = None
     text_forward_kl: Float[Tensor, " tokens"] | None = None
     going_on: Float[Tensor, " tokens"] | None = None
+
+
+def chunk_of(vocabulary: int, *, gpu: bool) -> int:
+    """Return the number of tokens in a chunk: fewer on a CPU for a wide vocabulary, whose logits are much memory."""
+    return CHUNK if gpu else max(1, min(CHUNK, _CPU_LOGITS // vocabulary))
 
 
 LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
@@ -181,6 +188,7 @@ class _GradientInForward(torch.autograd.Function):
         with (
             torch.autocast(hidden.device.type, enabled=False),
             float32_from_bfloat16_products(on_cpu and precision.rounded),
+            large_blocks_kept(on_cpu and len(hidden) * weight.shape[0] > _CPU_LOGITS),  # several chunks of equal size
         ):
             scorer = _ChunkedScorer(hidden, head, arguments, precision, ctx.needs_input_grad[:3])
             loss = scorer.run()
@@ -196,38 +204,6 @@ class _GradientInForward(torch.autograd.Function):
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
         return *grads, None
-
-
-class _Gradients:
-    """The gradients that a call accumulates over its chunks. Each is None if it is not needed."""
-
-    def __init__(self, hidden: Tensor, head: Head, width: int, needed: Sequence[bool], wide: torch.dtype) -> None:
-        by_hidden, by_weight, by_bias = needed
-        self.hidden = torch.empty_like(hidden, dtype=wide) if by_hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if by_weight else None
-        self.bias = torch.zeros_like(head.bias, dtype=wide) if by_bias and head.bias is not None else None
-        # The gradients have the size of the whole head, so that they need not be padded afterwards. The rows beyond the
-        # vocabulary keep their zeros.
-        self._used_weight = None if self.weight is None else self.weight[:width]
-        self._used_bias = None if self.bias is None else self.bias[:width]
-        self.needed = any(needed)
-
-    def add(self, part: slice, grad: Tensor, states: Tensor, weight: Tensor, unit: Tensor | None) -> None:
-        """Add the gradients of one chunk.
-
-        Args:
-            part: Positions of the chunk's tokens.
-            grad: Gradient by the projections of the chunk [chunk, vocab], in multiples of `unit`.
-            states: Hidden states of the chunk.
-            weight: Weight of the head, without padding.
-            unit: A scalar, or None for 1.
-        """
-        if self.hidden is not None:
-            self.hidden[part] = _scaled(grad @ weight, unit)
-        if self._used_weight is not None:
-            self._used_weight += _scaled(grad.t() @ states, unit)
-        if self._used_bias is not None:
-            self._used_bias += _scaled(grad.to(self._used_bias.dtype).sum(0), unit)
 
 
 @dataclass
@@ -269,9 +245,9 @@ class _ChunkedScorer:
         self._arguments, self._precision = arguments, precision
         self._num_tokens = len(arguments.targets)
         needed = needs_grad if arguments.loss_fn is not None else (False, False, False)
-        self.gradients = _Gradients(hidden, head, width, needed, wide)
+        self.gradients = Gradients(hidden, head, width, needed, wide)
         head = head.narrow(width)
-        self._weight, self._states = head.weight.detach().to(dtype), hidden.detach().to(dtype)
+        self._weight, self._states = precision.factor(head.weight), hidden.detach().to(dtype)
         transform = LogitTransform.of(head, settings.temperature, wide)
         self._text_temperature = settings.other_text_temperature
         self._ends = EndTokens(settings.end_ids, hidden.device, wide) if settings.end_ids else None
@@ -279,7 +255,8 @@ class _ChunkedScorer:
         self._spans = teacher_spans(arguments.teacher, self._num_tokens, shared)
         self.scores = self._empty_scores(hidden)
         self._loss = hidden.new_zeros((), dtype=wide)
-        num_logits = min(settings.chunk, self._num_tokens) * self._weight.shape[0]
+        self._chunk = min(settings.chunk, chunk_of(width, gpu=hidden.is_cuda))
+        num_logits = min(self._chunk, self._num_tokens) * width
         self._measure, self._differentiate = elementwise_functions(num_logits, hidden.device, precision)
 
     def _empty_scores(self, hidden: Tensor) -> TokenScores:
@@ -295,7 +272,7 @@ class _ChunkedScorer:
     def run(self) -> Float[Tensor, ""]:
         """Process all chunks from the last to the first, and return the loss."""
         for span in reversed(self._spans):
-            for part in span.chunks(self._arguments.settings.chunk):
+            for part in span.chunks(self._chunk):
                 self._process(part, span)
         return self._loss
 
@@ -389,7 +366,3 @@ class _ChunkedScorer:
             [by_logits] = torch.autograd.grad(chunk.divergence, logits, by_score["divergence"])
             grad = grad + (by_logits * transforms.student.slope(logits.detach())).to(dtype)
         return grad
-
-
-def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
-    return value if unit is None else value.to(unit.dtype) * unit
