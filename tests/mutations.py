@@ -25,6 +25,7 @@ SUITE = [
     "tests/loss/test_objective.py",
     "tests/loss/test_long_term.py",
     "tests/loss/test_words.py",
+    "tests/loss/test_value.py",
     "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
     "tests/loss/test_token_scores_precision.py",
@@ -45,6 +46,8 @@ SUITE = [
     "tests/run/test_plan_calibration.py",
     "tests/run/test_plan_fit.py",
     "tests/run/test_plan_work.py",
+    "tests/run/test_plan_network.py",
+    "tests/run/test_meeting.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -143,6 +146,36 @@ MUTATIONS = [
         "loss/leave_one_out.py",
         "others = total[:, None] - own",
         "others = total[:, None].expand_as(own)",
+    ),
+    Mutation(
+        "a response in its own baseline by position",
+        "loss/leave_one_out.py",
+        "_mean(at_position[:, position] - own, mean)",
+        "_mean(at_position[:, position], mean)",
+    ),
+    Mutation(
+        "a response in its own baseline by prompt",
+        "loss/leave_one_out.py",
+        "_mean(table[:, mine * size + position] - own, mean)",
+        "_mean(table[:, mine * size + position], mean)",
+    ),
+    Mutation(
+        "a baseline with the price of another response",
+        "loss/leave_one_out.py",
+        "mean[0] + tokens.offset.double() * mean[1]",
+        "mean[0] + tokens.offset.double().mean() * mean[1]",
+    ),
+    Mutation(
+        "value fitted to the batch that it is a baseline for",
+        "train/batch_credit.py",
+        "self._objective, phi, self._before.value)",
+        "self._objective, phi, fit(phi, baselines_by_value(tokens, self._objective, phi, [])[1]))",
+    ),
+    Mutation(
+        "value of the next response",
+        "loss/value.py",
+        "goes_on = tokens.remaining > 0",
+        "goes_on = tokens.remaining >= 0",
     ),
     Mutation(
         "credit for ending beside the words",
@@ -631,6 +664,49 @@ MUTATIONS = [
         "train/on_policy.py",
         'if self.objective.old_logprobs == "engine":\n',
         "if True:\n",
+    ),
+    Mutation(
+        "shards gathered as wide as they are trained",
+        "models/shards.py",
+        "cast = value.detach().to(wanted)\n    return cast.full_tensor() if isinstance(cast, DTensor) else cast",
+        "cast = value.detach()\n    return (cast.full_tensor() if isinstance(cast, DTensor) else cast).to(wanted)",
+    ),
+    Mutation("a tied head gathered twice", "models/weights.py", "whole = tied.get(id(value))", "whole = None"),
+    Mutation(
+        "a weight taken for the one whose place it got",
+        "rollout/engines/server.py",
+        "if earlier is None or earlier() is not value:",
+        "if earlier is None:",
+    ),
+    Mutation(
+        "a second machine's process goes on with an earlier launch",
+        "run/processes.py",
+        'while not (launch.is_file() and number in launch.read_text(encoding="utf-8").split()):',
+        "while not launch.is_file():",
+    ),
+    Mutation(
+        "a server on every machine's own loopback",
+        "rollout/engines/server_checks.py",
+        "if own := [url for url in servers if is_loopback(url)]:",
+        "if own := []:",
+    ),
+    Mutation(
+        "files of one machine counted as processes",
+        "train/rollout_checkpoint.py",
+        'writers = saved.get("processes", len(files))',
+        "writers = len(files)",
+    ),
+    Mutation(
+        "an all-reduce counted as one pass around the ring",
+        "run/plan/network.py",
+        '_ring("gradients, all-reduce", 2 * _FLOAT32 * trained, machine)',
+        '_ring("gradients, all-reduce", _FLOAT32 * trained, machine)',
+    ),
+    Mutation(
+        "weights counted for one of several servers",
+        "run/plan/network.py",
+        "read = share * weights * len(_elsewhere(_rollout_servers(training)))",
+        "read = share * weights * bool(_elsewhere(_rollout_servers(training)))",
     ),
     Mutation(
         "BOS of a GGUF file is lost",

@@ -15,12 +15,13 @@ import argparse
 import json
 import os
 import random
+import statistics
 import string
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,15 @@ from minillm.models.device import cpu_multiplies_bfloat16, fast_bfloat16, machin
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.network import Flow, seconds, traffic
 from minillm.run.plan.phases import Planner
-from minillm.run.plan.work import StageTraining
+from minillm.run.plan.work import Lengths, StageTraining
 from minillm.run.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SERVERS, TEACHERS = ["server0", "server1"], ["teacher0"]
 TOKENS = 32  # of a prompt and of a response, neither of which ends earlier
-# A batch of rollouts lasts two updates. The first batch is not measured; two are without limits, and two with them.
-WARM, FREE, LIMITED = 2, 4, 4
+# A batch of rollouts lasts two updates. The first batch is not measured; three are without limits, and three with them.
+WARM, FREE, LIMITED = 2, 6, 6
 KINDS = {
     "training": ("gradients", "weights in shards, all-gather"),
     "beginning of a batch": ("weights to the engines", "weights in shards to score", "weights of the teacher's shards"),
@@ -200,15 +201,15 @@ class Measurement:
         flows, limited = self.predicted()
         sent = [self._by_kind(after, before) for before, after in zip(self.counts, self.counts[1:], strict=False)]
         measured = sent[WARM - 1 :]  # an odd entry belongs to the second update of a batch
-        firsts, seconds_of_batch = measured[0::2], measured[1::2]
         mean = {kind: sum(each[kind] for each in measured) / len(measured) for kind in measured[0]}
-        alone = sum(each["training"] for each in seconds_of_batch) / len(seconds_of_batch)
+        alone = statistics.mean(each["training"] for each in measured[1::2])
         found = {**mean, "training": alone, "beginning of a batch": mean["training"] - alone}
-        assert len(firsts) == len(seconds_of_batch)
         rows = [Row(kind, _sum(flows, starts), found[kind]) for kind, starts in KINDS.items()]
         rows = [row for row in rows if row.predicted or row.measured > 1e5]
-        free, slow = self.taken[WARM : WARM + FREE], self.taken[WARM + FREE :]
-        return rows, (seconds(flows, limited), sum(slow) / len(slow) - sum(free) / len(free))
+        # Of whole batches, whose two updates are not alike; and their medians, because other work may disturb one.
+        pairs = list(zip(self.taken[WARM::2], self.taken[WARM + 1 :: 2], strict=True))
+        free, slow = (statistics.median(map(sum, part)) for part in (pairs[: FREE // 2], pairs[FREE // 2 :]))
+        return rows, (seconds(flows, limited), (slow - free) / 2)
 
     def _by_kind(self, after: dict[str, Count], before: dict[str, Count]) -> dict[str, float]:
         """Bytes between two counts. What servers receive comes from training processes, or from the file server."""
@@ -229,13 +230,15 @@ class Measurement:
         }
 
     def predicted(self) -> tuple[list[Flow], Machine]:
-        """The flows of the plan. It takes responses for half as long as the longest, and these are all of that."""
-        recipe = load_recipe(self.folder / "recipe.yaml", [f"rollout.max_new_tokens={2 * TOKENS}"])
+        """The flows of the plan, which is told that every prompt and every response is as long as it may be."""
+        recipe = load_recipe(self.folder / "recipe.yaml")
         planned = Machine(
             processes=self.processes, nodes=self.processes, gpu=False, bf16=cpu_multiplies_bfloat16(),
             shard=self.sharded, link=self.rate, vllm=False,
         )  # fmt: skip
-        return traffic(Planner(recipe, planned), StageTraining(recipe, planned, "minillm")), replace(planned)
+        return traffic(
+            Planner(recipe, planned, Lengths(TOKENS, TOKENS)), StageTraining(recipe, planned, "minillm")
+        ), planned
 
 
 def _sum(flows: list[Flow], starts: tuple[str, ...]) -> float:

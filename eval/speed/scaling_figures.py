@@ -64,5 +64,7 @@ def _plot(left: Any, right: Any, axis: str, values: dict[str, list[float]]) -> N
     right.set(ylabel="GB", ylim=(0, None))
     for plot in (left, right):
         plot.set(xscale="log", xlabel=UNITS[axis])
+        plot.set_xticks(xs, [f"{x:,.0f}" if x < 1e6 else f"{x / 1e6:,.0f}M" for x in xs], fontsize=8)
+        plot.minorticks_off()
         plot.grid(alpha=0.3)
         plot.legend(fontsize=8)

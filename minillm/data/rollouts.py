@@ -77,6 +77,7 @@ class Rollout:
         top_logprobs: log q of the most likely tokens at each position, by token id; None unless they were requested.
         teacher_name: the teacher that scores the response, where there are several; None where there is one.
         row: the row of the training data, or of the given responses, that it belongs to; None if that is not known.
+        entropy: float32, entropy of the student's distribution after each prefix, in nats; None where nobody needs it.
     """
 
     prompt_ids: list[int]
@@ -90,6 +91,7 @@ class Rollout:
     top_logprobs: Sequence[dict[int, float]] | None = None
     teacher_name: str | None = None
     row: int | None = None
+    entropy: Float[Tensor, " tokens"] | None = None
 
     @classmethod
     def drawn(

@@ -128,12 +128,18 @@ class Objective(Section):
     advantage: Literal["returns", "fixed"] = "returns"
     """Advantage A_t of the long-term term. `returns`: from rewards. `fixed`: −1 for every token, whatever the teacher
     says, scaled by `long_term`: a control. On samples of the current student its expected gradient is 0."""
-    baseline: Literal["none", "centre", "whiten", "whiten_padded"] = "centre"
+    baseline: Literal["none", "centre", "position", "prompt_position", "value", "whiten", "whiten_padded"] = "centre"
     """What is subtracted from returns to reduce variance. `centre`: the mean return per token of the batch's other
     responses (leave-one-out); with expected rewards this takes one more forward pass of the student over the rollouts
     before it trains on them, unless an engine in the process mixes the teacher in (`rollout.teacher_mix`), which knows
-    KL_k. `whiten`: normalise to mean 0 and standard deviation 1 in each micro-batch, over all processes; needs
-    `reward: sampled`. `whiten_padded`: the same with padding counted as zeros, as in LMOps."""
+    KL_k. `position`: the mean return of the other responses at the same position. `prompt_position`: that of the other
+    responses to the same prompt, which needs `rollout.samples_per_prompt` of at least 2. `value`: a linear function of
+    KL_t, entropy and position that is fitted to the returns of the batch before. `whiten`: normalise to mean 0 and
+    standard deviation 1 in each micro-batch, over all processes; needs `reward: sampled`. `whiten_padded`: the same
+    with padding counted as zeros, as in LMOps."""
+    trace: Share = 1.0
+    """λ with `baseline: value`. Below 1, rewards that come later count λ less for each token, and the value stands in
+    for them (generalised advantage estimation, arXiv 1506.02438): less variance, and bias where the value is wrong."""
     importance: Literal["none", "token", "prefix"] = "token"
     """Importance weight in the long-term term, which corrects for sampling from p̃ instead of q_old. `token`: ρ_t.
     `prefix`: the product ρ_1 … ρ_k for each sampled reward r_k, or ρ_1 … ρ_(k−1) for an expected one, which is unbiased
@@ -249,6 +255,15 @@ class Objective(Section):
                 "advantage: fixed has no rewards to weight or to count: set length_norm: false, and importance: token "
                 "or none"
             )
+        if self.trace < 1 and self.baseline != "value":
+            raise InputError("trace puts a value in place of later rewards: set baseline: value, or trace: 1")
+        if self.baseline == "value" and (self.length_norm or self.return_from == "current"):
+            raise InputError(
+                "baseline: value predicts the sum of the rewards after a token: set length_norm: false and "
+                "return_from: next"
+            )
+        if self.baseline == "value" and self.reward == "sampled":
+            raise InputError("baseline: value predicts −KL from KL: set reward: expected")
         if self.offset_memory and self.credit_offset != "rate":
             raise InputError(
                 "offset_memory keeps the price of all prompts together over batches: set credit_offset: rate, or "

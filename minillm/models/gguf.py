@@ -22,7 +22,8 @@ import numpy as np
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
-from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer, read_gguf_metadata
+from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from minillm.errors import InputError
 

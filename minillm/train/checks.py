@@ -89,11 +89,17 @@ def check_samples(rollout: RolloutConfig, objective: Objective) -> None:
     Raises:
         InputError: the message names the setting to change.
     """
-    by_prompt = objective.credit_offset == "rate_per_prompt"
-    if by_prompt and objective.long_term and rollout.samples_per_prompt < 2:
+    if not objective.long_term or rollout.samples_per_prompt > 1:
+        return
+    if objective.credit_offset == "rate_per_prompt":
         raise InputError(
             "objective.credit_offset: rate_per_prompt takes the price of tokens from other responses to the same "
             "prompt: set rollout.samples_per_prompt to 2 or more, or credit_offset: rate"
+        )
+    if objective.baseline == "prompt_position":
+        raise InputError(
+            "objective.baseline: prompt_position is the mean of other responses to the same prompt: set "
+            "rollout.samples_per_prompt to 2 or more, or baseline: position"
         )
 
 

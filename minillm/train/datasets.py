@@ -71,8 +71,9 @@ def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prom
     """
     if len(dataset) > IN_MEMORY:
         large = LazySequence(len(dataset), lambda row: _short_prompt(dataset, row, tokenizer, max_prompt_tokens))
-        for row in range(0, len(large), len(large) // _TRIED):
-            _ = large[row]
+        if not isinstance(dataset, LazySequence):  # of a run's own prompts some have been rendered already
+            for row in range(0, len(large), -(-len(large) // _TRIED)):
+                _ = large[row]
         return large
     prompts = [_prompt_ids(dataset[i], tokenizer) for i in range(len(dataset))]
     if not prompts:

@@ -310,7 +310,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     def _needs_rescoring(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether a forward of the student has to come before the updates on a batch, in any process."""
-        lacking = self.credit.scores_first and any(rollout.reverse_kl is None for rollout in rollouts)
+        lacking = self.credit.lacks_scores(rollouts)
         return self.objective.old_logprobs == "trainer" or self.global_sum(float(lacking)) > 0
 
     def _rescore(self, rollouts: Sequence[Rollout]) -> None:
@@ -322,7 +322,7 @@ class MiniLLMTrainer(DistillationTrainer):
         first = self.credit.scores_first
         for rollout, scores in zip(rollouts, self.student_scores(rollouts, first), strict=True):
             if first:
-                rollout.reverse_kl = scores.reverse_kl
+                rollout.reverse_kl, rollout.entropy = scores.reverse_kl, scores.entropy
             if self.objective.old_logprobs == "engine":
                 continue
             logq = scores.logq

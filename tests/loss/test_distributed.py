@@ -85,7 +85,7 @@ def gathered_dtypes() -> list[str]:
         seen.add(str(shard.dtype))
         return gather(shard, **given)
 
-    DTensor.full_tensor = watched
+    DTensor.full_tensor = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
         got = dict(plain_weights(model, torch.bfloat16))
     finally:

@@ -179,7 +179,7 @@ def test_a_response_that_is_compared_with_nothing_has_its_own_price() -> None:
     assert leave_one_out.offsets(tokens, preset("rate"), "a")[0].tolist() == [2.0]
 
 
-@pytest.mark.parametrize("baseline", ["centre"])
+@pytest.mark.parametrize("baseline", ["centre", "position", "prompt_position"])
 @pytest.mark.parametrize("name", ["rate", "words"])
 def test_baselines_of_the_other_responses_bias_nothing(name: str, baseline: str) -> None:
     """Over every pair of responses, with the probability that both are sampled; the price too is the other's."""
@@ -197,7 +197,10 @@ def test_baselines_of_the_other_responses_bias_nothing(name: str, baseline: str)
             lengths = torch.tensor([len(one), len(other)])
             sampled = SampledTokens(q, q, None, lengths, kl[rows], is_end=ids == EOS)
             sampled.offset = leave_one_out.offsets(sampled, objective, "ab")[0][sampled.segments]
-            baselines = credit.baselines(sampled, centred)[sampled.segments]
+            if baseline == "centre":
+                baselines = credit.baselines(sampled, centred)[sampled.segments]
+            else:
+                baselines = leave_one_out.baselines_by_position(sampled, centred, "aa")
             probability = math.exp(float(q.sum()))
             got = got + probability * flat(
                 world.gradients(rows, ids, OnPolicyLoss(centred, sampled, baseline=baselines))
@@ -212,6 +215,9 @@ REFUSED = [
     ({"preset": "rate", "return_from": "current"}, "set return_from: next"),
     ({"preset": "paper", "offset_memory": 0.5}, "set credit_offset: rate, or offset_memory: 0"),
     ({"preset": "rate", "credit_offset": "rate_per_prompt", "offset_memory": 0.5}, "offset_memory keeps the price"),
+    ({"preset": "rate", "trace": 0.5}, "set baseline: value, or trace: 1"),
+    ({"baseline": "value"}, "set length_norm: false and return_from: next"),
+    ({"preset": "paper", "baseline": "value", "length_norm": False}, "set reward: expected"),
     ({"preset": "fixed_advantage", "baseline": "centre"}, "set baseline: none"),
     ({"preset": "fixed_advantage", "length_norm": True}, "has no rewards to weight or to count"),
     ({"preset": "words", "divergence": "forward_kl"}, "set long_term: 0"),
@@ -235,3 +241,61 @@ def test_words_need_to_know_which_tokens_end_a_response() -> None:
     zeros = torch.zeros(2)
     with pytest.raises(ValueError, match="needs to know which tokens end a response"):
         OnPolicyLoss(preset("words"), SampledTokens(zeros, zeros, None, torch.tensor([2])))
+
+
+def plain_returns(tokens: SampledTokens, discount: float, offset: float) -> list[list[float]]:
+    assert tokens.reverse_kl is not None
+    parts = tokens.reverse_kl.split(tokens.lengths.tolist())
+    return [
+        [
+            sum(discount ** (k - t - 1) * (offset - float(part[k])) for k in range(t + 1, len(part)))
+            for t in range(len(part))
+        ]
+        for part in parts
+    ]
+
+
+@pytest.mark.parametrize("words", [False, True])
+@pytest.mark.parametrize("baseline", ["position", "prompt_position"])
+def test_a_baseline_by_position_is_a_mean_of_the_others(baseline: str, words: bool) -> None:
+    tokens, prompts = rollouts(), ["a", "b", "a", "b", "a"]
+    objective = preset("words" if words else "rate", baseline=baseline, discount=0.9)
+    tokens.is_end = torch.zeros(len(tokens.segments), dtype=torch.bool)
+    tokens.is_end[tokens.lengths.cumsum(0) - 1] = torch.tensor([True, True, False, True, True])
+    offsets, _ = leave_one_out.offsets(tokens, objective, prompts)
+    tokens.offset = offsets[tokens.segments]
+    got = leave_one_out.baselines_by_position(tokens, objective, prompts).split(tokens.lengths.tolist())
+    ends = [part.tolist() for part in tokens.is_end.split(tokens.lengths.tolist())]
+    mean = lambda values: sum(values) / max(len(values), 1)  # noqa: E731
+    for i in range(5):
+        values = plain_returns(tokens, 0.9, float(offsets[i]))
+        others = {
+            (j, t): value
+            for j in range(5)
+            for t, value in enumerate(values[j])
+            if j != i and not (words and ends[j][t])
+        }
+        for t in range(len(values[i])):
+            at = [value for (_, s), value in others.items() if s == t]
+            want = mean([*at, mean(list(others.values()))])
+            if baseline == "prompt_position":
+                want = mean([*(v for (j, s), v in others.items() if s == t and prompts[j] == prompts[i]), want])
+            assert float(got[i][t]) == pytest.approx(want, rel=1e-9, abs=1e-12)
+
+
+def test_a_baseline_by_position_does_not_depend_on_the_processes() -> None:
+    tokens, objective = rollouts(), preset("rate", baseline="prompt_position", credit_offset="none")
+    assert tokens.reverse_kl is not None
+    prompts = ["a", "b", "a", "b", "a"]
+    whole = leave_one_out.baselines_by_position(tokens, objective, prompts)
+    payloads: list[Any] = []
+    parts = []
+    for chosen in ([0, 1, 2], [3, 4]):
+        mine = torch.isin(tokens.segments, torch.tensor(chosen))
+        old = tokens.student_logprobs[mine]
+        part = SampledTokens(old, old, None, tokens.lengths[chosen], tokens.reverse_kl[mine])
+        names = [prompts[i] for i in chosen]
+        leave_one_out.baselines_by_position(part, objective, names, lambda x: payloads.append(x) or [x])
+        parts.append((part, names))
+    joined = [leave_one_out.baselines_by_position(part, objective, names, lambda _: payloads) for part, names in parts]
+    torch.testing.assert_close(torch.cat(joined), whole)

@@ -139,9 +139,11 @@ def test_the_mean_update_is_the_gradient_of_the_objective(pair: tuple[str, str],
     assert float(along[:, 0].mean()) > 3 * float(along[:, 0].std()) / len(along) ** 0.5  # there is something to see
 
 
-def test_a_resumed_run_continues_with_the_price_of_the_batches_before(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_a_resumed_run_continues_with_the_price_and_the_value_of_the_batches_before(
+    pair: tuple[str, str], tmp_path: Path
+) -> None:
     """It stops within a batch (3) and between two (4)."""
-    objective = preset("words", offset_memory=0.8)
+    objective = preset("words", offset_memory=0.8, baseline="value", trace=0.9)
     settings: dict[str, Any] = {"objective": objective, "max_steps": 6}
     whole = train(pair, tmp_path / "whole", **settings)
     for stop in (3, 4):
@@ -150,11 +152,43 @@ def test_a_resumed_run_continues_with_the_price_of_the_batches_before(pair: tupl
         resumed = train(pair, folder, resume=str(folder / f"checkpoint-{stop}"), **settings)
         for (key, x), y in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):  # pyright: ignore
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=key)
-        ours, theirs = (run.credit.state(finished=True)["rate"] for run in (resumed, whole))
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        ours, theirs = (run.credit.state(finished=True) for run in (resumed, whole))
+        assert ours["rate"] == pytest.approx(theirs["rate"], rel=1e-4)
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-2, abs=1e-3)
 
 
-def test_prices_of_prompts_need_several_responses_to_each(pair: tuple[str, str], tmp_path: Path) -> None:
-    objective = preset("rate", credit_offset="rate_per_prompt")
+@pytest.mark.parametrize("field", [{"credit_offset": "rate_per_prompt"}, {"baseline": "prompt_position"}])
+def test_what_compares_responses_to_a_prompt_needs_several(
+    pair: tuple[str, str], tmp_path: Path, field: dict[str, str]
+) -> None:
     with pytest.raises(ValueError, match=r"set rollout\.samples_per_prompt to 2 or more"):
-        MiniLLMTrainer(*pair, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS, objective=objective)
+        MiniLLMTrainer(
+            *pair, arguments(tmp_path), rollout=ROLLOUT, train_dataset=PROMPTS, objective=preset("rate", **field)
+        )
+
+
+@pytest.mark.parametrize("baseline", ["position", "prompt_position", "value"])
+def test_baselines_by_token_do_not_depend_on_the_micro_batches(
+    pair: tuple[str, str], tmp_path: Path, baseline: str
+) -> None:
+    rollout = ROLLOUT.model_copy(update={"samples_per_prompt": 2})
+    changes = {"trace": 0.9} if baseline == "value" else {}
+    objective = preset("words", baseline=baseline, credit_offset="rate_per_prompt", **changes)
+    settings: dict[str, Any] = {
+        "objective": objective,
+        "rollout": rollout,
+        "max_steps": 6,
+        **SGD,
+        "learning_rate": 0.05,
+    }
+    runs = []
+    for micro in (1, 4):
+        sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
+        runs.append(train(pair, tmp_path / f"{micro}", **settings, **sizes))  # pyright: ignore[reportArgumentType]
+    one, four = (run.credit for run in runs)
+    assert [len(values) for values in one.baselines] == [len(r.response_ids) for r in runs[0].rollouts]
+    for a, b in zip(one.baselines, four.baselines, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert baseline != "value" or float(a.abs().max()) > 0
+    for (key, x), y in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values(), strict=True):  # pyright: ignore
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5, msg=key)

@@ -17,7 +17,7 @@ from tests.train.common import PROMPTS, ROLLOUT, arguments, launch
 from tests.train.two_processes import run
 
 
-@pytest.mark.parametrize("kind", ["plain", "whitened", "own-base"])
+@pytest.mark.parametrize("kind", ["plain", "whitened", "words", "own-base"])
 def test_two_processes_train_as_one_does(pair: tuple[str, str], tmp_path: Path, kind: str) -> None:
     """Rollouts are the same whichever process samples them, and so are the weights after two updates."""
     launch(pair, tmp_path / "two", kind)

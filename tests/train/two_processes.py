@@ -81,7 +81,7 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
         folder: where the run writes.
         kind: what the run is about. `whitened`: the objective of LMOps, with one micro-batch per update and divided by
             the update's tokens, so that the number of processes must not matter. `server`: a vLLM server started by the
-            run. `replay`: twelve updates, with replayed rollouts in every batch, different ones in each process.
+            run. `words`: prices and baselines by prompt, whose responses are in both processes. `replay`: twelve updates, with replayed rollouts in every batch, different ones in each process.
             `zero3`, `fsdp2`: with two processes the student is sharded, and sampled as a whole copy. `zero2`: its
             gradients and optimiser states are. `zero3-lora`, `fsdp2-lora`: its adapter is. `own-base`: a student with
             an adapter, whose teacher is its base model. `broken`: the last process has a loss that is not finite, and
@@ -120,6 +120,9 @@ def run(student: str, teacher: str, folder: str, kind: str = "plain") -> int:
     changes: dict[str, Any] = {"language_model": 0.3, "language_model_block": 16}
     whitened = Objective.reference(normalise="update_tokens", **changes)
     objective = whitened if kind == "whitened" else Objective.recommended(**changes)
+    if kind == "words":
+        rollout = rollout.model_copy(update={"samples_per_prompt": 2})
+        objective = Objective.words(baseline="prompt_position", credit_offset="rate_per_prompt", **changes)
     if kind == "replay":
         objective = Objective.recommended(long_term=0.0, **changes)
         rollout = rollout.model_copy(update={"replay": 0.5, "inner_epochs": 2, "teacher_mix": 0.0})

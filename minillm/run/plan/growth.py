@@ -47,7 +47,7 @@ def update_time(recipe: Recipe, machine: Machine) -> UpdateTime:
 def _served_teacher(planner: Planner, training: StageTraining) -> float:
     """Seconds of an update in which served teachers read responses, each with all its servers at once."""
     recipe, machine = planner.recipe, planner.machine
-    prompt, response = work.rows(recipe, "train").prompt_tokens, recipe.rollout.max_new_tokens / 2
+    prompt, response = planner.lengths.of(recipe)
     scored = batch_of(recipe).scored / work.updates_of_batch(recipe, machine) / len(planner.teachers)
     return sum(
         replace(machine, processes=len(settings.servers)).seconds(

@@ -18,7 +18,7 @@ from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import Planner
 from minillm.run.plan.rollouts import batch_of
-from minillm.run.plan.work import StageTraining
+from minillm.run.plan.work import Lengths, StageTraining
 
 SPREADS = ("DDP", "ZeRO-2", "FSDP2", "ZeRO-3")
 """How a trained model can be spread over processes; see `spread_flows`."""
@@ -59,7 +59,7 @@ def traffic(planner: Planner, training: StageTraining) -> list[Flow]:
         if machine.shard:
             flows.append(_rescoring(training, model))
         flows += _weights_to_engines(training, model)
-        flows += _rollouts(training)
+        flows += _rollouts(training, planner.lengths)
     flows += _teacher(planner, training)
     return [flow for flow in flows if flow.total > 0]
 
@@ -144,13 +144,13 @@ def _weights_to_engines(training: StageTraining, model: Shape) -> list[Flow]:
     return [*flows, Flow("weights to the servers", read, read)]
 
 
-def _rollouts(training: StageTraining) -> list[Flow]:
+def _rollouts(training: StageTraining, lengths: Lengths) -> list[Flow]:
     """Requests to rollout servers, and their answers."""
     recipe, servers = training.recipe, _elsewhere(_rollout_servers(training))
     if not servers:
         return []
     sampled = batch_of(recipe).sampled / work.updates_of_batch(recipe, training.machine)
-    prompt, response = work.rows(recipe, "train").prompt_tokens, recipe.rollout.max_new_tokens / 2
+    prompt, response = lengths.of(recipe)
     token = _MIXED_TOKEN if recipe.rollout.teacher_mix else _SAMPLED_TOKEN
     sent = sampled * (_REQUEST + _PROMPT_TOKEN * prompt)
     received = sampled * (_ANSWER + _PROMPT_TOKEN * prompt + token * response)
@@ -163,7 +163,7 @@ def _teacher(planner: Planner, training: StageTraining) -> list[Flow]:
     if not _reads_teacher(training):
         return []
     flows = []
-    sequences = _scored(training)
+    sequences = _scored(training, planner.lengths)
     for label, (settings, shape) in planner.teachers.by_label.items():
         if settings.shard and not settings.servers:
             group = max(training.micro_batch_size, _SHARDED_BATCH)
@@ -187,19 +187,19 @@ def _reads_teacher(training: StageTraining) -> bool:
     return training.stage == "minillm" or training.definition.teacher_in_loss(training.recipe)
 
 
-def _scored(training: StageTraining) -> tuple[float, float]:
+def _scored(training: StageTraining, lengths: Lengths) -> tuple[float, float]:
     """Sequences that a teacher reads for a weight update, and their tokens.
 
     The last token of a sequence predicts nothing, and is not read.
     """
     recipe = training.recipe
     if training.stage == "minillm":
-        rows, response = work.rows(recipe, "train"), recipe.rollout.max_new_tokens / 2
+        prompt, response = lengths.of(recipe)
         count = batch_of(recipe).scored / work.updates_of_batch(recipe, training.machine)
     else:
         rows = work.trained_rows(recipe, training.stage)
-        count, response = float(training.responses_per_update), rows.answer_tokens
-    return count, count * max(rows.prompt_tokens + response - 1, 0)
+        count, prompt, response = float(training.responses_per_update), rows.prompt_tokens, rows.answer_tokens
+    return count, count * max(prompt + response - 1, 0)
 
 
 def _forwards(training: StageTraining, group: int) -> float:

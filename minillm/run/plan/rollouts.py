@@ -58,7 +58,9 @@ def batch_of(recipe: Recipe) -> Batch:
     scored = rollout.num_rollouts - (sampled if mixed else 0)
     # Responses whose log-probabilities under the student come from a forward of the trainer.
     rescored = given
-    if recipe.objective.old_logprobs == "trainer" or (needs_expected_rewards_first(recipe.objective) and scored > 0):
+    if recipe.objective.old_logprobs == "trainer" or (
+        needs_expected_rewards_first(recipe.objective) and (scored > 0 or recipe.objective.baseline == "value")
+    ):
         rescored = rollout.num_rollouts
     return Batch(sampled, scored, rescored)
 
