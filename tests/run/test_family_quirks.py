@@ -78,7 +78,12 @@ def check(name: str, run: Run) -> float:
     assert list(run.conventions.eos_ids) == quirks.all_ends
     assert run.conventions.vocab_size == len(tokenizer)
     bos = [] if quirks.bos is None else [special.index(quirks.bos)]
-    rows = [json.loads(line) for line in (run.dir / "responses.jsonl").read_text().splitlines()]
+    # The paper's recipes warm up on the data's answers and have no stage `responses`; the others have no references to
+    # train on but what that stage writes.
+    samples = run.dir / "responses.jsonl"
+    assert samples.is_file() == ("responses" in run.recipe.stages)
+    written = [json.loads(line) for line in samples.read_text().splitlines()] if samples.is_file() else []
+    rows = [*written, *run.references]
     prompts = [
         *(row["prompt_ids"] for row in rows),
         *(p.ids for p in run.train_prompts),
@@ -95,7 +100,7 @@ def check(name: str, run: Run) -> float:
     assert max(map(len, prompts)) > 32 > 16  # longer than the windows; with a template none is shorter
     for row in rows:
         assert all(0 <= token < len(tokenizer) for token in row["response_ids"])
-    for ids in (row["response_ids"] for row in run.references):
+    for ids in (row["response_ids"] for row in rows):
         assert ids[-1] in quirks.all_ends or len(ids) == 6
         assert not set(ids[:-1]) & set(quirks.all_ends)
     for stage_folder in {run.teacher, run.warmed, run.student}:
