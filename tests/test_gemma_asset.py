@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from eval import gemma
+from eval.nats import nats_per_token
+from tests.conftest import tiny_llama
 from tests.gemma import FILE
 
 PARTS = [b"GGUF one, ", b"two, ", b"three, ", b"four"]
@@ -52,3 +55,13 @@ def test_the_tests_look_for_it_where_it_is_put_and_git_does_not() -> None:
     assert ".assets/" in ignored
     terms = [gemma.__doc__, (Path(__file__).parents[1] / "Makefile").read_text()]
     assert all("ai.google.dev/gemma/terms" in str(text) for text in terms)
+
+
+def test_nats_are_those_of_the_same_tokens_with_bos_and_without() -> None:
+    model = tiny_llama(3, layers=1, vocab=32, scale=0.4)
+    ids = [5, 9, 4, 11]
+    for prefix in ([], [2]):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prefix + ids])).logits[0].log_softmax(-1)
+        expected = -sum(float(logprobs[len(prefix) + i - 1, ids[i]]) for i in range(1, 4)) / 3
+        assert nats_per_token(model, ids, prefix) == pytest.approx(expected, rel=1e-5)
