@@ -37,6 +37,7 @@ SUITE = [
     "tests/rollout/test_vllm_lora.py",
     "tests/train",
     "tests/evaluation/test_store.py",
+    "tests/evaluation/test_report.py",
     "tests/evaluation/test_suite.py",
     "tests/run/test_gguf_teacher.py",
     "tests/run/test_responses_file.py",
@@ -63,6 +64,12 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "reports show text as HTML",
+        "evaluation/report/html.py",
+        "autoescape=True",
+        "autoescape=False",
+    ),
     Mutation(
         "every pass over the data has the order of the first",
         "data/seeding.py",
