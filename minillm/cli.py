@@ -292,6 +292,17 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g.
     typer.echo(f"wrote {write_run_report(run_dir)}")
 
 
+@app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/quickstart.")],
+    once: Annotated[bool, typer.Option(help="Show the run once, and end.")] = False,
+) -> None:
+    """Watch a run while it trains, from its directory: progress, curves, alarms, samples. Ctrl-C ends the view only."""
+    from minillm.run.watch import watch
+
+    watch(run_dir, once=once)
+
+
 def main() -> None:
     """Run the command line; a `MinillmError` is printed as one line, every other error keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

@@ -49,6 +49,7 @@ SUITE = [
     "tests/run/test_plan_work.py",
     "tests/run/test_plan_network.py",
     "tests/run/test_meeting.py",
+    "tests/run/test_watch.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -64,6 +65,18 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "tokens are said to be drawn by the student that the teacher drew",
+        "train/samples.py",
+        "share = 1 - (1 - alpha)",
+        "share = (1 - alpha)",
+    ),
+    Mutation(
+        "a training that starts anew keeps the log of the last one",
+        "run/live.py",
+        "state.global_step if state.global_step else -1",
+        "state.max_steps",
+    ),
     Mutation(
         "reports show text as HTML",
         "evaluation/report/html.py",
