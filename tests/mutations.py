@@ -50,6 +50,7 @@ SUITE = [
     "tests/run/test_plan_network.py",
     "tests/run/test_meeting.py",
     "tests/run/test_watch.py",
+    "tests/run/test_talk.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -65,6 +66,12 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "a chat forgets its own answers",
+        "run/talk.py",
+        "self.messages = [*asked, {",
+        "self.messages = [*self.messages, {",
+    ),
     Mutation(
         "tokens are said to be drawn by the student that the teacher drew",
         "train/samples.py",

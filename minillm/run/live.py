@@ -32,17 +32,23 @@ class LiveLog(TrainerCallback):
     """
 
     def __init__(self, run_dir: Path, stage: str) -> None:
-        self._file = log_file(run_dir, stage)
+        self._file, self._begun = log_file(run_dir, stage), False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop the entries of updates that will be made again."""
-        if state.is_world_process_zero:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            drop_later_lines(self._file, "step", state.global_step if state.global_step else -1)
+        if state.is_world_process_zero and not self._begun:
+            self._begin(state)
+
+    def _begin(self, state: Any) -> None:
+        self._begun = True
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        drop_later_lines(self._file, "step", state.global_step if state.global_step else -1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Append an entry."""
         if state.is_world_process_zero:
+            if not self._begun:  # another callback logs when training begins, before this one is told of it
+                self._begin(state)
             entry = {**(logs or {}), "step": state.global_step, "max_steps": state.max_steps, "time": time.time()}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(entry), ensure_ascii=False, default=float) + "\n")

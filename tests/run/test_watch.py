@@ -100,16 +100,19 @@ def test_curves_and_times() -> None:
 def test_a_training_leaves_its_log_at_once(tmp_path: Path) -> None:
     log, state = LiveLog(tmp_path, "minillm"), SimpleNamespace(global_step=0, max_steps=4, is_world_process_zero=True)
     file = tmp_path / "logs" / "minillm.jsonl"
+    log.on_log(None, state, None, {"watched_reverse_kl": 1.0})  # by another callback that is told first
     log.on_train_begin(None, state, None)
+    assert len(read_lines(file)) == 1
+    file.unlink()
     for state.global_step in (0, 1, 2, 3):
         log.on_log(None, state, None, {"loss": float("nan")})
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(entry["step"], entry["max_steps"], entry["loss"]) for entry in found] == [(n, 4, None) for n in range(4)]
     state.global_step = 2  # continued from a checkpoint
-    log.on_train_begin(None, state, None)
+    LiveLog(tmp_path, "minillm").on_train_begin(None, state, None)
     assert [entry["step"] for entry in read_lines(file)] == [0, 1, 2]
     state.global_step = 0
-    log.on_train_begin(None, state, None)
+    LiveLog(tmp_path, "minillm").on_train_begin(None, state, None)
     assert read_lines(file) == []
 
 
