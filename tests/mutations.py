@@ -37,6 +37,7 @@ SUITE = [
     "tests/rollout/test_vllm_lora.py",
     "tests/train",
     "tests/evaluation/test_store.py",
+    "tests/evaluation/test_report.py",
     "tests/evaluation/test_suite.py",
     "tests/run/test_shipped.py",
     "tests/run/test_schema.py",
@@ -51,6 +52,8 @@ SUITE = [
     "tests/run/test_plan_work.py",
     "tests/run/test_plan_network.py",
     "tests/run/test_meeting.py",
+    "tests/run/test_watch.py",
+    "tests/run/test_talk.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -95,6 +98,30 @@ MUTATIONS = [
         "run/dry_run.py",
         "        run.state.needs(stage, recipe.stages[:number])\n",
         "",
+    ),
+    Mutation(
+        "a chat forgets its own answers",
+        "run/talk.py",
+        "self.messages = [*asked, {",
+        "self.messages = [*self.messages, {",
+    ),
+    Mutation(
+        "tokens are said to be drawn by the student that the teacher drew",
+        "train/samples.py",
+        "share = 1 - (1 - alpha)",
+        "share = (1 - alpha)",
+    ),
+    Mutation(
+        "a training that starts anew keeps the log of the last one",
+        "run/live.py",
+        "state.global_step if state.global_step else -1",
+        "state.max_steps",
+    ),
+    Mutation(
+        "reports show text as HTML",
+        "evaluation/report/html.py",
+        "autoescape=True",
+        "autoescape=False",
     ),
     Mutation(
         "every pass over the data has the order of the first",

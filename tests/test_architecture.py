@@ -58,7 +58,7 @@ LIGHT = [
 ]
 # What engines need is told without torch. `minillm plan` itself imports torch once its recipe is read: it asks torch for
 # the GPUs of this machine, and counts what autograd keeps on fake tensors.
-WITHOUT_TORCH = ["minillm.rollout.engines.base", "minillm.rollout.engines.vllm_memory"]
+WITHOUT_TORCH = ["minillm.rollout.engines.base", "minillm.rollout.engines.vllm_memory", "minillm.run.watch"]
 # Packages that are optional.
 OPTIONAL = {
     "bitsandbytes",

@@ -78,6 +78,7 @@ class Rollout:
         teacher_name: the teacher that scores the response, where there are several; None where there is one.
         row: the row of the training data, or of the given responses, that it belongs to; None if that is not known.
         entropy: float32, entropy of the student's distribution after each prefix, in nats; None where nobody needs it.
+        advantage: float32, A_t when the student first trained on the response; None until then. It is only shown.
     """
 
     prompt_ids: list[int]
@@ -92,6 +93,7 @@ class Rollout:
     teacher_name: str | None = None
     row: int | None = None
     entropy: Float[Tensor, " tokens"] | None = None
+    advantage: Float[Tensor, " tokens"] | None = None
 
     @classmethod
     def drawn(
@@ -137,9 +139,10 @@ class Rollout:
     def to_saved(self) -> dict[str, Any]:
         """The fields for a checkpoint.
 
-        The teacher's targets are left out: they are large, and the teacher returns them again.
+        The teacher's targets are left out: they are large, and the teacher returns them again. So is the advantage,
+        which is only shown.
         """
-        return {name: value for name, value in vars(self).items() if name != "teacher"}
+        return {name: value for name, value in vars(self).items() if name not in ("teacher", "advantage")}
 
     @classmethod
     def from_saved(cls, fields: Mapping[str, Any]) -> Rollout:

@@ -17,6 +17,7 @@ from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import decides_nothing
 from minillm.run.tree import flatten
+from minillm.run.versions import versions
 
 if TYPE_CHECKING:
     from minillm.run.recipe import Recipe
@@ -254,6 +255,7 @@ class RunState:
             RunError: the run directory cannot be written.
         """
         self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1), "processes": processes}
+        self._stages[stage]["versions"] = versions()
         self._write()
 
     def settings(self, stage: str) -> dict[str, Any]:

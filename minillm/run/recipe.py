@@ -107,6 +107,7 @@ if TYPE_CHECKING:
         responses: ResponsesConfig = ResponsesConfig()
         warmup: WarmupConfig = WarmupConfig()
         training: dict[str, Any] = {}
+        log_samples: int = 10
         finetune: dict[str, Any] = {}
         sft: dict[str, Any] = {}
         evaluate: EvaluateConfig = EvaluateConfig()

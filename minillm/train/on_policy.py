@@ -36,7 +36,7 @@ from minillm.teacher.local import LocalTeacher
 from minillm.teacher.routed import RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
-from minillm.train.assembly import keep_first_reverse_kl, pad_micro_batch, teacher_inputs
+from minillm.train.assembly import keep_first_scores, pad_micro_batch, teacher_inputs
 from minillm.train.base import DistillationTrainer
 from minillm.train.batch_credit import BatchCredit
 from minillm.train.checks import check_logprob_teacher, check_on_policy, check_routing
@@ -200,7 +200,7 @@ class MiniLLMTrainer(DistillationTrainer):
         value = self.update_on(
             model, batch, loss, teacher, self.accelerator.num_processes, extra_divergence(self.objective.divergence)
         )
-        keep_first_reverse_kl(rollouts, loss.reverse_kl)
+        keep_first_scores(rollouts, loss.reverse_kl, loss.advantages)
         sums = loss.tally.sums
         current = all(self._is_current(rollout) for rollout in rollouts)
         if inputs.first_use and current and self.objective.old_logprobs == "engine":
