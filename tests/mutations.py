@@ -25,6 +25,7 @@ SUITE = [
     "tests/loss/test_objective.py",
     "tests/loss/test_long_term.py",
     "tests/loss/test_words.py",
+    "tests/loss/test_sparse.py",
     "tests/loss/test_value.py",
     "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
