@@ -17,6 +17,7 @@ from torch import Tensor
 from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import SparseTargets
 from minillm.errors import InputError
+from minillm.loss.config import NOT_LINEAR
 from minillm.loss.elementwise import Derivatives
 from minillm.loss.scores import ScoreGradients
 from minillm.loss.words import ChunkLogits, columns
@@ -24,10 +25,6 @@ from minillm.loss.words import ChunkLogits, columns
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-NOT_LINEAR = (
-    "weights of a few tokens are an estimate of p that is unbiased only in what is linear in p: the forward KL and the "
-    "cross-entropy. For any other divergence take the live teacher"
-)
 _REFUSED = ("reverse_kl", "forward_kl", "divergence", "text_forward_kl", "going_on")
 
 
