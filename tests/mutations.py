@@ -65,6 +65,36 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
+        "the weights of a sparse teacher are not taken from its tokens' gradients",
+        "loss/sparse.py",
+        "own = torch.cat([a[:, None], -by_target[:, None] * weights], 1)",
+        "own = torch.cat([a[:, None], 0 * weights], 1)",
+    ),
+    Mutation(
+        "drawn tokens are weighted as the most likely ones",
+        "teacher/sampling.py",
+        "weights = torch.where(is_head, top[:, :slots], each)",
+        "weights = p.gather(1, ids)",
+    ),
+    Mutation(
+        "a torn shard of a store is read",
+        "teacher/store.py",
+        'whole = not check or facts["checksum"] == _checksum(arrays)',
+        "whole = True",
+    ),
+    Mutation(
+        "every pass over the text reads the first draw",
+        "teacher/store.py",
+        "self._shard(number_of_pass % self._draws, number)",
+        "self._shard(0, number)",
+    ),
+    Mutation(
+        "Knowledge Inheritance keeps its teacher to the end",
+        "train/alpha.py",
+        "return max(1 - u / self.until, 0.0)",
+        "return 1 - u",
+    ),
+    Mutation(
         "every pass over the data has the order of the first",
         "data/seeding.py",
         "_order(self._n, *self._seed, number)",

@@ -11,9 +11,13 @@ import yaml
 
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import load_recipe
+from minillm.run.stages import stage_named
 
 ROOT = Path(__file__).parents[2] / "recipes"
-FAMILIES = sorted(path for path in ROOT.glob("*/*.yaml") if path.parent.name != "accelerate")
+PRETRAINING = sorted([*ROOT.glob("pretraining/*.yaml"), *ROOT.glob("lab/*.yaml")])
+FAMILIES = sorted(
+    path for path in ROOT.glob("*/*.yaml") if path.parent.name != "accelerate" and path not in PRETRAINING
+)
 
 
 def load(path: Path, folder: Path, *overrides: str) -> Recipe:
@@ -46,6 +50,25 @@ def test_every_recipe_is_valid_and_short(path: Path, tmp_path: Path) -> None:
     text.write_text('{"text": "w1 w2"}\n')
     assert load(path, tmp_path, f"data.text={text}").data.text is not None
     assert recipe.objective.language_model == 1.0
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
+def test_recipes_of_pretraining_are_valid(path: Path, tmp_path: Path) -> None:
+    recipe = load(path, tmp_path)
+    assert recipe.run_dir.name == f"{path.parent.name}-{path.stem}"
+    assert recipe.data.text is not None
+    assert "pretrain" in recipe.stages
+    assert all(stage_named(name).refusal(recipe, 1) is None for name in recipe.stages)
+    assert recipe.pretrain.alpha.value > 0
+
+
+def test_pd_star_is_the_papers(tmp_path: Path) -> None:
+    recipe = load(ROOT / "pretraining" / "pd-star.yaml", tmp_path)
+    sampler, alpha = recipe.logits.sampler, recipe.pretrain.alpha
+    assert (sampler.method, sampler.tokens, sampler.top_p) == ("top_p_k", 50, 0.95)
+    assert (recipe.pretrain.temperature, alpha.value, alpha.schedule) == (2.0, 0.9, "wsd")
+    assert recipe.pretrain.training["lr_scheduler_type"] == "warmup_stable_decay"
+    assert recipe.pretrain.training["learning_rate"] == 6e-4
 
 
 def commands(start: str) -> list[list[str]]:
