@@ -81,6 +81,7 @@ LATE = {
 }
 # Private names of other libraries that have no public counterpart.
 PRIVATE = {
+    ("minillm.loss.sparse", "_replace"): "of a named tuple, where it is public",
     ("minillm.loss.teacher_spans", "_replace"): "of a named tuple, where it is public",
     ("minillm.rollout.engines.vllm_pair_samplers", "_replace"): "of a named tuple, where it is public",
     ("minillm.models.device", "_is_mkldnn_bf16_supported"): "PyTorch has no public question",

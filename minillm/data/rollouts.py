@@ -30,6 +30,25 @@ class TeacherRows:
 
 
 @dataclass
+class SparseTargets:
+    """A distribution of the next token at each of N positions, as a few tokens with weights; all others have weight 0.
+
+    The weights alone decide what they stand for: one token of weight 1 is a hard label, a teacher's most likely tokens
+    renormalised are the targets of arXiv 2410.16215, counts of draws those of RS-KD (arXiv 2503.16870), and the
+    samplers of `minillm.teacher.sampling` an unbiased estimate of p.
+
+    Attributes:
+        ids: token ids. A token may occur twice in a row; its weights then add up.
+        weights: float32, the weight of each token; a slot that is not needed has weight 0.
+        entropy: float32, the entropy of the distribution that they stand for, in nats, if it is known.
+    """
+
+    ids: Int[Tensor, "tokens slots"]
+    weights: Float[Tensor, "tokens slots"]
+    entropy: Float[Tensor, " tokens"] | None = None
+
+
+@dataclass
 class TeacherTargets:
     """What a teacher returns about one response of T tokens.
 

@@ -27,6 +27,12 @@ read without importing torch, so the names cannot be taken from there. A diverge
 field of `DivergenceConfig`, which documents that parameter.
 """
 
+NOT_LINEAR = (
+    "weights of a few tokens are an estimate of p that is unbiased only in what is linear in p: the forward KL and the "
+    "cross-entropy. For any other divergence take the live teacher"
+)
+"""Why a store gives no other divergence."""
+
 
 class DivergenceConfig(Section):
     """A divergence between the student's distribution q and the teacher's distribution p of the next token.

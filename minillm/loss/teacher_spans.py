@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minillm.data.rollouts import TeacherRows
+from minillm.data.rollouts import SparseTargets, TeacherRows
 from minillm.errors import InputError
 from minillm.loss.elementwise import Precision, Transforms, complete_with_student
 from minillm.models.head import LogitTransform, TeacherStates, project
@@ -21,9 +21,10 @@ from minillm.models.head import LogitTransform, TeacherStates, project
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Teacher = TeacherStates | TeacherRows | Sequence[TeacherStates]
-"""Where log p comes from: hidden states and head of a teacher; the log-probabilities that a served teacher gives; or,
-where several teachers score parts of a batch, the states of each part in the order of the tokens."""
+Teacher = TeacherStates | TeacherRows | SparseTargets | Sequence[TeacherStates]
+"""Where log p comes from: hidden states and head of a teacher; the log-probabilities that a served teacher gives;
+weights of a few tokens, as a store keeps them; or, where several teachers score parts of a batch, the states of each
+part in the order of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def teacher_spans(teacher: Teacher | None, num_tokens: int, settings: SpanSettin
     Raises:
         InputError: The states of several teachers are not as many as the tokens.
     """
-    if teacher is None:
+    if teacher is None or isinstance(teacher, SparseTargets):  # these are compared with the student's scores alone
         return [TeacherSpan(0, num_tokens, *settings.transforms(None))]
     if isinstance(teacher, TeacherRows):  # they are log-probabilities already
         return [TeacherSpan(0, num_tokens, *settings.of_rows(), rows=teacher)]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
 from minillm.loss.gradients import Gradients
+from minillm.loss.scores import ScoreGradients, TokenScores
+from minillm.loss.sparse import SparseScorer
 from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
 from minillm.loss.words import ChunkLogits, EndTokens
 from minillm.models.device import float32_from_bfloat16_products, large_blocks_kept
@@ -30,52 +32,6 @@ if TYPE_CHECKING:
 CHUNK = 512
 """Number of tokens in a chunk, at most."""
 _CPU_LOGITS = 1 << 25  # of one chunk on a CPU, where more are not quicker
-
-
-@dataclass
-class TokenScores:
-    """Scores of N response tokens, in float32 (float64 for float64 states) and without gradient.
-
-    Without a teacher `logp` equals `logq`, and both KL divergences are zero. No log-probability is below `LOG_ZERO`.
-
-    Attributes:
-        logq: log q(y), the student's log-probability of the token itself.
-        logp: log p(y), the teacher's log-probability of the token itself.
-        reverse_kl: KL(q‖p) of the next-token distributions.
-        forward_kl: KL(p‖q) of the next-token distributions.
-        entropy: Entropy of q.
-        divergence: Values of the additional divergence, if `token_scores` was given one.
-        text_logq: log q(y) at the temperature of text. Equal to `logq` if the temperatures are the same.
-        text_forward_kl: KL(p‖q) at the temperature of text. Equal to `forward_kl` if the temperatures are the same.
-        going_on: log(1 − q(end)), the log-probability that the token is no end token, if there are `end_ids`.
-    """
-
-    logq: Float[Tensor, " tokens"]
-    logp: Float[Tensor, " tokens"]
-    reverse_kl: Float[Tensor, " tokens"]
-    forward_kl: Float[Tensor, " tokens"]
-    entropy: Float[Tensor, " tokens"]
-    divergence: Float[Tensor, " tokens"] | None = None
-    text_logq: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
-    text_forward_kl: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
-    going_on: Float[Tensor, " tokens"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.text_logq is None:
-            self.text_logq, self.text_forward_kl = self.logq, self.forward_kl
-
-
-@dataclass
-class ScoreGradients:
-    """Derivatives of the loss by each field of `TokenScores` of the same name. None means zero."""
-
-    logq: Float[Tensor, " tokens"] | None = None
-    reverse_kl: Float[Tensor, " tokens"] | None = None
-    forward_kl: Float[Tensor, " tokens"] | None = None
-    divergence: Float[Tensor, " tokens"] | None = None
-    text_logq: Float[Tensor, " tokens"] | None = None
-    text_forward_kl: Float[Tensor, " tokens"] | None = None
-    going_on: Float[Tensor, " tokens"] | None = None
 
 
 def chunk_of(vocabulary: int, *, gpu: bool) -> int:
@@ -156,7 +112,7 @@ def token_scores(
             of a coarser partition of the vocabulary: they are at most the true ones, and KL(q‖p) is lower than the
             true one by q(others) · KL within the others. The gradients are exactly those of the coarser divergences.
             A sequence of states is of several teachers, each with the next tokens; the heads may differ in all but the
-            vocabulary.
+            vocabulary. `SparseTargets` give `target_cross_entropy` and no other score that compares with a teacher.
         loss_fn: Computes the loss chunk by chunk. None only computes scores, and the returned loss is 0.
         divergence: An additional divergence to compute: any function that autograd can differentiate. It costs some
             passes over the logits of a chunk, and no matrix product.
@@ -252,6 +208,7 @@ class _ChunkedScorer:
         self._text_temperature = settings.other_text_temperature
         self._ends = EndTokens(settings.end_ids, hidden.device, wide) if settings.end_ids else None
         shared = SpanSettings(transform, self._text_temperature, width, precision)
+        self._sparse = SparseScorer.of(arguments.teacher, self._num_tokens, arguments.divergence is not None, wide)
         self._spans = teacher_spans(arguments.teacher, self._num_tokens, shared)
         self.scores = self._empty_scores(hidden)
         self._loss = hidden.new_zeros((), dtype=wide)
@@ -263,8 +220,8 @@ class _ChunkedScorer:
         left_out = {"divergence"} if self._arguments.divergence is None else set()
         if self._text_temperature is None:
             left_out |= {"text_logq", "text_forward_kl"}
-        if self._ends is None:
-            left_out |= {"going_on"}
+        left_out |= {"going_on"} if self._ends is None else set()
+        left_out |= {"target_cross_entropy"} if self._sparse is None else set()
         self._score_names = [field.name for field in fields(TokenScores) if field.name not in left_out]
         shape, wide = (self._num_tokens,), self._precision.wide
         return TokenScores(**{name: hidden.new_zeros(shape, dtype=wide) for name in self._score_names})
@@ -305,6 +262,8 @@ class _ChunkedScorer:
             chunk.text_measures = text_measures
         if self._ends is not None:
             scores.going_on = self._ends.going_on(chunk.logits)
+        if self._sparse is not None:
+            scores.target_cross_entropy = self._sparse.cross_entropy(part, chunk.logits)
         if arguments.divergence is not None:
             with torch.enable_grad():
                 logits = span.transforms.student.logits(student, wide).requires_grad_()
@@ -343,7 +302,12 @@ class _ChunkedScorer:
         dtype, wide, _ = self._precision
         transforms = chunk.span.transforms
         derivatives = Derivatives(by_score["logq"], by_score["reverse_kl"], by_score["forward_kl"])
-        if self._ends is not None and given.going_on is not None and chunk.scores.going_on is not None:
+        if self._sparse is not None:
+            by_target = self._sparse.derivative(given, by_score)
+            grad = self._sparse.differentiate(
+                self._differentiate, chunk.part, chunk.logits, derivatives, by_target, dtype
+            )
+        elif self._ends is not None and given.going_on is not None and chunk.scores.going_on is not None:
             going_on, by_going_on = chunk.scores.going_on, by_score["going_on"]
             grad = self._ends.differentiate(
                 self._differentiate, chunk.logits, derivatives, by_going_on, going_on, dtype

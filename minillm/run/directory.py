@@ -61,7 +61,7 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
     places += [
         (source, key) for source in tree["data"].values() if isinstance(source, dict) for key in ("file", "dataset")
     ]
-    places += [(tree["responses"], "file")]
+    places += [(tree["responses"], "file"), (tree["logits"], "folder")]
     if recipe.student.source != "prune":
         places += [(tree["student"], "source")]
     for section, key in places:

@@ -21,6 +21,7 @@ from minillm.models.attention import set_training_attention
 from minillm.models.conventions import Conventions
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
+from minillm.teacher.absent import NoTeacher
 from minillm.teacher.routed import ExactTeacher, hidden_states
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.arguments import check_arguments
@@ -65,7 +66,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
 
     text_temperature: float = 1.0
     end_ids: tuple[int, ...] = ()
-    teacher: ExactTeacher | ServedLogprobs  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher: ExactTeacher | ServedLogprobs | NoTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
