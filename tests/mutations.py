@@ -26,6 +26,7 @@ SUITE = [
     "tests/loss/test_long_term.py",
     "tests/loss/test_words.py",
     "tests/loss/test_value.py",
+    "tests/loss/test_signal.py",
     "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
     "tests/loss/test_token_scores_precision.py",
@@ -117,6 +118,18 @@ MUTATIONS = [
         "loss/value.py",
         "goes_on = tokens.remaining > 0",
         "goes_on = tokens.remaining >= 0",
+    ),
+    Mutation(
+        "signal with the noise of single responses",
+        "loss/signal.py",
+        "(norms - self.squares)",
+        "norms",
+    ),
+    Mutation(
+        "a sketch of the whole gradient as that of the long-term term",
+        "loss/token_scores.py",
+        "value if name in _POLICY else torch.zeros_like(value)",
+        "value",
     ),
     Mutation(
         "credit for ending beside the words",
@@ -314,9 +327,9 @@ MUTATIONS = [
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
         "head gradient of the last chunk only",
-        "loss/token_scores.py",
-        "self._used_weight += _scaled(grad.t() @ states, unit)",
-        "self._used_weight.copy_(_scaled(grad.t() @ states, unit))",
+        "loss/gradients.py",
+        "self._used_weight += scaled(grad.t() @ states, unit)",
+        "self._used_weight.copy_(scaled(grad.t() @ states, unit))",
     ),
     Mutation(
         "tied or trained head forgotten by the adapter check",

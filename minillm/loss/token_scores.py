@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
+from minillm.loss.gradients import Gradients, scaled
 from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
 from minillm.loss.words import ChunkLogits, EndTokens
 from minillm.models.device import float32_from_bfloat16_products
@@ -26,6 +27,7 @@ from minillm.models.head import Head, LogitTransform, project
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+_POLICY = ("logq", "going_on")  # the scores that a policy gradient is taken of
 CHUNK = 512
 """Number of tokens in a chunk."""
 
@@ -82,6 +84,10 @@ LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
 It is called from the last chunk to the first. A return, which sums over later tokens, is then complete when its token
 is reached."""
 
+Sketch = Callable[[slice, Tensor, Tensor, Tensor], None]
+"""Sees the positions, hidden states, and two gradients by the projections of every chunk: of the part of the loss that
+depends on `logq` and `going_on`, and of the whole. See `minillm.loss.signal`."""
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Maps logits of student and teacher [chunk, vocab], divided by the temperature, to one value per token [chunk].
 
@@ -125,6 +131,7 @@ class _Arguments:
     loss_fn: LossFn | None
     divergence: Divergence | None
     settings: ScoringSettings
+    sketch: Sketch | None = None
     scores: TokenScores | None = None
 
 
@@ -137,6 +144,7 @@ def token_scores(
     loss_fn: LossFn | None = None,
     divergence: Divergence | None = None,
     settings: ScoringSettings | None = None,
+    sketch: Sketch | None = None,
 ) -> tuple[Float[Tensor, ""], TokenScores]:
     """Compute the scores of N response tokens, and the gradient of a loss of these scores.
 
@@ -154,11 +162,12 @@ def token_scores(
         divergence: An additional divergence to compute: any function that autograd can differentiate. It costs some
             passes over the logits of a chunk, and no matrix product.
         settings: Temperatures, size of the vocabulary and of a chunk. Defaults to `ScoringSettings()`.
+        sketch: Sees the gradients of each chunk, for which the elementwise part is differentiated twice.
 
     Returns:
         The loss, a scalar that backpropagates to `hidden`, `head.weight` and `head.bias`; and the scores.
     """
-    arguments = _Arguments(head, targets, teacher, loss_fn, divergence, settings or ScoringSettings())
+    arguments = _Arguments(head, targets, teacher, loss_fn, divergence, settings or ScoringSettings(), sketch)
     loss: Any = _GradientInForward.apply(hidden, head.weight, head.bias, arguments)
     assert arguments.scores is not None
     return loss, arguments.scores
@@ -196,38 +205,6 @@ class _GradientInForward(torch.autograd.Function):
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
         return *grads, None
-
-
-class _Gradients:
-    """The gradients that a call accumulates over its chunks. Each is None if it is not needed."""
-
-    def __init__(self, hidden: Tensor, head: Head, width: int, needed: Sequence[bool], wide: torch.dtype) -> None:
-        by_hidden, by_weight, by_bias = needed
-        self.hidden = torch.empty_like(hidden, dtype=wide) if by_hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if by_weight else None
-        self.bias = torch.zeros_like(head.bias, dtype=wide) if by_bias and head.bias is not None else None
-        # The gradients have the size of the whole head, so that they need not be padded afterwards. The rows beyond the
-        # vocabulary keep their zeros.
-        self._used_weight = None if self.weight is None else self.weight[:width]
-        self._used_bias = None if self.bias is None else self.bias[:width]
-        self.needed = any(needed)
-
-    def add(self, part: slice, grad: Tensor, states: Tensor, weight: Tensor, unit: Tensor | None) -> None:
-        """Add the gradients of one chunk.
-
-        Args:
-            part: Positions of the chunk's tokens.
-            grad: Gradient by the projections of the chunk [chunk, vocab], in multiples of `unit`.
-            states: Hidden states of the chunk.
-            weight: Weight of the head, without padding.
-            unit: A scalar, or None for 1.
-        """
-        if self.hidden is not None:
-            self.hidden[part] = _scaled(grad @ weight, unit)
-        if self._used_weight is not None:
-            self._used_weight += _scaled(grad.t() @ states, unit)
-        if self._used_bias is not None:
-            self._used_bias += _scaled(grad.to(self._used_bias.dtype).sum(0), unit)
 
 
 @dataclass
@@ -269,7 +246,7 @@ class _ChunkedScorer:
         self._arguments, self._precision = arguments, precision
         self._num_tokens = len(arguments.targets)
         needed = needs_grad if arguments.loss_fn is not None else (False, False, False)
-        self.gradients = _Gradients(hidden, head, width, needed, wide)
+        self.gradients = Gradients(hidden, head, width, needed, wide)
         head = head.narrow(width)
         self._weight, self._states = head.weight.detach().to(dtype), hidden.detach().to(dtype)
         transform = LogitTransform.of(head, settings.temperature, wide)
@@ -309,6 +286,11 @@ class _ChunkedScorer:
             return
         by_score, unit = self._in_units(by_scores, torch.zeros_like(chunk.scores.logq))
         grad = self._projection_gradient(chunk, by_scores, by_score)
+        if self._arguments.sketch is not None:
+            some = {name: value if name in _POLICY else torch.zeros_like(value) for name, value in by_score.items()}
+            given = ScoreGradients(logq=by_scores.logq, going_on=by_scores.going_on)
+            of_policy = self._projection_gradient(chunk, given, some)
+            self._arguments.sketch(part, self._states[part], scaled(of_policy, unit), scaled(grad, unit))
         del chunk  # frees the logits before the matrix products
         self.gradients.add(part, grad, self._states[part], self._weight, unit)
 
@@ -389,7 +371,3 @@ class _ChunkedScorer:
             [by_logits] = torch.autograd.grad(chunk.divergence, logits, by_score["divergence"])
             grad = grad + (by_logits * transforms.student.slope(logits.detach())).to(dtype)
         return grad
-
-
-def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
-    return value if unit is None else value.to(unit.dtype) * unit
