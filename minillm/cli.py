@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -63,18 +64,33 @@ Utilisation = Annotated[
         show_default=False,
     ),
 ]
+Nodes = Annotated[
+    int,
+    typer.Option(min=1, help="Number of machines that the GPUs are on, as many on each; --gpus counts all of them."),
+]
+Link = Annotated[
+    float | None,
+    typer.Option(
+        help="What one machine sends to the others in a second, in GB (100 Gbit/s are 12.5), and receives at once. "
+        "Default: 12.5.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Run only this stage, e.g. evaluate.", show_default=False)] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="Run only this stage, e.g. evaluate, or several: warmup,minillm.", show_default=False),
+    ] = None,
     redo: Annotated[
         bool,
         typer.Option(
-            help="Run the first stage again, and those that build on it, even if it is finished or was run with other "
-            "settings."
+            help="Make the stages that --stage names again, even if they are finished or were made with other "
+            "settings. It refuses to throw away the work of a stage that is not named."
         ),
     ] = False,
 ) -> None:
@@ -88,21 +104,20 @@ def run(
     if is_comparison(recipe):
         _compare(recipe, overrides or [])
         return
-    if stage is not None:
-        try:
-            stage_named(stage)
-        except InputError as error:
-            raise InputError(f"--stage {error}") from None
+    try:
+        stages = [stage_named(name.strip()).name for name in stage.split(",")] if stage is not None else None
+    except InputError as error:
+        raise InputError(f"--stage {error}") from None
     loaded = load_recipe(recipe, overrides or [])
     from minillm.run.processes import rank
     from minillm.run.runner import run_recipe  # after the recipe, which is read without torch
     from minillm.run.stages.report import describe
 
-    done = run_recipe(loaded, stage, redo)
+    done = run_recipe(loaded, stages, redo)
     if rank() == 0:
         from minillm.run.results import show_results
 
-        if stage == "evaluate":
+        if stages is not None and "evaluate" in stages and "report" not in stages:
             describe(done)  # the report and the cards that are there describe other answers
         show_results(done.dir)
 
@@ -194,6 +209,8 @@ def plan(
     shard: Annotated[bool, typer.Option(help="Shard the student over the processes (FSDP2, ZeRO-3).")] = False,
     flops: Flops = None,
     utilisation: Utilisation = None,
+    nodes: Nodes = 1,
+    link: Link = None,
     fit: Annotated[
         Path | None, typer.Option(help="Write a recipe here that extends this one and fits.", show_default=False)
     ] = None,
@@ -207,6 +224,8 @@ def plan(
 ) -> None:
     """Estimate memory and time of a recipe before it is launched; no weights are read."""
     size = None if memory is None else _bytes(memory)
+    if link is not None and not 0 < link < math.inf:
+        raise InputError(f"--link {link:g}: a number of GB in a second above 0 is needed")
     if calibrate:
         _calibrate(gpus)
     if recipe is None:
@@ -221,7 +240,7 @@ def plan(
     loaded = None if recipe.is_dir() else overridden(recipe, [])
     from minillm.run.plan import fit_report, machine_for, plan_report, table_report  # they import torch
 
-    machine, source = machine_for(gpus, size, flops, utilisation, shard)
+    machine, source = machine_for(gpus, size, flops, utilisation, shard, nodes, link and link * 1e9)
     if loaded is None:
         typer.echo(table_report(recipe, machine, lambda file: overridden(file, [])), nl=False)
         return

@@ -39,11 +39,16 @@ SUITE = [
     "tests/train",
     "tests/evaluation/test_store.py",
     "tests/evaluation/test_suite.py",
+    "tests/run/test_gguf_teacher.py",
+    "tests/run/test_responses_file.py",
     "tests/run/test_jobs.py",
+    "tests/run/test_run_state.py",
     "tests/run/test_plan.py",
     "tests/run/test_plan_calibration.py",
     "tests/run/test_plan_fit.py",
     "tests/run/test_plan_work.py",
+    "tests/run/test_plan_network.py",
+    "tests/run/test_meeting.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -59,6 +64,60 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "every pass over the data has the order of the first",
+        "data/seeding.py",
+        "_order(self._n, *self._seed, number)",
+        "_order(self._n, *self._seed, 0)",
+    ),
+    Mutation(
+        "a line is read again from the line before it",
+        "data/json_lines.py",
+        "start = self._starts[number]",
+        "start = self._starts[number - 1]",
+    ),
+    Mutation(
+        "a file that has changed is read on",
+        "data/json_lines.py",
+        "if self._current_version() != self._version:",
+        "if False:",
+    ),
+    Mutation(
+        "every answer of a chat is read again as its first",
+        "data/examples.py",
+        "number - bisect_left(self._rows, row)",
+        "0",
+    ),
+    Mutation(
+        "a prompt that is too long is trained on in a large data set",
+        "data/prompts.py",
+        "if len(ids) <= self._rendering.max_prompt_tokens else None",
+        "if ids else None",
+    ),
+    Mutation(
+        "one row stands in for all that are left out",
+        "data/prompts.py",
+        'seed_of("stand-in", place, attempt)',
+        'seed_of("stand-in", attempt)',
+    ),
+    Mutation(
+        "large text is packed in the order of its file",
+        "data/text.py",
+        "dataset[order[position]] for position",
+        "dataset[position] for position",
+    ),
+    Mutation(
+        "a second pass over large text has the order of the first",
+        "data/text.py",
+        "        return self._passes[turn]",
+        "        return turn % len(self._blocks)",
+    ),
+    Mutation(
+        "responses are sampled again that were written before",
+        "run/responses_file.py",
+        "        self.row = row\n",
+        "        self.row = -1\n",
+    ),
     Mutation(
         "mask dropped: a return runs on into the next response",
         "loss/credit.py",
@@ -237,6 +296,18 @@ MUTATIONS = [
         "rollout/engines/base.py",
         "dict.fromkeys(range(vocab_size, width), _EXCLUDING_BIAS) or None",
         "None",
+    ),
+    Mutation(
+        "vLLM planned as if it read a prompt again for every response",
+        "run/plan/memory.py",
+        "for cached in (0.0, known)",
+        "for cached in (0.0, 0.0)",
+    ),
+    Mutation(
+        "a known length of responses planned as half as long",
+        "run/plan/work.py",
+        "recipe.rollout.max_new_tokens / 2 if self.response is None else self.response",
+        "recipe.rollout.max_new_tokens / 2",
     ),
     Mutation(
         "small models planned as fast as large ones",
@@ -606,6 +677,109 @@ MUTATIONS = [
         "train/on_policy.py",
         'if self.objective.old_logprobs == "engine":\n',
         "if True:\n",
+    ),
+    Mutation(
+        "shards gathered as wide as they are trained",
+        "models/shards.py",
+        "cast = value.detach().to(wanted)\n    return cast.full_tensor() if isinstance(cast, DTensor) else cast",
+        "cast = value.detach()\n    return (cast.full_tensor() if isinstance(cast, DTensor) else cast).to(wanted)",
+    ),
+    Mutation("a tied head gathered twice", "models/weights.py", "whole = tied.get(id(value))", "whole = None"),
+    Mutation(
+        "a weight taken for the one whose place it got",
+        "rollout/engines/server.py",
+        "if earlier is None or earlier() is not value:",
+        "if earlier is None:",
+    ),
+    Mutation(
+        "a second machine's process goes on with an earlier launch",
+        "run/processes.py",
+        'while not (launch.is_file() and number in launch.read_text(encoding="utf-8").split()):',
+        "while not launch.is_file():",
+    ),
+    Mutation(
+        "a server on every machine's own loopback",
+        "rollout/engines/server_checks.py",
+        "if own := [url for url in servers if is_loopback(url)]:",
+        "if own := []:",
+    ),
+    Mutation(
+        "files of one machine counted as processes",
+        "train/rollout_checkpoint.py",
+        'writers = saved.get("processes", len(files))',
+        "writers = len(files)",
+    ),
+    Mutation(
+        "an all-reduce counted as one pass around the ring",
+        "run/plan/network.py",
+        '_ring("gradients, all-reduce", 2 * _FLOAT32 * trained, machine)',
+        '_ring("gradients, all-reduce", _FLOAT32 * trained, machine)',
+    ),
+    Mutation(
+        "weights counted for one of several servers",
+        "run/plan/network.py",
+        "read = share * weights * len(_elsewhere(_rollout_servers(training)))",
+        "read = share * weights * bool(_elsewhere(_rollout_servers(training)))",
+    ),
+    Mutation(
+        "BOS of a GGUF file is lost",
+        "models/gguf.py",
+        "        add_bos_token=facts.adds_bos,\n",
+        "        add_bos_token=False,\n",
+    ),
+    Mutation(
+        "a chat template of a GGUF file goes without BOS",
+        "models/gguf.py",
+        "    if not rendered.startswith(tokenizer.bos_token):",
+        "    if False:",
+    ),
+    Mutation(
+        "a space before every text of a GGUF file",
+        "models/gguf.py",
+        "    if _puts_space(backend) == wanted:\n",
+        "    if True:\n",
+    ),
+    Mutation(
+        "one end token of several in a GGUF file",
+        "models/gguf.py",
+        'for name in ("eos", "eot", "eom")]',
+        'for name in ("eos",)]',
+    ),
+    Mutation(
+        "a stage that has made nothing counts as made with its settings",
+        "run/directory.py",
+        'if entry is None or not (entry["finished"] or stage_named(stage).has_made_something(self._recipe.run_dir)):',
+        "if entry is None:",
+    ),
+    Mutation(
+        "redo throws away what nobody named",
+        "run/runner.py",
+        "    if not lost or (not named and len(lost) == 1):\n",
+        "    if True:\n",
+    ),
+    Mutation(
+        "a GGUF teacher is spared the check of the student's adapter",
+        "run/checks.py",
+        "    if recipe.student.lora is not None:\n        check_student(",
+        "    if recipe.student.lora is not None and not find_gguf(teacher):\n        check_student(",
+    ),
+    Mutation(
+        "nobody says that a stage ended worse than it began",
+        "run/stages/shared.py",
+        "    if found is not None:\n        logger.warning(",
+        "    if False:\n        logger.warning(",
+    ),
+    Mutation(
+        "the student is watched from after the first update on",
+        "train/watch.py",
+        "        if state.global_step == 0:\n",
+        "        if False:\n",
+    ),
+    Mutation(
+        "half the rows that are watched count",
+        "train/validation.py",
+        "        tokens = self.global_sum(sum(map(len, answers)))\n",
+        "        tokens = self.global_sum(sum(map(len, answers[::2])))\n",
     ),
 ]
 

@@ -25,200 +25,39 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from measure import median, resident, seconds
-from transformers import TrainerCallback
+from contenders import Worker, Workload, print_report
+from measure import median, seconds
 
 from minillm.data.batches import pad
-from minillm.data.examples import read_examples
 from minillm.data.templates import chat_ids
-from minillm.models.device import (
-    device,
-    fast_bfloat16,
-    float32_from_bfloat16_products,
-    machine,
-    working_dtype,
-)
+from minillm.models.device import device, float32_from_bfloat16_products, machine, working_dtype
 from minillm.models.flops import UpdateFlops, update_flops
-from minillm.models.hardware import measured_flops
 from minillm.models.head import head_of, hidden_states
 from minillm.models.load import load_model, load_tokenizer
 from minillm.models.shape import shape_of
 from minillm.models.weights import plain_weights
 
-LEARNING_RATE = 1e-5
-PHASES = ("rollout_seconds", "teacher_seconds", "update_seconds", "sync_seconds")
 CHUNK = 512  # tokens that the head is multiplied with at once, as in ours
 
 
-def messages(options: argparse.Namespace) -> list[list[dict[str, str]]]:
-    """Read as many prompts as an update has responses, so that every update trains on all of them."""
-    return [[{"role": "user", "content": e.text}] for e in read_examples(options.prompts, limit=options.sequences)]
-
-
-def settings(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    micro = min(options.sequences, options.micro_batch)
-    return {
-        "output_dir": folder,
-        "learning_rate": LEARNING_RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "max_steps": 1000,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": options.sequences // micro,
-        "bf16": fast_bfloat16(),
-        "use_cpu": not torch.cuda.is_available(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "max_grad_norm": 1.0,
-        "gradient_checkpointing": False,
-    }
-
-
-class UpdateOnRequest(TrainerCallback):
-    """Makes one update per line of standard input and reports what it took; training stops when the input ends."""
-
-    def __init__(self, model: Any, options: argparse.Namespace) -> None:
-        self._model, self._log, self._options = model, {}, options
-        self._before = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._wait(control)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:  # the log of an update, not the totals of the whole run
-            self._log = logs
-            self._wait(control, self._report())
-
-    def _report(self) -> dict[str, Any]:
-        taken = time.perf_counter() - self._started
-        moved = all(not torch.equal(p, self._before[name]) for name, p in self._model.named_parameters())
-        return {
-            "seconds": taken,
-            "moved": moved,
-            "loss": self._log.get("loss"),
-            "phases": {k: self._log.get(k) for k in PHASES},
-            "peak_flops": self._peak,
-        }
-
-    def _wait(self, control: Any, report: dict[str, Any] | None = None) -> None:
-        if report is not None:
-            print_report(report)
-        if not sys.stdin.readline():
-            control.should_training_stop = True
-            return
-        self._peak = peak(self._options)
-        self._started = time.perf_counter()
-
-
-def peak(options: argparse.Namespace) -> float:
-    """Measure the speed of matmuls at the shapes of both models, in operations per second."""
-    products = [shape for name in (options.student, options.teacher) for shape in shape_of(name).dimensions.products()]
-    return measured_flops(device(), working_dtype(), products)
-
-
-def operations(options: argparse.Namespace, sequences: int) -> UpdateFlops:
-    """Count the operations of an update on as many prompts."""
-    tokenizer = load_tokenizer(options.student)
-    given = argparse.Namespace(**vars(options) | {"sequences": sequences})
-    prompts = [len(chat_ids(m, tokenizer)) for m in messages(given)]
-    student, teacher = (shape_of(name).dimensions for name in (options.student, options.teacher))
+def operations(work: Workload) -> UpdateFlops:
+    """Count the operations of an update."""
+    tokenizer = load_tokenizer(work.student)
+    prompts = [len(chat_ids(message, tokenizer)) for message in work.messages()]
+    student, teacher = (shape_of(name).dimensions for name in (work.student, work.teacher))
     width = min(student.vocab, teacher.vocab)
-    return update_flops(student, teacher, prompts, [options.tokens] * len(prompts), width=width)
+    return update_flops(student, teacher, prompts, [work.tokens] * len(prompts), width=width)
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """Print a report, with the peak memory of this process, for `Worker` to read."""
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")
-    print("REPORT " + json.dumps(report | {"peak_bytes": peak}), file=sys.__stdout__, flush=True)
-
-
-def optimiser_of(trainer: Any) -> list[Any]:
-    [group, *_] = trainer.optimizer.param_groups
-    return [type(trainer.optimizer.optimizer).__name__, *(group[key] for key in ("lr", "betas", "eps"))]
-
-
-def ours(options: argparse.Namespace) -> None:
-    from transformers import TrainingArguments
-
-    from minillm.loss.config import Objective
-    from minillm.rollout.config import RolloutConfig
-    from minillm.train.on_policy import MiniLLMTrainer
-
-    rollout = RolloutConfig(
-        engine="vllm",
-        num_rollouts=options.sequences,
-        inner_epochs=1,
-        teacher_mix=0.0,
-        max_new_tokens=options.tokens,
-        max_prompt_tokens=192,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = MiniLLMTrainer(
-            options.student,
-            options.teacher,
-            TrainingArguments(**settings(options, folder)),
-            rollout=rollout,
-            objective=Objective.recommended(long_term=0.0),
-            train_dataset=[{"prompt": m} for m in messages(options)],
-        )
-        trainer.sampling = replace(trainer.sampling, eos_ids=())  # every response has all its tokens
-        trainer.add_callback(UpdateOnRequest(trainer.model, options))
-        trainer.train()
-        lengths = {len(r.response_ids) for r in trainer.rollouts}
-        print_report({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
-        trainer.close()
-
-
-def trl(options: argparse.Namespace) -> None:
-    from datasets import Dataset
-    from trl.trainer.distillation_config import DistillationConfig
-    from trl.trainer.distillation_trainer import DistillationTrainer
-
-    student: Any = load_model(options.student, torch.float32)
-    teacher: Any = load_model(options.teacher, working_dtype())
-    with tempfile.TemporaryDirectory() as folder:
-        config = DistillationConfig(
-            **settings(options, folder),
-            max_completion_length=options.tokens,
-            temperature=1.0,
-            beta=1.0,
-            generation_kwargs={"min_new_tokens": options.tokens},
-        )
-        trainer = DistillationTrainer(
-            model=student,
-            teacher_model=teacher,
-            args=config,
-            processing_class=load_tokenizer(options.student),
-            train_dataset=Dataset.from_list([{"prompt": m} for m in messages(options)]),
-        )
-        trainer.add_callback(UpdateOnRequest(student, options))
-        lengths: set[int] = set()
-        original = trainer._compute_loss
-
-        def keep(model: Any, inputs: Any, *rest: Any) -> Any:
-            lengths.update(inputs["completion_mask"].sum(1).tolist())
-            return original(model, inputs, *rest)
-
-        trainer._compute_loss = keep  # pyright: ignore[reportAttributeAccessIssue]
-        trainer.train()
-        print_report({"lengths": sorted(lengths), "optimiser": optimiser_of(trainer)})
-
-
-def floor(options: argparse.Namespace) -> None:
-    parts = FloorParts(options)
+def floor(work: Workload) -> None:
+    parts = FloorParts(work)
     while sys.stdin.readline():
-        speed = peak(options)
+        speed = work.peak()
         parts.refresh()
         taken = parts.run()
         print_report({"seconds": sum(taken.values()), "phases": taken, "moved": True, "peak_flops": speed})
@@ -229,24 +68,24 @@ def floor(options: argparse.Namespace) -> None:
 class FloorParts:
     """The parts of an update, with nothing between them."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, work: Workload) -> None:
         from minillm.data.sampling import Sampling
         from minillm.rollout.engines.base import EngineSizing
         from minillm.rollout.engines.vllm import VLLMEngine
         from minillm.teacher.local import LocalTeacher
 
-        tokenizer = load_tokenizer(options.student)
+        tokenizer = load_tokenizer(work.student)
         self.dtype, self.device = working_dtype(), device()
-        self.prompts = [chat_ids(m, tokenizer) for m in messages(options)]
+        self.prompts = [chat_ids(m, tokenizer) for m in work.messages()]
         g = torch.Generator().manual_seed(0)
-        self.responses = torch.randint(3, 1000, (len(self.prompts), options.tokens), generator=g).tolist()
-        student: Any = load_model(options.student, torch.float32)
-        teacher: Any = load_model(options.teacher, self.dtype)
+        self.responses = torch.randint(3, 1000, (len(self.prompts), work.tokens), generator=g).tolist()
+        student: Any = load_model(work.student, torch.float32)
+        teacher: Any = load_model(work.teacher, self.dtype)
         self.student, self.teacher = student.to(self.device), LocalTeacher(teacher.to(self.device))
-        sizing = EngineSizing(192 + options.tokens, self.dtype, options.sequences)
-        self.engine = VLLMEngine(options.student, sizing)
-        self.sampling = Sampling(options.tokens, (), len(tokenizer))
-        self.micro_batch = min(options.sequences, options.micro_batch)
+        sizing = EngineSizing(192 + work.tokens, self.dtype, work.sequences)
+        self.engine = VLLMEngine(work.student, sizing)
+        self.sampling = Sampling(work.tokens, (), len(tokenizer))
+        self.micro_batch = min(work.sequences, work.micro_batch)
         heads = (head_of(self.student), self.teacher.head)
         # On a CPU ours multiplies float32 numbers, rounded to bfloat16 on the way where that is fast.
         self.head_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
@@ -323,44 +162,6 @@ def same_loss() -> float:
     return max(abs(values[0] - values[1]) / values[0], float((grads[0] - grads[1]).norm() / grads[0].norm()))
 
 
-class Worker:
-    """A contender in a process of its own, which makes an update whenever it is asked to."""
-
-    def __init__(self, name: str, options: list[str]) -> None:
-        self.name = name
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *options, "--worker", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-        )
-
-    def update(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def end(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        out = self._read()
-        self._process.wait(60)
-        return out
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("REPORT "):
-                return json.loads(line.removeprefix("REPORT "))
-        self._log.seek(0)
-        raise SystemExit(f"{self.name} ended:\n{self._log.read()[-3000:]}")
-
-
 def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
     """Measure every contender at one batch size.
 
@@ -368,11 +169,9 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
         Medians of the seconds of an update and of its phases, shares of the peak, and the peak memory in bytes, by
         contender; and the operations of an update.
     """
-    given = [
-        f"--{name}={getattr(options, name.replace('-', '_'))}"
-        for name in ("student", "teacher", "prompts", "tokens", "micro-batch")
-    ]
-    workers = [Worker(name, [*given, f"--sequences={sequences}"]) for name in ("ours", "trl", "floor")]
+    names = ("student", "teacher", "prompts", "tokens", "micro_batch")
+    work = Workload(sequences=sequences, **{name: getattr(options, name) for name in names})
+    workers = [Worker("ours", work), Worker("trl", work), Worker("floor", work, __file__)]
     reports: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
     for turn in range(1 - options.warm_up, options.repeats + 1):
         for worker in workers:
@@ -394,7 +193,7 @@ def measure(options: argparse.Namespace, sequences: int) -> dict[str, Any]:
         for name, some in reports.items()
         if name != "trl"
     }
-    counted = operations(options, sequences)
+    counted = operations(work)
     highest = max(report["peak_flops"] for some in reports.values() for report in some)
     return {
         "seconds": taken,
@@ -449,12 +248,11 @@ def main() -> None:
         "--warm-up", type=int, default=1, help="rounds before; with 0, the time that ours needs to compile is included"
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    parser.add_argument("--worker", choices=["ours", "trl", "floor"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         logging.disable(logging.WARNING)
-        [options.sequences] = options.sequences
-        {"ours": ours, "trl": trl, "floor": floor}[options.worker](options)
+        floor(Workload.read(options.worker[1]))
         return
     difference = same_loss()
     assert difference < 1e-4, difference

@@ -70,7 +70,8 @@ class DataConfig(Section):
     validation_limit: Positive | None = None
     """Use only the first rows of `validation`."""
     text: Source | None = None
-    """Rows of `text`, for the language-model term of the minillm stage. Only as many are read as its updates need."""
+    """Rows of `text`, for the language-model term of the minillm stage. Of a data set, or of a file of more than 20,000
+    rows, only as many are tokenised as its updates need."""
     template: Template = "chat"
     """`chat`: the tokenizer's chat template. `alpaca`: the template of the MiniLLM paper. `plain`: the text unchanged.
     Any other value is a Jinja template of your own, as a `.jinja` file or as text, with the variables `instruction`,
@@ -79,6 +80,8 @@ class DataConfig(Section):
     """System message for the chat template. Without it the template's own is used. A chat that has a system message
     keeps it."""
     max_prompt_tokens: Positive = 256
-    """Limit for rendered prompts. A longer prompt is left out, counted and reported; it is never cut."""
+    """Limit for rendered prompts. A longer prompt is left out, counted and reported; it is never cut. Where there are
+    more than 20,000 rows, prompts are rendered when they are needed: 1,000 rows are counted before training begins, and
+    in training another row stands in for one that is left out."""
     limit: Positive | None = None
     """Use only the first rows of each file, to try a recipe."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from minillm.data.config import Source
-from minillm.data.rows import Remarks, read_rows
+from minillm.data.lazy import IN_MEMORY, LazySequence
+from minillm.data.rows import Remarks, RowReader, read_rows
 from minillm.errors import DataError
 
 # Names for the speakers of a chat, those of ShareGPT and similar data included.
@@ -88,17 +92,73 @@ def read_examples(source: Source | str | Path, limit: int | None = None) -> list
         DataError: The source is missing or empty, or a row has another form.
     """
     source = source if isinstance(source, Source) else Source(file=Path(source))
+    return [example for _, example in _scan(source, RowReader(source), limit)]
+
+
+class ExampleFile(LazySequence[Example]):
+    """Examples of a large source, each read again when it is asked for.
+
+    Args:
+        reader: Reads the rows, which it has scanned.
+        rows: Number of the row of each example.
+        answered: Numbers of the examples that have references.
+    """
+
+    def __init__(self, reader: RowReader, rows: array[int], answered: array[int]) -> None:
+        super().__init__(len(rows), self._example)
+        self.answered = answered
+        self._reader, self._rows = reader, rows
+
+    def _example(self, number: int) -> Example:
+        row = self._rows[number]
+        fields, place = self._reader[row]
+        of_row = _examples_of(fields, place, Remarks())
+        example = next(islice(of_row, number - bisect_left(self._rows, row), None))
+        return replace(example, row=number, place=place, teacher=_teacher_of(fields))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExampleFile, (self._reader, self._rows, self.answered)
+
+
+def open_examples(source: Source, limit: int | None = None) -> list[Example] | ExampleFile:
+    """Read instruction data as `read_examples` does, but keep only the places of more than `IN_MEMORY` examples.
+
+    Every row is read and checked once, so that a broken one is named now.
+
+    Args:
+        source: A JSONL file or data set.
+        limit: Largest number of examples.
+
+    Raises:
+        DataError: As for `read_examples`.
+    """
+    reader = RowReader(source)
     examples: list[Example] = []
-    remarks = Remarks()
-    for fields, place in read_rows(source, remarks=remarks):
+    rows, answered = array("q"), array("q")
+    for row, example in _scan(source, reader, limit):
+        rows.append(row)
+        if example.references:
+            answered.append(example.row)
+        if len(rows) <= IN_MEMORY:
+            examples.append(example)
+        else:
+            examples.clear()
+    return examples or ExampleFile(reader, rows, answered)
+
+
+def _scan(source: Source, reader: RowReader, limit: int | None) -> Iterator[tuple[int, Example]]:
+    """Yield the examples of a source with the number of their row; report what was ignored at the end."""
+    remarks, number = Remarks(), 0
+    for row, (fields, place) in enumerate(reader.scan(remarks)):
         for example in _examples_of(fields, place, remarks):
-            examples.append(replace(example, row=len(examples), place=place, teacher=_teacher_of(fields)))
-        if limit is not None and len(examples) >= limit:
+            if limit is None or number < limit:
+                yield row, replace(example, row=number, place=place, teacher=_teacher_of(fields))
+            number += 1
+        if limit is not None and number >= limit:
             break
     remarks.report()
-    if not examples:
+    if not number:
         raise DataError(f"{source.name}: empty; one JSON object a line is needed")
-    return examples[:limit]
 
 
 def read_texts(source: Source, seed: int | None = 0) -> Iterator[dict[str, str]]:
@@ -116,9 +176,60 @@ def read_texts(source: Source, seed: int | None = 0) -> Iterator[dict[str, str]]
         DataError: A row has no `text`, or the source cannot be read.
     """
     for fields, place in read_rows(source, stream=True, seed=seed):
-        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
-            raise DataError(f"{place}: text is missing; a string is needed")
-        yield {"text": fields["text"]}
+        yield _text_of(fields, place)
+
+
+class _TextReader:
+    """Reads the rows of text of a source again."""
+
+    def __init__(self, reader: RowReader) -> None:
+        self._reader = reader
+
+    def __call__(self, number: int) -> dict[str, str]:
+        return _text_of(*self._reader[number])
+
+
+class _TextStream:
+    """A stream of rows of text, which begins again for every pass over it."""
+
+    def __init__(self, source: Source, seed: int | None) -> None:
+        self._source, self._seed = source, seed
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return read_texts(self._source, self._seed)
+
+
+def open_texts(source: Source, seed: int | None) -> Iterable[dict[str, str]]:
+    """Read and check the rows of `text` of a file; of more than `IN_MEMORY` of them only the places are kept.
+
+    Args:
+        source: A JSONL file, or a data set, of which the first row is checked and which is then streamed.
+        seed: Seed of the shuffling of a stream.
+
+    Raises:
+        DataError: A row has no `text`, or the source cannot be read or is empty.
+    """
+    if source.file is None:
+        if next(read_texts(source, seed=None), None) is None:
+            raise DataError(f"{source.name}: empty; rows of text are needed")
+        return _TextStream(source, seed)
+    reader, number = RowReader(source), 0
+    texts: list[dict[str, str]] = []
+    for number, (fields, place) in enumerate(reader.scan(), 1):
+        text = _text_of(fields, place)
+        if number <= IN_MEMORY:
+            texts.append(text)
+        else:
+            texts.clear()
+    if not number:
+        raise DataError(f"{source.name}: empty; rows of text are needed")
+    return texts or LazySequence(number, _TextReader(reader))
+
+
+def _text_of(fields: Any, place: str) -> dict[str, str]:
+    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+        raise DataError(f"{place}: text is missing; a string is needed")
+    return {"text": fields["text"]}
 
 
 def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]:

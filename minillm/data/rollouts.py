@@ -76,6 +76,7 @@ class Rollout:
             mixed the teacher in, or for the one that first trained on it. None until then.
         top_logprobs: log q of the most likely tokens at each position, by token id; None unless they were requested.
         teacher_name: the teacher that scores the response, where there are several; None where there is one.
+        row: the row of the training data, or of the given responses, that it belongs to; None if that is not known.
         entropy: float32, entropy of the student's distribution after each prefix, in nats; None where nobody needs it.
     """
 
@@ -89,6 +90,7 @@ class Rollout:
     reverse_kl: Float[Tensor, " tokens"] | None = None
     top_logprobs: Sequence[dict[int, float]] | None = None
     teacher_name: str | None = None
+    row: int | None = None
     entropy: Float[Tensor, " tokens"] | None = None
 
     @classmethod
@@ -143,8 +145,8 @@ class Rollout:
     def from_saved(cls, fields: Mapping[str, Any]) -> Rollout:
         """Restore a rollout from `to_saved`, or from a checkpoint of an earlier version.
 
-        Earlier versions saved no `teacher_name`, `top_logprobs` as `likeliest`, and three fields for the teacher's
-        targets, which they left empty.
+        Earlier versions saved no `row` and no `teacher_name`, `top_logprobs` as `likeliest`, and three fields for the
+        teacher's targets, which they left empty.
         """
         kept = dict(fields)
         for name in ("teacher_hidden", "teacher_logprobs", "teacher_rows"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from minillm.data.config import Source
+from minillm.data.json_lines import JsonLines
 from minillm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -79,25 +78,74 @@ def read_rows(
     Raises:
         DataError: The source cannot be read, a row is not JSON, or a row holds text that cannot be encoded.
     """
-    for fields, place in _lines(source.file) if source.file is not None else _records(source, stream, seed):
-        if not isinstance(fields, dict):
-            yield fields, place
-            continue
-        names = {
-            name: next((old for old in known if fields.get(old) is not None), name) for name, known in _ALIASES.items()
-        }
-        if unknown := set(source.columns.values()) - fields.keys():
-            raise DataError(f"{place}: no column {', '.join(sorted(unknown))}; there are {', '.join(map(str, fields))}")
-        names |= source.columns
-        for name, value in fields.items():
-            check_text(value, f"{place}: {name}")
-        if remarks is not None:
-            for name in fields.keys() - set(names.values()) - _DESCRIPTIVE_COLUMNS:
-                if fields[name] not in (None, "", [], {}):
-                    remarks.add(
-                        f"column {name} is not read (columns: {{instruction: …}} says which column is what)", place
-                    )
-        yield {name: fields[old] for name, old in names.items() if fields.get(old) is not None}, place
+    if source.file is None and stream:
+        rows = _load(source, stream=True)
+        for number, fields in enumerate(rows if seed is None else rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)):
+            yield _renamed(dict(fields), f"{source.name}[{number}]", source, remarks)
+    else:
+        yield from RowReader(source).scan(remarks)
+
+
+class RowReader:
+    """Reads the rows of a source as `read_rows` does, and then any of them again by its number.
+
+    Only the places of the rows are kept in memory. Rows of a file are read from the file again, and those of a data set
+    from the memory-mapped Arrow files of `datasets`. A user's JSONL file is not made into such a data set: that needs
+    one schema for all rows, where `output` may be a text in one row and a list in the next, and names no line of a
+    broken row.
+
+    Args:
+        source: The JSONL file or data set.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._rows: Any = JsonLines(source.file) if source.file is not None else _load(source, stream=False)
+
+    def scan(self, remarks: Remarks | None = None) -> Iterator[tuple[Any, str]]:
+        """Yield all rows in order, with their places; see `read_rows`."""
+        if isinstance(self._rows, JsonLines):
+            for fields, place in self._rows.scan():
+                yield _renamed(fields, place, self._source, remarks)
+        else:
+            for number, fields in enumerate(self._rows):
+                yield _renamed(dict(fields), f"{self._source.name}[{number}]", self._source, remarks)
+
+    def __getitem__(self, number: int) -> tuple[Any, str]:
+        """Return a row that `scan` has passed, by its number from 0, with its place.
+
+        Raises:
+            DataError: The file has changed since it was scanned.
+        """
+        if isinstance(self._rows, JsonLines):
+            fields, place = self._rows[number]
+        else:
+            fields, place = dict(self._rows[number]), f"{self._source.name}[{number}]"
+        return _renamed(fields, place, self._source, None, checked=True)
+
+
+def _renamed(
+    fields: Any, place: str, source: Source, remarks: Remarks | None, *, checked: bool = False
+) -> tuple[Any, str]:
+    """Return a row under this package's column names, and its place; `checked` rows are not checked again."""
+    if not isinstance(fields, dict):
+        return fields, place
+    names = {
+        name: next((old for old in known if fields.get(old) is not None), name) for name, known in _ALIASES.items()
+    }
+    if unknown := set(source.columns.values()) - fields.keys():
+        raise DataError(f"{place}: no column {', '.join(sorted(unknown))}; there are {', '.join(map(str, fields))}")
+    names |= source.columns
+    for name, value in () if checked else fields.items():
+        check_text(value, f"{place}: {name}")
+    if remarks is not None:
+        for name in fields.keys() - set(names.values()) - _DESCRIPTIVE_COLUMNS:
+            if fields[name] not in (None, "", [], {}):
+                remarks.add(f"column {name} is not read (columns: {{instruction: …}} says which column is what)", place)
+    return {name: fields[old] for name, old in names.items() if fields.get(old) is not None}, place
 
 
 def check_text(value: Any, where: str) -> None:
@@ -125,44 +173,17 @@ def check_text(value: Any, where: str) -> None:
             check_text(inner, f"{where}.{name}")
     elif isinstance(value, list):
         for number, inner in enumerate(value):
+            if type(inner) is int:  # of token ids there are hundreds in a row
+                continue
             check_text(inner, f"{where}[{number}]")
 
 
-def _lines(path: Path) -> Iterator[tuple[Any, str]]:
-    """Parse the lines of a JSONL file."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            if number == 1:
-                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise DataError(f"{path}: UTF-16; save it as UTF-8")
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
-                if raw.strip() in (b"[", b"[{"):
-                    raise DataError(
-                        f"{path}: one JSON array; JSONL is needed, one object a line (jq -c '.[]' converts it)"
-                    )
-            try:
-                line = raw.decode("utf-8")
-                if line.strip():
-                    yield json.loads(line), place
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8: byte {error.start + 1} of the line") from None
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-            except RecursionError:
-                raise DataError(f"{place}: JSON nested too deeply to be a row of text") from None
-            except ValueError as error:  # a number with more digits than Python reads
-                raise DataError(f"{place}: JSON that cannot be read: {error}") from None
-
-
-def _records(source: Source, stream: bool, seed: int | None) -> Iterator[tuple[Any, str]]:
-    """Load or stream the rows of a data set."""
+def _load(source: Source, *, stream: bool) -> Any:
+    """Load or stream a data set."""
     from datasets import load_dataset
 
     try:
-        rows: Any = load_dataset(
+        return load_dataset(
             str(source.dataset), source.config, split=source.split, revision=source.revision, streaming=stream
         )
     except (OSError, ValueError) as error:  # no such data set, configuration, split or revision
@@ -171,7 +192,3 @@ def _records(source: Source, stream: bool, seed: int | None) -> Iterator[tuple[A
         raise DataError(
             f"{source.name}: {error}; the hub's own copy of its rows: revision: refs/convert/parquet"
         ) from error
-    if stream and seed is not None:
-        rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-    for number, fields in enumerate(rows):
-        yield dict(fields), f"{source.name}[{number}]"

@@ -5,6 +5,7 @@ A response has no part in its own. They are then independent of it, given its pr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def offsets(
         for prompt, reverse_kl, count in everywhere:
             sums = of_prompt.setdefault(prompt, [0.0, 0.0])
             of_prompt[prompt] = [sums[0] + reverse_kl, sums[1] + count]
-        numbers = {prompt: sum(row[0] == prompt for row in everywhere) for prompt in set(prompts)}
+        numbers = Counter(prompt for prompt, _, _ in everywhere)
         same = own.new_tensor([of_prompt[prompt] for prompt in prompts]).t() - own
         several = torch.tensor([numbers[prompt] > 1 for prompt in prompts], device=own.device)
         others = torch.where(several, same, others)

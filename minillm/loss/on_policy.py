@@ -4,9 +4,10 @@
 
 Sums over tokens are divided by a token count. ρ̂ = q/q_old is the ratio of the student to the student that sampled. The
 advantages A and the importance weights w and v come from `minillm.loss.credit`. Where A < 0 the minimum does not
-limit ρ̂ from above; `dual_clip` does. With `credit_for: words` A is 0 for end tokens, and for words the gradient is that
-of log[q(y_t)/(1−q(end))] with the same factor: ρ̂ and clip remain those of q(y_t), because the word was sampled with
-q_old(y_t).
+limit ρ̂ from above; `dual_clip` does.
+
+With `credit_for: words` A is 0 for end tokens, and for words the gradient is that of log[q(y_t)/(1−q(end))] with the
+same factor: ρ̂ and clip remain those of q(y_t), because the word was sampled with q_old(y_t).
 """
 
 from __future__ import annotations

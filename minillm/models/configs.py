@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from minillm.models.sources import check_source, locate
+from minillm.models.gguf import gguf_config
+from minillm.models.sources import check_source, find_gguf
 
 
 def read_config(source: str | Path) -> Any:
@@ -22,18 +21,8 @@ def read_config(source: str | Path) -> Any:
         MissingError, NotAFolderError, SourceError, InputError: As for `check_source`.
     """
     check_source(str(source), ("config",))
-    folder, gguf = locate(source)
-    if not gguf:
-        return AutoConfig.from_pretrained(folder)
-    return copy.deepcopy(
-        _config_of_gguf(folder, gguf["gguf_file"], (Path(folder) / gguf["gguf_file"]).stat().st_mtime_ns)
-    )
-
-
-@cache
-def _config_of_gguf(folder: str, file: str, _modified: int) -> Any:
-    """Read the config of a GGUF file once per version: its metadata holds the vocabulary and takes seconds to read."""
-    return AutoConfig.from_pretrained(folder, gguf_file=file)
+    file = find_gguf(str(source))
+    return AutoConfig.from_pretrained(str(source)) if file is None else gguf_config(file)
 
 
 def text_config(model: PreTrainedModel | str) -> Any:

@@ -17,6 +17,7 @@ from minillm.data.sampling import Sampling, StopStrings
 from minillm.errors import InputError
 from minillm.models.configs import context_length, text_config
 from minillm.models.load import load_tokenizer
+from minillm.models.sources import find_gguf
 from minillm.models.vocabulary import check_same_tokens, token_count
 
 
@@ -143,7 +144,7 @@ def _eos_of(model: Any) -> set[int]:
     """Return the end tokens that a model's generation config names, or its config if that names none."""
     if isinstance(model, str):
         try:
-            generation: Any = GenerationConfig.from_pretrained(model)
+            generation: Any = None if find_gguf(model) else GenerationConfig.from_pretrained(model)
         except (OSError, ValueError):
             generation = None
         named = getattr(generation, "eos_token_id", None)

@@ -11,7 +11,10 @@ _NAMES = frozenset(
         "LOCAL_RANK",
         "LOCAL_WORLD_SIZE",
         "GROUP_RANK",
+        "GROUP_WORLD_SIZE",
         "ROLE_RANK",
+        "ROLE_NAME",
+        "ROLE_WORLD_SIZE",
         "MASTER_ADDR",
         "MASTER_PORT",
     }
@@ -25,3 +28,12 @@ def environment_without_launcher() -> dict[str, str]:
     A child process that inherits them takes itself for one of the launched processes, and waits for the others.
     """
     return {name: value for name, value in os.environ.items() if name not in _NAMES and not name.startswith(_PREFIXES)}
+
+
+def machines() -> int:
+    """Return how many machines the processes that were launched together run on; 1 without a launcher.
+
+    A launcher that does not say how many of them run on this machine is taken to have started all of them here.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return max(world // max(int(os.environ.get("LOCAL_WORLD_SIZE", world)), 1), 1)

@@ -17,8 +17,9 @@ from transformers.integrations import deepspeed
 from minillm.errors import InputError, SourceError
 from minillm.models.configs import read_config
 from minillm.models.generation import read_generation_config
+from minillm.models.gguf import load_gguf_tokenizer
 from minillm.models.quantization import check_quantization, quantization_config
-from minillm.models.sources import check_source, locate
+from minillm.models.sources import check_source, find_gguf, locate
 
 _FSDP_RAM_EFFICIENT_ENV = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # set by accelerate's default under FSDP
 
@@ -52,7 +53,8 @@ def load_model(
         )
     given: dict[str, Any] = {}
     if gguf:
-        given = gguf | {"quantization_config": GgufConfig(dequantize=True)}
+        # With the config that is known, transformers does not read the vocabulary once more for it.
+        given = gguf | {"config": config, "quantization_config": GgufConfig(dequantize=True)}
     elif quantization:
         given = {"quantization_config": quantization_config(quantization, dtype)}
     with _disable_sharded_init():
@@ -113,6 +115,8 @@ def _disable_sharded_init() -> Iterator[None]:
 def load_tokenizer(source: str | Path) -> Any:
     """Load a tokenizer. If it has no pad token, the EOS token becomes it.
 
+    That of a GGUF file does what the file's header says (see `load_gguf_tokenizer`).
+
     Args:
         source: Folder, hub id or GGUF file.
 
@@ -121,9 +125,11 @@ def load_tokenizer(source: str | Path) -> Any:
         InputError: It cannot be read.
     """
     check_source(str(source), ("tokenizer",))
-    folder, gguf = locate(source)
+    file = find_gguf(str(source))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **gguf)
+        tokenizer: Any = AutoTokenizer.from_pretrained(source) if file is None else load_gguf_tokenizer(file)
+    except InputError:
+        raise
     except OSError as error:
         raise SourceError(f"{source}: its tokenizer cannot be loaded: {textwrap.shorten(str(error), 300)}") from error
     except Exception as error:  # the tokenizers library raises nothing narrower

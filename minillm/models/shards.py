@@ -41,9 +41,17 @@ def gathered(values: Iterable[Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def full_tensor(value: Tensor) -> Tensor:
-    """Return a complete weight, gathered from all processes if it is sharded. Every process must then call this."""
+def full_tensor(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a complete weight, gathered from all processes if it is sharded. Every process must then call this.
+
+    Args:
+        value: A weight, or this process's shard of it.
+        dtype: Dtype of the result; by default that of the weight. Shards of FSDP2 are cast before they are gathered, so
+            that no process sends numbers wider than the result. ZeRO-3 gathers in its own dtype.
+    """
+    wanted = value.dtype if dtype is None else dtype
     if _is_zero3(value):
         with gathered([value]):
-            return value.detach().clone()
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach()
+            return value.detach().to(wanted, copy=True)
+    cast = value.detach().to(wanted)
+    return cast.full_tensor() if isinstance(cast, DTensor) else cast

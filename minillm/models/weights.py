@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from minillm.models.shards import full_tensor, gathered
 
 
 def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the complete weights of a model. A tied weight appears under each of its names.
+    """Iterate over the complete weights of a model. A tied weight appears under each of its names, as one tensor.
 
     The model itself is not changed: merging an adapter in place and unmerging it again would round the frozen base a
     little each time. Sharded weights (FSDP2, ZeRO-3) are gathered one tensor at a time, so every process must iterate.
@@ -31,21 +32,36 @@ def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Ite
     Raises:
         InputError: The model has an adapter that cannot be merged (see `check_adapter`).
     """
-    if not hasattr(model, "get_base_model"):
-        for name, value in _stored(model):
-            yield name, full_tensor(value).to(dtype)
-        return
-    check_adapter(model)
-    deltas = {f"{name}.weight": pairs for name, pairs in adapted_layers(model)} if merged else {}
-    for name, value in _stored(model.get_base_model()):
-        if "lora_" not in name:
-            plain = name.replace(".base_layer", "")
-            whole = full_tensor(value)
-            for module, adapter in deltas.get(plain, []):
-                with gathered(part for key, part in module.named_parameters() if "lora_" in key):
-                    delta = full_tensor(module.get_delta_weight(adapter))
-                whole = whole + delta.to(whole.dtype)
-            yield plain, whole.to(dtype)
+    adapted = hasattr(model, "get_base_model")
+    if adapted:
+        check_adapter(model)
+    base = model.get_base_model() if adapted else model
+    deltas = {f"{name}.weight": pairs for name, pairs in adapted_layers(model)} if adapted and merged else {}
+    times = Counter(map(id, base.state_dict(keep_vars=True).values()))
+    tied: dict[int, Tensor] = {}  # as they were gathered and cast for the first of their names
+    for stored, value in _stored(base):
+        if adapted and "lora_" in stored:
+            continue
+        name = stored.replace(".base_layer", "") if adapted else stored
+        if pairs := deltas.get(name):
+            yield name, _merged(value, pairs).to(dtype)
+            continue
+        whole = tied.get(id(value))
+        if whole is None:
+            whole = full_tensor(value, dtype)
+        if times[id(value)] > 1:
+            tied[id(value)] = whole
+        yield name, whole
+
+
+def _merged(value: Tensor, pairs: Sequence[tuple[Any, str]]) -> Tensor:
+    """A complete weight with the adapters of its layer, in the dtype that it is stored in."""
+    whole = full_tensor(value)
+    for module, adapter in pairs:
+        with gathered(part for key, part in module.named_parameters() if "lora_" in key):
+            delta = full_tensor(module.get_delta_weight(adapter))
+        whole = whole + delta.to(whole.dtype)
+    return whole
 
 
 def _stored(model: Any) -> Iterator[tuple[str, Tensor]]:

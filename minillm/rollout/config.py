@@ -46,7 +46,8 @@ class RolloutConfig(Section):
     """Addresses (`http://host:port`) of running `vllm serve` processes, for `engine: server`. The module
     `minillm.rollout.engines.server` says how to start them. With `auto`, process 0 starts one server on this machine,
     which all training processes share and which stops at the end of training. (With `engine: vllm` every training
-    process has an engine of its own.)"""
+    process has an engine of its own.) A run on several machines needs addresses that all of them reach, and servers
+    that read its `run_dir` at the same path."""
     server_patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds for which requests to an unreachable or failing server are retried. After that the run saves a checkpoint
     and stops."""

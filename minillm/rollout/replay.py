@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minillm.data.rollouts import Rollout
-from minillm.data.seeding import permutation
+from minillm.data.seeding import ShuffledPasses, permutation
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.worker import Worker
 
@@ -42,6 +42,7 @@ class ReplayedAndGiven:
         """Rollouts that can be replayed, the oldest first."""
         self._config, self._given, self._eos_ids, self._worker = config, given, eos_ids, worker
         self._size, self._routed = config.num_rollouts // worker.processes, routed
+        self._passes = ShuffledPasses(max(len(given), 1), worker.seed, "given")
 
     def sizes(self) -> tuple[int, int, int]:
         """This process's numbers of sampled, replayed and given responses in the next batch."""
@@ -64,7 +65,7 @@ class ReplayedAndGiven:
         given = self.sizes()[2]
         order = permutation(len(self.buffer), self._worker.seed, "replay", number, self._worker.rank)
         first = (number * self._worker.processes + self._worker.rank) * given
-        rows = [self._given[self._given_row_at(position)] for position in range(first, first + given)]
+        rows = [self._passes[position] for position in range(first, first + given)]
         replayed = [replace(self.buffer[i]) for i in order[: self._size - sampled - given]]
         return replayed, [self._given_rollout(row) for row in rows]
 
@@ -76,19 +77,15 @@ class ReplayedAndGiven:
 
     def given_rows(self, rollouts: Sequence[Rollout]) -> list[int]:
         """Row numbers of the given responses among some rollouts."""
-        found = [(r.prompt_ids, r.response_ids) for r in rollouts if r.weights_version == _GIVEN_RESPONSE_VERSION]
-        if not found:
-            return []
-        rows = [(list(row["prompt_ids"]), list(row["response_ids"])) for row in self._given]
-        return [i for i, row in enumerate(rows) if row in found]
+        return sorted({r.row for r in rollouts if r.row is not None and self.is_given(r)})
 
-    def _given_row_at(self, position: int) -> int:
-        """The row at a position in the endless sequence of passes over the given responses, each in a seeded order."""
-        epoch, index = divmod(position, len(self._given))
-        return permutation(len(self._given), self._worker.seed, "given", epoch)[index]
+    def is_given(self, rollout: Rollout) -> bool:
+        """Whether a rollout is a given response."""
+        return rollout.weights_version == _GIVEN_RESPONSE_VERSION
 
-    def _given_rollout(self, row: dict[str, Any]) -> Rollout:
+    def _given_rollout(self, number: int) -> Rollout:
+        row = self._given[number]
         ids, none = list(row["response_ids"]), torch.zeros(0)
         rollout = Rollout(list(row["prompt_ids"]), ids, none, none, _GIVEN_RESPONSE_VERSION, ids[-1] in self._eos_ids)
-        rollout.teacher_name = row["teacher"] if self._routed else None
+        rollout.row, rollout.teacher_name = number, row["teacher"] if self._routed else None
         return rollout

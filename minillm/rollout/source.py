@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
-from minillm.data.seeding import permutation, seed_of
+from minillm.data.seeding import ShuffledPasses, seed_of
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
 from minillm.rollout.replay import ReplayedAndGiven
@@ -56,7 +56,7 @@ class RolloutSource:
         config: settings of the rollouts.
         prompts: token ids of every prompt of the training data.
         others: replayed rollouts and given responses.
-        teachers: the name of the teacher of every prompt, where there are several.
+        teacher_of: returns the name of the teacher of a prompt's row, where there are several.
         score_given: returns log q of each token of given responses, under the student's current weights.
         worker: this process, and the seed of the run.
     """
@@ -69,10 +69,11 @@ class RolloutSource:
         *,
         score_given: Callable[[Sequence[Rollout]], Sequence[Tensor]],
         worker: Worker,
-        teachers: Sequence[str] | None = None,
+        teacher_of: Callable[[int], str] | None = None,
     ) -> None:
-        self.others, self.prompts, self._teachers = others, prompts, teachers
+        self.others, self.prompts, self._teacher_of = others, prompts, teacher_of
         self._config, self._score_given, self._worker = config, score_given, worker
+        self._passes = ShuffledPasses(len(prompts), worker.seed, "prompts")
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._ahead: tuple[int, Future[SampledBatch]] | None = None
 
@@ -81,14 +82,11 @@ class RolloutSource:
 
         Batches take the prompts one after another, in passes that each have a seeded order of their own.
         """
-        samples, n = self._config.samples_per_prompt, len(self.prompts)
+        samples = self._config.samples_per_prompt
         size = self._config.num_rollouts // samples
-        rows, order = [], []
-        for position in range(number * size, (number + 1) * size):
-            epoch, index = divmod(position, n)
-            if not rows or index == 0:
-                order = permutation(n, self._worker.seed, "prompts", epoch)
-            rows += [order[index]] * samples
+        rows = [
+            self._passes[position] for position in range(number * size, (number + 1) * size) for _ in range(samples)
+        ]
         return rows[self._worker.rank :: self._worker.processes]
 
     def sample(self, number: int, engine: Engine, sampling: Sampling) -> SampledBatch:
@@ -103,7 +101,7 @@ class RolloutSource:
         start = time.perf_counter()
         rollouts = engine.generate([self.prompts[row] for row in rows], sampling, seeds)
         for rollout, row in zip(rollouts, rows, strict=True):
-            rollout.teacher_name = None if self._teachers is None else self._teachers[row]
+            rollout.row, rollout.teacher_name = row, None if self._teacher_of is None else self._teacher_of(row)
         return SampledBatch(rollouts, time.perf_counter() - start)
 
     def sample_ahead(self, number: int, engine: Engine, sampling: Sampling) -> None:
@@ -129,8 +127,9 @@ class RolloutSource:
 
     def rows_of(self, rollouts: Sequence[Rollout]) -> tuple[list[int], list[int]]:
         """The rows that rollouts come from: of the training prompts, and of the given responses."""
-        prompts = [rollout.prompt_ids for rollout in rollouts]
-        return [row for row, ids in enumerate(self.prompts) if ids in prompts], self.others.given_rows(rollouts)
+        given = self.others.given_rows(rollouts)
+        prompts = {r.row for r in rollouts if r.row is not None and not self.others.is_given(r)}
+        return sorted(prompts), given
 
     def close(self) -> None:
         """Stop sampling in the background."""

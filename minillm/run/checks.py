@@ -24,6 +24,7 @@ from minillm.models.sources import check_source, find_gguf
 from minillm.models.vocabulary import check_tokenizer_fits, token_count
 from minillm.rollout.engines.base import padding_bias
 from minillm.rollout.engines.choose import check_student_engine, choose_engine
+from minillm.rollout.engines.vllm_memory import check_lora_rank
 from minillm.run.processes import world_size
 from minillm.run.stages import STAGES
 from minillm.run.stages.stage import Stage
@@ -45,9 +46,11 @@ def check_sizes(recipe: Recipe) -> None:
     """
     if _samples(recipe):
         choose_engine(recipe.rollout.engine)
+    lora = recipe.student.lora
     if "minillm" in recipe.stages:
         check_student_engine(recipe.rollout)
-    lora = recipe.student.lora
+        if lora is not None and recipe.rollout.lora == "adapter" and choose_engine(recipe.rollout.engine) == "vllm":
+            check_lora_rank(lora.rank)
     arguments = [stage.arguments(recipe) for stage in STAGES if stage.trains == "student"]
     if lora is not None and lora.quantization and any(map(_shards_the_student, arguments)):
         raise InputError(
@@ -76,8 +79,13 @@ def check_models(recipe: Recipe, conventions: Conventions) -> None:
     for source in [each.source for each in teachers.values()] + [student] * (not pruned):
         check_source(source)
     if not pruned:
+        if find_gguf(student):
+            raise InputError(
+                f"student.source: {student} is a GGUF file, which is not trained as it is: name a model folder (the "
+                "teacher stage of a run with this file as the teacher leaves the folder teacher/)"
+            )
         _check_model(recipe, conventions, student, "student")
-    if recipe.student.lora is not None and not (pruned and find_gguf(teacher)):
+    if recipe.student.lora is not None:
         check_student(teacher if pruned else student, recipe.student.lora)
     for name, each in teachers.items():
         _check_model(recipe, conventions, each.source, teacher_label(name))

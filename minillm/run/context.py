@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minillm.data.config import Source
-from minillm.data.encoding import encoder_of
-from minillm.data.examples import Example, Prompt, read_examples
-from minillm.data.rows import read_rows
+from minillm.data.examples import Example, ExampleFile, Prompt, open_examples, open_texts, read_examples
+from minillm.data.lazy import mapped
+from minillm.data.prompts import LazyPrompts, Rendering, literal_specials
 from minillm.data.sampling import Sampling
 from minillm.data.templates import render_all, render_answer
 from minillm.errors import DataError, InputError
@@ -23,6 +22,7 @@ from minillm.rollout.engines.choose import make_engine
 from minillm.run.checks import check_models, check_rows, check_sizes, check_teacher_names
 from minillm.run.directory import RunState
 from minillm.run.recipe import Recipe
+from minillm.run.responses_file import ResponseCheck, open_responses
 from minillm.run.stages import STAGES, stage_named
 from minillm.teacher.config import teacher_label
 
@@ -51,8 +51,8 @@ class Run:
         self.dir = recipe.run_dir
         self.processes = 1
         self.state = RunState(recipe)
-        self.train_examples = read_examples(recipe.data.train, recipe.data.limit)
-        self.heldout_examples = read_examples(recipe.data.heldout, recipe.data.limit)
+        self.train_examples = open_examples(recipe.data.train, recipe.data.limit)
+        self.heldout_examples = open_examples(recipe.data.heldout, recipe.data.limit)
         check_sizes(recipe)
         check_teacher_names(recipe, self.train_examples, recipe.data.train)
         if recipe.teacher.several and any(example.teacher is not None for example in self.heldout_examples):
@@ -80,45 +80,60 @@ class Run:
         """What a row of training data says of its teacher: nothing, unless there are several."""
         return {"teacher": str(prompt.example.teacher)} if self.recipe.teacher.several else {}
 
+    def prompt_row(self, prompt: Prompt) -> dict[str, Any]:
+        """The row of a prompt for on-policy training."""
+        return {"prompt_ids": prompt.ids, **self.of_teacher(prompt)}
+
     def folder(self, stage: str) -> str:
         """The folder of this run in which a stage leaves its model."""
         return str(self.dir / str(stage_named(stage).folder))
 
-    def given_responses(self, file: Path) -> list[dict[str, Any]]:
-        """The rows of a `responses.jsonl` that the user names, checked.
+    @cached_property
+    def answer_rows(self) -> Sequence[dict[str, Any]]:
+        """The rows of the teacher's responses, checked if the user names their file.
 
         Raises:
             DataError: naming the line: a row without token ids, or with ids beyond the vocabulary.
         """
-        rows = []
-        for fields, place in read_rows(Source(file=file)):
-            for name in ("prompt_ids", "response_ids"):
-                ids = fields.get(name) if isinstance(fields, dict) else None
-                if not _is_token_ids(ids):
-                    raise DataError(
-                        f"{place}: {name} is missing, or no list of token ids: responses.file is the responses.jsonl "
-                        "of a run with this teacher. Answers as text are references: name them output in data.train "
-                        "and set warmup.targets: references"
-                    )
-                if strange := [token for token in ids or () if not 0 <= token < self.conventions.vocab_size]:
-                    raise DataError(
-                        f"{place}: {name} has id {strange[0]}, beyond the {self.conventions.vocab_size} tokens of "
-                        f"{self.recipe.teacher.first.source}"
-                    )
-            if self.recipe.teacher.several and fields.get("teacher") not in self.teachers:
-                raise DataError(
-                    f"{place}: teacher names none of {', '.join(self.teachers)}: responses.file is the responses.jsonl "
-                    "of a run with these teachers"
-                )
-            rows.append(fields)
-        if not rows:
-            raise DataError(f"{file}: empty; the responses.jsonl of a run is needed")
-        return rows
+        given = self.recipe.responses.file is not None
+        teachers = list(self.teachers) if self.recipe.teacher.several else []
+        limits = (self.conventions.vocab_size, self.recipe.teacher.first.source)
+        return open_responses(Path(self.answers), check=ResponseCheck(*limits, teachers) if given else None)
 
     @cached_property
-    def train_prompts(self) -> list[Prompt]:
-        """The training prompts that are short enough."""
-        return self._render(self.train_examples, self.recipe.data.train.name)
+    def texts(self) -> Iterable[dict[str, str]] | None:
+        """Rows of text for the language-model term, checked; None where the recipe names none."""
+        text = self.recipe.data.text
+        return None if text is None else open_texts(text, self.recipe.seed)
+
+    @cached_property
+    def train_prompts(self) -> Sequence[Prompt]:
+        """The training prompts that are short enough. Those of a large data set are rendered when they are read."""
+        data = self.recipe.data
+        if isinstance(self.train_examples, ExampleFile):
+            prompts = LazyPrompts(self.train_examples, self._rendering)
+            prompts.look_at_some(data.train.name)
+            return prompts
+        return self._render(self.train_examples, data.train.name)
+
+    def prompts_after(self, row: int, teacher: str) -> Iterator[Prompt]:
+        """The training prompts of a teacher, each once, in the order of their rows.
+
+        Args:
+            row: the number of the example before the first one.
+            teacher: the name of the teacher; empty for a single one, which all rows belong to.
+        """
+        if isinstance(self.train_prompts, LazyPrompts):
+            yield from self.train_prompts.in_order(row, teacher)
+        else:
+            for prompt in self.train_prompts:
+                if prompt.example.row > row and teacher in ("", prompt.example.teacher):
+                    yield prompt
+
+    @property
+    def _rendering(self) -> Rendering:
+        data = self.recipe.data
+        return Rendering(data.template, self.conventions.tokenizer, data.max_prompt_tokens, data.system)
 
     @cached_property
     def heldout_prompts(self) -> list[Prompt]:
@@ -140,8 +155,7 @@ class Run:
             )
         if not prompts:
             raise InputError(f"{source}: no prompt is within data.max_prompt_tokens ({data.max_prompt_tokens})")
-        has_special = encoder_of(tokenizer).has_special
-        literal = [e for e in examples if any(map(has_special, (e.text, *e.references, *(text for _, text in e.chat))))]
+        literal = literal_specials(examples, tokenizer)
         if literal:
             logger.warning(
                 "%s: %d of %d rows hold the text of a special token of the tokenizer, which is read as ordinary text "
@@ -154,23 +168,28 @@ class Run:
         return prompts
 
     @cached_property
-    def references(self) -> list[dict[str, Any]]:
+    def references(self) -> Sequence[dict[str, Any]]:
         """Training rows of the data's own answers, each with its end token, cut at responses.max_new_tokens.
 
         Raises:
             InputError: no row has an answer.
         """
-        tokenizer, data = self.conventions.tokenizer, self.recipe.data
-        rows = []
-        for prompt in self.train_prompts:
-            if prompt.example.output:
-                ids = render_answer(prompt, data.template, tokenizer, data.system)
-                ids = ids[: self.recipe.responses.max_new_tokens]
-                row = {"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids}
-                rows.append(row | self.of_teacher(prompt))
-        if not rows:
+        data, prompts = self.recipe.data, self.train_prompts
+        if isinstance(self.train_examples, ExampleFile):
+            answered = LazyPrompts(self.train_examples, self._rendering, self.train_examples.answered)
+        else:
+            answered = [prompt for prompt in prompts if prompt.example.output]
+        if not answered:
             raise InputError(f"{data.train.name}: no row has an output to train on")
-        return rows
+        return mapped(answered, self._reference, data.max_prompt_tokens + self.recipe.responses.max_new_tokens)
+
+    def _reference(self, prompt: Prompt) -> dict[str, Any]:
+        """The row of a prompt and its first reference."""
+        data = self.recipe.data
+        ids = render_answer(prompt, data.template, self.conventions.tokenizer, data.system)
+        ids = ids[: self.recipe.responses.max_new_tokens]
+        row = {"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": ids}
+        return row | self.of_teacher(prompt)
 
     @cached_property
     def validation(self) -> list[dict[str, Any]] | None:
@@ -221,10 +240,3 @@ class Run:
         """An engine that samples the model in a folder."""
         sizing = EngineSizing.from_config(self.recipe.rollout, self.max_length(new_tokens))
         return make_engine(self.recipe.rollout, folder, sizing, tokenizer=folder)
-
-
-def _is_token_ids(ids: Any) -> bool:
-    """Whether a value is a list of integers with at least one of them."""
-    if not isinstance(ids, list) or not ids:
-        return False
-    return all(isinstance(token, int) and not isinstance(token, bool) for token in ids)

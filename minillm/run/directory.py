@@ -14,6 +14,7 @@ from minillm.config import Section
 from minillm.errors import RunError
 from minillm.redaction import redacted
 from minillm.run.stages import STAGES, stage_named
+from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import decides_nothing
 from minillm.run.tree import flatten
 
@@ -80,13 +81,14 @@ def _by_content(value: Any) -> Any:
 
 
 def _digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    with Path(file).open("rb") as opened:  # in pieces: a data file may be larger than memory
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _is_run_directory(folder: Path) -> bool:
     """Whether a folder is a run directory, or empty, or was begun this moment by another process."""
-    names = {file.name for file in folder.iterdir()}
-    return names <= {"recipe.json", "state.part", "launched"} or "state.json" in names
+    names = {file.name for file in folder.iterdir() if not file.name.startswith("launched")}
+    return names <= {"recipe.json", "state.part"} or "state.json" in names
 
 
 def _normalise_path(key: str, value: Any) -> Any:
@@ -154,7 +156,9 @@ class RunState:
         return bool(self._stages.get(stage, {}).get("finished"))
 
     def check(self, stage: str) -> None:
-        """Refuse to go on from a stage, or from one it builds on, that was begun or finished with other settings.
+        """Refuse to go on from a stage, or from one it builds on, that was made with other settings.
+
+        A stage that was begun and has made nothing yet is made with the settings of now.
 
         Raises:
             RunError: naming the settings that differ.
@@ -162,7 +166,7 @@ class RunState:
         for earlier in self._built_on(stage):
             self.check(earlier)
         entry = self._stages.get(stage)
-        if entry is None:
+        if entry is None or not (entry["finished"] or stage_named(stage).has_made_something(self._recipe.run_dir)):
             return
         new, old = self.settings(stage), self._recorded(stage, entry)
         # Earlier versions recorded fewer settings, or none where the recipe did not list the stage.
@@ -178,9 +182,10 @@ class RunState:
         if changed:
             texts = list(changed.values())
             shown = ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+            names = [stage, *self.lost_with([stage])]
             raise RunError(
                 f"{self._recipe.run_dir}: stage {stage} there was made with other settings: {shown}. Choose another "
-                f"run_dir=…, or add --stage {stage} --redo to make {stage}, and what builds on it, again"
+                f"run_dir=…, or make {' and '.join(names)} again: --stage {','.join(names)} --redo"
             )
 
     def needs(self, stage: str, planned: Sequence[str]) -> None:
@@ -198,6 +203,30 @@ class RunState:
                     f"{self._recipe.run_dir}: stage {stage} needs stage {earlier}, which is not finished; run it first "
                     f"(--stage {earlier})"
                 )
+
+    def lost_with(self, stages: Sequence[str]) -> list[str]:
+        """Name the other stages whose work is thrown away when some are made again: those that build on them."""
+        return [
+            stage.name
+            for stage in STAGES
+            if stage.name not in stages
+            and not stage.keeps_work
+            and self._has_work(stage)
+            and any(named in self._all_below(stage.name) for named in stages)
+        ]
+
+    def made(self) -> list[str]:
+        """Name the stages whose work would be lost if all were made again."""
+        return [stage.name for stage in STAGES if not stage.keeps_work and self._has_work(stage)]
+
+    def _has_work(self, stage: Stage) -> bool:
+        begun = stage.name in self._stages and not stage.always_runs
+        return begun and (self.finished(stage.name) or stage.has_made_something(self._recipe.run_dir))
+
+    def _all_below(self, name: str) -> set[str]:
+        """The stages that a stage builds on, directly and through others."""
+        needs = stage_named(name).needs
+        return set(needs).union(*map(self._all_below, needs))
 
     def forget(self, stage: str) -> list[str]:
         """Drop a stage and those that build on it, and return their names."""

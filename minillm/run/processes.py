@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 import time
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from minillm.run.context import Run
     from minillm.run.recipe import Recipe
 
-RENDEZVOUS_TIMEOUT = 120
-"""Seconds within which every process must see what process 0 wrote."""
+RENDEZVOUS_TIMEOUT = 300
+"""Seconds for which processes wait for each other in the run directory, before the first stage."""
 
 
 def rank() -> int:
@@ -53,29 +54,74 @@ def _launch_file(run: Run) -> Path:
     return run.dir / "launched"
 
 
-def rendezvous(run: Run, rank: int) -> None:
-    """Process 0 writes to the run directory that it has begun, and the others wait until they see it.
+def _arrival_file(run: Run, rank: int) -> Path:
+    return run.dir / f"launched-{rank}"
+
+
+def rendezvous(run: Run, rank: int, world: int) -> None:
+    """Have all processes meet in the run directory, which every machine must see at the same path.
+
+    Each process but the first writes a number of its own there, and process 0 writes all of them back. So none goes on
+    with what an earlier launch has left, and process 0 does not work for hours before it finds that another machine has
+    another folder, or that a process there has refused something.
 
     Raises:
-        RunError: process 0 cannot write there; or another process does not see what process 0 wrote. It has another
-            directory, and would wait for every stage for ever.
+        RunError: the directory cannot be written; or a process does not see what another one wrote.
     """
-    file = _launch_file(run)
-    launch = ":".join(environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
     if rank == 0:
-        with writing_to(run.dir):
-            run.dir.mkdir(parents=True, exist_ok=True)
-            file.write_text(launch, encoding="utf-8")
-        return
-    deadline = time.monotonic() + RENDEZVOUS_TIMEOUT
-    while not (file.is_file() and file.read_text(encoding="utf-8") == launch):
+        _await_arrivals(run, world)
+    else:
+        _arrive(run, rank)
+        run.state = RunState(run.recipe)
+
+
+def _await_arrivals(run: Run, world: int) -> None:
+    """In process 0: wait until all other processes have written their numbers, and write them back."""
+    with writing_to(run.dir):
+        run.dir.mkdir(parents=True, exist_ok=True)
+        _remove_launch_files(run)
+    arrivals, deadline = [_arrival_file(run, rank) for rank in range(1, world)], _deadline()
+    while missing := [rank for rank, file in enumerate(arrivals, 1) if not file.is_file()]:
         if time.monotonic() > deadline:
             raise RunError(
-                f"run_dir: process {rank} does not see in {run.dir.absolute()} what process 0 wrote there "
-                f"{RENDEZVOUS_TIMEOUT} s ago: every node needs the same folder (a shared file system) at that path"
+                f"run_dir: process(es) {', '.join(map(str, missing))} have not written to {run.dir.absolute()} within "
+                f"{RENDEZVOUS_TIMEOUT} s. Either they stopped, and what they printed says why; or they are on a "
+                "machine that does not have the same folder (a shared file system) at that path"
             )
         time.sleep(0.1)
-    run.state = RunState(run.recipe)
+    _write_whole(run, _launch_file(run), "\n".join(file.read_text(encoding="utf-8") for file in arrivals))
+
+
+def _arrive(run: Run, rank: int) -> None:
+    """In another process: write a number of its own until process 0 has written it back."""
+    number, deadline = secrets.token_hex(8), _deadline()
+    own, launch = _arrival_file(run, rank), _launch_file(run)
+    while not (launch.is_file() and number in launch.read_text(encoding="utf-8").split()):
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"run_dir: process {rank} does not see in {run.dir.absolute()} what process 0 writes there, and has "
+                f"waited {RENDEZVOUS_TIMEOUT} s: every node needs the same folder (a shared file system) at that path"
+            )
+        if run.dir.is_dir() and not own.is_file():  # process 0 makes the folder, and removes what was left in it
+            _write_whole(run, own, number)
+        time.sleep(0.1)
+
+
+def _deadline() -> float:
+    return time.monotonic() + RENDEZVOUS_TIMEOUT
+
+
+def _write_whole(run: Run, file: Path, text: str) -> None:
+    """Write a file that no other process sees half written."""
+    part = file.with_name(file.name + ".part")
+    with writing_to(run.dir):
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+
+
+def _remove_launch_files(run: Run) -> None:
+    for file in (_launch_file(run), *run.dir.glob("launched-*[0-9]")):
+        file.unlink(missing_ok=True)
 
 
 def destroy_process_group(run: Run, rank: int) -> None:
@@ -84,7 +130,7 @@ def destroy_process_group(run: Run, rank: int) -> None:
         dist.barrier()
         dist.destroy_process_group()
         if rank == 0:
-            _launch_file(run).unlink(missing_ok=True)
+            _remove_launch_files(run)
 
 
 def run_in_main_process(run: Run, stage: str, rank: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.encoding import encoder_of
+from minillm.data.lazy import IN_MEMORY, LazySequence
 from minillm.data.text import TextBlocks
 from minillm.errors import InputError
 from minillm.loss.config import Objective
@@ -17,6 +18,8 @@ from minillm.models.head import keeps_sequences_apart
 from minillm.rollout.config import RolloutConfig
 
 logger = logging.getLogger(__name__)
+
+_TRIED = 1000  # rows of a large data set, spread evenly; to tokenise them takes under a second
 
 
 def check_context(config: RolloutConfig, student: PreTrainedModel) -> None:
@@ -43,13 +46,19 @@ def longest_scored(config: RolloutConfig, objective: Objective, text: bool, resp
         responses: given responses.
     """
     reads_text = text and objective.language_model > 0 and objective.language_model_distill > 0
-    given = (len(row["prompt_ids"]) + len(row["response_ids"]) for row in responses)
     rollout = config.max_prompt_tokens + config.max_new_tokens
-    return max(rollout, objective.language_model_block if reads_text else 0, *given)
+    return max(rollout, objective.language_model_block if reads_text else 0, longest_row(responses))
 
 
-def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prompt_tokens: int) -> list[list[int]]:
-    """Token ids of every prompt of a data set.
+def longest_row(rows: Sequence[dict[str, Any]]) -> int:
+    """Tokens of the longest prompt with its response, at least 1; an upper bound where rows are not made yet."""
+    if isinstance(rows, LazySequence) and rows.longest is not None:
+        return rows.longest
+    return max((len(row["prompt_ids"]) + len(row["response_ids"]) for row in rows), default=1)
+
+
+def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prompt_tokens: int) -> Sequence[list[int]]:
+    """Token ids of every prompt of a data set; if it is large, they are made when they are asked for.
 
     Args:
         dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
@@ -57,18 +66,34 @@ def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prom
         max_prompt_tokens: the most tokens of a prompt.
 
     Raises:
-        InputError: there are no rows, a row has no prompt, or a prompt is too long.
+        InputError: there are no rows, a row has no prompt, or a prompt is too long. Of a large data set some rows are
+            tried now, and the error of another is raised when it is asked for.
     """
+    if len(dataset) > IN_MEMORY:
+        large = LazySequence(len(dataset), lambda row: _short_prompt(dataset, row, tokenizer, max_prompt_tokens))
+        if not isinstance(dataset, LazySequence):  # of a run's own prompts some have been rendered already
+            for row in range(0, len(large), -(-len(large) // _TRIED)):
+                _ = large[row]
+        return large
     prompts = [_prompt_ids(dataset[i], tokenizer) for i in range(len(dataset))]
     if not prompts:
         raise InputError("train_dataset is empty")
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) > max_prompt_tokens:
-        raise InputError(
-            f"train_dataset row {longest} has {len(prompts[longest])} prompt tokens; "
-            f"rollout.max_prompt_tokens is {max_prompt_tokens}"
-        )
+    _check_length(prompts[longest], longest, max_prompt_tokens)
     return prompts
+
+
+def _short_prompt(dataset: Sequence[dict[str, Any]], row: int, tokenizer: Any, max_prompt_tokens: int) -> list[int]:
+    ids = _prompt_ids(dataset[row], tokenizer)
+    _check_length(ids, row, max_prompt_tokens)
+    return ids
+
+
+def _check_length(ids: list[int], row: int, max_prompt_tokens: int) -> None:
+    if len(ids) > max_prompt_tokens:
+        raise InputError(
+            f"train_dataset row {row} has {len(ids)} prompt tokens; rollout.max_prompt_tokens is {max_prompt_tokens}"
+        )
 
 
 def _prompt_ids(row: dict[str, Any], tokenizer: Any) -> list[int]:

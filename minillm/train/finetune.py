@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from minillm.errors import InputError
 from minillm.loss.in_forward import bind_scoring
 from minillm.models.conventions import Conventions, settle
 from minillm.models.load import load_model, load_tokenizer, without_dropout
@@ -25,6 +29,8 @@ from minillm.train.pair import compute_dtype
 from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import handed_to_trl
 from minillm.train.validation import ValidationMixin
+
+_IGNORED = -100  # the label of a token that is not trained on, in PyTorch's cross-entropy
 
 
 # TRL overrides `create_model_card` of transformers with other parameters.
@@ -64,21 +70,24 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
             metrics=self.validation_metrics,
         )
         check_one_gpu(args)
+        if not len(train_dataset):
+            raise InputError("train_dataset is empty")
         tokenizer = processing_class or (conventions.tokenizer if conventions else load_tokenizer(str(model)))
         student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
         without_dropout(student)
         bind_scoring(student)
-        data = _trl_rows(train_dataset)
-        # TRL would prepare the evaluation rows for its own loss, but ours are prompts to sample from.
-        stand_in = None if eval_dataset is None else data.select([0])
+        # TRL would prepare all rows before the first update, and the evaluation rows, which are prompts to sample from,
+        # for its own loss. It is given one row, and reads ours after that.
+        stand_in = Dataset.from_list([TrainingRows(train_dataset)[0]])
         super().__init__(
             model=student,
             args=_trl_config(args),
-            train_dataset=data,
-            eval_dataset=stand_in,
+            train_dataset=stand_in,
+            eval_dataset=None if eval_dataset is None else stand_in,
             processing_class=tokenizer,
         )
-        self.eval_dataset = eval_dataset
+        self._rows = TrainingRows(train_dataset)
+        self.train_dataset, self.eval_dataset = self._rows, eval_dataset  # pyright: ignore[reportAttributeAccessIssue]
         dtype = compute_dtype(args)
         conventions = conventions or settle(tokenizer, None, [student])
         width = min(head_width(student), conventions.vocab_size)
@@ -88,13 +97,11 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
 
     def rows_of(self, micro_batch: dict[str, Any]) -> str:
         """The rows of a micro-batch, in words. The collator drops row numbers, so rows are found by their tokens."""
-        dataset: Any = self.train_dataset
-        known = [list(ids) for ids in dataset["input_ids"]]
         rows = [
             ids[seen.bool()].tolist()
             for ids, seen in zip(micro_batch["input_ids"], micro_batch["attention_mask"], strict=True)
         ]
-        return listed("train_dataset row", sorted(known.index(row) for row in rows))
+        return listed("train_dataset row", sorted(map(self._rows.index, rows)))
 
 
 def _scoring_teacher(
@@ -111,25 +118,44 @@ def _local_teacher(teacher: str | PreTrainedModel, dtype: torch.dtype, device: t
     return LocalTeacher(model.to(device))
 
 
-def _trl_rows(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Convert rows to the format that TRL has for tokenised rows."""
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": [*row["prompt_ids"], *row["response_ids"]],
-                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["response_ids"]),
-            }
-            for row in (rows[i] for i in range(len(rows)))
-        ]
-    )
+class TrainingRows(TorchDataset[dict[str, list[int]]]):
+    """Rows in the format that TRL's collator reads, each converted when it is asked for.
+
+    Args:
+        rows: rows with `prompt_ids` and `response_ids`.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._rows = rows
+        self._recent: deque[int] = deque(maxlen=4096)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        """Return the tokens of a row, and its labels, which leave the prompt out."""
+        self._recent.append(number)
+        row = self._rows[number]
+        return {
+            "input_ids": [*row["prompt_ids"], *row["response_ids"]],
+            "labels": [_IGNORED] * len(row["prompt_ids"]) + list(row["response_ids"]),
+        }
+
+    def index(self, ids: list[int]) -> int:
+        """Return the number of the row with the given tokens. The rows that were read last are searched first."""
+        for number in chain(reversed(self._recent), range(len(self))):
+            row = self._rows[number]
+            if [*row["prompt_ids"], *row["response_ids"]] == ids:
+                return number
+        raise ValueError("no row has these tokens")
 
 
 def _trl_config(args: TrainingArguments) -> SFTConfig:
     """The arguments for TRL, with its own preparation switched off.
 
-    Nothing is truncated or packed, and only the prompt is masked.
+    Nothing is truncated or packed. The labels of the rows say what is trained on.
     """
     shared = NAMES | handed_to_trl(args)
     given = {name: value for name, value in args.to_dict().items() if value is not None and name in shared}
     given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict masks their values
-    return SFTConfig(**given | {"completion_only_loss": True, "max_length": None, "packing": False})
+    return SFTConfig(**given | {"max_length": None, "packing": False})

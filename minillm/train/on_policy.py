@@ -166,7 +166,7 @@ class MiniLLMTrainer(DistillationTrainer):
             ReplayedAndGiven(config, responses, self.sampling.eos_ids, worker, routed=routed),
             score_given=lambda given: [scores.logq for scores in self.student_scores(given)],
             worker=worker,
-            teachers=[train_dataset[row]["teacher"] for row in range(len(prompts))] if routed else None,
+            teacher_of=(lambda row: train_dataset[row]["teacher"]) if routed else None,
         )
 
     # Updates
@@ -362,7 +362,7 @@ class MiniLLMTrainer(DistillationTrainer):
         unfinished = self.rollouts if within_batch else []
         state = self.credit.state(finished=not within_batch)
         checkpoint = RolloutCheckpoint(self._batch_number, unfinished, self.source.others.buffer, state)
-        checkpoint.save(folder, self.accelerator.process_index)
+        checkpoint.save(folder, self.accelerator.process_index, self.accelerator.num_processes)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -33,9 +33,16 @@ class RolloutCheckpoint:
     replay: list[Rollout]
     credit: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path, rank: int) -> None:
-        """Write this process's file. The teacher's targets are left out; the teacher scores again after a resume."""
+    def save(self, folder: Path, rank: int, processes: int) -> None:
+        """Write this process's file. The teacher's targets are left out; the teacher scores again after a resume.
+
+        Args:
+            folder: the checkpoint, which machines may have on a disk of their own.
+            rank: the index of this process.
+            processes: the number of processes.
+        """
         saved = {
+            "processes": processes,
             "number": self.number,
             "rollouts": [rollout.to_saved() for rollout in self.rollouts],
             "earlier": [rollout.to_saved() for rollout in self.replay],
@@ -56,16 +63,23 @@ class RolloutCheckpoint:
             The state, or None if the checkpoint has no such files.
 
         Raises:
-            InputError: the checkpoint was saved within a batch of rollouts, by another number of processes.
+            InputError: the checkpoint was saved within a batch of rollouts, by another number of processes; or what
+                this process saved is not in it.
         """
         files, own = sorted(folder.glob(_FILE.format(rank="*"))), folder / _FILE.format(rank=rank)
         if not files:
             return None
         saved = torch.load(own if own in files else files[0], weights_only=True)
-        if saved["rollouts"] and len(files) != processes:
+        writers = saved.get("processes", len(files))  # earlier versions did not say how many they were
+        if saved["rollouts"] and writers != processes:
             raise InputError(
-                f"{folder}: {len(files)} process(es) saved this checkpoint within a batch of rollouts; "
+                f"{folder}: {writers} process(es) saved this checkpoint within a batch of rollouts; "
                 f"resume with as many processes, not {processes}"
+            )
+        if saved["rollouts"] and own not in files:
+            raise InputError(
+                f"{folder}: {own.name} is not there: every process goes on with the rollouts that it saved; give each "
+                "machine the rank that it had, or save on a file system that all of them share"
             )
         rollouts, replay = ([Rollout.from_saved(fields) for fields in saved[key]] for key in ("rollouts", "earlier"))
         return cls(saved["number"], rollouts, replay, saved.get("credit", {}))

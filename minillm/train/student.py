@@ -141,12 +141,14 @@ class StudentMixin(TrainerPart):
     def _folder_of(self, student: Any, spare: str) -> str:
         """A folder from which an engine reads the student and its tokenizer.
 
-        This is the student's own folder if it holds both; otherwise they are saved in `spare`.
+        This is the student's own folder if it holds both on every machine; otherwise they are saved in `spare`.
         """
         own = Path(resolve_cached(str(student.name_or_path)))
         # The base of an adapter is never sent to the engine, and may differ from what its folder holds.
         apart = self.rollout_config.lora == "adapter"
-        if not apart and (own / "tokenizer_config.json").is_file() and (own / "config.json").is_file():
+        lacks = apart or not all((own / name).is_file() for name in ("tokenizer_config.json", "config.json"))
+        # Saving gathers shards, so either all processes do it or none; their machines' caches may differ.
+        if not self.global_sum(float(lacks)):
             return str(own)
         save_plain(student, spare, merged=not apart)
         self.student_tokenizer.save_pretrained(spare)

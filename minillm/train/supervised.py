@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import bucket, pad
-from minillm.data.seeding import permutation
+from minillm.data.seeding import ShuffledPasses
 from minillm.errors import InputError
 from minillm.loss.config import DivergenceConfig
 from minillm.loss.supervised import SupervisedLoss
@@ -17,6 +17,7 @@ from minillm.loss.terms import extra_divergence
 from minillm.teacher.routed import join_states
 from minillm.train.base import DistillationTrainer
 from minillm.train.checks import check_teacher_names
+from minillm.train.datasets import longest_row
 from minillm.train.finite import listed
 from minillm.train.pair import TeacherSource, teacher_names
 
@@ -55,13 +56,13 @@ class SupervisedTrainer(DistillationTrainer):
     ) -> None:
         rows = {"train_dataset": train_dataset, "eval_dataset": kwargs.get("eval_dataset")}
         check_teacher_names(teacher_names(teacher), rows)
-        longest = max((len(row["prompt_ids"]) + len(row["response_ids"]) for row in train_dataset), default=1)
+        longest = longest_row(train_dataset)
         super().__init__(model, teacher, args, train_dataset=train_dataset, longest=longest, **kwargs)
         _ = self.states_teacher  # refuses log-probabilities of some tokens before anything is trained
         self.text_temperature = cross_entropy_temperature
         self._cross_entropy = cross_entropy
         self._divergence = divergence or DivergenceConfig(name="forward_kl")
-        self._rows = train_dataset
+        self._rows, self._passes = train_dataset, ShuffledPasses(max(len(train_dataset), 1), args.seed, "epoch")
         self._processes = self.accelerator.num_processes
         self._micro_batch_size = args.per_device_train_batch_size * self._processes
         self._update_size = self._micro_batch_size * args.gradient_accumulation_steps
@@ -82,10 +83,10 @@ class SupervisedTrainer(DistillationTrainer):
             For each micro-batch, this process's rows, and the update's response tokens over all processes.
         """
         epoch, number = divmod(update, self.updates_per_epoch())
-        order = permutation(len(self._rows), self.args.seed, "epoch", epoch)
-        rows = order[number * self._update_size : (number + 1) * self._update_size]
-        count = sum(len(self._rows[row]["response_ids"]) for row in rows)
-        lengths = [len(self._rows[row]["prompt_ids"]) + len(self._rows[row]["response_ids"]) for row in rows]
+        first = epoch * len(self._rows) + number * self._update_size
+        rows = [self._passes[position] for position in range(first, first + self._update_size)]
+        sizes = [(len(row["prompt_ids"]), len(row["response_ids"])) for row in map(self._rows.__getitem__, rows)]
+        count, lengths = sum(response for _, response in sizes), [prompt + response for prompt, response in sizes]
         rank = self.accelerator.process_index
         groups = bucket(lengths, self._micro_batch_size)
         return [([rows[i] for i in group[rank :: self._processes]], count) for group in groups]

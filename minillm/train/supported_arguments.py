@@ -85,6 +85,7 @@ IN_A_RECIPE = {
     "enable_jit_checkpoint": "a stage that it stopped would count as finished; Ctrl-C (SIGINT) finishes the update "
     "and saves",
     "local_rank": "the launcher sets it",
+    "save_on_each_node": "all nodes share run_dir, and would write the same files in it at once",
 }
 """Honoured by trainers, but not set in a recipe, where they belong to the stage and not to the user."""
 

@@ -44,7 +44,7 @@ class ValidationMixin(StudentMixin):
             responses.
         """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        own = [rows[i] for i in range(len(rows))][self.accelerator.process_index :: self.accelerator.num_processes]
+        own = [rows[i] for i in range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)]
         with self.phase("validation"):
             sampled = self.sample_answers([row["prompt_ids"] for row in own])
             answers = [self._answer(row, rollout) for row, rollout in zip(own, sampled, strict=True)]
@@ -54,9 +54,7 @@ class ValidationMixin(StudentMixin):
                 if metric.per == "answer"
             }
             if isinstance(self.teacher, ExactTeacher):
-                totals = self._divergences(self.teacher, sampled, own, rows)
-                tokens = self.global_sum(sum(len(rollout.response_ids) for rollout in sampled))
-                found |= {key: self.global_sum(total) / tokens for key, total in totals.items()}
+                found |= self._divergences(self.teacher, [rollout.response_ids for rollout in sampled], own, rows)
         out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(out)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)
@@ -76,21 +74,39 @@ class ValidationMixin(StudentMixin):
         scores = {metric.key: metric.score(text, row["references"]) for metric in HELD_OUT if metric.score is not None}
         return {"ids": rollout.response_ids, "finished": rollout.finished, **scores}
 
+    def divergences_on(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Compare student and teacher along given responses. Every process must call this.
+
+        Args:
+            rows: rows with `prompt_ids` and `response_ids`, and with `teacher` if there are several.
+
+        Returns:
+            KL(q‖p) and KL(p‖q) of the student as it is, in nats per token, by the names of the metrics.
+        """
+        assert isinstance(self.teacher, ExactTeacher)
+        own = list(rows)[self.accelerator.process_index :: self.accelerator.num_processes]
+        with self.phase("validation"):
+            return self._divergences(self.teacher, [row["response_ids"] for row in own], own, rows)
+
     def _divergences(
-        self, teacher: ExactTeacher, sampled: Sequence[Rollout], own: Sequence[Mapping[str, Any]], rows: Any
+        self, teacher: ExactTeacher, answers: Sequence[list[int]], own: Sequence[Mapping[str, Any]], rows: Any
     ) -> dict[str, float]:
-        """The sum of each metric per token over the tokens of this process's responses to its `own` rows, in nats."""
+        """Each metric per token, over the answers of all processes; this one has `answers` to its `own` rows."""
         # With a sharded model every forward involves all processes, so a process with one row fewer than others reads
         # one more, which does not count.
-        missing = -(-len(rows) // self.accelerator.num_processes) - len(sampled)
-        prompts = [r.prompt_ids for r in sampled] + [list(rows[0]["prompt_ids"])] * missing
-        responses = [r.response_ids for r in sampled] + [[0]] * missing
+        missing = -(-len(rows) // self.accelerator.num_processes) - len(own)
+        prompts = [list(row["prompt_ids"]) for row in own] + [list(rows[0]["prompt_ids"])] * missing
+        responses = [list(answer) for answer in answers] + [[0]] * missing
         names = [row.get("teacher") for row in own] + [rows[0].get("teacher")] * missing
         kl = token_divergences(
             self.model_wrapped, teacher, prompts, responses, self.width, self.sampling.temperature, names=names
         )
+        tokens = self.global_sum(sum(map(len, answers)))
         return {
-            metric.key: sum(float(values[DIVERGENCES.index(metric.key)].sum()) for values in kl[: len(sampled)])
+            metric.key: self.global_sum(
+                sum(float(values[DIVERGENCES.index(metric.key)].sum()) for values in kl[: len(own)])
+            )
+            / tokens
             for metric in HELD_OUT
             if metric.per == "token"
         }

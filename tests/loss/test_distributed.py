@@ -74,6 +74,27 @@ def adapter_error() -> float:
     return max(float((got[name] - value).abs().max()) for name, value in want.items())
 
 
+def gathered_dtypes() -> list[str]:
+    """Return the dtypes in which shards of float32 are gathered for an engine that takes bfloat16."""
+    model: Any = tiny_llama(1)
+    want = dict(plain_weights(model, torch.bfloat16))
+    fully_shard(model)
+    seen, gather = set[str](), DTensor.full_tensor
+
+    def watched(shard: DTensor, **given: Any) -> Tensor:
+        seen.add(str(shard.dtype))
+        return gather(shard, **given)
+
+    DTensor.full_tensor = watched  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        got = dict(plain_weights(model, torch.bfloat16))
+    finally:
+        DTensor.full_tensor = gather
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    return sorted(seen)
+
+
 def rounded(teacher: LocalTeacher) -> list[str]:
     """Return which of loss and scores FSDP2 rounds to bfloat16 with the mixed-precision policy of accelerate."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
@@ -131,6 +152,7 @@ def worker(rank: int, world: int, folder: str) -> None:
                 error = max(float((got[k] - want[k]).norm() / want[k].norm()) for k in want)
                 report["errors"][f"{name} {kind} {'tied' if tied else 'untied'}"] = error
     report["adapter"] = adapter_error()
+    report["gathered"] = gathered_dtypes()
     report["rounded"] = rounded(teacher)
     prompts, responses = [[PROMPTS[i] for i in (rank, rank + 2)], [RESPONSES[i] for i in (rank, rank + 2)]]
     whole = teacher.hidden(prompts, responses)  # each process has another batch
@@ -163,5 +185,6 @@ def test_two_processes_compute_the_gradient_of_one(tmp_path: Path, monkeypatch: 
     assert len(report["errors"]) == 18
     assert max(report["errors"].values()) < 1e-5, report["errors"]
     assert report["adapter"] < 1e-6
+    assert report["gathered"] == ["torch.bfloat16"]
     assert not report["rounded"]
     assert max(report["teacher"]) < 1e-5

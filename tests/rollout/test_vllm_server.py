@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from minillm.data.sampling import Sampling
 from minillm.errors import EngineError
 from minillm.models import servers as serving
+from minillm.models.weights import plain_weights
 from minillm.rollout.engines.server import VLLMServerEngine
+from tests.conftest import tiny_llama
 from tests.loopback import LoopbackServer, short_backoff  # noqa: F401
 
 SAMPLING = Sampling(4, (1,), 30)
@@ -390,3 +392,21 @@ def test_permanent_errors_are_not_retried(servers: list[FakeServer], tmp_path: P
     servers[0].faults = [failing(400)]
     with pytest.raises(EngineError, match="answered 400"):
         engine.generate([[1]], SAMPLING, [0])
+
+
+def test_tied_weights_are_written_once_and_no_other_weight_is_left_out(
+    servers: list[FakeServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tensor is gone when the next one comes, so that several get the same place in memory."""
+    for tied in (True, False):
+        model = tiny_llama(1, tied=tied)
+        engine = attach(servers, tmp_path)
+        monkeypatch.setattr(engine, "_send_to_all", lambda: None)
+        engine.update_weights(plain_weights(model, torch.bfloat16), 1)
+        written = load_file(tmp_path / "weights-1" / "model.safetensors")
+        own = {name for name in model.state_dict() if not (tied and name == "lm_head.weight")}
+        assert written.keys() == own
+        assert all(
+            torch.equal(written[name], value.bfloat16()) for name, value in model.state_dict().items() if name in own
+        )
+        engine.close()

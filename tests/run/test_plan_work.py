@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 from transformers import DefaultFlowCallback, TrainerControl, TrainerState, TrainingArguments
 
+from minillm.models.shape import shape_of
 from minillm.rollout.worker import Worker
 from minillm.run.plan import work
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import plan
-from minillm.run.plan.work import StageTraining
+from minillm.run.plan.work import Lengths, StageTraining
 from minillm.run.recipe_file import load_recipe
 from minillm.run.training_arguments import argument
 from minillm.train.schedule import BatchSchedule
-from tests.run.plans import on_disk, recipe, rows_file
+from tests.run.plans import on_disk, phase, recipe, rows_file
 
 
 @pytest.mark.parametrize(
@@ -138,14 +139,42 @@ def test_rows_are_those_that_the_run_reads(tmp_path: Path) -> None:
 
 
 def test_evaluation_counts_the_rows_within_the_limit_and_every_seed(tmp_path: Path) -> None:
+    # Without vLLM, which reads a prompt once for all seeds.
     def flops(*overrides: str) -> float:
-        return sum(
-            phase.flops
-            for phase in plan(load_recipe(on_disk(tmp_path, stages=["evaluate"]), overrides), Machine()).phases
-        )
+        given = load_recipe(on_disk(tmp_path, stages=["evaluate"]), overrides)
+        return sum(phase.flops for phase in plan(given, Machine(vllm=False)).phases)
 
     assert flops("data.limit=10") == pytest.approx(flops() / 4)
     assert flops("evaluate.seeds=[1, 2, 3, 4, 5, 6]") == pytest.approx(2 * flops())
+
+
+def test_vllm_reads_a_prompt_of_several_responses_once(tmp_path: Path) -> None:
+    lengths = Lengths(prompt=100.0, response=20.0)
+
+    def rollouts(samples: int, engine: str, gpu: bool) -> float:
+        rollout = {"num_rollouts": 64, "samples_per_prompt": samples, "engine": engine, "teacher_mix": 0}
+        given = recipe(tmp_path, rollout=rollout, objective={"preset": "recommended", "long_term": 0.0})
+        return phase(plan(given, Machine(gpu=gpu), lengths), "rollouts").flops
+
+    student = shape_of(recipe(tmp_path).student.source).dimensions
+    for gpu, block in ((True, 16), (False, 32)):
+        # The last block of a prompt is read again: 1 to all of its tokens.
+        known = student.forward([100 - (block + 1) / 2])
+        saved = rollouts(1, "vllm", gpu) - rollouts(4, "vllm", gpu)
+        assert saved == pytest.approx(64 * 3 / 4 * known, rel=1e-6)  # 10 updates of 8 are one batch
+        assert rollouts(4, "transformers", gpu) == rollouts(1, "transformers", gpu)
+
+
+def test_lengths_that_are_known_are_planned_with(tmp_path: Path) -> None:
+    def seconds(lengths: Lengths | None, tokens: int) -> list[float]:
+        given = recipe(tmp_path, rollout={"num_rollouts": 64, "max_new_tokens": tokens})
+        return [each.flops for each in plan(given, Machine(), lengths).phases]
+
+    prompt = work.rows(recipe(tmp_path), "train").prompt_tokens
+    assert seconds(None, 128) == seconds(Lengths(), 128) == seconds(Lengths(response=64.0), 128)
+    assert seconds(Lengths(prompt, 64.0), 64) == seconds(None, 128)
+    longer = seconds(Lengths(prompt, 128.0), 128)
+    assert all(one > 1.2 * other for one, other in zip(longer, seconds(None, 128), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.errors import RunError
 from minillm.models import load
 from minillm.models.device import fast_bfloat16
 from minillm.rollout.engines.vllm_memory import vllm_is_installed
-from minillm.run import processes, runner
+from minillm.run import runner
 from minillm.run.recipe_file import load_recipe
 from tests.conftest import save, tiny_llama
 from tests.run.tiny_recipe import command, run_tiny_recipe
@@ -26,25 +25,6 @@ from tests.run.tiny_recipe import command, run_tiny_recipe
 @pytest.fixture(scope="module")
 def recipe(pair: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_tiny_recipe(tmp_path_factory.mktemp("recipe"), pair[1])
-
-
-def test_a_node_without_the_run_directory_says_so(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(processes, "RENDEZVOUS_TIMEOUT", 0.2)
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}.items():
-        monkeypatch.setenv(name, value)
-    loaded = load_recipe(recipe, [f"run_dir={tmp_path / 'run'}", "training.per_device_train_batch_size=2"])
-    with pytest.raises(RunError, match=r"run_dir: process 1 does not see in .*run what process 0 wrote"):
-        runner.run_recipe(loaded)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the stage's own error"))
-    with pytest.raises(pytest.fail.Exception, match="the stage's own error"):
-        runner.run_recipe(loaded)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(processes, "rendezvous", lambda *_: None)
-    with pytest.raises(RunError, match="process 0 gave up at stage teacher"):  # and does not wait for ever
-        runner.run_recipe(loaded)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

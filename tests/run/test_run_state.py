@@ -123,7 +123,7 @@ def test_settings_of_a_warm_up_that_another_run_has_done_are_compared(tmp_path: 
 def test_a_corrected_heldout_file_is_evaluated_again_without_training(recipe: Path) -> None:
     (recipe.parent / "heldout.jsonl").write_text('{"instruction": "w5"}\n')
     assert stale(recipe) == ["evaluate"]
-    with pytest.raises(RunError, match="add --stage evaluate --redo to make evaluate, and what builds on it, again"):
+    with pytest.raises(RunError, match=r"or make evaluate again: --stage evaluate --redo$"):
         RunState(load_recipe(recipe)).check("evaluate")
     (recipe.parent / "train.jsonl").write_text('{"instruction": "w5", "output": "w2"}\n')
     assert stale(recipe)[0] == "finetune"
@@ -133,6 +133,7 @@ def test_validation_counts_where_it_chooses(recipe: Path) -> None:
     best = [f"training.{given}" for given in (*BEST, "metric_for_best_model=rouge_l")]
     state = RunState(load_recipe(recipe, best))
     state.begin("minillm")
+    (recipe.parent / "run" / "work" / "minillm" / "checkpoint-1").mkdir(parents=True)
     assert "minillm" not in stale(recipe, *best)
     assert "minillm" in stale(recipe, *best[:2], "training.eval_steps=1", "training.save_steps=1", best[-1])
     (recipe.parent / "validation.jsonl").write_text('{"instruction": "w5", "output": "w2"}\n')
@@ -144,6 +145,7 @@ def test_a_stage_that_has_not_ended_may_go_on_for_longer(recipe: Path) -> None:
     state = RunState(load_recipe(recipe))
     state.forget("minillm")
     state.begin("minillm")
+    (recipe.parent / "run" / "work" / "minillm" / "checkpoint-1").mkdir(parents=True)
     assert stale(recipe, "training.max_steps=20") == []
     assert "minillm" in stale(recipe, "training.max_steps=5")
 
@@ -238,3 +240,36 @@ def test_a_checkpoint_without_all_of_its_state_is_refused(tmp_path: Path) -> Non
     (tmp_path / "optimizer.pt").write_text("")
     with pytest.raises(RunError, match="without its optimiser"):
         check_checkpoint(tmp_path, "minillm")
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "output"),
+    [
+        ("minillm", "rollout.teacher_mix=0", "work/minillm/checkpoint-1"),
+        ("warmup", "warmup.training.max_steps=7", "work/warmup/checkpoint-1"),
+        ("responses", "responses.temperature=0.5", "responses.jsonl"),
+    ],
+)
+def test_a_stage_counts_as_made_from_its_first_output_on(recipe: Path, stage: str, setting: str, output: str) -> None:
+    state = RunState(load_recipe(recipe))
+    state.forget(stage)
+    state.begin(stage)
+    assert stale(recipe, setting) == []
+    made = recipe.parent / "run" / output
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_text("{}") if made.suffix else made.mkdir()
+    assert stale(recipe, setting)[0] == stage
+
+
+def test_what_a_stale_stage_offers_names_all_that_it_would_throw_away(recipe: Path) -> None:
+    with pytest.raises(RunError, match=r"or make warmup and minillm again: --stage warmup,minillm --redo$"):
+        RunState(load_recipe(recipe, ["warmup.cross_entropy=0.7"])).check("warmup")
+    with pytest.raises(RunError, match=r"or make minillm again: --stage minillm --redo$"):
+        RunState(load_recipe(recipe, ["training.max_steps=5"])).check("minillm")
+    state = RunState(load_recipe(recipe))
+    state.forget("minillm")
+    assert state.lost_with(["warmup"]) == []
+    state.begin("minillm")
+    assert state.lost_with(["warmup"]) == []  # it has made nothing
+    (recipe.parent / "run" / "work" / "minillm" / "checkpoint-1").mkdir(parents=True)
+    assert state.lost_with(["warmup"]) == ["minillm"]

@@ -163,6 +163,29 @@ def test_other_settings_are_refused_and_redo_accepts_them(recipe: Path) -> None:
     runner.run_recipe(load_recipe(recipe), "minillm", redo=True)
 
 
+def test_redo_throws_away_what_is_named_and_nothing_else(recipe: Path) -> None:
+    folder = recipe.parent / "run"
+    kept = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(
+        RunError, match=r"would throw away what builds on warmup: minillm\..* --stage warmup,minillm --redo"
+    ):
+        runner.run_recipe(load_recipe(recipe), "warmup", redo=True)
+    everything = "teacher,student,responses,warmup,minillm"
+    with pytest.raises(
+        RunError, match=rf"would throw away {everything.replace(',', ', ')}\..* --stage {everything} --redo"
+    ):
+        runner.run_recipe(load_recipe(recipe), redo=True)
+    done = command("run", str(recipe), "--stage", "responses", "--redo")
+    assert done.returncode == 2
+    assert "--redo would throw away what builds on responses: warmup, minillm. Nothing is deleted" in done.stderr
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()} == kept
+    runner.run_recipe(load_recipe(recipe), ["minillm", "warmup"], redo=True)
+    again = {file for file, time in kept.items() if file.is_file() and file.stat().st_mtime_ns != time}
+    changed = {str(file.relative_to(folder)).split("/")[0] for file in again}
+    assert {"warmed", "student"} <= changed
+    assert not changed & {"pruned", "responses.jsonl", "evaluate", "results.json"}
+
+
 def test_a_stage_needs_what_it_builds_on(recipe: Path) -> None:
     with pytest.raises(RunError, match="stage minillm needs stage warmup, which is not finished"):
         runner.run_recipe(load_recipe(recipe, [f"run_dir={recipe.parent / 'fresh'}"]), "minillm")

@@ -104,7 +104,7 @@ def test_a_mixing_engine_saves_the_forward_that_finds_expected_rewards(
     assert len(kept) == 8
     for engine, own in zip(kept, trainer.own, strict=True):
         torch.testing.assert_close(engine, own, rtol=1e-4, atol=1e-5)
-    assert trainer.credit.baselines.unique().numel() == 8
+    assert trainer.credit.baselines.unique().numel() == 8  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_reference_takes_the_trainers_own_logprobs(pair: tuple[str, str], tmp_path: Path) -> None:

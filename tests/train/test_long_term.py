@@ -184,7 +184,7 @@ def test_baselines_by_token_do_not_depend_on_the_micro_batches(
     runs = []
     for micro in (1, 4):
         sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 4 // micro}
-        runs.append(train(pair, tmp_path / f"{micro}", **settings, **sizes))
+        runs.append(train(pair, tmp_path / f"{micro}", **settings, **sizes))  # pyright: ignore[reportArgumentType]
     one, four = (run.credit for run in runs)
     assert [len(values) for values in one.baselines] == [len(r.response_ids) for r in runs[0].rollouts]
     for a, b in zip(one.baselines, four.baselines, strict=True):

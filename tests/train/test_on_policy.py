@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from minillm.data.lazy import LazySequence
 from minillm.loss.config import Objective
 from minillm.loss.presets import PRESETS
 from minillm.models.load import load_model
+from minillm.train import datasets
 from minillm.train.on_policy import MiniLLMTrainer
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.train.common import PROMPTS, ROLLOUT, arguments, teacher_model, train
@@ -258,6 +260,25 @@ def test_wrong_sizes_are_refused_by_name(pair: tuple[str, str], tmp_path: Path) 
         make(train_dataset=[{"text": "w1"}])
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make(train_dataset=[])
+
+
+def test_a_large_data_set_of_prompts_trains_as_a_small_one(
+    pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given to the trainer itself. Of its rows some are tried before training, and the others when they are asked for."""
+    small = train(pair, tmp_path / "small")
+    monkeypatch.setattr(datasets, "IN_MEMORY", 3)
+    large = train(pair, tmp_path / "large")
+    assert isinstance(large.source.prompts, LazySequence)
+    for one, other in zip(small.model.parameters(), large.model.parameters(), strict=True):  # pyright: ignore
+        assert torch.equal(one, other)
+    monkeypatch.setattr(datasets, "_TRIED", 4)
+    long = [*PROMPTS[:7], {"prompt": " ".join(["w1"] * 9)}, *PROMPTS[8:]]
+    prompts = datasets.tokenize_prompts(long, tiny_tokenizer(), 8)
+    with pytest.raises(ValueError, match=r"row 7 has 9 prompt tokens; rollout.max_prompt_tokens is 8"):
+        _ = prompts[7]
+    with pytest.raises(ValueError, match=r"row 6 has 9 prompt tokens"):
+        datasets.tokenize_prompts(long[1:], tiny_tokenizer(), 8)
 
 
 def test_different_tokenizers_are_refused_before_weights_load(pair: tuple[str, str], tmp_path: Path) -> None:

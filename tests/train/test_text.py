@@ -110,7 +110,7 @@ def test_responses_share_rows_beside_text_and_train_as_in_rows_of_their_own(
 def text_kl(pair: tuple[str, str], text: list[dict[str, str]]) -> float:
     """Mean KL(p‖q) over the predicted tokens of the first update's text, in separate pieces of at most 16 tokens."""
     student, teacher = (load_model(folder, torch.float32) for folder in pair)
-    blocks = pack_text([tiny_tokenizer()(row["text"])["input_ids"] for row in text], 16, 1)
+    blocks = list(pack_text([tiny_tokenizer()(row["text"])["input_ids"] for row in text], 16, 1))
     order = [permutation(len(blocks), 42, "text", place // len(blocks))[place % len(blocks)] for place in range(4)]
     values = []
     for piece in (piece for i in order for piece in blocks[i]):

@@ -47,6 +47,8 @@ def shard_on_cpus() -> None:
     def told(self: Any, *given: Any, fsdp_plugin: Any = None, **others: Any) -> None:
         original(self, *given, fsdp_plugin=fsdp_plugin, **others)
         if fsdp_plugin is not None:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
             self.fsdp_plugin = fsdp_plugin
 
     AcceleratorState.__init__ = told

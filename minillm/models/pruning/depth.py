@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minillm.errors import InputError
 from minillm.models.layers import decoder_layers
@@ -82,3 +82,13 @@ def check_keep_layers(depth: int, keep: int) -> None:
     """
     if not 2 <= keep <= depth:
         raise InputError(f"student.keep_layers: must be between 2 and the teacher's {depth} layers (given: {keep})")
+
+
+def check_prunable(config: Any) -> None:
+    """Refuse a model whose blocks are not found, by its config; no weights are read.
+
+    Raises:
+        InputError: As for `decoder_layers`.
+    """
+    with torch.device("meta"):
+        decoder_layers(AutoModelForCausalLM.from_config(config))

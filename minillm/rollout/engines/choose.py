@@ -22,6 +22,7 @@ from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine, EngineRequest, EngineSizing, RegisteredEngine, SupportsAdapter
 from minillm.rollout.engines.local_server import check_local_server
 from minillm.rollout.engines.server import VLLMServerEngine
+from minillm.rollout.engines.server_checks import check_addresses
 from minillm.rollout.engines.transformers import TransformersEngine
 from minillm.rollout.engines.vllm import VLLMEngine
 from minillm.teacher.local import LocalTeacher
@@ -79,8 +80,10 @@ def check_student_engine(config: RolloutConfig, model: Any = None, teacher: Any 
         teacher: The text config of the teacher that is mixed in, or None without one.
 
     Raises:
-        EngineError: The engine is not installed, or cannot sample the model or mix the teacher in.
+        EngineError: The engine is not installed, cannot sample the model or mix the teacher in, or is a server that
+            not every process can reach.
     """
+    check_addresses(config.servers)
     if config.servers == "auto":
         check_local_server(model, teacher)
     elif not config.servers:

@@ -17,7 +17,8 @@ minillm installed on its machine, and in addition
 
 with the student's own architecture for `LlamaForCausalLM`. The teacher in the training process scores the responses.
 
-The weights are written as safetensors to a folder that the trainer and the servers must both see. Every server loads
+The weights are written as safetensors to a folder that the trainer and the servers must both see: for servers on other
+machines, `run_dir` is on a file system that they share, at the same path. Every server loads
 the current weights before it samples, because a server that was restarted has the weights of MODEL. Load balancing and
 retries are in `minillm.models.servers`.
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
@@ -42,7 +45,13 @@ from minillm.models.configs import text_config
 from minillm.models.servers import PLAIN, Server, Servers, TransientServerError
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, padding_bias
 from minillm.rollout.engines.local_server import LocalServer, check_local_server, start_for_all
-from minillm.rollout.engines.server_checks import check_logprobs_mode, read_mixed, start_pair, teacher_logprobs
+from minillm.rollout.engines.server_checks import (
+    check_addresses,
+    check_logprobs_mode,
+    read_mixed,
+    start_pair,
+    teacher_logprobs,
+)
 from minillm.rollout.engines.vllm_plugin import MixtureRequest
 
 if TYPE_CHECKING:
@@ -114,6 +123,7 @@ class VLLMServerEngine:
         model, own, saved = request.model, None, request.work / "server-teacher"
         if model is None:
             raise EngineError("rollout.engine: server samples the student in training only")
+        check_addresses(request.config.servers)
         if request.config.servers != "auto":
             return cls._attach_all(request, model, request.config.servers)
         teacher = request.teacher
@@ -313,11 +323,14 @@ class VLLMServerEngine:
         partial_folder = target.with_name(target.name + ".part")
         shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir(parents=True)
-        # Tied weights are one storage under two names, which safetensors refuses.
-        save_file(
-            {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in weights},
-            partial_folder / "model.safetensors",
-        )
+        # Of tied weights, the first name alone is written, as in a saved model: servers read them once, not twice.
+        found, seen = dict[str, Tensor](), dict[int, weakref.ref[Tensor]]()
+        for name, value in weights:
+            earlier = seen.get(id(value))
+            if earlier is None or earlier() is not value:  # another tensor may have got the place of one that is gone
+                seen[id(value)] = weakref.ref(value)
+                found[name] = value.to("cpu", copy=True).contiguous()
+        save_file(found, partial_folder / "model.safetensors")
         shutil.rmtree(target, ignore_errors=True)
         partial_folder.rename(target)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import ipaddress
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 
 from minillm.errors import EngineError
 from minillm.models.completions import Completion, read_completion
+from minillm.models.launcher import machines
 from minillm.models.servers import PLAIN, Server, TransientServerError
 
 if TYPE_CHECKING:
@@ -17,6 +21,42 @@ if TYPE_CHECKING:
 # A server's numbers vary a little with what else is in its batch: tolerances of the comparison of two ranges.
 _RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 0.1, 1e-3
 _UNKNOWN_METHOD = "is not implemented"  # in vLLM's answer (status 500) to the name of a method that its workers lack
+
+
+def check_addresses(servers: Sequence[str] | Literal["auto"]) -> None:
+    """Refuse servers that some training processes cannot reach, because they are on another machine.
+
+    A loopback address names another server on each machine, and process 0 sends weights to its own alone: the others
+    would sample from the weights of their start.
+
+    Args:
+        servers: The value of `rollout.servers`.
+
+    Raises:
+        EngineError: The processes run on several machines, and a server listens on one of them only.
+    """
+    if (count := machines()) == 1:
+        return
+    where = f"the run has processes on {count} machines"
+    if servers == "auto":
+        raise EngineError(
+            f"rollout.servers: auto starts a server that listens on its own machine only, and {where}: start vllm "
+            "serve and name its address, or set rollout.engine=auto without rollout.servers, for a vLLM in each process"
+        )
+    if own := [url for url in servers if is_loopback(url)]:
+        raise EngineError(
+            f"rollout.servers: {', '.join(own)} is another server on each machine, and {where}: name addresses that "
+            "all machines reach"
+        )
+
+
+def is_loopback(url: str) -> bool:
+    """Return whether an address (`http://host:port`) is one of the machine that asks, whichever that is."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def check_logprobs_mode(server: Server) -> None:

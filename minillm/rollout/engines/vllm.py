@@ -27,6 +27,8 @@ from minillm.rollout.engines.base import (
 )
 from minillm.rollout.engines.vllm_memory import (
     CPU_BLOCK,
+    LORA_RANKS,
+    check_lora_rank,
     engine_limits,
     memory_settings,
     vllm_is_installed,
@@ -39,8 +41,6 @@ from minillm.teacher.local import LocalTeacher
 if TYPE_CHECKING:
     from minillm.rollout.engines.base import NamedTensors
     from minillm.rollout.engines.vllm_pair import PairControl
-
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # maximum ranks that vLLM can be set to
 
 
 class VLLMEngine:
@@ -83,10 +83,7 @@ class VLLMEngine:
         teacher: LocalTeacher | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        if lora_rank > _LORA_RANKS[-1]:
-            raise EngineError(
-                f"rollout.lora: adapter: vLLM takes ranks up to {_LORA_RANKS[-1]}, not {lora_rank}; use merged"
-            )
+        check_lora_rank(lora_rank)
         if lora_rank and teacher is not None:
             raise EngineError(
                 "rollout.lora: adapter: vLLM mixes a teacher with a student of merged weights only; use merged"
@@ -325,7 +322,7 @@ def _device_settings(on_gpu: bool) -> dict[str, Any]:
 def _lora_settings(rank: int) -> dict[str, Any]:
     if not rank:
         return {}
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in _LORA_RANKS if r >= rank)}
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in LORA_RANKS if r >= rank)}
 
 
 def _tolerate_shared_gpu(worker: Any) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from minillm.errors import EngineError
 from minillm.models.families import NOT_ON_CPUS
 from minillm.rollout.engines.base import EngineSizing
 
@@ -86,6 +87,7 @@ def states_bytes(config: Any, *, new_tokens: int, sequences: int, itemsize: int)
 
 _MIXED_HEADS = (0, 29)  # the first version whose FlashAttention counts the heads of each layer by itself
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # maximum ranks that vLLM can be set to
 # Sizes of attention heads that vLLM's CPU build has kernels for.
 HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -93,6 +95,16 @@ HEADS_ON_CPUS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 def vllm_is_installed() -> bool:
     """Return whether vLLM can be imported."""
     return importlib.util.find_spec("vllm") is not None
+
+
+def check_lora_rank(rank: int) -> None:
+    """Refuse an adapter of a rank that vLLM does not take.
+
+    Raises:
+        EngineError: Naming the largest rank.
+    """
+    if rank > LORA_RANKS[-1]:
+        raise EngineError(f"rollout.lora: adapter: vLLM takes ranks up to {LORA_RANKS[-1]}, not {rank}; use merged")
 
 
 def why_not_mixed(student: Any, teacher: Any, gpu: bool) -> str | None:

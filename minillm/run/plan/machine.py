@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from minillm.errors import InputError
 from minillm.models.device import cpu_multiplies_bfloat16
 from minillm.models.hardware import Card, card_named, multiplication_speed, reading_speed
 from minillm.models.shape import Shape
@@ -53,6 +54,10 @@ class Machine:
     """Operations per second of one GPU in float32."""
     vllm: bool = True
     """Whether vLLM is installed, for `rollout.engine: auto`."""
+    nodes: int = 1
+    """How many machines the processes are on, equally many on each."""
+    link: float = 12.5e9
+    """Bytes per second that a machine sends to the others, and as many that it receives; the default is 100 Gbit/s."""
 
     @property
     def itemsize(self) -> int:
@@ -115,34 +120,51 @@ def machine_for(
     flops: float | None = None,
     utilisation: float | None = None,
     shard: bool = False,
+    nodes: int = 1,
+    link: float | None = None,
 ) -> tuple[Machine, str]:
     """Describe the machine to plan for; what the arguments leave out is taken from the hardware of this machine.
 
     Args:
-        gpus: number of processes with a GPU each; 0 plans for this machine's CPU; None for all GPUs of this machine, or
-            for eight H100 where it has none.
+        gpus: number of processes with a GPU each, on all machines together; 0 plans for this machine's CPU, with one
+            process on each machine; None for as many GPUs on each machine as this one has, or for eight H100 on each
+            where it has none.
         memory: bytes of memory of one GPU, or of the machine.
         flops: operations per second of one GPU, or of the CPU, in every dtype.
         utilisation: the share of `flops` that is reached.
         shard: whether the student is sharded.
+        nodes: number of machines, all like this one.
+        link: bytes per second between machines, in each direction.
 
     A calibration of this machine (`minillm plan --calibrate`) replaces the maker's numbers, the measurement of a CPU,
     and the default share.
 
     Returns:
         The machine, and a phrase that says where the numbers of its speed come from.
+
+    Raises:
+        InputError: The GPUs cannot be spread equally over the machines.
     """
+    if gpus and gpus % nodes:
+        raise InputError(f"--nodes {nodes}: --gpus {gpus} counts the GPUs of all nodes, and must be a multiple of it")
+    machine, source = _machine_for(gpus, memory, flops, utilisation, nodes)
+    return replace(machine, shard=shard, nodes=nodes, link=link or machine.link), source
+
+
+def _machine_for(
+    gpus: int | None, memory: int | None, flops: float | None, utilisation: float | None, nodes: int
+) -> tuple[Machine, str]:
+    """The machine as far as its processes and their speed go; see `machine_for`."""
     if gpus == 0:
-        return _cpu_machine(memory, flops, utilisation, shard)
+        return _cpu_machine(memory, flops, utilisation, nodes)
     default, count = Machine(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     cards = [torch.cuda.get_device_properties(number) for number in range(count)]
     name = cards[0].name if cards else "H100"
     known = card_named(name)
     speed = known or Card(default.flops, default.float32, default.bandwidth)
     machine = Machine(
-        processes=gpus or len(cards) or 8,
+        processes=gpus or nodes * (len(cards) or 8),
         memory=memory or min((card.total_memory for card in cards), default=default.memory),
-        shard=shard,
         flops=flops or speed.flops,
         utilisation=utilisation or default.utilisation,
         bandwidth=speed.bandwidth,
@@ -173,16 +195,14 @@ def _as_calibrated(found: Calibration) -> str:
     return f"as calibrated on {found.date} (minillm plan --calibrate measures again)"
 
 
-def _cpu_machine(
-    memory: int | None, flops: float | None, utilisation: float | None, shard: bool
-) -> tuple[Machine, str]:
-    """This machine's CPU as one process, and where the numbers of its speed come from; see `machine_for`."""
+def _cpu_machine(memory: int | None, flops: float | None, utilisation: float | None, nodes: int) -> tuple[Machine, str]:
+    """The CPU of this machine, and of others like it, as one process each; and where its speed comes from."""
     bf16 = cpu_multiplies_bfloat16()
     machine = Machine(
+        processes=nodes,
         memory=memory or machine_memory(),
         gpu=False,
         bf16=bf16,
-        shard=shard,
         utilisation=utilisation or _CPU_UTILISATION,
         vllm=vllm_is_installed(),
     )

@@ -14,6 +14,7 @@ from minillm.models.attention import training_attention
 from minillm.models.config import AdapterConfig
 from minillm.models.shape import Shape, kept_bytes
 from minillm.rollout.engines.vllm_memory import (
+    CPU_BLOCK,
     GIB,
     buffer_bytes,
     cache_needed,
@@ -33,6 +34,7 @@ BATCH_SIZE = 64  # sequences that are sampled together where nothing is trained;
 # Bytes of a quantised weight. The scales of NF4, which are stored in 8 bits themselves, add an eighth of a bit.
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.516}
 _TRL_TILE = (4096, 32768)  # tokens, and entries of the vocabulary, of a tile of TRL's loss
+_GPU_BLOCK = 16  # tokens of a block of vLLM's cache by default
 _FLOAT32 = 4  # bytes: master weights, their gradients, each of two moments, sums over the vocabulary
 
 
@@ -192,6 +194,25 @@ class SampledModel:
     @property
     def _models(self) -> list[Shape]:
         return [self.model] if self.teacher is None else [self.model, self.teacher]
+
+    def flops(self, prompt: float, response: float, per_prompt: int) -> float:
+        """Operations of sampling one response, the mean over the responses to a prompt.
+
+        vLLM finds a prompt that it has read before in its cache, but for the last block, which is not full or has to be
+        read for the first token. The transformers engine reads every prompt again.
+
+        Args:
+            prompt: tokens of a prompt, on average.
+            response: tokens of a response, on average.
+            per_prompt: responses to each prompt, which are sampled together.
+        """
+        block = _GPU_BLOCK if self.machine.gpu else CPU_BLOCK
+        known = 0.0 if self.by_transformers else max(prompt - (block + 1) / 2, 0.0)  # between 1 and all of a block
+        first, others = (
+            sum(model.dimensions.decoding([prompt], [response], [cached]) for model in self._models)
+            for cached in (0.0, known)
+        )
+        return (first + (per_prompt - 1) * others) / per_prompt
 
     def engine(self, sequences: int, length: int, *, copied: bool = False) -> Parts:
         """Memory of the engine.

@@ -2,79 +2,34 @@
 
 Memory is that of prompts and responses of full length, which some batch will have. Operations and time are those of
 average ones: prompts and references are as long as the text of the data says, and sampled responses are half as long as
-the longest ones that are allowed.
+the longest ones that are allowed, unless `Lengths` says how long those of the minillm stage are.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from minillm.loss.credit import needs_expected_rewards_first
 from minillm.models.flops import Dimensions
 from minillm.models.shape import Shape, shape_of
 from minillm.rollout.engines.vllm_memory import GIB, states_bytes
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.memory import Parts, SampledModel
+from minillm.run.plan.phase import Phase, Plan
+from minillm.run.plan.rollouts import batches, rollout_cost
 from minillm.run.plan.teachers import Teachers, scoring_flops
-from minillm.run.plan.work import StageTraining
+from minillm.run.plan.work import Lengths, StageTraining
 from minillm.run.recipe import Recipe
 from minillm.run.stages import STAGES
 
 
-@dataclass
-class Phase:
-    """One phase of a run: its memory in one process, and its cost in all processes together."""
-
-    name: str
-    """The stage, with the part of it that the phase is."""
-    parts: Parts = field(default_factory=dict)
-    """Bytes in one process by purpose."""
-    flops: float = 0.0
-    """Floating-point operations of all processes."""
-    seconds: float = 0.0
-    """The time that the phase takes."""
-
-    @property
-    def peak(self) -> float:
-        """Bytes of memory in one process."""
-        return sum(self.parts.values())
-
-
-@dataclass
-class Plan:
-    """The phases of a recipe on a machine."""
-
-    phases: list[Phase]
-    """In the order of the stages."""
-    machine: Machine
-    """The machine that the recipe is planned for."""
-    overrides: list[str] = field(default_factory=list)
-    """The `section.key=value` settings that `fit_recipe` changed."""
-
-    @property
-    def peak(self) -> float:
-        """Bytes of memory in one process, in the phase that needs most."""
-        return max((phase.peak for phase in self.phases), default=0.0)
-
-    @property
-    def fits(self) -> bool:
-        """Whether every phase fits into the machine's memory."""
-        return self.peak <= self.machine.memory
-
-    @property
-    def hours(self) -> float:
-        """The time of all phases, in hours."""
-        return sum(phase.seconds for phase in self.phases) / 3600
-
-
-def plan(recipe: Recipe, machine: Machine) -> Plan:
+def plan(recipe: Recipe, machine: Machine, lengths: Lengths | None = None) -> Plan:
     """Plan the stages of a recipe.
 
     Args:
         recipe: the recipe.
         machine: the machine to plan for.
+        lengths: average lengths of the minillm stage's prompts and responses, where they are known.
 
     Returns:
         The memory, operations and time of each phase.
@@ -84,7 +39,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         MissingError, SourceError: the config of a model cannot be read.
         InputError: the teacher has too few layers for `student.keep_layers`.
     """
-    planner = Planner(recipe, machine)
+    planner = Planner(recipe, machine, lengths)
     phases = [phase for stage in STAGES if stage.name in recipe.stages for phase in stage.phases(planner)]
     for phase in phases:
         cache = phase.parts.get("vLLM's cache")
@@ -114,14 +69,16 @@ class Planner:
     Args:
         recipe: the recipe.
         machine: the machine to plan for.
+        lengths: as for `plan`.
 
     Attributes:
         teachers: the sizes of the teacher, or of several.
         student: the sizes of the student, after pruning.
+        lengths: average lengths of the minillm stage, where they are known.
     """
 
-    def __init__(self, recipe: Recipe, machine: Machine) -> None:
-        self.recipe, self.machine = recipe, machine
+    def __init__(self, recipe: Recipe, machine: Machine, lengths: Lengths | None = None) -> None:
+        self.recipe, self.machine, self.lengths = recipe, machine, lengths or Lengths()
         self.teachers = Teachers(recipe)
         if recipe.student.source == "prune":
             self.student = shape_of(recipe.teacher.first.source, recipe.student.keep_layers)
@@ -141,6 +98,7 @@ class Planner:
                 samples,
                 train.prompt_tokens,
                 settings.max_new_tokens,
+                settings.samples_per_prompt,
             )
             for label, (_, teacher) in self.teachers.by_label.items()
         ]
@@ -161,8 +119,9 @@ class Planner:
         """
         recipe, itemsize = self.recipe, self.machine.itemsize
         heldout, longest = work.rows(recipe, "heldout"), recipe.evaluate.max_new_tokens
-        samples = models * heldout.prompts * len(recipe.evaluate.seeds)
-        phase = self._sampling(f"evaluate: {name}", model, samples, heldout.prompt_tokens, longest)
+        seeds = len(recipe.evaluate.seeds)
+        samples = models * heldout.prompts * seeds
+        phase = self._sampling(f"evaluate: {name}", model, samples, heldout.prompt_tokens, longest, seeds)
         phase.parts[name] = model.parameters * itemsize
         if name == "student":
             # One process scores the answers, so that the teacher is not sharded.
@@ -174,7 +133,7 @@ class Planner:
             phase.seconds += replace(self.machine, processes=1).seconds(scoring, itemsize)
         return phase
 
-    def _sampling(self, name: str, model: Shape, samples: float, prompt: float, longest: int) -> Phase:
+    def _sampling(self, name: str, model: Shape, samples: float, prompt: float, longest: int, per_prompt: int) -> Phase:
         """The phase in which one process samples from a model that is not trained.
 
         Args:
@@ -183,6 +142,7 @@ class Planner:
             samples: responses in all.
             prompt: tokens of a prompt, on average.
             longest: tokens of the longest response.
+            per_prompt: responses to each prompt.
         """
         alone, itemsize = replace(self.machine, processes=1), self.machine.itemsize
         sampled = SampledModel(self.recipe, self.machine, model, itemsize)
@@ -190,7 +150,7 @@ class Planner:
         parts = {"process": memory.PROCESS, **sampled.engine(memory.BATCH_SIZE, length)}
         if sampled.by_transformers:
             parts["the sampled model"] = model.parameters * itemsize
-        flops = samples * model.dimensions.decoding([prompt], [longest / 2])
+        flops = samples * sampled.flops(prompt, longest / 2, per_prompt)
         decoding = alone.decoding_seconds(model, itemsize, memory.BATCH_SIZE, longest, prompt + longest)
         return Phase(name, parts, flops, alone.seconds(flops, itemsize) + samples / memory.BATCH_SIZE * decoding)
 
@@ -203,7 +163,7 @@ class Planner:
             name: the name of the stage: `finetune`, `warmup` or `sft`.
         """
         training = StageTraining(self.recipe, self.machine, name)
-        model = self._trained_model(training)
+        model = self.trained_model(training)
         stage = training.definition
         scoring = self.teachers.widest if stage.teacher_in_loss(self.recipe) else None
         idle = {"process": memory.PROCESS, **memory.trained_weights(training, model)}
@@ -219,7 +179,8 @@ class Planner:
         phase.seconds = self.machine.training_seconds(phase.flops, training.itemsize, layers)
         return [phase, *self._validation_phases(training, idle, phase)]
 
-    def _trained_model(self, training: StageTraining) -> Shape:
+    def trained_model(self, training: StageTraining) -> Shape:
+        """The sizes of the model that a stage trains."""
         return self.teachers.first if training.trains == "teacher" else self.student
 
     def _supervised_buffers(self, training: StageTraining, model: Shape, scoring: Shape | None) -> Parts:
@@ -262,7 +223,7 @@ class Planner:
         flops, seconds = self._validation_cost(training)
         if not seconds:
             return []
-        model = self._trained_model(training)
+        model = self.trained_model(training)
         sampled = SampledModel(self.recipe, self.machine, model, training.itemsize)
         engine, stays = sampled.engine_while_training()
         if stays:
@@ -279,7 +240,7 @@ class Planner:
         recipe, machine, itemsize = self.recipe, self.machine, training.itemsize
         if recipe.data.validation is None:
             return 0.0, 0.0
-        model, rows, times = self._trained_model(training), work.rows(recipe, "validation"), training.validations
+        model, rows, times = self.trained_model(training), work.rows(recipe, "validation"), training.validations
         prompt, longest = rows.prompt_tokens, recipe.rollout.max_new_tokens
         each = model.dimensions.decoding([prompt], [longest / 2])
         if training.definition.scores_with_teacher(recipe):
@@ -298,14 +259,22 @@ class Planner:
         """The phases of the minillm stage: its rollouts, with validation, and its weight updates."""
         training = StageTraining(self.recipe, self.machine, "minillm")
         rollouts, update = self._on_policy_memory(training)
-        updating = Phase("minillm: update", update, training.updates * self._on_policy_flops(training))
-        layers = training.updates * work.layers_per_update(training, self.student) * (2 if self._trains_on_text else 1)
-        updating.seconds = self.machine.training_seconds(updating.flops, training.itemsize, layers)
+        updating = Phase("minillm: update", update, *self.update_cost(training))
         flops, seconds = self._rollout_cost(training, updating.seconds)
         return [Phase("minillm: rollouts", rollouts, flops, seconds), updating]
 
+    def update_cost(self, training: StageTraining) -> tuple[float, float]:
+        """Operations and seconds of all weight updates of the minillm stage, without its rollouts.
+
+        Args:
+            training: the minillm stage.
+        """
+        flops = training.updates * self._on_policy_flops(training)
+        layers = training.updates * work.layers_per_update(training, self.student) * (2 if self.trains_on_text else 1)
+        return flops, self.machine.training_seconds(flops, training.itemsize, layers)
+
     @property
-    def _trains_on_text(self) -> bool:
+    def trains_on_text(self) -> bool:
         """Whether the objective has its language-model term."""
         return self.recipe.data.text is not None and self.recipe.objective.language_model > 0
 
@@ -332,7 +301,7 @@ class Planner:
             update |= engine
         update["activations"] = memory.activations(training, self.student, length)
         tokens = training.micro_batch_size * rollout.max_new_tokens
-        if self._trains_on_text:
+        if self.trains_on_text:
             block = recipe.objective.language_model_block
             update["activations"] += memory.activations(training, self.student, block)
             tokens += training.micro_batch_size * block
@@ -342,11 +311,11 @@ class Planner:
     def _on_policy_flops(self, training: StageTraining) -> float:
         """Operations of a weight update of the minillm stage."""
         objective, hidden = self.recipe.objective, self.teachers.hidden
-        prompt, response = work.rows(self.recipe, "train").prompt_tokens, self.recipe.rollout.max_new_tokens / 2
+        prompt, response = self.lengths.of(self.recipe)
         trained = _trained_dimensions(training, self.student)
         # The teacher's hidden states are kept from the rollouts; only its head is computed again.
         each = _body_flops(training, trained, prompt + response) + trained.head_training(response, teacher=hidden)
-        if self._trains_on_text:
+        if self.trains_on_text:
             block = objective.language_model_block
             each += _body_flops(training, trained, block) + trained.head_training(block, teacher=hidden)
             each += self.teachers.states_flops(0, block) * (objective.language_model_distill > 0)
@@ -359,41 +328,9 @@ class Planner:
             training: the minillm stage.
             training_seconds: the time of all weight updates, during which rollouts are sampled where they overlap.
         """
-        recipe, machine, student = self.recipe, self.machine, self.student
-        rollout, itemsize = recipe.rollout, training.itemsize
-        prompt, response = work.rows(recipe, "train").prompt_tokens, rollout.max_new_tokens / 2
-        batches = math.ceil(training.updates / work.updates_of_batch(recipe, machine))
-        given = round((1 - rollout.on_policy) * rollout.num_rollouts)
-        sampled = rollout.num_rollouts - given - round(rollout.replay * (rollout.num_rollouts - given))
-        mixed = self.teachers.first if rollout.teacher_mix else None
-        sampling = student.dimensions.decoding([prompt], [response])
-        sampling += 0.0 if mixed is None else mixed.dimensions.decoding([prompt], [response])
-        sampling *= batches * sampled
-        # A teacher that is mixed in scores what is sampled meanwhile, unless a server does the sampling.
-        scored = rollout.num_rollouts - (0 if mixed is None or rollout.engine == "server" else sampled)
-        scoring = batches * scored * self.teachers.states_flops(prompt, response)
-        scoring += batches * scored * work.needs_logprobs_first(recipe) * self.teachers.head_flops(response)
-        # Responses whose log-probabilities under the student come from a forward of the trainer.
-        rescored = given
-        if recipe.objective.old_logprobs == "trainer" or (
-            needs_expected_rewards_first(recipe.objective) and (scored > 0 or recipe.objective.baseline == "value")
-        ):
-            rescored = rollout.num_rollouts
-        rescoring = batches * rescored * scoring_flops(student, prompt, response)
-        engines = self._engines()
-        longest, in_one_engine = rollout.max_new_tokens, -(-sampled // engines)
-        decoding = machine.decoding_seconds(student, itemsize, in_one_engine, longest, prompt + longest, mixed)
-        seconds = replace(machine, processes=engines).seconds(sampling, itemsize) + batches * decoding
-        scoring_seconds = machine.seconds(scoring, itemsize)
-        if rollout.overlap:  # all batches but the first are sampled during the weight updates
-            seconds = max(seconds - training_seconds, seconds / batches)
+        cost = rollout_cost(training, self.student, self.teachers, self.lengths)
+        seconds = cost.sampling
+        if self.recipe.rollout.overlap:  # all batches but the first are sampled during the weight updates
+            seconds = max(seconds - training_seconds, seconds / batches(training))
         validation_flops, validation_seconds = self._validation_cost(training)
-        seconds += scoring_seconds + machine.seconds(rescoring, itemsize) + validation_seconds
-        return sampling + scoring + rescoring + validation_flops, seconds
-
-    def _engines(self) -> int:
-        """How many engines sample rollouts at once. A server is taken to be as fast as a GPU of this machine."""
-        rollout = self.recipe.rollout
-        if rollout.engine != "server":
-            return self.machine.processes
-        return 1 if rollout.servers == "auto" else max(len(rollout.servers), 1)
+        return cost.flops + validation_flops, seconds + cost.teacher + cost.rescoring + validation_seconds

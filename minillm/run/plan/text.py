@@ -10,6 +10,7 @@ from minillm.errors import InputError
 from minillm.rollout.engines.vllm_memory import GIB
 from minillm.run.plan.fit import Override, advice, fewest_gpus, fit_recipe
 from minillm.run.plan.machine import Machine
+from minillm.run.plan.network_text import network_report
 from minillm.run.plan.phases import Phase, Plan, plan
 from minillm.run.plan.work import StageTraining, why_refused
 from minillm.run.recipe import Recipe
@@ -53,7 +54,7 @@ def fit_report(recipe: Recipe, machine: Machine, source: str, override: Override
 
 def _report(shown: Recipe, found: Plan, source: str, recipe: Recipe, override: Override) -> str:
     """The plan `found` of the recipe `shown`, with advice about the recipe as it was given where that does not fit."""
-    text = summary(shown, found, source)
+    text = "\n".join(part for part in (summary(shown, found, source), network_report(shown, found.machine)) if part)
     if found.fits:
         return text
     nothing = f"no setting does: {_largest(found).name} needs GPUs with more memory, or a smaller model"

@@ -13,7 +13,7 @@ from functools import cache, cached_property
 from typing import Any, Literal
 
 from minillm.data.config import Source
-from minillm.data.examples import Example, read_examples
+from minillm.data.examples import Example, ExampleFile, open_examples
 from minillm.data.files import read_jsonl
 from minillm.data.templates import prompt_text
 from minillm.loss.credit import needs_sampled_rewards_first
@@ -42,6 +42,24 @@ class Rows:
     """Tokens of a prompt, on average."""
     answer_tokens: float
     """Tokens of an answer, on average."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Average lengths in the minillm stage. What is not given is estimated."""
+
+    prompt: float | None = None
+    """Tokens of a prompt."""
+    response: float | None = None
+    """Tokens of a response."""
+
+    def of(self, recipe: Recipe) -> tuple[float, float]:
+        """Return the tokens of a prompt and of a response of a recipe.
+
+        The text of the data tells the first, and responses are taken to be half as long as the longest ones.
+        """
+        prompt = rows(recipe, "train").prompt_tokens if self.prompt is None else self.prompt
+        return prompt, recipe.rollout.max_new_tokens / 2 if self.response is None else self.response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,11 +292,14 @@ def _rows_of_file(
     longest_answer: int,
 ) -> Rows:
     """The rows of a file, measured; `version` has the cache read a file again when it has changed."""
-    examples = read_examples(Source.model_validate_json(source), limit)
+    examples = open_examples(Source.model_validate_json(source), limit)
     measured = examples[:: max(len(examples) // _MEASURED_ROWS, 1)]
     prompts = [min(_prompt_tokens(example, template, system), longest_prompt) for example in measured]
     answers = [min(_tokens(example.output) + 1, longest_answer) for example in measured if example.references]
-    referenced = sum(bool(example.references) for example in examples)
+    if isinstance(examples, ExampleFile):
+        referenced = len(examples.answered)
+    else:
+        referenced = sum(bool(example.references) for example in examples)
     return Rows(len(examples), referenced, _mean(prompts), _mean(answers))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minillm.evaluation.config import EvaluateConfig
@@ -29,11 +30,15 @@ class Evaluate(Stage):
         "teacher.quantization",
     )
     engine = True
+    keeps_work = True  # answers of models that are as they were
     response_section = "evaluate"
 
     def check_rows(self, run: Run) -> None:
         super().check_rows(run)
         _ = run.heldout_prompts
+
+    def has_made_something(self, run_dir: Path) -> bool:
+        return any((run_dir / "evaluate").glob("*"))
 
     def discard(self, run: Run, requested: bool) -> None:
         if requested:

@@ -17,6 +17,7 @@ SFT_CURVES = (
     ("Gradient norm", {"grad_norm": "before clipping"}),
     ("Entropy, nats a token", {"entropy": "of the model"}),
 )
+SFT_WATCHED = {"loss": "its loss"}
 
 
 class FineTune(Stage):
@@ -32,6 +33,7 @@ class FineTune(Stage):
     uses_trl = True
     curve_title = "Fine-tuning of the teacher (finetune)"
     curves = SFT_CURVES
+    watched = SFT_WATCHED
 
     def trains_on_references(self, recipe: Recipe) -> bool:
         return True

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from minillm.data.config import Source
-from minillm.errors import DataError
 from minillm.run.stages.stage import PROMPT_SETTINGS, Stage, teachers_in_words
 from minillm.train.checks import update_size_fault
 
@@ -47,6 +44,10 @@ class MiniLLM(Stage):
         ("Importance weights", {"importance_weight": "mean weight", "clipped": "share clipped"}),
         ("Engine against trainer, nats", {"engine_mismatch": "mean |difference| of log q"}),
     )
+    watched = {
+        "eval_reverse_kl": "KL(q‖p) of the validation",
+        "reverse_kl": "KL(q‖p) of its responses",
+    }
 
     def trains_on_references(self, recipe: Recipe) -> bool:
         return recipe.rollout.on_policy < 1
@@ -67,10 +68,10 @@ class MiniLLM(Stage):
 
     def check_rows(self, run: Run) -> None:
         super().check_rows(run)
-        if run.recipe.data.text is not None:
-            _check_texts(run.recipe.data.text)
+        _ = run.texts
 
     def run(self, run: Run) -> None:
+        from minillm.data.lazy import mapped
         from minillm.run.stages import shared
         from minillm.train.on_policy import MiniLLMTrainer
 
@@ -83,9 +84,9 @@ class MiniLLM(Stage):
             objective=recipe.objective,
             shard_teacher=recipe.teacher.first.shard,
             rollout=rollout,
-            train_dataset=[{"prompt_ids": prompt.ids, **run.of_teacher(prompt)} for prompt in run.train_prompts],
+            train_dataset=mapped(run.train_prompts, run.prompt_row),
             eval_dataset=run.validation,
-            text_dataset=_texts(recipe),
+            text_dataset=run.texts,
             responses=run.references if rollout.on_policy < 1 else None,
         )
         shared.train(run, self, trainer, run.student, final=True)
@@ -101,26 +102,3 @@ class MiniLLM(Stage):
 
     def tags(self, recipe: Recipe) -> list[str]:
         return ["distillation", recipe.objective.divergence.name.replace("_", "-")]
-
-
-def _check_texts(source: Source) -> None:
-    """A file is checked whole, a data set, which is streamed, by its first row."""
-    from minillm.data.examples import read_texts
-
-    rows = read_texts(source, seed=None)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{source.name}: empty; rows of text are needed")
-    if source.file is not None:
-        for _ in rows:
-            pass
-
-
-def _texts(recipe: Recipe) -> Iterable[dict[str, Any]] | None:
-    """Rows for the language-model term: a file is read whole, a data set is streamed."""
-    from minillm.data.examples import read_texts
-
-    if recipe.data.text is None:
-        return None
-    rows = read_texts(recipe.data.text, recipe.seed)
-    return rows if recipe.data.text.file is None else list(rows)

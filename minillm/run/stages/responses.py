@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -10,8 +13,10 @@ from minillm.config import LocalPath, Positive, Section
 from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
 
 if TYPE_CHECKING:
+    from minillm.data.examples import Prompt
     from minillm.run.context import Run
     from minillm.run.plan.phases import Phase, Planner
+    from minillm.run.responses_file import Progress
 
 _WAVE = 128  # prompts that are answered between two writes of the responses file
 
@@ -38,48 +43,51 @@ class Responses(Stage):
     response_section = "responses"
 
     def run(self, run: Run) -> None:
-        from minillm.data.files import read_jsonl, write_jsonl
         from minillm.data.seeding import seed_of
         from minillm.models.device import release_memory
+        from minillm.run.responses_file import ResponsesFile
 
-        settings, file = run.recipe.responses, run.dir / "responses.jsonl"
-        # With several teachers, one answers all its prompts before the next is loaded.
-        wanted = [
-            (name, prompt, sample)
-            for name in run.teachers
-            for sample in range(settings.samples_per_prompt)
-            for prompt in run.train_prompts
-            if name in ("", prompt.example.teacher)
-        ]
-        rows = read_jsonl(file) if file.is_file() else []
+        settings, file = run.recipe.responses, ResponsesFile(run.dir / "responses.jsonl")
         sampling = run.sampling(settings.max_new_tokens, settings.temperature)
-        engine, answering = None, ""
-        while len(rows) < len(wanted):
-            name, wave = wanted[len(rows)][0], wanted[len(rows) : len(rows) + _WAVE]
-            wave = [(prompt, sample) for other, prompt, sample in wave if other == name]
-            if engine is not None and name != answering:
+        names = list(run.teachers)
+        # With several teachers, one answers all its prompts before the next is loaded.
+        for name in names[0 if file.progress.teacher is None else names.index(file.progress.teacher) :]:
+            engine = None
+            wanted = _unanswered(run, name, file.progress)
+            while wave := list(islice(wanted, _WAVE)):
+                engine = engine or run.engine(run.teachers[name], settings.max_new_tokens)
+                seeds = [seed_of(run.recipe.seed, "responses", prompt.example.row, sample) for prompt, sample in wave]
+                rollouts = engine.generate([prompt.ids for prompt, _ in wave], sampling, seeds, progress=True)
+                file.append(
+                    [
+                        {
+                            "row": prompt.example.row,
+                            "prompt_ids": prompt.ids,
+                            "response_ids": rollout.response_ids,
+                            "finished": rollout.finished,
+                            **run.of_teacher(prompt),
+                        }
+                        for (prompt, _), rollout in zip(wave, rollouts, strict=True)
+                    ]
+                )
+            if engine is not None:
                 engine.close()
                 release_memory()
-                engine = None
-            engine, answering = engine or run.engine(run.teachers[name], settings.max_new_tokens), name
-            seeds = [seed_of(run.recipe.seed, "responses", prompt.example.row, sample) for prompt, sample in wave]
-            rollouts = engine.generate([prompt.ids for prompt, _ in wave], sampling, seeds, progress=True)
-            rows += [
-                {
-                    "row": prompt.example.row,
-                    "prompt_ids": prompt.ids,
-                    "response_ids": rollout.response_ids,
-                    "finished": rollout.finished,
-                    **run.of_teacher(prompt),
-                }
-                for (prompt, _), rollout in zip(wave, rollouts, strict=True)
-            ]
-            write_jsonl(file, rows)
-        if engine:
-            engine.close()
+
+    def has_made_something(self, run_dir: Path) -> bool:
+        return (run_dir / "responses.jsonl").is_file()
 
     def discard(self, run: Run, requested: bool) -> None:
         (run.dir / "responses.jsonl").unlink(missing_ok=True)
 
     def phases(self, planner: Planner) -> list[Phase]:
         return planner.responses()
+
+
+def _unanswered(run: Run, name: str, done: Progress) -> Iterator[tuple[Prompt, int]]:
+    """The prompts of a teacher that it has not answered yet, with the number of the sample."""
+    begun = done.teacher == name
+    first, row = (done.sample, done.row) if begun else (0, -1)  # read now: `done` moves on with every answer
+    for sample in range(first, run.recipe.responses.samples_per_prompt):
+        for prompt in run.prompts_after(row if sample == first else -1, name):
+            yield prompt, sample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from minillm.run.stages.finetune import SFT_CURVES
+from minillm.run.stages.finetune import SFT_CURVES, SFT_WATCHED
 from minillm.run.stages.stage import PROMPT_SETTINGS, Stage, describe_supervised
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class SFT(Stage):
     uses_trl = True
     curve_title = "Fine-tuning of the student (sft)"
     curves = SFT_CURVES
+    watched = {"eval_reverse_kl": "KL(q‖p) of the validation", **SFT_WATCHED}
 
     def trains_on_references(self, recipe: Recipe) -> bool:
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from minillm.teacher.served import ServedTeacher
 from minillm.train.best_checkpoint import with_given
 from minillm.train.pair import compute_dtype
 from minillm.train.resume import train as train_resumably
+from minillm.train.watch import FixedRows, advice, can_watch, decline
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,30 @@ def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> 
     """
     run.processes = trainer.accelerator.num_processes
     train_resumably(trainer, folder, stage.name, _saved_dtype(run) if final else None)
+    if trainer.is_world_process_zero() and not trainer.args.load_best_model_at_end:
+        _tell_of_decline(stage, trainer)
+
+
+def watch_rows(stage: Stage, trainer: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Let a trainer score a few of its rows now and then, if its teacher can; see `FixedRows`."""
+    if can_watch(trainer):
+        trainer.add_callback(FixedRows(trainer, rows, advice(str(stage.training), trainer.args.learning_rate)))
+
+
+def _tell_of_decline(stage: Stage, trainer: Any) -> None:
+    """Warn if a stage ended worse than it began, before a later stage is spent on what it left."""
+    found = decline(trainer.state.log_history, stage.watched)
+    if found is not None:
+        logger.warning(
+            "Stage %s ended worse than it began: %s rose from %.2f to %.2f nats a token; %s, and make it again "
+            "(--stage %s --redo)",
+            stage.name,
+            found.what,
+            found.before,
+            found.after,
+            advice(str(stage.training), trainer.args.learning_rate),
+            stage.name,
+        )
 
 
 def _saved_dtype(run: Run) -> torch.dtype:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
@@ -42,7 +43,11 @@ class Stage(ABC):
             trains on.
         uses_trl: whether it trains with `minillm.train.finetune.FineTuner`, whose loss and data loader are TRL's.
         always_runs: whether it runs again although it is finished.
+        keeps_work: whether a stage that is made again because another was takes from before what still holds, so that
+            nothing is lost. What other stages have made is thrown away.
         curve_title, curves: the plots that the report draws of its log.
+        watched: what its log is asked for at the end, to tell whether it ended worse than it began; see
+            `minillm.train.watch.decline`.
     """
 
     name: ClassVar[str]
@@ -58,8 +63,10 @@ class Stage(ABC):
     response_section: ClassVar[str | None] = None
     uses_trl: ClassVar[bool] = False
     always_runs: ClassVar[bool] = False
+    keeps_work: ClassVar[bool] = False
     curve_title: ClassVar[str] = ""
     curves: ClassVar[Sequence[Panel]] = ()
+    watched: ClassVar[Mapping[str, str]] = {}
 
     def arguments(self, recipe: Recipe) -> dict[str, Any]:
         """The stage's `TrainingArguments` as the recipe gives them; empty for a stage that trains nothing."""
@@ -124,6 +131,13 @@ class Stage(ABC):
     @abstractmethod
     def run(self, run: Run) -> None:
         """Run the stage, or continue it where it was interrupted."""
+
+    def has_made_something(self, run_dir: Path) -> bool:
+        """Whether the stage has left anything that it would continue from, if it is not finished.
+
+        Until then it may be given other settings.
+        """
+        return any((run_dir / "work" / self.name).glob("checkpoint-*"))
 
     def discard(self, run: Run, requested: bool) -> None:  # noqa: B027 (most stages leave nothing to delete)
         """Delete files from which a stage that is run again would otherwise continue.

@@ -20,11 +20,13 @@ class Student(Stage):
     folder = "pruned"
 
     def check_models(self, recipe: Recipe) -> None:
-        from minillm.models.configs import text_config
-        from minillm.models.pruning.depth import check_keep_layers
+        from minillm.models.configs import read_config
+        from minillm.models.pruning.depth import check_keep_layers, check_prunable
 
         if recipe.student.source == "prune" and recipe.student.keep_layers is not None:
-            check_keep_layers(text_config(recipe.teacher.first.source).num_hidden_layers, recipe.student.keep_layers)
+            config = read_config(recipe.teacher.first.source)
+            check_keep_layers(config.get_text_config().num_hidden_layers, recipe.student.keep_layers)
+            check_prunable(config)
 
     def run(self, run: Run) -> None:
         import torch

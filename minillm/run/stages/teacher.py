@@ -29,10 +29,16 @@ class Teacher(Stage):
     def run(self, run: Run) -> None:
         from minillm.models.adapters import merge_adapter
         from minillm.models.load import load_model
+        from minillm.models.sources import find_gguf
+        from minillm.run.processes import print_progress
 
         teacher = run.recipe.teacher.first
         if run.untuned == teacher.source:
             return  # it is a plain folder or hub id, as every one of several teachers is, and needs no copy
+        file = find_gguf(teacher.source)
+        if file is not None:
+            size = file.stat().st_size / 1e6
+            print_progress(f"  {file.name}, {size:.0f} MB: the vocabulary is read, then the weights are dequantised")
         model: Any = load_model(teacher.source)
         if teacher.adapter:
             model = merge_adapter(model, teacher.adapter)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -57,6 +56,11 @@ class Warmup(Stage):
         ("Forward KL, nats a token", {"forward_kl": "KL(p‖q)"}),
         ("Gradient norm", {"grad_norm": "before clipping"}),
     )
+    watched = {
+        "eval_reverse_kl": "KL(q‖p) of the validation",
+        "watched_reverse_kl": "KL(q‖p) on some of its own training rows",
+        "loss": "its loss",
+    }
 
     def trains_on_references(self, recipe: Recipe) -> bool:
         return recipe.warmup.targets == "references"
@@ -66,9 +70,8 @@ class Warmup(Stage):
 
     def check_rows(self, run: Run) -> None:
         super().check_rows(run)
-        given = run.recipe.responses.file
-        if given is not None and not self.trains_on_references(run.recipe):
-            run.given_responses(given)
+        if run.recipe.responses.file is not None and not self.trains_on_references(run.recipe):
+            _ = run.answer_rows
 
     def run(self, run: Run) -> None:
         from minillm.run.stages import shared
@@ -76,12 +79,13 @@ class Warmup(Stage):
 
         settings, recipe = run.recipe.warmup, run.recipe
         arguments = shared.training_arguments(run, self)
+        rows = run.references if settings.targets == "references" else run.answer_rows
         trainer = SupervisedTrainer(
             **shared.student_arguments(run, run.start, arguments),
             teacher=shared.supervised_teacher(run, arguments),
             args=arguments,
             shard_teacher=recipe.teacher.first.shard,
-            train_dataset=_rows(run),
+            train_dataset=rows,
             cross_entropy=settings.cross_entropy,
             divergence=settings.divergence,
             temperature=settings.temperature,
@@ -89,6 +93,8 @@ class Warmup(Stage):
             cross_entropy_temperature=settings.cross_entropy_temperature,
             eval_dataset=run.validation,
         )
+        if settings.cross_entropy < 1:
+            shared.watch_rows(self, trainer, rows)
         shared.train(run, self, trainer, run.warmed, final="minillm" not in recipe.stages)
 
     def phases(self, planner: Planner) -> list[Phase]:
@@ -100,13 +106,3 @@ class Warmup(Stage):
     def tags(self, recipe: Recipe) -> list[str]:
         fine_tuned = recipe.warmup.cross_entropy == 1 and recipe.warmup.targets == "references"
         return ["sft"] if fine_tuned else ["distillation"]
-
-
-def _rows(run: Run) -> list[dict[str, Any]]:
-    """The answers that the recipe trains the student on."""
-    from minillm.data.files import read_jsonl
-
-    given = run.recipe.responses.file
-    if run.recipe.warmup.targets == "references":
-        return run.references
-    return read_jsonl(Path(run.answers)) if given is None else run.given_responses(given)
