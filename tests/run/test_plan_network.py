@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from minillm import cli
 from minillm.errors import InputError
@@ -84,9 +85,10 @@ def test_a_sharded_teacher_is_gathered_for_its_forwards(tmp_path: Path) -> None:
 
 def test_what_servers_get_and_return(tmp_path: Path) -> None:
     of = served(tmp_path, FAR)
-    n, hidden = shape_of(str(tmp_path / "s")).parameters, shape_of(str(tmp_path / "t")).hidden
+    model, hidden = shape_of(str(tmp_path / "s")), shape_of(str(tmp_path / "t")).hidden
+    n = sum(value.numel() for value in AutoModelForCausalLM.from_config(model.config).state_dict().values())
     found = flows(of, TWO)
-    # A batch of 256 lasts for two updates, twice.
+    # A batch of 256 lasts for two updates, twice. The file has the tied head under both of its names.
     assert found["weights to the servers"] == Flow("weights to the servers", 2 * 2 * n / 4, 2 * 2 * n / 4)
     states, rollouts = found["states of the teacher"], found["requests for rollouts, and their answers"]
     tokens = 256 / 4 * (10 + 64 - 1)

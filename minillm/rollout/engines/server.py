@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from minillm.data.rollouts import Rollout, TeacherTargets
 from minillm.data.sampling import Sampling
@@ -323,13 +321,9 @@ class VLLMServerEngine:
         partial_folder = target.with_name(target.name + ".part")
         shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir(parents=True)
-        # Of tied weights, the first name alone is written, as in a saved model: servers read them once, not twice.
-        found, seen = dict[str, Tensor](), dict[int, weakref.ref[Tensor]]()
-        for name, value in weights:
-            earlier = seen.get(id(value))
-            if earlier is None or earlier() is not value:  # another tensor may have got the place of one that is gone
-                seen[id(value)] = weakref.ref(value)
-                found[name] = value.to("cpu", copy=True).contiguous()
+        # Tied weights are written under each of their names, as copies (safetensors refuses one storage under two names):
+        # on a CPU, vLLM's head multiplies a packed copy of its weight, which only a weight of its own name renews.
+        found = {name: value.to("cpu", copy=True).contiguous() for name, value in weights}
         save_file(found, partial_folder / "model.safetensors")
         shutil.rmtree(target, ignore_errors=True)
         partial_folder.rename(target)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minillm.models.families import family_of
 from minillm.models.shape import Shape
 from minillm.rollout.engines.server_checks import is_loopback
 from minillm.run.plan import memory, work
@@ -139,8 +140,10 @@ def _weights_to_engines(training: StageTraining, model: Shape) -> list[Flow]:
         flows.append(_ring("adapter to the engines, all-gather", share * _FLOAT32 * _trained(training, model), machine))
     elif machine.shard:
         flows.append(_ring("weights to the engines, all-gather", share * weights, machine))
-    # Every server reads the file that process 0 has written.
-    read = share * weights * len(_elsewhere(_rollout_servers(training)))
+    # Every server reads the file that process 0 has written, which holds a tied head under both of its names.
+    absent = family_of(model.config).tied_head_absent_in_vllm
+    written = training.itemsize * (model.parameters if absent else model.body + 2 * model.head)
+    read = share * written * len(_elsewhere(_rollout_servers(training)))
     return [*flows, Flow("weights to the servers", read, read)]
 
 
