@@ -321,8 +321,8 @@ class VLLMServerEngine:
         partial_folder = target.with_name(target.name + ".part")
         shutil.rmtree(partial_folder, ignore_errors=True)
         partial_folder.mkdir(parents=True)
-        # Tied weights are written under each of their names, as copies (safetensors refuses one storage under two names):
-        # on a CPU, vLLM's head multiplies a packed copy of its weight, which only a weight of its own name renews.
+        # Tied weights are written under each of their names, as copies (safetensors refuses one storage twice): on a
+        # CPU, vLLM's head multiplies a packed copy of its weight, which only a weight of its own name renews.
         found = {name: value.to("cpu", copy=True).contiguous() for name, value in weights}
         save_file(found, partial_folder / "model.safetensors")
         shutil.rmtree(target, ignore_errors=True)
