@@ -1,16 +1,18 @@
 """What the long-term term of each preset estimates, and what it does in worlds in which everything is known.
 
-    python -m eval.credit                     # all three tables; on two free cores about half an hour
+    python -m eval.credit                     # all three tables; an hour or two on one core
     python -m eval.credit --worlds 2 --updates 100 --out /tmp/credit.json
+    python -m eval.credit --show              # the tables of what is finished
 
 What is finished is kept in the output file, and is not computed again; remove the file to begin anew. Run it at the
 root of the repository, because it takes the enumerated worlds from the tests. The three tables:
 
-1. Worlds of at most three tokens, by enumeration of all responses: the bias of each preset against three objectives,
-   the variance, how far the field of updates is from being a gradient, and what it does to the length.
+1. Worlds of at most three tokens, by enumeration of all responses: the bias of each preset against three objectives, at
+   three shares of the teacher, the variance, how far the field of updates is from being a gradient, and what the
+   long-term term does to the length.
 2. Worlds of up to 160 tokens, by Monte Carlo at the warmed-up student: the size of the long-term term, its signal in a
    batch, and its direction, compared with exact gradients.
-3. The same worlds after training.
+3. Worlds of up to 64 and of up to 160 tokens after training, for all worlds that every method has finished.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -33,15 +35,16 @@ from tests.loss.worlds import World
 METHODS: dict[str, dict[str, Any]] = {
     "single step": {"long_term": 0.0},
     "paper": {"preset": "paper"},
+    "reference, not whitened": {"preset": "reference", "baseline": "none"},
     "recommended": {"preset": "recommended"},
-    "sum": {"preset": "exact"},
+    "exact": {"preset": "exact"},
     "rate": {"preset": "rate"},
     "rate, γ 0.9": {"preset": "rate", "discount": 0.9},
     "words": {"preset": "words"},
     "words, γ 0.9": {"preset": "words", "discount": 0.9},
     "fixed advantage": {"preset": "fixed_advantage"},
 }
-"""Methods of all three tables."""
+"""Methods of all three tables. Whitening is left out of `reference`, because a single response has none."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "rate per prompt, γ 0.9": {"preset": "rate", "discount": 0.9, "credit_offset": "rate_per_prompt"},
     "words, γ 0.9, position": {"preset": "words", "discount": 0.9, "baseline": "position"},
@@ -49,9 +52,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "words, value, λ 0.9": {"preset": "words", "baseline": "value", "trace": 0.9},
 }
 """Ways to lower the variance, in the long worlds only."""
-SMALL_WORLDS = 3
+ALPHAS = (0.0, 0.2, 0.5)
+LIMITS = {64: 20.0, 160: 40.0}  # the longest response of a long world, and the teacher's mean length
+SMALL_WORLDS, ASYMMETRY_WORLDS = 20, 3
 BATCHES, RESPONSES = 110, 64
 _STEP = 1e-5  # of finite differences
+# 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom; the last one serves for more, too.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def flat(gradients: list[Tensor]) -> Tensor:
@@ -65,12 +72,24 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b) / size if size > 1e-12 else float("nan")
 
 
-def known(world: World, objective: Objective) -> dict[str, float]:
+def price(world: World, alpha: float) -> float:
+    """κ of a large batch: KL per token of responses that a mixture with this share of the teacher samples."""
+    logq, logp = world.logq().detach(), world.logp()
+    kl, mixed = (logq.exp() * (logq - logp)).sum(-1), ((1 - alpha) * logq.exp() + alpha * logp.exp()).log()
+    total = length = 0.0
+    for y in world.responses():
+        rows, ids = torch.tensor(world.rows(y)), torch.tensor(y)
+        probability = float(mixed[rows, ids].sum().exp())
+        total, length = total + probability * float(kl[rows].sum()), length + probability * len(y)
+    return total / length
+
+
+def known(world: World, objective: Objective, alpha: float = 0.0) -> dict[str, float]:
     """The price of tokens and the baseline that a large batch would have."""
     if not objective.long_term:
         return {}
-    found = {} if objective.credit_offset == "none" else {"offset": world.kappa()}
-    return found | ({"baseline": world.mean_return(objective, 0.0)} if objective.baseline == "centre" else {})
+    found = {} if objective.credit_offset == "none" else {"offset": price(world, alpha)}
+    return found | ({"baseline": world.mean_return(objective, alpha)} if objective.baseline == "centre" else {})
 
 
 def expected_length(world: World) -> Tensor:
@@ -86,9 +105,11 @@ def field(world: World, objective: Objective) -> Tensor:
     return got if objective.credit_offset == "none" else got / float(expected_length(world).detach())
 
 
-def asymmetry(world: World, objective: Objective) -> float:
+def asymmetry(fields: dict[str, Any], seed: int) -> dict[str, float]:
     """‖J − Jᵀ‖ / ‖J + Jᵀ‖ of the field's Jacobian J; 0 where the field is the gradient of something."""
-    rows = []
+    world, objective, rows = World.random(seed), Objective.model_validate(fields), []
+    if float(field(world, objective).norm()) < 1e-10:
+        return {"asymmetry": float("nan")}
     for tensor in (world.states, world.head):
         values = tensor.detach().view(-1)
         for i in range(len(values)):
@@ -99,36 +120,31 @@ def asymmetry(world: World, objective: Objective) -> float:
                 values[i] -= sign * _STEP
             rows.append((ends[0] - ends[1]) / (2 * _STEP))
     jacobian = torch.stack(rows)
-    return float((jacobian - jacobian.t()).norm() / (jacobian + jacobian.t()).norm())
+    return {"asymmetry": float((jacobian - jacobian.t()).norm() / (jacobian + jacobian.t()).norm())}
 
 
-def enumerated(fields: dict[str, Any], seed: int) -> dict[str, float]:
-    """A method in a small world, by enumeration of all responses."""
+def enumerated(fields: dict[str, Any], seed: int, alpha: float) -> dict[str, float]:
+    """A method in a small world, by enumeration of all responses, with a share of the teacher in the sampling."""
     world, objective = World.random(seed), Objective.model_validate(fields)
-    settings = known(world, objective)
-    estimates = [(p, flat(g)) for p, g in (world.one(y, objective, 0.0, **settings) for y in world.responses())]
+    settings = known(world, objective, alpha)
+    estimates = [(p, flat(g)) for p, g in (world.one(y, objective, alpha, **settings) for y in world.responses())]
     got = torch.stack([p * g for p, g in estimates]).sum(0)
     variance = sum(p * float((g - got).square().sum()) for p, g in estimates)
     goals = {"sum": world.exact(), "rate": world.rate("tokens"), "words": world.rate("words")}
-    biases = {f"bias_{name}": float((got - flat(goal)).norm() / flat(goal).norm()) for name, goal in goals.items()}
-    long = torch.zeros_like(got)
+    found = {name: float((got - flat(goal)).norm() / flat(goal).norm()) for name, goal in goals.items()}
+    single = flat(world.expectation(Objective(long_term=0.0), 0.0))
+    found["variance"] = variance / float(single.square().sum())
     if objective.long_term:
         alone = objective.model_copy(update={"single_step": 0.0})
-        long = flat(world.expectation(alone, 0.0, **settings))
-    longer = flat(list(torch.autograd.grad(expected_length(world), [world.states, world.head])))
-    size = float(got.square().sum())
-    return biases | {
-        "variance": variance / size if size > 1e-20 else float("nan"),
-        "asymmetry": asymmetry(world, objective) if size > 1e-20 else float("nan"),
-        "length": cosine(-long, longer),
-    }
+        long = flat(world.expectation(alone, alpha, **settings))
+        longer = flat(list(torch.autograd.grad(expected_length(world), [world.states, world.head])))
+        found["length"] = cosine(-long, longer)
+    return found
 
 
 def sampled(fields: dict[str, Any], seed: int) -> dict[str, float]:
     """A method's long-term term in a long world at the warmed-up student, by Monte Carlo."""
     world, objective = LongWorld(seed), Objective.model_validate(fields)
-    if not objective.long_term:
-        return {}
     alone = objective.model_copy(update={"single_step": 0.0})
     grads = batch_gradients(world, alone, BATCHES, RESPONSES, seed)
     grads = grads[10:]  # a value has settled by then
@@ -146,96 +162,130 @@ def sampled(fields: dict[str, Any], seed: int) -> dict[str, float]:
     }
 
 
-def trained(fields: dict[str, Any], seed: int, updates: int) -> dict[str, float]:
-    """The student of a long world after training with a method."""
-    world = LongWorld(seed)
-    train(world, Objective.model_validate(fields), updates, RESPONSES, seed)
+def trained(fields: dict[str, Any] | None, seed: int, limit: int, updates: int) -> dict[str, float]:
+    """The student of a long world after training with a method; before it, without one."""
+    world = LongWorld(seed, limit, LIMITS[limit])
+    if fields is not None:
+        train(world, Objective.model_validate(fields), updates, RESPONSES, seed)
     return world.measures()
 
 
-def before(seed: int) -> dict[str, float]:
-    """The student of a long world before it is trained."""
-    return LongWorld(seed).measures()
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def tasks(worlds: int, updates: int) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Everything that is computed, by its key in the output file."""
-    out: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+def tasks(worlds: int, updates: int) -> dict[str, Task]:
+    """Everything that is computed, by its key in the output file; a world with all methods, then the next world."""
+    out: dict[str, Task] = {}
+    long_term = {name: fields for name, fields in (METHODS | VARIANTS).items() if fields.get("long_term", 1.0)}
     for name, fields in METHODS.items():
-        out |= {f"enumerated|{name}|{seed}": (enumerated, (fields, seed)) for seed in range(SMALL_WORLDS)}
-    for name, fields in (METHODS | VARIANTS).items():
-        if fields.get("long_term", 1.0):
-            out |= {f"sampled|{name}|{seed}": (sampled, (fields, seed)) for seed in range(min(worlds, 3))}
-    out |= {f"trained {updates}|start|{seed}": (before, (seed,)) for seed in range(worlds)}
-    for name, fields in (METHODS | VARIANTS).items():
-        out |= {f"trained {updates}|{name}|{seed}": (trained, (fields, seed, updates)) for seed in range(worlds)}
+        for alpha in ALPHAS:
+            key = f"enumerated {alpha}|{name}"
+            out |= {f"{key}|{seed}": (enumerated, (fields, seed, alpha)) for seed in range(SMALL_WORLDS)}
+        out |= {f"asymmetry|{name}|{seed}": (asymmetry, (fields, seed)) for seed in range(ASYMMETRY_WORLDS)}
+    for seed in range(worlds):
+        for limit in LIMITS:
+            rows = {"start": None} | METHODS | VARIANTS
+            key = f"trained {updates}, {limit}"
+            out |= {f"{key}|{name}|{seed}": (trained, (f, seed, limit, updates)) for name, f in rows.items()}
+        if seed < 3:
+            out |= {f"sampled|{name}|{seed}": (sampled, (fields, seed)) for name, fields in long_term.items()}
     return out
 
 
-def run_one(task: tuple[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> tuple[str, Any]:
+def run_one(task: tuple[str, Task]) -> tuple[str, Any]:
     """Compute one task in a process with one thread."""
     torch.set_num_threads(1)
     key, (function, arguments) = task
     return key, function(*arguments)
 
 
-def table(found: dict[str, Any], kind: str, columns: dict[str, str], reduce: Callable[[list[float]], str]) -> str:
-    """A table in Markdown: a row for each method, a column for each measure."""
-    names = list(dict.fromkeys(key.split("|")[1] for key in found if key.startswith(f"{kind}|")))
-    lines = [f"| method | {' | '.join(columns.values())} |", f"|---{'|---' * len(columns)}|"]
-    for name in names:
-        rows = [value for key, value in found.items() if key.rsplit("|", 1)[0] == f"{kind}|{name}"]
-        cells = [reduce([row[column] for row in rows if column in row]) for column in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def by_method(found: dict[str, Any], kind: str) -> dict[str, dict[int, dict[str, float]]]:
+    """What was found, by method and world."""
+    out: dict[str, dict[int, dict[str, float]]] = {}
+    for key, value in found.items():
+        of, name, seed = key.split("|")
+        if of == kind:
+            out.setdefault(name, {})[int(seed)] = value
+    return out
 
 
-def middle(values: list[float]) -> str:
+def middle(values: Iterable[float]) -> str:
     """The median over worlds."""
     kept = [value for value in values if value == value]
     return f"{median(kept):.2g}" if kept else "–"
 
 
 def spread(values: list[float]) -> str:
-    """The mean over worlds and its standard error."""
-    kept = [value for value in values if value == value]
-    if not kept:
+    """The mean over worlds and its 95 % interval, by Student's t."""
+    if len(values) < 2:
         return "–"
-    error = stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else 0.0
-    return f"{mean(kept):.3f} ± {error:.3f}"
+    half = _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):.3f} [{mean(values) - half:.3f}, {mean(values) + half:.3f}]"
 
 
-def tables(found: dict[str, Any], updates: int) -> str:
-    """All three tables."""
-    small = {
-        "bias_sum": "bias: sum",
-        "bias_rate": "bias: rate",
-        "bias_words": "bias: words",
-        "variance": "variance",
-        "asymmetry": "asymmetry",
-        "length": "cosine to longer",
-    }
-    long = {
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def small_table(found: dict[str, Any]) -> str:
+    """The table of enumerated worlds: medians, and for biases those of all shares of the teacher."""
+    kinds = [by_method(found, f"enumerated {alpha}") for alpha in ALPHAS]
+    skew = by_method(found, "asymmetry")
+    rows = []
+    for name in kinds[0]:
+        at = [kind.get(name, {}).values() for kind in kinds]
+        cells = [" / ".join(middle(w[goal] for w in worlds) for worlds in at) for goal in ("sum", "rate", "words")]
+        cells.append(" / ".join(middle(w["variance"] for w in worlds) for worlds in at))
+        cells.append(middle(w["asymmetry"] for w in skew.get(name, {}).values()))
+        cells.append(middle(w["length"] for w in at[0] if "length" in w))
+        rows.append([name, *cells])
+    shares = " / ".join(f"{alpha:g}" for alpha in ALPHAS)
+    header = ["method", f"bias to ∇sum, α = {shares}", "to ∇rate", "to ∇words", "variance", "asymmetry", "longer"]
+    return markdown(header, rows)
+
+
+def long_table(found: dict[str, Any]) -> str:
+    """The table of the long-term term at the warmed-up student, medians."""
+    columns = {
         "share": "long / single, squared norm",
         "signal": f"signal in {RESPONSES} answers",
         "cosine": "cosine to its objective's",
-        "length": "cosine to longer",
+        "length": "longer",
     }
-    after = {
-        "rate": "KL a token, ratio of sums",
+    rows = []
+    for name, worlds in by_method(found, "sampled").items():
+        rows.append([name, *(middle(w[column] for w in worlds.values()) for column in columns)])
+    return markdown(["method", *columns.values()], rows)
+
+
+def trained_table(found: dict[str, Any], updates: int, limit: int) -> str:
+    """The table of trained students: means over the worlds that all methods have finished, and intervals."""
+    methods = by_method(found, f"trained {updates}, {limit}")
+    worlds = sorted(set.intersection(*(set(w) for w in methods.values()))) if methods else []
+    columns = {
         "rate_mean": "mean over prompts",
         "answer": "KL an answer",
-        "forward": "forward KL on the teacher's text",
+        "forward": "forward KL",
         "length": "length / teacher's",
-        "log_length": "|log of it|, mean over prompts",
+        "log_length": "\\|log of it\\|, over prompts",
         "finished": "finished",
     }
-    parts = [
-        table(found, "enumerated", small, middle),
-        table(found, "sampled", long, middle),
-        table(found, f"trained {updates}", after, spread),
-    ]
-    return "\n\n".join(parts)
+    rows = []
+    for name, of in methods.items():
+        rates, others = ([m[w]["rate"] for w in worlds] for m in (of, methods["single step"]))
+        against = spread([a - b for a, b in zip(rates, others, strict=True)]) if name != "single step" else "–"
+        means = [f"{mean(of[w][column] for w in worlds):.3f}" if worlds else "–" for column in columns]
+        rows.append([name, spread(rates), against, *means])
+    header = ["method", "KL a token, ratio of sums", "against the single step, paired", *columns.values()]
+    return f"{len(worlds)} worlds of up to {limit} tokens, {updates} updates\n\n{markdown(header, rows)}"
+
+
+def tables(found: dict[str, Any], updates: int) -> str:
+    """All tables."""
+    after = [trained_table(found, updates, limit) for limit in LIMITS]
+    return "\n\n".join([small_table(found), long_table(found), *after])
 
 
 def main() -> None:
@@ -243,19 +293,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, default=10, help="number of long worlds")
     parser.add_argument("--updates", type=int, default=400, help="updates of 64 responses in a long world")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("eval/results/credit.json"))
+    parser.add_argument("--show", action="store_true", help="only print the tables of what is finished")
     args = parser.parse_args()
     wanted = tasks(args.worlds, args.updates)
     found: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    missing = [(key, task) for key, task in wanted.items() if key not in found]
+    missing = [] if args.show else [(key, task) for key, task in wanted.items() if key not in found]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        for number, (key, value) in enumerate(pool.imap_unordered(run_one, missing), start=1):
-            found[key] = value
-            args.out.write_text(json.dumps(dict(sorted(found.items())), indent=0), encoding="utf-8")
-            print(f"{number} of {len(missing)}: {key}", flush=True)
-    print(tables({key: found[key] for key in wanted}, args.updates))
+    if missing:
+        with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+            for number, (key, value) in enumerate(pool.imap(run_one, missing), start=1):
+                found[key] = value
+                args.out.write_text(json.dumps(found, indent=0), encoding="utf-8")
+                print(f"{number} of {len(missing)}: {key}", flush=True)
+    print(tables({key: found[key] for key in wanted if key in found}, args.updates))
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ class LongWorld:
         targets = torch.tensor([token for rollout in rollouts for token in rollout.response_ids])
         teacher = TeacherStates(self.teacher[states], Head(torch.eye(VOCAB, dtype=torch.float64)))
         hidden = (self._features @ self.body)[states]
-        settings = ScoringSettings(end_ids=credit.end_ids)
+        settings = ScoringSettings(chunk=4096, end_ids=credit.end_ids)
         return token_scores(hidden, Head(self.head), targets, teacher, loss_fn=loss_fn, settings=settings)[0]
 
     def prompts(self, responses: int, samples: int, rng: np.random.Generator) -> list[int]:

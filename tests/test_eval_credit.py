@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from eval.credit import METHODS, VARIANTS, tables, tasks
+from eval.credit import METHODS, VARIANTS, enumerated, price, tables, tasks
 from eval.long_worlds import LongWorld, batch_gradients
 from minillm.loss.config import Objective
+from tests.loss.worlds import World
 
 
 def test_lengths_and_kl_of_samples_are_those_expected() -> None:
@@ -50,8 +53,31 @@ def test_estimates_have_the_mean_of_the_exact_gradient(name: str) -> None:
     assert abs(float(along.mean() - exact.norm())) < 4 * float(along.std()) / len(along) ** 0.5
 
 
-def test_the_tables_show_every_method() -> None:
-    found = {key: {"length": 0.5, "rate": float("nan")} for key in tasks(2, 7)}
+def test_the_tables_show_every_method_over_the_worlds_that_all_have_finished() -> None:
+    found: dict[str, Any] = {}
+    for key in tasks(3, 7):
+        method, seed = key.split("|")[1:]
+        value = 0.25 if method == "words" else 0.5
+        names = ["sum", "rate", "words", "variance", "asymmetry", "share", "signal", "cosine", "length"]
+        found[key] = dict.fromkeys([*names, "rate_mean", "answer", "forward", "log_length", "finished"], value)
+        if key.startswith("trained") and seed == "1":
+            found[key]["rate"] += 0.1
+    del found["trained 7, 160|words, value, λ 0.9|2"]
     text = tables(found, 7)
-    assert all(text.count(f"| {name} |") >= 2 for name in METHODS | VARIANTS if name != "single step")
-    assert "| start |" in text
+    assert all(text.count(f"| {name} |") >= 3 for name in METHODS)
+    assert all(text.count(f"| {name} |") == 3 for name in VARIANTS)
+    assert "3 worlds of up to 64 tokens, 7 updates" in text
+    assert "2 worlds of up to 160 tokens, 7 updates" in text
+    # Worlds differ by 0.1 and methods by 0.25: the paired difference has no spread.
+    assert text.count("| words | 0.283 [0.140, 0.427] | -0.250 [-0.250, -0.250] |") == 1
+    assert "| words | 0.25 / 0.25 / 0.25 |" in text
+
+
+def test_an_enumerated_method_has_the_bias_of_the_tests() -> None:
+    """The bias of `rate` and `words` to what they are the gradient of is 0 without mixing, and nothing else is."""
+    for name in ("rate", "words"):
+        found = enumerated(METHODS[name], 3, 0.0)
+        assert found[name] < 1e-9
+        assert min(found[goal] for goal in ("sum", "rate", "words") if goal != name) > 1e-3
+    assert enumerated(METHODS["exact"], 3, 0.5)["sum"] < 1e-9
+    assert price(World.random(3), 0.0) == pytest.approx(World.random(3).kappa(), rel=1e-12)
