@@ -27,6 +27,7 @@ SUITE = [
     "tests/loss/test_words.py",
     "tests/loss/test_sparse.py",
     "tests/loss/test_value.py",
+    "tests/loss/test_signal.py",
     "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
     "tests/loss/test_token_scores_precision.py",
@@ -267,6 +268,18 @@ MUTATIONS = [
         "loss/value.py",
         "goes_on = tokens.remaining > 0",
         "goes_on = tokens.remaining >= 0",
+    ),
+    Mutation(
+        "signal with the noise of single responses",
+        "loss/signal.py",
+        "(norms - self.squares)",
+        "norms",
+    ),
+    Mutation(
+        "a sketch of the whole gradient as that of the long-term term",
+        "loss/token_scores.py",
+        "value if name in _POLICY else torch.zeros_like(value)",
+        "value",
     ),
     Mutation(
         "credit for ending beside the words",

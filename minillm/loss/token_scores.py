@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
-from minillm.loss.gradients import Gradients
+from minillm.loss.gradients import Gradients, scaled
 from minillm.loss.scores import ScoreGradients, TokenScores
 from minillm.loss.sparse import SparseScorer
 from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
@@ -29,6 +29,7 @@ from minillm.models.head import Head, LogitTransform, project
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+_POLICY = ("logq", "going_on")  # the scores that a policy gradient is taken of
 CHUNK = 512
 """Number of tokens in a chunk, at most."""
 _CPU_LOGITS = 1 << 25  # of one chunk on a CPU, where more are not quicker
@@ -44,6 +45,10 @@ LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
 
 It is called from the last chunk to the first. A return, which sums over later tokens, is then complete when its token
 is reached."""
+
+Sketch = Callable[[slice, Tensor, Tensor, Tensor], None]
+"""Sees the positions, hidden states, and two gradients by the projections of every chunk: of the part of the loss that
+depends on `logq` and `going_on`, and of the whole. See `minillm.loss.signal`."""
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Maps logits of student and teacher [chunk, vocab], divided by the temperature, to one value per token [chunk].
@@ -88,6 +93,7 @@ class _Arguments:
     loss_fn: LossFn | None
     divergence: Divergence | None
     settings: ScoringSettings
+    sketch: Sketch | None = None
     scores: TokenScores | None = None
 
 
@@ -100,6 +106,7 @@ def token_scores(
     loss_fn: LossFn | None = None,
     divergence: Divergence | None = None,
     settings: ScoringSettings | None = None,
+    sketch: Sketch | None = None,
 ) -> tuple[Float[Tensor, ""], TokenScores]:
     """Compute the scores of N response tokens, and the gradient of a loss of these scores.
 
@@ -117,11 +124,12 @@ def token_scores(
         divergence: An additional divergence to compute: any function that autograd can differentiate. It costs some
             passes over the logits of a chunk, and no matrix product.
         settings: Temperatures, size of the vocabulary and of a chunk. Defaults to `ScoringSettings()`.
+        sketch: Sees the gradients of each chunk, for which the elementwise part is differentiated twice.
 
     Returns:
         The loss, a scalar that backpropagates to `hidden`, `head.weight` and `head.bias`; and the scores.
     """
-    arguments = _Arguments(head, targets, teacher, loss_fn, divergence, settings or ScoringSettings())
+    arguments = _Arguments(head, targets, teacher, loss_fn, divergence, settings or ScoringSettings(), sketch)
     loss: Any = _GradientInForward.apply(hidden, head.weight, head.bias, arguments)
     assert arguments.scores is not None
     return loss, arguments.scores
@@ -243,6 +251,11 @@ class _ChunkedScorer:
             return
         by_score, unit = self._in_units(by_scores, torch.zeros_like(chunk.scores.logq))
         grad = self._projection_gradient(chunk, by_scores, by_score)
+        if self._arguments.sketch is not None:
+            some = {name: value if name in _POLICY else torch.zeros_like(value) for name, value in by_score.items()}
+            given = ScoreGradients(logq=by_scores.logq, going_on=by_scores.going_on)
+            of_policy = self._projection_gradient(chunk, given, some)
+            self._arguments.sketch(part, self._states[part], scaled(of_policy, unit), scaled(grad, unit))
         del chunk  # frees the logits before the matrix products
         self.gradients.add(part, grad, self._states[part], self._weight, unit)
 

@@ -46,7 +46,7 @@ _OPERATIONAL = frozenset(
         "lora",
         "draft_tokens",  # of earlier versions
     )
-)
+) | {"objective.signal_every"}
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
