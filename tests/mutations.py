@@ -682,8 +682,8 @@ MUTATIONS = [
     Mutation(
         "a chunk's gradient of the head in place of the sum",
         "loss/gradients.py",
-        "self._used_weight.addmm_(grad.t(), states)",
-        "self._used_weight.addmm_(grad.t(), states, beta=0)",
+        "grad.t(), states, out=self._used_weight)",
+        "grad.t(), states, out=self._used_weight, beta=0)",
     ),
     Mutation(
         "the last block of a head is left out",

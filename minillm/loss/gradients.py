@@ -37,7 +37,8 @@ class Gradients:
         if self.hidden is not None:
             self.hidden[part] = scaled(project_back(grad, weight), unit)
         if self._used_weight is not None and unit is None and grad.dtype == self._used_weight.dtype:
-            self._used_weight.addmm_(grad.t(), states)  # without a product beside the sum
+            # Without a product beside the sum. FlopCounterMode does not know `addmm_`.
+            torch.addmm(self._used_weight, grad.t(), states, out=self._used_weight)
         elif self._used_weight is not None:
             self._used_weight += scaled(grad.t() @ states, unit)
         if self._used_bias is not None:

@@ -271,5 +271,5 @@ def project_back(
     rows, out = max(1, _BLOCK // weight.shape[1]), grad.new_zeros(len(grad), weight.shape[1])
     for start in range(0, len(weight), rows):
         part = weight[start : start + rows]
-        out.addmm_(grad[:, start : start + len(part)], part.to(grad.dtype))
+        torch.addmm(out, grad[:, start : start + len(part)], part.to(grad.dtype), out=out)
     return out

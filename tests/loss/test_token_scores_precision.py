@@ -253,7 +253,7 @@ def test_matmuls_and_live_memory(frozen: bool) -> None:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            self.matmuls += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+            self.matmuls += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.out)
             if isinstance(out, Tensor):
                 self.largest = max(self.largest, out.numel())
             return out
