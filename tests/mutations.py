@@ -102,6 +102,12 @@ MUTATIONS = [
         "",
     ),
     Mutation(
+        "the first answer of a chat is trained on, and not the last",
+        "data/examples.py",
+        "*_, example = [None, *_examples_of(fields, place, Remarks())]",
+        "example, *_ = [*_examples_of(fields, place, Remarks()), None]",
+    ),
+    Mutation(
         "a chat forgets its own answers",
         "run/talk.py",
         "self.messages = [*asked, {",

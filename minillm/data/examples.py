@@ -270,6 +270,22 @@ def _examples_of(fields: Any, place: str, remarks: Remarks) -> Iterator[Example]
         yield _chat_example(said, "")
 
 
+def example_of(fields: dict[str, Any], place: str) -> Example:
+    """Make the example of one row that was not read from a file: of a chat, that of its last answer.
+
+    Args:
+        fields: A row as `read_examples` reads it.
+        place: What to call the row in messages.
+
+    Raises:
+        DataError: The row cannot be read.
+    """
+    *_, example = [None, *_examples_of(fields, place, Remarks())]
+    if example is None:
+        raise DataError(f"{place}: messages has no answer that is not blank, and does not end with the user's turn")
+    return replace(example, place=place)
+
+
 def _teacher_of(fields: dict[str, Any]) -> str | None:
     return None if fields.get("teacher") is None else str(fields["teacher"])
 

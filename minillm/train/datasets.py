@@ -9,7 +9,9 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.encoding import encoder_of
+from minillm.data.examples import Prompt, example_of
 from minillm.data.lazy import IN_MEMORY, LazySequence
+from minillm.data.templates import render, render_answer
 from minillm.data.text import TextBlocks
 from minillm.errors import InputError
 from minillm.loss.config import Objective
@@ -61,7 +63,8 @@ def tokenize_prompts(dataset: Sequence[dict[str, Any]], tokenizer: Any, max_prom
     """Token ids of every prompt of a data set; if it is large, they are made when they are asked for.
 
     Args:
-        dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages.
+        dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages; or with `messages`, of
+            which what comes before the last answer is the prompt; or with `instruction` and `input`.
         tokenizer: the student's tokenizer.
         max_prompt_tokens: the most tokens of a prompt.
 
@@ -100,11 +103,58 @@ def _prompt_ids(row: dict[str, Any], tokenizer: Any) -> list[int]:
     """Token ids of one row's prompt."""
     if "prompt_ids" in row:
         return list(row["prompt_ids"])
+    if "prompt" not in row and _is_example(row):
+        return render(example_of(row, "a row of train_dataset"), "chat", tokenizer)
     if "prompt" not in row:
-        raise InputError(f"train_dataset: a row needs prompt or prompt_ids; it has {', '.join(row)}")
+        raise InputError(
+            "train_dataset: a row needs prompt or prompt_ids, or messages, or instruction; it has " + ", ".join(row)
+        )
     if isinstance(row["prompt"], str):
         return encoder_of(tokenizer).document(row["prompt"])
     return encoder_of(tokenizer).chat(row["prompt"], "a prompt of train_dataset")
+
+
+def _is_example(row: dict[str, Any]) -> bool:
+    """Whether a row is one that recipes read, or of TRL's chats: `render` and its chat template make its tokens."""
+    return row.get("messages") is not None or row.get("instruction") is not None
+
+
+def tokenize_answered(dataset: Sequence[dict[str, Any]], tokenizer: Any) -> Sequence[dict[str, Any]]:
+    """Rows with `prompt_ids` and `response_ids` of rows in any form that has a prompt and its answer.
+
+    Args:
+        dataset: rows with `prompt_ids` and `response_ids`, which are returned as they are; or with `messages`, of which
+            the last answer is the response; or with `instruction`, `input` and `output`; or TRL's `prompt` and
+            `completion`, both as text or both as messages.
+        tokenizer: the student's tokenizer, whose chat template renders what is not plain text.
+
+    Raises:
+        InputError, DataError: naming the row that has no answer, or cannot be read.
+    """
+    if len(dataset) == 0 or "prompt_ids" in dataset[0]:
+        return dataset
+    return [_answered(dataset[number], tokenizer, f"train_dataset row {number}") for number in range(len(dataset))]
+
+
+def _answered(row: dict[str, Any], tokenizer: Any, place: str) -> dict[str, Any]:
+    kept = {"teacher": row["teacher"]} if row.get("teacher") is not None else {}
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        encoder = encoder_of(tokenizer)
+        response = [*encoder.text(completion, first=not prompt), tokenizer.eos_token_id]
+        return {"prompt_ids": encoder.document(prompt), "response_ids": response, **kept}
+    if isinstance(prompt, list) and isinstance(completion, list):
+        row = {"messages": [*prompt, *completion]}
+    elif not _is_example(row):
+        raise InputError(
+            f"{place}: a row needs prompt_ids and response_ids, or prompt and completion, or messages, or instruction "
+            f"and output; it has {', '.join(row)}"
+        )
+    example = example_of(row, place)
+    if not example.output:
+        raise InputError(f"{place}: there is no answer to train on")
+    rendered = Prompt(example, render(example, "chat", tokenizer))
+    return {"prompt_ids": rendered.ids, "response_ids": render_answer(rendered, "chat", tokenizer), **kept}
 
 
 def pack_text_dataset(

@@ -47,6 +47,7 @@ from minillm.train.pair import TeacherSource, teacher_names
 from minillm.train.rollout_checkpoint import RolloutCheckpoint, saved_on_engine_error
 from minillm.train.schedule import BatchSchedule, MicroBatch
 from minillm.train.signal_monitor import SignalMonitor
+from minillm.train.trl_names import accepts_trl_names
 
 
 class MiniLLMTrainer(DistillationTrainer):
@@ -64,14 +65,12 @@ class MiniLLMTrainer(DistillationTrainer):
         args: the arguments of the training.
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are sampled.
-        train_dataset: rows with `prompt_ids`, or with `prompt` as text or as a list of chat messages. With several
-            teachers these rows, `responses` and `eval_dataset` have `teacher` too.
+        train_dataset: rows as `tokenize_prompts` reads them; with `teacher` for several, as in the other data sets.
         text_dataset: rows with `text`, for the language-model term; each update reads as many blocks as responses.
-            Of a stream (which has no length), only what `max_steps` updates need is read.
         responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
         processing_class: the student's tokenizer; by default the one in its folder.
         engine: an engine that samples, with a teacher where one is mixed in; by default one is started at first use.
-        **kwargs: further parameters of `DistillationTrainer`.
+        **kwargs: further parameters of `DistillationTrainer`, and TRL's `teacher_model` and `peft_config`.
 
     Attributes:
         rollouts: this process's rollouts of the current batch.
@@ -84,6 +83,7 @@ class MiniLLMTrainer(DistillationTrainer):
             other.
     """
 
+    @accepts_trl_names
     def __init__(
         self,
         model: str | PreTrainedModel,

@@ -17,9 +17,10 @@ from minillm.loss.terms import extra_divergence
 from minillm.teacher.routed import join_states
 from minillm.train.base import DistillationTrainer
 from minillm.train.checks import check_teacher_names
-from minillm.train.datasets import longest_row
+from minillm.train.datasets import longest_row, tokenize_answered
 from minillm.train.finite import listed
-from minillm.train.pair import TeacherSource, teacher_names
+from minillm.train.pair import TeacherSource, resolve_tokenizer, teacher_names
+from minillm.train.trl_names import accepts_trl_names
 
 
 class SupervisedTrainer(DistillationTrainer):
@@ -30,18 +31,19 @@ class SupervisedTrainer(DistillationTrainer):
         teacher: the teacher, given in the same ways, or a `ServedTeacher` whose servers return states; a mapping of
             several by name; None for the base model of a student with an adapter.
         args: the arguments of the training.
-        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included), and with `teacher` if there are
-            several, as in `eval_dataset`. Each epoch leaves out the rows that do not fill a last update; they differ
-            between epochs.
+        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included), or in another form that
+            `tokenize_answered` reads; and with `teacher` if there are several, as in `eval_dataset`. Each epoch leaves
+            out the rows that do not fill a last update; they differ between epochs.
         cross_entropy: λ; at 1 the teacher is not read.
         divergence: D, the forward KL by default, at `temperature`.
         cross_entropy_temperature: divides the student's logits in CE.
-        **kwargs: further parameters of `DistillationTrainer`.
+        **kwargs: further parameters of `DistillationTrainer`, and TRL's `teacher_model` and `peft_config`.
 
     Raises:
         InputError: there are fewer rows than one update needs, or a row does not name one of several teachers.
     """
 
+    @accepts_trl_names
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -56,6 +58,8 @@ class SupervisedTrainer(DistillationTrainer):
     ) -> None:
         rows = {"train_dataset": train_dataset, "eval_dataset": kwargs.get("eval_dataset")}
         check_teacher_names(teacher_names(teacher), rows)
+        if len(train_dataset) and "prompt_ids" not in train_dataset[0]:
+            train_dataset = tokenize_answered(train_dataset, resolve_tokenizer(model, kwargs.get("processing_class")))
         longest = longest_row(train_dataset)
         super().__init__(model, teacher, args, train_dataset=train_dataset, longest=longest, **kwargs)
         _ = self.states_teacher  # refuses log-probabilities of some tokens before anything is trained

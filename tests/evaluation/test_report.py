@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from html import escape
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,14 @@ def test_every_metric_is_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[
     models = {"one": {"some": {metric.key: score for metric in METRICS}}}
     found = {"models": models, "prompts": {"some": 2}, "seeds": [1], "compared_with": "one", "differences": {}}
     write_json(tmp_path / "suite" / "results.json", found)
-    page = write_suite_report(tmp_path / "suite").read_text()
-    assert all(f"<th>{escape(metric.title)}</th>" in page for metric in METRICS)
+    page = unescape(write_suite_report(tmp_path / "suite").read_text())
+    assert all(f"<th>{metric.title}</th>" in page for metric in METRICS)
     interval = {"mean": 1.0, "low": 0.5, "high": 1.5}
     results: dict[str, Any] = {"models": {"one": {metric.key: interval for metric in HELD_OUT}}}
     write_json(tmp_path / "run" / "results.json", results | {"prompts": 1, "seeds": [1, 2]})
     state(tmp_path / "run")
-    page = write_run_report(tmp_path / "run").read_text()
-    assert all(f"<th>{escape(metric.title)}</th>" in page for metric in HELD_OUT)
+    page = unescape(write_run_report(tmp_path / "run").read_text())
+    assert all(f"<th>{metric.title}</th>" in page for metric in HELD_OUT)
     assert page.count("[0.50, 1.50]") == len(HELD_OUT)
     show_results(tmp_path / "run")
     shown = capsys.readouterr().out

@@ -256,7 +256,7 @@ def test_wrong_sizes_are_refused_by_name(pair: tuple[str, str], tmp_path: Path) 
         make(train_dataset=[PROMPTS[0], {"prompt": " ".join(["w1"] * 9)}])
     with pytest.raises(ValueError, match="exceed the student's context of 256"):
         make(rollout={"max_new_tokens": 250})
-    with pytest.raises(ValueError, match="a row needs prompt or prompt_ids; it has text"):
+    with pytest.raises(ValueError, match="a row needs prompt or prompt_ids, or messages, or instruction; it has text"):
         make(train_dataset=[{"text": "w1"}])
     with pytest.raises(ValueError, match="train_dataset is empty"):
         make(train_dataset=[])
