@@ -33,7 +33,8 @@ _VALIDATION_SETTINGS = (
     "rollout.stop",
 )
 _RECORDED_LATER = ("rollout.engine", "teacher.quantization")  # of what validation reads: since format 2
-# Settings of where and when responses are sampled and scored, not from what. A run may continue with others.
+# Settings of where and when responses are sampled and scored, not from what; and of what is only measured. A run may
+# continue with others.
 _OPERATIONAL = frozenset(
     f"rollout.{name}"
     for name in (

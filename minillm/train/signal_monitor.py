@@ -14,7 +14,9 @@ class SignalMonitor:
     `long_term_share`: the squared norm of the expected gradient of the long-term term, as a multiple of that of the
     single-step term. `long_term_signal` and `single_step_signal`: the part of each term's squared gradient, in one
     update, that different responses agree on; the rest is noise. All are of the gradient of the head's weight, and
-    estimates: over few responses they can lie below 0. The gradient is computed twice in the updates that are measured.
+    estimates: over few responses they can lie below 0, and where the single step's does, the share is not logged.
+    Several responses to one prompt agree on what is due to the prompt, which then counts as signal. The gradient by the
+    logits is computed twice in the updates that are measured.
 
     Args:
         every: the number of updates from one measurement to the next; 0 for none.
@@ -49,6 +51,7 @@ class SignalMonitor:
         for sums in gather(self._sums):
             everywhere.add(sums)
         signal, norms = everywhere.signal()
-        self._metrics.add_mean("long_term_share", float(signal[0]), float(signal[1]))
+        if signal[1] > 0:  # a share of what could not be told from nothing would be no number
+            self._metrics.add_mean("long_term_share", float(signal[0]), float(signal[1]))
         for name, of_part, norm in zip(PARTS, signal, norms, strict=True):
             self._metrics.add_mean(f"{name}_signal", float(of_part), float(norm))

@@ -61,6 +61,7 @@ def stale(recipe: Path, *overrides: str) -> list[str]:
             None,
         ),
         (["teacher.top_k=3"], None),
+        (["objective.signal_every=4"], None),
         (["rollout.engine_memory=3", "training.eval_strategy=epoch", "data.validation_limit=1"], None),
         (["training.max_steps=20"], "minillm"),
         (["training.learning_rate=1e-3"], "minillm"),
