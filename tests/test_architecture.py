@@ -22,7 +22,7 @@ from minillm.run.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 # Each floor may import from those below it (to its left), and from itself.
 FLOORS = [
-    "errors config redaction",
+    "errors config redaction distribution",
     "data",
     "models",
     "loss",
@@ -31,23 +31,34 @@ FLOORS = [
     "evaluation",
     "train",
     "run",
+    "commands",
     "cli",
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Read by everything, so that a typing error in a recipe costs no import of torch.
 LIGHT = [
     "minillm.cli",
+    "minillm.commands.app",
+    "minillm.commands.check",
+    "minillm.commands.init",
+    "minillm.commands.recipes",
+    "minillm.commands.schema",
+    "minillm.commands.show",
     "minillm.config",
+    "minillm.distribution",
     "minillm.errors",
     "minillm.redaction",
     "minillm.run.experiments.config",
     "minillm.run.recipe",
     "minillm.run.recipe_file",
+    "minillm.run.resolved",
+    "minillm.run.schema",
+    "minillm.run.shipped",
     "minillm.run.stages",
 ]
 # What engines need is told without torch. `minillm plan` itself imports torch once its recipe is read: it asks torch for
 # the GPUs of this machine, and counts what autograd keeps on fake tensors.
-WITHOUT_TORCH = ["minillm.rollout.engines.base", "minillm.rollout.engines.vllm_memory"]
+WITHOUT_TORCH = ["minillm.rollout.engines.base", "minillm.rollout.engines.vllm_memory", "minillm.run.watch"]
 # Packages that are optional.
 OPTIONAL = {
     "bitsandbytes",
@@ -70,6 +81,7 @@ LATE = {
 }
 # Private names of other libraries that have no public counterpart.
 PRIVATE = {
+    ("minillm.loss.sparse", "_replace"): "of a named tuple, where it is public",
     ("minillm.loss.teacher_spans", "_replace"): "of a named tuple, where it is public",
     ("minillm.rollout.engines.vllm_pair_samplers", "_replace"): "of a named tuple, where it is public",
     ("minillm.models.device", "_is_mkldnn_bf16_supported"): "PyTorch has no public question",

@@ -23,23 +23,30 @@ from minillm.rollout.engines.choose import ENGINES
 from minillm.run.experiments.config import Comparison, Method
 from minillm.run.recipe import Recipe
 from minillm.run.stages import NAMES, STAGES
+from minillm.run.stages.logits import LogitsConfig
+from minillm.run.stages.pretrain import PretrainConfig
 from minillm.run.stages.responses import ResponsesConfig
 from minillm.run.stages.stage import Stage
 from minillm.run.stages.warmup import WarmupConfig
-from minillm.teacher.config import TeacherConfig, TeachersConfig
+from minillm.teacher.config import SamplerConfig, TeacherConfig, TeachersConfig
+from minillm.train.alpha import AlphaConfig
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
     AdapterConfig,
+    AlphaConfig,
     Comparison,
     DataConfig,
     DivergenceConfig,
     EvaluateConfig,
+    LogitsConfig,
     Method,
     Objective,
+    PretrainConfig,
     Recipe,
     ResponsesConfig,
     RolloutConfig,
+    SamplerConfig,
     StudentConfig,
     Suite,
     TeacherConfig,

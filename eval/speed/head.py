@@ -21,9 +21,10 @@ import torch
 from measure import alternate, in_fresh_process, median, peak_extra_bytes
 from torch import Tensor
 
-from minillm.loss.token_scores import ScoreGradients, TokenScores, token_scores
-from minillm.models.device import cpu_multiplies_bfloat16, float32_from_bfloat16_products, machine
-from minillm.models.head import Head, TeacherStates
+from minillm.loss.elementwise import Precision
+from minillm.loss.token_scores import ScoreGradients, TokenScores, chunk_of, token_scores
+from minillm.models.device import cpu_multiplies_bfloat16, float32_from_bfloat16_products, large_blocks_kept, machine
+from minillm.models.head import Head, TeacherStates, project, project_back
 
 
 @dataclass
@@ -102,17 +103,22 @@ def liger(p: Problem) -> None:
 
 def floor(p: Problem) -> None:
     """Compute the logits of both models and the two matmuls of the gradient, in chunks and with products as in ours."""
-    on_cpu, rounded = not p.hidden.is_cuda, p.hidden.dtype == torch.bfloat16
-    weight, teacher_weight, hidden, teacher_hidden = (
-        tensor.detach().float() if on_cpu else tensor.detach()
-        for tensor in (p.weight, p.teacher_weight, p.hidden, p.teacher_hidden)
-    )
-    with float32_from_bfloat16_products(on_cpu and rounded):
-        for states, teacher_states in zip(hidden.split(512), teacher_hidden.split(512), strict=True):
-            logits = states @ weight.t()
-            torch.mm(teacher_states, teacher_weight.t())
-            torch.mm(logits, weight)
-            torch.mm(logits.t(), states)
+    precision, vocabulary = Precision.of(p.hidden), p.weight.shape[0]
+    weight, teacher_weight = precision.factor(p.weight), precision.factor(p.teacher_weight)
+    total = torch.zeros_like(p.weight, dtype=precision.wide)
+    states, teacher_states = (each.detach().to(precision.matmul) for each in (p.hidden, p.teacher_hidden))
+    size = chunk_of(vocabulary, gpu=p.hidden.is_cuda)
+    on_cpu = not p.hidden.is_cuda
+    with float32_from_bfloat16_products(on_cpu and precision.rounded), large_blocks_kept(on_cpu):
+        for own, others in zip(states.split(size), teacher_states.split(size), strict=True):
+            logits = project(own, weight)
+            project(others, teacher_weight)
+            grad = logits.to(precision.matmul)
+            project_back(grad, weight)
+            if grad.dtype == total.dtype:
+                total.addmm_(grad.t(), own)
+            else:
+                total += grad.t() @ own
 
 
 def contenders() -> dict[str, Callable[[Problem], None]]:

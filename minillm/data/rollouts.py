@@ -30,6 +30,25 @@ class TeacherRows:
 
 
 @dataclass
+class SparseTargets:
+    """A distribution of the next token at each of N positions, as a few tokens with weights; all others have weight 0.
+
+    The weights alone decide what they stand for: one token of weight 1 is a hard label, a teacher's most likely tokens
+    renormalised are the targets of arXiv 2410.16215, counts of draws those of RS-KD (arXiv 2503.16870), and the
+    samplers of `minillm.teacher.sampling` an unbiased estimate of p.
+
+    Attributes:
+        ids: token ids. A token may occur twice in a row; its weights then add up.
+        weights: float32, the weight of each token; a slot that is not needed has weight 0.
+        entropy: float32, the entropy of the distribution that they stand for, in nats, if it is known.
+    """
+
+    ids: Int[Tensor, "tokens slots"]
+    weights: Float[Tensor, "tokens slots"]
+    entropy: Float[Tensor, " tokens"] | None = None
+
+
+@dataclass
 class TeacherTargets:
     """What a teacher returns about one response of T tokens.
 
@@ -78,6 +97,7 @@ class Rollout:
         teacher_name: the teacher that scores the response, where there are several; None where there is one.
         row: the row of the training data, or of the given responses, that it belongs to; None if that is not known.
         entropy: float32, entropy of the student's distribution after each prefix, in nats; None where nobody needs it.
+        advantage: float32, A_t when the student first trained on the response; None until then. It is only shown.
     """
 
     prompt_ids: list[int]
@@ -92,6 +112,7 @@ class Rollout:
     teacher_name: str | None = None
     row: int | None = None
     entropy: Float[Tensor, " tokens"] | None = None
+    advantage: Float[Tensor, " tokens"] | None = None
 
     @classmethod
     def drawn(
@@ -137,9 +158,10 @@ class Rollout:
     def to_saved(self) -> dict[str, Any]:
         """The fields for a checkpoint.
 
-        The teacher's targets are left out: they are large, and the teacher returns them again.
+        The teacher's targets are left out: they are large, and the teacher returns them again. So is the advantage,
+        which is only shown.
         """
-        return {name: value for name, value in vars(self).items() if name != "teacher"}
+        return {name: value for name, value in vars(self).items() if name not in ("teacher", "advantage")}
 
     @classmethod
     def from_saved(cls, fields: Mapping[str, Any]) -> Rollout:

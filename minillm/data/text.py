@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from minillm.data.encoding import encoder_of
 from minillm.data.lazy import IN_MEMORY
 from minillm.data.seeding import ShuffledPasses
+from minillm.errors import InputError
 
 _TOKENS_IN_MEMORY = 1 << 22  # of a stream, which does not say how many rows it has: 16 MB, and seconds to tokenise
 Block: TypeAlias = "list[array[int]]"
@@ -72,6 +73,7 @@ class TextBlocks:
 
     Attributes:
         share_rows: The argument `several`.
+        each: Blocks of one update, over all processes.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class TextBlocks:
         updates: int,
         several: bool,
     ) -> None:
-        self.share_rows, self._each, self._seed = several, each, seed
+        self.share_rows, self.each, self._seed = several, each, seed
         endless = not hasattr(dataset, "__len__")
         needed = updates * each * block if endless and updates > 0 else math.inf
         encoder = encoder_of(tokenizer)
@@ -104,10 +106,10 @@ class TextBlocks:
 
     def __bool__(self) -> bool:
         """Whether there is at least one block."""
-        return self._has(0)
+        return self.has(0)
 
-    def _has(self, block: int) -> bool:
-        """Whether there is a block of this number; blocks up to it are packed now."""
+    def has(self, block: int) -> bool:
+        """Return whether there is a block of this number. Blocks up to it are packed now."""
         while len(self._blocks) <= block and (packed := next(self._packer, None)) is not None:
             self._blocks.append(packed)
         return len(self._blocks) > block
@@ -122,11 +124,39 @@ class TextBlocks:
 
     def of_update(self, update: int) -> list[int]:
         """Return the numbers of the blocks that all processes together take for an update, counted from 0."""
-        return [self._at(turn) for turn in range(update * self._each, (update + 1) * self._each)]
+        return [self._at(turn) for turn in range(update * self.each, (update + 1) * self.each)]
+
+    def passes_of_update(self, update: int) -> list[int]:
+        """Return the number of the pass over all blocks that each block of `of_update` belongs to, counted from 0."""
+        turns = range(update * self.each, (update + 1) * self.each)
+        # While documents are left to pack, `has` is true of every turn that `_at` was asked for.
+        return [0 if self.has(turn) else turn // len(self._blocks) for turn in turns]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all blocks are known: those of a small data set are packed as a whole."""
+        return not isinstance(self._blocks, _BlockFile)
+
+    def require(self, blocks: int) -> None:
+        """Check that there are enough blocks for one update.
+
+        Raises:
+            InputError: There are fewer.
+        """
+        if not self.has(blocks - 1):
+            raise InputError(
+                f"the text has {len(self._blocks)} blocks, fewer than the {blocks} of one update "
+                "(per_device_train_batch_size × gradient_accumulation_steps × processes): give more text, or a smaller "
+                "block"
+            )
+
+    def __len__(self) -> int:
+        """Return the number of blocks that have been packed: of a small data set, all."""
+        return len(self._blocks)
 
     def _at(self, turn: int) -> int:
         """The number of the block at a turn of the endless sequence of passes over the blocks."""
-        if isinstance(self._blocks, _BlockFile) and self._has(turn):
+        if isinstance(self._blocks, _BlockFile) and self.has(turn):
             return turn
         if self._passes is None:  # all documents of a large data set have been packed
             self._passes = ShuffledPasses(len(self._blocks), self._seed, "text")

@@ -27,11 +27,13 @@ class Metric:
         unit: Unit in tables; empty where the label needs none.
         per: How answers are reduced to one number: `answer`: the mean of one value per answer; `token`: the sum of one
             value per answer, divided by the number of response tokens; `seed`: one value of all answers of a seed
-            together; `choice`: one value of all rows of a classification by choice (`minillm.evaluation.choices`).
+            together; `choice`: one value of all rows of a classification by choice (`minillm.evaluation.choices`);
+            `oracle`: one value of KL(p‖q) along answers of the model (`own`) and of the teacher (`oracle`).
         score: For metrics per `answer`: computes an answer's value from its text and its references. The value is kept
             in the answer's row, and answers without references have none.
         value: For metrics per `answer` that need no references: computes an answer's value from its row; by default the
-            row's entry `key`. For metrics per `seed` and per `choice`: computes the number from a list of rows.
+            row's entry `key`. For metrics per `seed`, `choice` and `oracle`: computes the number from a list of rows.
+        needs: For metrics per `answer`: the entry of a row without which an answer has no value.
         scale: Factor from an answer's value to `unit`, for metrics per `answer`.
         held_out: Whether the evaluation of a run's held-out prompts and validation in training report it too, beside
             suites of test sets. This is possible for metrics per `answer` and per `token`.
@@ -44,9 +46,10 @@ class Metric:
     key: str
     label: str
     unit: str
-    per: Literal["answer", "token", "seed", "choice"]
+    per: Literal["answer", "token", "seed", "choice", "oracle"]
     score: Callable[[str, Sequence[str]], float] | None = None
     value: Callable[[Any], float] | None = None
+    needs: str | None = None
     scale: float = 1.0
     held_out: bool = False
     greater_is_better: bool | None = None
@@ -190,9 +193,41 @@ METRICS = (
     Metric("exact_match", "exact match", "%", "answer", score=exact_match, greater_is_better=True),
     Metric("reverse_kl", "KL(q‖p)", "nats a token", "token", held_out=True, greater_is_better=False, compared=True),
     Metric("forward_kl", "KL(p‖q)", "nats a token", "token", greater_is_better=False),
+    Metric(
+        "reverse_kl_mean",
+        "KL(q‖p)",
+        "nats a token, mean of answers",
+        "answer",
+        value=lambda row: row["reverse_kl"] / len(row["ids"]),
+        needs="reverse_kl",
+        greater_is_better=False,
+    ),
+    Metric(
+        "reverse_kl_answer",
+        "KL(q‖p)",
+        "nats an answer",
+        "answer",
+        value=lambda row: row["reverse_kl"],
+        needs="reverse_kl",
+    ),
+    Metric(
+        "teacher_forward_kl",
+        "KL(p‖q)",
+        "nats a token of the teacher's answers",
+        "oracle",
+        value=lambda rows: sum(sum(row["oracle"]) for row in rows) / sum(len(row["oracle"]) for row in rows),
+        greater_is_better=False,
+    ),
     Metric("distinct_4", "distinct-4", "%", "seed", value=lambda rows: distinct_n([row["ids"] for row in rows])),
     Metric("finished", "finished", "%", "answer", scale=100, held_out=True, greater_is_better=True, compared=True),
     Metric("length", "length", "tokens", "answer", value=lambda row: len(row["ids"]), held_out=True),
+    Metric(
+        "length_ratio",
+        "length",
+        "of the teacher's",
+        "oracle",
+        value=lambda rows: sum(len(row["own"]) for row in rows) / sum(len(row["oracle"]) for row in rows),
+    ),
     Metric(
         "ece",
         "ECE",

@@ -74,7 +74,7 @@ def per_prompt(groups: Sequence[Sequence[Row]], metric: Metric) -> Floats:
 
 
 def per_seed(groups: Sequence[Sequence[Row]], metric: Metric) -> list[float]:
-    """One value per seed, in the metric's unit; empty if no answer has a value.
+    """One value for each seed with a measured answer, in the metric's unit.
 
     Args:
         groups: Answers by seed.
@@ -84,7 +84,7 @@ def per_seed(groups: Sequence[Sequence[Row]], metric: Metric) -> list[float]:
         assert metric.value is not None
         return [metric.value(rows) for rows in groups]
     measured = [[metric.of_answer(row) for row in rows if _has(row, metric)] for rows in groups]
-    return [metric.scale * float(np.mean(values)) for values in measured] if measured[0] else []
+    return [metric.scale * float(np.mean(values)) for values in measured if values]
 
 
 def per_token(rows: Sequence[Row], metric: Metric) -> float:
@@ -97,6 +97,8 @@ def per_token(rows: Sequence[Row], metric: Metric) -> float:
 
 
 def _has(row: Row, metric: Metric) -> bool:
+    if metric.needs is not None:  # null where it was not finite
+        return row.get(metric.needs) is not None
     return metric.score is None or metric.key in row
 
 

@@ -95,19 +95,21 @@ def _results(suite: Suite, sets: Mapping[str, list[Example]], names: Sequence[st
 
 def _set_scores(suite: Suite, key: str, groups: Groups, store: AnswerStore) -> dict[str, Any]:
     """The scores of one model on one set."""
-    choices = store.file(part(key, "choices"))
-    choice_rows = store.read(part(key, "choices")) if suite.sets[key].choices and choices.is_file() else []
+    choices, exposure = (store.file(part(key, kind)).is_file() for kind in ("choices", "exposure"))
+    whole = {
+        "choice": store.read(part(key, "choices")) if suite.sets[key].choices and choices else [],
+        "oracle": store.read(part(key, "exposure")) if suite.exposure_bias and exposure else [],
+    }
     out: dict[str, Any] = {
         metric.key: found
         for metric in METRICS
-        if (found := _reduced(metric, groups, choice_rows, suite.bootstrap)) is not None
+        if (found := _reduced(metric, groups, whole, suite.bootstrap)) is not None
     }
     referenced = [[row for row in rows if HEADLINE.key in row] for rows in groups]
     if referenced[0]:
         out["not_latin"] = sum(not is_latin(" ".join(row["references"])) for row in referenced[0])
         out[f"{HEADLINE.key}_by_reference_words"] = _by_reference_words(referenced)
-    if suite.exposure_bias and store.file(part(key, "exposure")).is_file():
-        rows = store.read(part(key, "exposure"))
+    if rows := whole["oracle"]:
         own, oracle = [row["own"] for row in rows], [row["oracle"] for row in rows]
         out["excess_error"] = {
             "by_position": excess_error(own, oracle, suite.max_new_tokens).tolist(),
@@ -116,11 +118,14 @@ def _set_scores(suite: Suite, key: str, groups: Groups, store: AnswerStore) -> d
     return out
 
 
-def _reduced(metric: Metric, groups: Groups, choice_rows: list[Row], times: int) -> dict[str, Any] | None:
-    """The value of a metric for one model and one set; None where it was not measured."""
-    if metric.per == "choice":
+def _reduced(metric: Metric, groups: Groups, whole: Mapping[str, list[Row]], times: int) -> dict[str, Any] | None:
+    """The value of a metric for one model and one set; None where it was not measured.
+
+    `whole` has the rows of metrics that are computed of all rows together, by the kind of metric.
+    """
+    if metric.per in whole:
         assert metric.value is not None
-        return {"mean": metric.value(choice_rows)} if choice_rows else None
+        return {"mean": metric.value(whole[metric.per])} if whole[metric.per] else None
     if metric.per == "token":  # measured for one seed only
         measured = next((rows for rows in groups if metric.key in rows[0]), None)
         return None if measured is None else {"mean": scores.per_token(measured, metric)}

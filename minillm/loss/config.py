@@ -27,6 +27,12 @@ read without importing torch, so the names cannot be taken from there. A diverge
 field of `DivergenceConfig`, which documents that parameter.
 """
 
+NOT_LINEAR = (
+    "weights of a few tokens are an estimate of p that is unbiased only in what is linear in p: the forward KL and the "
+    "cross-entropy. For any other divergence take the live teacher"
+)
+"""Why a store gives no other divergence."""
+
 
 class DivergenceConfig(Section):
     """A divergence between the student's distribution q and the teacher's distribution p of the next token.
@@ -183,6 +189,10 @@ class Objective(Section):
     """Divides the logits in the language-model term. The other terms use `rollout.temperature`."""
     language_model_block: Annotated[int, Field(ge=2)] = 512
     """Number of tokens in a block of text. Documents are packed into blocks and do not attend to each other."""
+    signal_every: Annotated[int, Field(ge=0)] = 0
+    """Every how many updates the long-term term is measured: its share of the gradient, and how much of it is signal
+    rather than noise (`long_term_share`, `long_term_signal`, `single_step_signal` in the log). An update that is
+    measured computes the gradient by the logits twice. 0: never. It changes nothing that is trained."""
     normalise: Literal["update_tokens", "micro_batch_tokens"] = "update_tokens"
     """What sums over tokens are divided by. `update_tokens`: the number of tokens of the whole weight update, over all
     processes. `micro_batch_tokens`: the number in each micro-batch, as in LMOps."""
@@ -255,6 +265,8 @@ class Objective(Section):
                 "advantage: fixed has no rewards to weight or to count: set length_norm: false, and importance: token "
                 "or none"
             )
+        if self.signal_every and not self.long_term:
+            raise InputError("signal_every measures the long-term term, and there is none: set long_term, or 0")
         if self.trace < 1 and self.baseline != "value":
             raise InputError("trace puts a value in place of later rewards: set baseline: value, or trace: 1")
         if self.baseline == "value" and (self.length_norm or self.return_from == "current"):

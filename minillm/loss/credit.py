@@ -54,7 +54,7 @@ from minillm.loss.config import Objective
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-_WALK = 512  # tokens that `returns` handles at a time
+_WALK = 128  # tokens that `returns` handles at a time, at a cost of the square of it
 # Logarithm of the largest importance weight. Products of such a weight with rewards and hidden states, and the
 # squares of those, are far below the largest float32.
 _MAX_LOG_WEIGHT = 20.0

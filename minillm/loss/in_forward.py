@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, bucket, pad
-from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings, Teacher, TokenScores, token_scores
+from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings, Sketch, Teacher, TokenScores, token_scores
 from minillm.models.head import head_of, hidden_states, unwrap_adapter
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Scoring:
             the student alone.
         loss_fn: Computes the loss. None only scores.
         divergence: An additional divergence to compute.
+        sketch: Sees the gradients of each chunk.
     """
 
     batch: Padded
@@ -45,6 +46,7 @@ class Scoring:
     teacher: Teacher | None = None
     loss_fn: LossFn | None = None
     divergence: Divergence | None = None
+    sketch: Sketch | None = None
 
 
 class _ScoringCall:
@@ -96,6 +98,7 @@ def bind_scoring(model: PreTrainedModel) -> PreTrainedModel:
             loss_fn=asked.loss_fn,
             divergence=asked.divergence,
             settings=asked.settings,
+            sketch=asked.sketch,
         )
         return {"loss": scoring.loss}
 

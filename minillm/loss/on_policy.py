@@ -45,6 +45,7 @@ class OnPolicyLoss:
 
     Attributes:
         reverse_kl: KL(q‖p) at each of the N sampled tokens, complete when all chunks have been scored.
+        advantages: A at each of them, likewise.
         tally: Sums for the metrics, complete when all chunks have been scored.
     """
 
@@ -83,8 +84,8 @@ class OnPolicyLoss:
         rewards = torch.zeros_like(ones) if fixed else credit.precomputed_rewards(tokens, objective)
         if rewards is None and objective.baseline.startswith("whiten"):
             raise InputError(f"baseline: {objective.baseline} needs the rewards before the tokens are scored")
-        self._advantages = None if rewards is None else -ones if fixed else self._known(rewards, slots, total)
-        self.reverse_kl = torch.zeros_like(tokens.student_logprobs)
+        self._known_advantages = None if rewards is None else -ones if fixed else self._known(rewards, slots, total)
+        self.reverse_kl, self.advantages = torch.zeros_like(ones), torch.zeros_like(ones)
         self.tally = Tally()
 
     def __call__(self, part: slice, scores: TokenScores) -> tuple[Tensor, ScoreGradients]:
@@ -102,11 +103,12 @@ class OnPolicyLoss:
         """Return the single-step and long-term terms of a chunk of sampled tokens, and their derivatives."""
         objective, old = self._objective, self._tokens.student_logprobs[part]
         self.reverse_kl[part] = scores.reverse_kl
-        advantages = self._future(part, scores) if self._advantages is None else self._advantages[part]
+        advantages = self._future(part, scores) if self._known_advantages is None else self._known_advantages[part]
         weights = self._weights[part]
         words = objective.credit_for == "words" and self._tokens.is_end is not None
         if words and self._tokens.is_end is not None:
             advantages = advantages.masked_fill(self._tokens.is_end[part], 0.0)
+        self.advantages[part] = advantages
         # A ratio above its limit is replaced by the limit, so that a token far off policy still counts.
         ratio = credit.importance_weights(
             scores.logq - old, objective.importance_truncation if objective.clip is None else None

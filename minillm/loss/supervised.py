@@ -40,13 +40,9 @@ class SupervisedLoss:
             return (ones * -scores.text_logq).sum(), ScoreGradients(text_logq=-ones)
         field, value = single_step_score(self._divergence, scores)
         loss = ones * (self._share * -scores.text_logq + (1 - self._share) * value)
-        if field == "divergence":
-            self.tally.add(divergence=value)
-        self.tally.add(
-            tokens=torch.ones_like(ones),
-            cross_entropy=-scores.text_logq,
-            forward_kl=scores.forward_kl,
-            reverse_kl=scores.reverse_kl,
-            entropy=scores.entropy,
-        )
+        if field not in ("forward_kl", "reverse_kl"):
+            self.tally.add(**{field: value})
+        if field != "target_cross_entropy":  # no teacher says what the divergences are
+            self.tally.add(forward_kl=scores.forward_kl, reverse_kl=scores.reverse_kl)
+        self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, entropy=scores.entropy)
         return loss.sum(), replace(ScoreGradients(text_logq=-ones * self._share), **{field: ones * (1 - self._share)})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minillm.data.rollouts import TeacherRows
+from minillm.data.rollouts import SparseTargets, TeacherRows
 from minillm.errors import InputError
 from minillm.loss.elementwise import Precision, Transforms, complete_with_student
 from minillm.models.head import LogitTransform, TeacherStates, project
@@ -21,9 +21,10 @@ from minillm.models.head import LogitTransform, TeacherStates, project
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-Teacher = TeacherStates | TeacherRows | Sequence[TeacherStates]
-"""Where log p comes from: hidden states and head of a teacher; the log-probabilities that a served teacher gives; or,
-where several teachers score parts of a batch, the states of each part in the order of the tokens."""
+Teacher = TeacherStates | TeacherRows | SparseTargets | Sequence[TeacherStates]
+"""Where log p comes from: hidden states and head of a teacher; the log-probabilities that a served teacher gives;
+weights of a few tokens, as a store keeps them; or, where several teachers score parts of a batch, the states of each
+part in the order of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,19 @@ def teacher_spans(teacher: Teacher | None, num_tokens: int, settings: SpanSettin
     Raises:
         InputError: The states of several teachers are not as many as the tokens.
     """
-    if teacher is None:
+    if teacher is None or isinstance(teacher, SparseTargets):  # these are compared with the student's scores alone
         return [TeacherSpan(0, num_tokens, *settings.transforms(None))]
     if isinstance(teacher, TeacherRows):  # they are log-probabilities already
         return [TeacherSpan(0, num_tokens, *settings.of_rows(), rows=teacher)]
     parts = [teacher] if isinstance(teacher, TeacherStates) else list(teacher)
     dtype, wide, _ = settings.precision
-    # One copy of each head in the dtype of the matrix products, however many spans use it.
+    # One copy of each head as it is multiplied, however many spans use it.
     weights: dict[int, Tensor] = {}
     spans, start = [], 0
     for states in parts:
         head, key = states.head.narrow(settings.width), id(states.head.weight)
         if key not in weights:
-            weights[key] = head.weight.detach().to(dtype)
+            weights[key] = settings.precision.factor(head.weight)
         transforms = settings.transforms(LogitTransform.of(head, settings.student.temperature, wide))
         stop = start + len(states.hidden)
         spans.append(TeacherSpan(start, stop, *transforms, states=states.hidden.to(dtype), weight=weights[key]))

@@ -18,62 +18,26 @@ import torch
 from torch import Tensor
 
 from minillm.loss.elementwise import Derivatives, Measures, Precision, elementwise_functions
+from minillm.loss.gradients import Gradients, scaled
+from minillm.loss.scores import ScoreGradients, TokenScores
+from minillm.loss.sparse import SparseScorer
 from minillm.loss.teacher_spans import SpanSettings, Teacher, TeacherSpan, teacher_spans
 from minillm.loss.words import ChunkLogits, EndTokens
-from minillm.models.device import float32_from_bfloat16_products
+from minillm.models.device import float32_from_bfloat16_products, large_blocks_kept
 from minillm.models.head import Head, LogitTransform, project
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+_POLICY = ("logq", "going_on")  # the scores that a policy gradient is taken of
 CHUNK = 512
-"""Number of tokens in a chunk."""
+"""Number of tokens in a chunk, at most."""
+_CPU_LOGITS = 1 << 25  # of one chunk on a CPU, where more are not quicker
 
 
-@dataclass
-class TokenScores:
-    """Scores of N response tokens, in float32 (float64 for float64 states) and without gradient.
-
-    Without a teacher `logp` equals `logq`, and both KL divergences are zero. No log-probability is below `LOG_ZERO`.
-
-    Attributes:
-        logq: log q(y), the student's log-probability of the token itself.
-        logp: log p(y), the teacher's log-probability of the token itself.
-        reverse_kl: KL(q‖p) of the next-token distributions.
-        forward_kl: KL(p‖q) of the next-token distributions.
-        entropy: Entropy of q.
-        divergence: Values of the additional divergence, if `token_scores` was given one.
-        text_logq: log q(y) at the temperature of text. Equal to `logq` if the temperatures are the same.
-        text_forward_kl: KL(p‖q) at the temperature of text. Equal to `forward_kl` if the temperatures are the same.
-        going_on: log(1 − q(end)), the log-probability that the token is no end token, if there are `end_ids`.
-    """
-
-    logq: Float[Tensor, " tokens"]
-    logp: Float[Tensor, " tokens"]
-    reverse_kl: Float[Tensor, " tokens"]
-    forward_kl: Float[Tensor, " tokens"]
-    entropy: Float[Tensor, " tokens"]
-    divergence: Float[Tensor, " tokens"] | None = None
-    text_logq: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
-    text_forward_kl: Float[Tensor, " tokens"] = None  # pyright: ignore[reportAssignmentType]
-    going_on: Float[Tensor, " tokens"] | None = None
-
-    def __post_init__(self) -> None:
-        if self.text_logq is None:
-            self.text_logq, self.text_forward_kl = self.logq, self.forward_kl
-
-
-@dataclass
-class ScoreGradients:
-    """Derivatives of the loss by each field of `TokenScores` of the same name. None means zero."""
-
-    logq: Float[Tensor, " tokens"] | None = None
-    reverse_kl: Float[Tensor, " tokens"] | None = None
-    forward_kl: Float[Tensor, " tokens"] | None = None
-    divergence: Float[Tensor, " tokens"] | None = None
-    text_logq: Float[Tensor, " tokens"] | None = None
-    text_forward_kl: Float[Tensor, " tokens"] | None = None
-    going_on: Float[Tensor, " tokens"] | None = None
+def chunk_of(vocabulary: int, *, gpu: bool) -> int:
+    """Return the number of tokens in a chunk: fewer on a CPU for a wide vocabulary, whose logits are much memory."""
+    return CHUNK if gpu else max(1, min(CHUNK, _CPU_LOGITS // vocabulary))
 
 
 LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
@@ -81,6 +45,10 @@ LossFn = Callable[[slice, TokenScores], tuple[Tensor, ScoreGradients]]
 
 It is called from the last chunk to the first. A return, which sums over later tokens, is then complete when its token
 is reached."""
+
+Sketch = Callable[[slice, Tensor, Tensor, Tensor], None]
+"""Sees the positions, hidden states, and two gradients by the projections of every chunk: of the part of the loss that
+depends on `logq` and `going_on`, and of the whole. See `minillm.loss.signal`."""
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """Maps logits of student and teacher [chunk, vocab], divided by the temperature, to one value per token [chunk].
@@ -125,6 +93,7 @@ class _Arguments:
     loss_fn: LossFn | None
     divergence: Divergence | None
     settings: ScoringSettings
+    sketch: Sketch | None = None
     scores: TokenScores | None = None
 
 
@@ -137,6 +106,7 @@ def token_scores(
     loss_fn: LossFn | None = None,
     divergence: Divergence | None = None,
     settings: ScoringSettings | None = None,
+    sketch: Sketch | None = None,
 ) -> tuple[Float[Tensor, ""], TokenScores]:
     """Compute the scores of N response tokens, and the gradient of a loss of these scores.
 
@@ -149,16 +119,17 @@ def token_scores(
             of a coarser partition of the vocabulary: they are at most the true ones, and KL(q‖p) is lower than the
             true one by q(others) · KL within the others. The gradients are exactly those of the coarser divergences.
             A sequence of states is of several teachers, each with the next tokens; the heads may differ in all but the
-            vocabulary.
+            vocabulary. `SparseTargets` give `target_cross_entropy` and no other score that compares with a teacher.
         loss_fn: Computes the loss chunk by chunk. None only computes scores, and the returned loss is 0.
         divergence: An additional divergence to compute: any function that autograd can differentiate. It costs some
             passes over the logits of a chunk, and no matrix product.
         settings: Temperatures, size of the vocabulary and of a chunk. Defaults to `ScoringSettings()`.
+        sketch: Sees the gradients of each chunk, for which the elementwise part is differentiated twice.
 
     Returns:
         The loss, a scalar that backpropagates to `hidden`, `head.weight` and `head.bias`; and the scores.
     """
-    arguments = _Arguments(head, targets, teacher, loss_fn, divergence, settings or ScoringSettings())
+    arguments = _Arguments(head, targets, teacher, loss_fn, divergence, settings or ScoringSettings(), sketch)
     loss: Any = _GradientInForward.apply(hidden, head.weight, head.bias, arguments)
     assert arguments.scores is not None
     return loss, arguments.scores
@@ -181,6 +152,7 @@ class _GradientInForward(torch.autograd.Function):
         with (
             torch.autocast(hidden.device.type, enabled=False),
             float32_from_bfloat16_products(on_cpu and precision.rounded),
+            large_blocks_kept(on_cpu and len(hidden) * weight.shape[0] > _CPU_LOGITS),  # several chunks of equal size
         ):
             scorer = _ChunkedScorer(hidden, head, arguments, precision, ctx.needs_input_grad[:3])
             loss = scorer.run()
@@ -196,38 +168,6 @@ class _GradientInForward(torch.autograd.Function):
         grads = [None if grad is None else grad.mul_(upstream).to(dtype) for grad, dtype in ctx.grads]
         ctx.grads = None
         return *grads, None
-
-
-class _Gradients:
-    """The gradients that a call accumulates over its chunks. Each is None if it is not needed."""
-
-    def __init__(self, hidden: Tensor, head: Head, width: int, needed: Sequence[bool], wide: torch.dtype) -> None:
-        by_hidden, by_weight, by_bias = needed
-        self.hidden = torch.empty_like(hidden, dtype=wide) if by_hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=wide) if by_weight else None
-        self.bias = torch.zeros_like(head.bias, dtype=wide) if by_bias and head.bias is not None else None
-        # The gradients have the size of the whole head, so that they need not be padded afterwards. The rows beyond the
-        # vocabulary keep their zeros.
-        self._used_weight = None if self.weight is None else self.weight[:width]
-        self._used_bias = None if self.bias is None else self.bias[:width]
-        self.needed = any(needed)
-
-    def add(self, part: slice, grad: Tensor, states: Tensor, weight: Tensor, unit: Tensor | None) -> None:
-        """Add the gradients of one chunk.
-
-        Args:
-            part: Positions of the chunk's tokens.
-            grad: Gradient by the projections of the chunk [chunk, vocab], in multiples of `unit`.
-            states: Hidden states of the chunk.
-            weight: Weight of the head, without padding.
-            unit: A scalar, or None for 1.
-        """
-        if self.hidden is not None:
-            self.hidden[part] = _scaled(grad @ weight, unit)
-        if self._used_weight is not None:
-            self._used_weight += _scaled(grad.t() @ states, unit)
-        if self._used_bias is not None:
-            self._used_bias += _scaled(grad.to(self._used_bias.dtype).sum(0), unit)
 
 
 @dataclass
@@ -269,25 +209,27 @@ class _ChunkedScorer:
         self._arguments, self._precision = arguments, precision
         self._num_tokens = len(arguments.targets)
         needed = needs_grad if arguments.loss_fn is not None else (False, False, False)
-        self.gradients = _Gradients(hidden, head, width, needed, wide)
+        self.gradients = Gradients(hidden, head, width, needed, wide)
         head = head.narrow(width)
-        self._weight, self._states = head.weight.detach().to(dtype), hidden.detach().to(dtype)
+        self._weight, self._states = precision.factor(head.weight), hidden.detach().to(dtype)
         transform = LogitTransform.of(head, settings.temperature, wide)
         self._text_temperature = settings.other_text_temperature
         self._ends = EndTokens(settings.end_ids, hidden.device, wide) if settings.end_ids else None
         shared = SpanSettings(transform, self._text_temperature, width, precision)
+        self._sparse = SparseScorer.of(arguments.teacher, self._num_tokens, arguments.divergence is not None, wide)
         self._spans = teacher_spans(arguments.teacher, self._num_tokens, shared)
         self.scores = self._empty_scores(hidden)
         self._loss = hidden.new_zeros((), dtype=wide)
-        num_logits = min(settings.chunk, self._num_tokens) * self._weight.shape[0]
+        self._chunk = min(settings.chunk, chunk_of(width, gpu=hidden.is_cuda))
+        num_logits = min(self._chunk, self._num_tokens) * width
         self._measure, self._differentiate = elementwise_functions(num_logits, hidden.device, precision)
 
     def _empty_scores(self, hidden: Tensor) -> TokenScores:
         left_out = {"divergence"} if self._arguments.divergence is None else set()
         if self._text_temperature is None:
             left_out |= {"text_logq", "text_forward_kl"}
-        if self._ends is None:
-            left_out |= {"going_on"}
+        left_out |= {"going_on"} if self._ends is None else set()
+        left_out |= {"target_cross_entropy"} if self._sparse is None else set()
         self._score_names = [field.name for field in fields(TokenScores) if field.name not in left_out]
         shape, wide = (self._num_tokens,), self._precision.wide
         return TokenScores(**{name: hidden.new_zeros(shape, dtype=wide) for name in self._score_names})
@@ -295,7 +237,7 @@ class _ChunkedScorer:
     def run(self) -> Float[Tensor, ""]:
         """Process all chunks from the last to the first, and return the loss."""
         for span in reversed(self._spans):
-            for part in span.chunks(self._arguments.settings.chunk):
+            for part in span.chunks(self._chunk):
                 self._process(part, span)
         return self._loss
 
@@ -309,6 +251,11 @@ class _ChunkedScorer:
             return
         by_score, unit = self._in_units(by_scores, torch.zeros_like(chunk.scores.logq))
         grad = self._projection_gradient(chunk, by_scores, by_score)
+        if self._arguments.sketch is not None:
+            some = {name: value if name in _POLICY else torch.zeros_like(value) for name, value in by_score.items()}
+            given = ScoreGradients(logq=by_scores.logq, going_on=by_scores.going_on)
+            of_policy = self._projection_gradient(chunk, given, some)
+            self._arguments.sketch(part, self._states[part], scaled(of_policy, unit), scaled(grad, unit))
         del chunk  # frees the logits before the matrix products
         self.gradients.add(part, grad, self._states[part], self._weight, unit)
 
@@ -328,6 +275,8 @@ class _ChunkedScorer:
             chunk.text_measures = text_measures
         if self._ends is not None:
             scores.going_on = self._ends.going_on(chunk.logits)
+        if self._sparse is not None:
+            scores.target_cross_entropy = self._sparse.cross_entropy(part, chunk.logits)
         if arguments.divergence is not None:
             with torch.enable_grad():
                 logits = span.transforms.student.logits(student, wide).requires_grad_()
@@ -366,7 +315,12 @@ class _ChunkedScorer:
         dtype, wide, _ = self._precision
         transforms = chunk.span.transforms
         derivatives = Derivatives(by_score["logq"], by_score["reverse_kl"], by_score["forward_kl"])
-        if self._ends is not None and given.going_on is not None and chunk.scores.going_on is not None:
+        if self._sparse is not None:
+            by_target = self._sparse.derivative(given, by_score)
+            grad = self._sparse.differentiate(
+                self._differentiate, chunk.part, chunk.logits, derivatives, by_target, dtype
+            )
+        elif self._ends is not None and given.going_on is not None and chunk.scores.going_on is not None:
             going_on, by_going_on = chunk.scores.going_on, by_score["going_on"]
             grad = self._ends.differentiate(
                 self._differentiate, chunk.logits, derivatives, by_going_on, going_on, dtype
@@ -389,7 +343,3 @@ class _ChunkedScorer:
             [by_logits] = torch.autograd.grad(chunk.divergence, logits, by_score["divergence"])
             grad = grad + (by_logits * transforms.student.slope(logits.detach())).to(dtype)
         return grad
-
-
-def _scaled(value: Tensor, unit: Tensor | None) -> Tensor:
-    return value if unit is None else value.to(unit.dtype) * unit

@@ -54,7 +54,7 @@ class EndTokens:
     def going_on(self, chunk: ChunkLogits) -> Float[Tensor, " chunk"]:
         """Return log(1−h), the log-probability that the response goes on."""
         index = self._ids.expand(len(chunk.targets), -1)
-        logits = _columns(chunk.transforms.student, chunk.student, index, self._wide)
+        logits = columns(chunk.transforms.student, chunk.student, index, self._wide)
         ends = (logits - chunk.measures.lse_q[:, None]).exp().sum(-1)
         rest = torch.log1p(-ends.clamp(max=1 - _LEAST_REST))
         # A word has at most the probability of all words, whatever the rounding of a probability near 1 says.
@@ -87,7 +87,7 @@ class EndTokens:
         elsewhere = Derivatives(shared, derivatives.reverse_kl, derivatives.forward_kl)
         grad = function(student, teacher, targets, measures, elsewhere, transforms, self._wide, dtype)
         index = torch.cat([targets[:, None], self._ids.expand(len(targets), -1)], 1)
-        s, z = (_columns(t, x, index, self._wide) for t, x in zip(transforms, (student, teacher), strict=True))
+        s, z = (columns(t, x, index, self._wide) for t, x in zip(transforms, (student, teacher), strict=True))
         logq = (s - measures.lse_q[:, None]).clamp(min=LOG_ZERO)
         logp = (z - measures.lse_p[:, None]).clamp(min=LOG_ZERO)
         mass = torch.where(torch.isin(index, self._ids), a + g, a - g * odds)
@@ -96,7 +96,7 @@ class EndTokens:
         return grad.scatter_(1, index, (exact * transforms.student.slope(s)).to(dtype))
 
 
-def _columns(
+def columns(
     transform: LogitTransform,
     projected: Float[Tensor, "chunk vocab"],
     index: Int[Tensor, "chunk some"],

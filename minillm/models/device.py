@@ -90,26 +90,45 @@ def keep_freed_memory() -> Iterator[None]:
     of many sizes are allocated, holes that no block fits into add up instead: the quickstart's minillm stage grew from
     5.7 to 10.9 GB in 24 updates, and was hardly faster.
     """
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-
-    def allow(mapped: int, spare: int) -> None:
-        """Set how many blocks may be mapped one by one, and how many free bytes the heap may keep."""
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(mmap_max, mapped)
-            libc.mallopt(trim_threshold, spare)
-
     if torch.cuda.is_available():
         yield
         return
-    allow(0, 2**31 - 1)
+    try:
+        with large_blocks_kept():
+            yield
+    finally:
+        release_memory()
+
+
+@contextlib.contextmanager
+def large_blocks_kept(enabled: bool = True) -> Iterator[None]:
+    """With glibc, keep large freed blocks for the next ones inside the context: for a loop over equal sizes.
+
+    At the end nothing is collected or returned but what lies at the end of the heap.
+
+    Args:
+        enabled: Whether to do so; otherwise the context changes nothing.
+    """
+    if not enabled:
+        yield
+        return
+    _set_malloc(0, 2**31 - 1)
     try:
         yield
     finally:
-        # Once these are set, glibc no longer adapts the size from which blocks are mapped one by one. That costs
-        # memory, not time.
-        allow(65536, 64 << 20)
-        release_memory()
+        # Once it is set, glibc no longer adapts the size from which blocks are mapped one by one: it gets the largest
+        # that it would adapt itself to.
+        _set_malloc(65536, 64 << 20)
+
+
+def _set_malloc(mapped: int, spare: int) -> None:
+    """Set how many blocks may be mapped one by one, and how many free bytes the heap may keep."""
+    mmap_threshold, mmap_max, trim_threshold = -3, -4, -1  # M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(mmap_max, mapped)
+        libc.mallopt(trim_threshold, spare)
 
 
 def machine() -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from minillm.data.batches import Padded, pad
 from minillm.errors import InputError
-from minillm.models.device import float32_from_bfloat16_products
+from minillm.models.device import cpu_multiplies_bfloat16, float32_from_bfloat16_products
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # a sequence that sees another.
 _HEAD_TOLERANCE = 0.05
 _PACKING_TOLERANCE = 0.02
+_BLOCK = 1 << 21  # weights that are converted to float32 at once: 8 MiB
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -232,10 +233,43 @@ def project(
         states: h, the final hidden states of the body.
         weight: W, the weights of the head, which are converted where their dtype is another one.
     """
-    if states.dtype == torch.bfloat16 and states.device.type == "cpu":
+    if states.device.type == "cpu" and torch.bfloat16 in (states.dtype, weight.dtype):
         with float32_from_bfloat16_products():
-            return states.float() @ weight.float().t()
+            return _project_by_blocks(states.float(), weight)
     weight = weight.to(states.dtype)
     if states.is_cuda and states.dtype.itemsize == 2:
         return torch.mm(states, weight.t(), out_dtype=torch.float32)
     return states @ weight.t()
+
+
+def _project_by_blocks(states: Tensor, weight: Tensor) -> Tensor:
+    """Multiply by weights that are converted to float32 block by block, in memory that stays in the cache."""
+    rows = max(1, _BLOCK // weight.shape[1])
+    tracked = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    if weight.dtype == torch.float32 or len(weight) <= rows or tracked:
+        return states @ weight.float().t()
+    out, block = states.new_empty(len(states), len(weight)), states.new_empty(rows, weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        torch.mm(states, block[: len(part)].copy_(part).t(), out=out[:, start : start + len(part)])
+    return out
+
+
+def project_back(
+    grad: Float[Tensor, "tokens vocab"], weight: Float[Tensor, "vocab hidden"]
+) -> Float[Tensor, "tokens hidden"]:
+    """Return G W, the gradient by the states of a loss with the gradient G by h Wᵀ.
+
+    Args:
+        grad: G.
+        weight: W. In bfloat16 on a CPU, the result is rounded to bfloat16 too, which the states are as well.
+    """
+    if grad.dtype == weight.dtype:
+        return grad @ weight
+    if cpu_multiplies_bfloat16():
+        return grad.to(weight.dtype) @ weight
+    rows, out = max(1, _BLOCK // weight.shape[1]), grad.new_zeros(len(grad), weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = weight[start : start + rows]
+        out.addmm_(grad[:, start : start + len(part)], part.to(grad.dtype))
+    return out

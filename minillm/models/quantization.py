@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
+from minillm.distribution import install_command
 from minillm.errors import InputError
 
 
@@ -33,7 +34,7 @@ def check_quantization(quantization: str) -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            f"quantization: {quantization} needs bitsandbytes, which is not installed: pip install 'minillm[quantized]'"
+            f"quantization: {quantization} needs bitsandbytes, which is not installed: {install_command('quantized')}"
         )
 
 

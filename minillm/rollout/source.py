@@ -35,6 +35,15 @@ class SampledBatch:
         """The number of response tokens."""
         return sum(len(rollout.response_ids) for rollout in self.rollouts)
 
+    def means(self, update: int) -> dict[str, tuple[float, float]]:
+        """Sums and counts of metrics of the responses, by name, for a batch that is trained on from `update` on."""
+        rollouts, count = self.rollouts, len(self.rollouts)
+        return {
+            "response_length": (self.num_tokens, count),
+            "finished": (sum(rollout.finished for rollout in rollouts), count),
+            "version_lag": (sum(update - rollout.weights_version for rollout in rollouts), count),
+        }
+
     def without_reverse_kl(self) -> SampledBatch:
         """Return the batch without the engine's KL(q‖p), for objectives that take that of the trainer."""
         return replace(self, rollouts=[replace(rollout, reverse_kl=None) for rollout in self.rollouts])

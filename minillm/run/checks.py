@@ -15,6 +15,7 @@ import torch
 
 from minillm.data.config import Source
 from minillm.data.examples import Example
+from minillm.distribution import install_command, shipped_path
 from minillm.errors import DataError, InputError
 from minillm.models.configs import context_length, text_config
 from minillm.models.conventions import Conventions
@@ -55,7 +56,7 @@ def check_sizes(recipe: Recipe) -> None:
     if lora is not None and lora.quantization and any(map(_shards_the_student, arguments)):
         raise InputError(
             "student.lora.quantization: a quantised student cannot be sharded over processes (FSDP, ZeRO-3): use "
-            "recipes/accelerate/8-gpus.yaml"
+            + shipped_path("recipes/accelerate/8-gpus.yaml")
         )
     for stage in _stages(recipe):
         if refusal := stage.refusal(recipe, world_size()):
@@ -63,8 +64,8 @@ def check_sizes(recipe: Recipe) -> None:
     for stage, given in recipe.trainings():
         if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
             raise InputError(
-                f"{stage.training}.deepspeed: DeepSpeed is not installed (pip install deepspeed): leave it out, or use "
-                "FSDP2"
+                f"{stage.training}.deepspeed: DeepSpeed is not installed ({install_command('deepspeed')}): leave it "
+                "out, or use FSDP2"
             )
 
 

@@ -38,8 +38,8 @@ class Run:
         conventions: tokenizer, end tokens, vocabulary size and context, the same for every model.
         untuned, teacher: folder or hub id of the teacher before and after the finetune stage; of several the first.
         teachers: folder or hub id of every teacher by name; a single one has an empty name.
-        start, warmed, fine_tuned, student: those of the student: untrained, after the warmup stage, after sft, and
-            after the minillm stage.
+        start, pretrained, warmed, fine_tuned, student: those of the student: untrained, after the pretrain stage, after
+            the warmup stage, after sft, and after the minillm stage.
         answers: the file of the teacher's responses.
 
     Raises:
@@ -70,7 +70,8 @@ class Run:
         self.teacher = self.folder("finetune") if "finetune" in recipe.stages else self.untuned
         self.teachers = {first[0]: self.teacher, **{name: other.source for name, other in others}}
         self.start = self.folder("student") if pruned else recipe.student.source
-        self.warmed = self.folder("warmup") if "warmup" in recipe.stages else self.start
+        self.pretrained = self.folder("pretrain") if "pretrain" in recipe.stages else self.start
+        self.warmed = self.folder("warmup") if "warmup" in recipe.stages else self.pretrained
         self.fine_tuned = self.folder("sft")
         self.student = self.folder("minillm")
         self.answers = recipe.responses.file or self.dir / "responses.jsonl"

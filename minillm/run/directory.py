@@ -17,6 +17,7 @@ from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import decides_nothing
 from minillm.run.tree import flatten
+from minillm.run.versions import versions
 
 if TYPE_CHECKING:
     from minillm.run.recipe import Recipe
@@ -45,7 +46,7 @@ _OPERATIONAL = frozenset(
         "lora",
         "draft_tokens",  # of earlier versions
     )
-)
+) | {"objective.signal_every"}
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
     places += [
         (source, key) for source in tree["data"].values() if isinstance(source, dict) for key in ("file", "dataset")
     ]
-    places += [(tree["responses"], "file")]
+    places += [(tree["responses"], "file"), (tree["logits"], "folder")]
     if recipe.student.source != "prune":
         places += [(tree["student"], "source")]
     for section, key in places:
@@ -254,6 +255,7 @@ class RunState:
             RunError: the run directory cannot be written.
         """
         self._stages[stage] |= {"finished": True, "seconds": round(seconds, 1), "processes": processes}
+        self._stages[stage]["versions"] = versions()
         self._write()
 
     def settings(self, stage: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from minillm.loss.config import Objective
 from minillm.models.config import StudentConfig
 from minillm.rollout.config import RolloutConfig
 from minillm.run.stages import STAGES, stage_named
+from minillm.run.stages.logits import LogitsConfig
+from minillm.run.stages.pretrain import PretrainConfig
 from minillm.run.stages.responses import ResponsesConfig
 from minillm.run.stages.stage import Stage
 from minillm.run.stages.warmup import WarmupConfig
@@ -42,7 +44,8 @@ class SharedRecipe(Section):
     """Seed of everything random: data order, sampling, adapters."""
     stages: list[StageName] = [stage.name for stage in STAGES if stage.default]
     """What `minillm run` does, in this order. Besides the defaults there are `finetune`, which trains the teacher on
-    the references of the data, and `sft`, which trains the student on them."""
+    the references of the data, `logits` and `pretrain`, which train the student against the teacher on text, and
+    `sft`, which trains the student on the references."""
     data: DataConfig
     """Prompts, references and text."""
     teacher: TeacherSection
@@ -104,9 +107,12 @@ if TYPE_CHECKING:
     class Recipe(SharedRecipe):
         """For type checkers: the fields that the shipped stages add."""
 
+        logits: LogitsConfig = LogitsConfig()
+        pretrain: PretrainConfig = PretrainConfig()
         responses: ResponsesConfig = ResponsesConfig()
         warmup: WarmupConfig = WarmupConfig()
         training: dict[str, Any] = {}
+        log_samples: int = 10
         finetune: dict[str, Any] = {}
         sft: dict[str, Any] = {}
         evaluate: EvaluateConfig = EvaluateConfig()

@@ -1,16 +1,19 @@
 """Reads recipes, suites and comparisons: YAML with `extends` and overrides, and errors that name file, line and key.
 
+A recipe is a file, or the name of one that is shipped (`minillm.run.shipped`); so is what it extends.
+
 A value that starts with `./` or `../` is a path relative to the file that it stands in. The names and values of
 `transformers.TrainingArguments`, and the existence of files, are checked here too, before any model loads.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +26,9 @@ from minillm.errors import RecipeError
 from minillm.evaluation.config import Suite
 from minillm.run.experiments.config import Comparison
 from minillm.run.recipe import Recipe
+from minillm.run.shipped import find_recipe, suggestion
 from minillm.run.training_arguments import name_faults, training_faults
-from minillm.run.tree import Key, merge, suggest_names
+from minillm.run.tree import Key, flatten, merge, suggest_names
 from minillm.teacher.config import FORMS, TeacherConfig
 
 
@@ -38,6 +42,10 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 Kind = TypeVar("Kind", bound=BaseModel)
+Fault = tuple[Key, str]
+"""A key, and what is wrong with its value."""
+COMMAND_LINE = "command line"
+"""The place of a key that an override gives."""
 STANDARD_INPUT = Path("-")
 """The path of a recipe that is piped in."""
 
@@ -52,11 +60,29 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: naming the file and line (or the override), the key, the value and what is allowed.
     """
-    path = Path(path)
-    recipe, tree, where = _load(path, overrides, Recipe)
-    if faults := _faults(recipe, tree, where, path):
-        raise RecipeError("\n".join(faults))
+    overrides = list(overrides)
+    recipe, where = _load(Path(path), overrides, Recipe)
+    if faults := _faults(recipe):
+        before = _faults_before(Path(path)) if overrides else None
+        raise RecipeError("\n".join(_say(fault, where, Path(path), before) for fault in faults))
     return recipe
+
+
+def resolve_recipe(path: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, dict[Key, str]]:
+    """Read a recipe as `load_recipe` does, without what needs transformers: the values of training arguments.
+
+    Neither are its data files looked for.
+
+    Returns:
+        The recipe, and the place (`file:line`, or `command line`) of each key that was given.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    recipe, where = _load(Path(path), overrides, Recipe)
+    if faults := _name_faults(recipe):
+        raise RecipeError("\n".join(_say(fault, where, Path(path)) for fault in faults))
+    return recipe, where
 
 
 def recipe_of(tree: dict[str, Any], source: str) -> Recipe:
@@ -72,9 +98,10 @@ def recipe_of(tree: dict[str, Any], source: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(fault, {}, Path(source), Recipe) for fault in error.errors())) from None
-    if faults := _faults(recipe, tree, {}, Path(source)):
-        raise RecipeError("\n".join(faults))
+        faults = [_explain(fault, Recipe) for fault in error.errors()]
+        raise RecipeError("\n".join(_say(fault, {}, Path(source)) for fault in faults)) from None
+    if faults := _faults(recipe):
+        raise RecipeError("\n".join(_say(fault, {}, Path(source)) for fault in faults))
     return recipe
 
 
@@ -88,22 +115,44 @@ def is_comparison(path: str | Path) -> bool:
     return "methods" in _read(Path(path), {}, ())
 
 
-def _faults(recipe: Recipe, tree: dict[str, Any], where: dict[Key, str], path: Path) -> list[str]:
+def _name_faults(recipe: Recipe) -> list[Fault]:
+    """Training arguments that do not exist."""
+    return [fault for stage, given in recipe.trainings(idle=True) for fault in name_faults(stage, given)]
+
+
+def _faults(recipe: Recipe) -> list[Fault]:
     """Faults that a section cannot find in itself: training arguments, and files that are not there."""
-    trainings = recipe.trainings(idle=True)
-    found = [fault for stage, given in trainings for fault in name_faults(stage, given)]
+    found = _name_faults(recipe)
     if not found:
-        found = [fault for stage, given in trainings for fault in training_faults(recipe, stage, given)]
-    faults = [f"{_place(where, key, path)}: {'.'.join(key)}: {fault}" for key, fault in found]
+        for stage, given in recipe.trainings(idle=True):
+            found += training_faults(recipe, stage, given)
     files = {name: value.file for name, value in recipe.data if isinstance(value, Source)}
     if recipe.data.template.endswith(".jinja"):
         files["template"] = Path(recipe.data.template)
-    faults += [
-        f"{_place(where, ('data', name), path)}: data.{name}: no such file: {file}"
-        for name, file in files.items()
-        if file is not None and not file.is_file()
-    ]
-    return faults
+    missing = {name: file for name, file in files.items() if file is not None and not file.is_file()}
+    return found + [(("data", name), f"no such file: {file}") for name, file in missing.items()]
+
+
+def _faults_before(path: Path) -> list[Fault]:
+    """The faults of a recipe without its overrides, which are to blame for all others."""
+    try:
+        return _faults(_load(path, (), Recipe)[0])
+    except RecipeError:
+        return []
+
+
+def _say(fault: Fault, where: dict[Key, str], path: Path, before: Sequence[Fault] | None = None) -> str:
+    """One line about a fault.
+
+    Args:
+        fault: the key and what is wrong with it.
+        where: the places of the keys.
+        path: the file, for a key that has no place.
+        before: the faults without overrides; None where there are no overrides.
+    """
+    key, message = fault
+    place = COMMAND_LINE if before is not None and fault not in before else _place(where, key, path)
+    return f"{place}: {'.'.join(key) or 'recipe'}: {message}"
 
 
 def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
@@ -116,7 +165,8 @@ def extending_recipe(parent: Path, target: Path, overrides: Iterable[str]) -> st
     tree: dict[str, Any] = {}
     for text in overrides:
         _override(tree, text, {})
-    base = os.path.relpath(parent.resolve(), target.resolve().parent)
+    by_name = not parent.is_file() and parent != STANDARD_INPUT
+    base = str(parent) if by_name else os.path.relpath(parent.resolve(), target.resolve().parent)
     return yaml.safe_dump({"extends": base} | tree, sort_keys=False, allow_unicode=True)
 
 
@@ -125,22 +175,37 @@ def is_suite(path: str | Path) -> bool:
     return "sets" in _read(Path(path), {}, ())
 
 
-def _load(path: Path, overrides: Iterable[str], kind: type[Kind]) -> tuple[Kind, dict[str, Any], dict[Key, str]]:
-    """The validated settings, the settings as given, and the place (`file:line`) of each key."""
+def _load(path: Path, overrides: Iterable[str], kind: type[Kind]) -> tuple[Kind, dict[Key, str]]:
+    """The validated settings, and the place (`file:line`) of each key."""
     where: dict[Key, str] = {}
     tree = _read(path, where, ())
+    given = copy.deepcopy(tree)
     for text in overrides:
         _override(tree, text, where)
     try:
-        return kind.model_validate(tree), tree, where
+        return kind.model_validate(tree), where
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(fault, where, path, kind) for fault in error.errors())) from None
+        faults = [_explain(fault, kind) for fault in error.errors()]
+    before = _section_faults(given, kind) if given != tree else None
+    raise RecipeError("\n".join(_say(fault, where, path, before) for fault in faults))
+
+
+def _section_faults(tree: dict[str, Any], kind: type[BaseModel]) -> list[Fault]:
+    """What pydantic finds wrong with settings."""
+    try:
+        kind.model_validate(tree)
+    except ValidationError as error:
+        return [_explain(fault, kind) for fault in error.errors()]
+    return []
 
 
 def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str, Any]:
     """The settings of a file and of those that it extends. `where` is filled with the place of each key."""
-    if path != STANDARD_INPUT and not path.is_file():
-        raise RecipeError(f"{path}: no such recipe")
+    if path != STANDARD_INPUT:
+        found = find_recipe(path)
+        if found is None:
+            raise RecipeError(f"{path}: no such recipe; {suggestion(path)}")
+        path = found
     if path.resolve() in seen:
         raise RecipeError(f"{path}: extends itself, through {seen[-1].name}")
     try:
@@ -164,9 +229,21 @@ def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str
     if parent is None:
         where.update(own)
         return tree
-    base = _read(path.parent / os.path.expanduser(str(parent)), where, (*seen, path.resolve()))
-    where.update(own)
+    beside, named = path.parent / os.path.expanduser(str(parent)), Path(str(parent))
+    extended = beside if beside.is_file() else find_recipe(named)
+    if extended is None:
+        raise RecipeError(f"{own[('extends',)]}: extends: {parent}: no such recipe; {suggestion(named)}")
+    base = _read(extended, where, (*seen, path.resolve()))
+    _given(where, own, flatten(tree))
     return merge(base, tree)
+
+
+def _given(where: dict[Key, str], own: dict[Key, str], leaves: Iterable[Key]) -> None:
+    """Add the places of keys, and forget those of what these leaves replace."""
+    replaced = set(leaves)
+    for key in [key for key in where if any(key[:n] in replaced for n in range(1, len(key)))]:
+        del where[key]
+    where.update(own)
 
 
 @cache
@@ -211,7 +288,7 @@ def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
         at[last] = yaml.load(value, _Loader) if value else ""
     except (yaml.YAMLError, RecursionError):
         raise RecipeError(f"{text!r}: the value is not YAML") from None
-    where[tuple(name.split("."))] = "command line"
+    _given(where, {tuple(name.split(".")): COMMAND_LINE}, {tuple(name.split("."))})
 
 
 def _place(where: dict[Key, str], key: Key, path: Path) -> str:
@@ -221,8 +298,8 @@ def _place(where: dict[Key, str], key: Key, path: Path) -> str:
     return where.get(key, str(path))
 
 
-def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel]) -> str:
-    """One line about a fault that pydantic found."""
+def _explain(fault: Any, kind: type[BaseModel]) -> Fault:
+    """The key and the message of a fault that pydantic found."""
     key = tuple(str(part) for part in fault["loc"] if part not in FORMS)
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
@@ -234,7 +311,7 @@ def _explain(fault: Any, where: dict[Key, str], path: Path, kind: type[BaseModel
     # A check of several keys begins its message with the key that it is about.
     if not key and (named := re.match(r"([\w.]+): (.*)", message, re.S)):
         key, message = tuple(named[1].split(".")), named[2]
-    return f"{_place(where, key, path)}: {'.'.join(key) or 'recipe'}: {message}"
+    return key, message
 
 
 def _fields(key: Key, kind: type[BaseModel]) -> list[str]:

@@ -1,19 +1,19 @@
-"""The report of a run: a self-contained HTML page with its results, the verdict, training curves and answers."""
+"""The report of a run: a self-contained HTML page that begins with the conclusion."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minillm.data.files import read_json, read_jsonl, write_json
-from minillm.errors import MissingError
 from minillm.evaluation.metrics import HELD_OUT
+from minillm.evaluation.report.curves import curve_points, draw_curves
 from minillm.evaluation.report.html import (
     answers_table,
-    curve_points,
-    draw_curves,
+    block,
+    bullets,
+    conclusion,
     heading,
     interval_cell,
     note,
@@ -22,13 +22,18 @@ from minillm.evaluation.report.html import (
     text_cell,
     write_page,
 )
+from minillm.evaluation.report.samples import draw_samples
 from minillm.evaluation.verdict import COLOURS, check_of
+from minillm.run.next_steps import next_steps
+from minillm.run.progress import SAMPLES, read_lines, read_log, read_stages
 from minillm.run.results import current_results
-from minillm.run.stages import STAGES
+from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
 
+_REFRESH = 60  # seconds
 
-def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None) -> Path:
+
+def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None, *, training: bool = False) -> Path:
     """Write `report.html` of a run from the files that are there, with the curves of every stage that has been trained.
 
     What is missing is left out, and so are results that are older than the start of a stage that they depend on.
@@ -37,6 +42,7 @@ def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None) ->
         run_dir: the run directory.
         prompts: text of each held-out prompt by its row number. It is used, and kept, if the run has answers but no
             `evaluate/prompts.json`.
+        training: whether the run goes on, so that a browser should load the page again now and then.
 
     Returns:
         The path of the report.
@@ -44,8 +50,7 @@ def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None) ->
     Raises:
         MissingError: `run_dir` is not a run directory.
     """
-    if not (run_dir / "state.json").is_file():
-        raise MissingError(f"{run_dir}: not the directory of a run (it has no state.json)")
+    stages = read_stages(run_dir)
     kept = run_dir / "evaluate" / "prompts.json"
     if kept.is_file():
         prompts = {int(row): text for row, text in read_json(kept).items()}
@@ -53,18 +58,35 @@ def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None) ->
         write_json(kept, prompts)
     results = current_results(run_dir)
     sections = [
+        _verdict(results, stages, run_dir),
         _results(results),
-        _verdict(results),
-        *(_curves(run_dir, stage) for stage in reversed(STAGES)),
+        *(_curves(run_dir, stage, stages) for stage in reversed(STAGES)),
+        draw_samples("Responses while training, token by token", read_lines(run_dir / SAMPLES)),
         _answers(run_dir / "evaluate", results, prompts or {}),
-        _times(read_json(run_dir / "state.json")["stages"]),
+        _times(stages),
+        _settings(stages),
     ]
-    return write_page(run_dir, sections)
+    return write_page(run_dir, sections, refresh=_REFRESH if training else 0)
+
+
+def _verdict(results: dict[str, Any], stages: dict[str, Any], run_dir: Path) -> str:
+    """The conclusion in a sentence, and what to try next if the check did not pass."""
+    found = check_of(results) if results else None
+    if found is None:
+        running = [name for name, entry in stages.items() if not entry["finished"]]
+        where = f"; stage {running[-1]} is not finished" if running else ""
+        return conclusion(
+            ("Evaluated; nothing is compared" if results else f"Not evaluated yet{where}") + ".", "yellow"
+        )
+    log = read_log(run_dir, stage_named("minillm"), stages)
+    steps = next_steps(results, log, stages.get("minillm", {}).get("settings", {}))
+    advice = heading("What to try next", level=3) + bullets(steps) if steps else ""
+    return heading("Verdict") + conclusion(found["sentence"], COLOURS[found["verdict"]]) + advice
 
 
 def _results(results: dict[str, Any]) -> str:
     if not results:
-        return "<p>Not evaluated yet.</p>"
+        return ""
     rows = [
         [text_cell(name), *(interval_cell(found.get(metric.key)) for metric in HELD_OUT)]
         for name, found in results["models"].items()
@@ -78,23 +100,18 @@ def _results(results: dict[str, Any]) -> str:
     return heading("Results") + table(["model", *(metric.title for metric in HELD_OUT)], rows) + note(explained)
 
 
-def _verdict(results: dict[str, Any]) -> str:
-    found = check_of(results)
-    if found is None:
+def _curves(run_dir: Path, stage: Stage, stages: dict[str, Any]) -> str:
+    """The curves of a training stage: those that it names, and its validation."""
+    if not stage.curves:
         return ""
-    return heading("Verdict") + f"<p class={COLOURS[found['verdict']]}>{html.escape(found['sentence'])}</p>"
-
-
-def _curves(run_dir: Path, stage: Stage) -> str:
-    """The curves of a training stage, from the `trainer_state.json` that it leaves."""
-    state = run_dir / str(stage.folder) / "trainer_state.json"
-    if not stage.curves or not state.is_file():
-        return ""
-    # Of the entries of the log, those with a loss are logged updates.
-    history = [entry for entry in read_json(state)["log_history"] if "loss" in entry]
+    # Of the entries of the log, those with a loss are logged updates; the last one sums up and has no loss.
+    log = read_log(run_dir, stage, stages)
+    updates = [entry for entry in log if "loss" in entry]
     panels = [
-        (title, {label: curve_points(history, key) for key, label in labels.items()}) for title, labels in stage.curves
+        (title, {label: curve_points(updates, key) for key, label in labels.items()}) for title, labels in stage.curves
     ]
+    validated = [(metric, curve_points(log, f"eval_{metric.key}")) for metric in HELD_OUT]
+    panels += [(f"Validation: {metric.title}", {"validation": points}) for metric, points in validated if points]
     return draw_curves(stage.curve_title, panels)
 
 
@@ -119,3 +136,19 @@ def _times(stages: dict[str, Any]) -> str:
         if "seconds" in entry
     ]
     return heading("Time") + table(["stage", "seconds"], rows)
+
+
+def _settings(stages: dict[str, Any]) -> str:
+    """Settings that the stages were made with (`state.json` hides secrets), and the versions of the libraries."""
+    settings = {key: value for entry in stages.values() for key, value in entry.get("settings", {}).items()}
+    versions = {
+        f"{name}, stage {stage}": value
+        for stage, entry in stages.items()
+        for name, value in entry.get("versions", {}).items()
+    }
+    if not settings and not versions:
+        return ""
+    explained = "A data file stands by the digest of its content."
+    out = heading("Settings and versions")
+    out += block("settings", title=f"{len(settings)} settings", explained=explained, rows=sorted(settings.items()))
+    return out + block("settings", title="Versions", explained="", rows=list(versions.items())) if versions else out

@@ -153,3 +153,17 @@ TeacherSection = Annotated[
 def teacher_label(name: str) -> str:
     """What results and messages call a teacher of a recipe: `teacher`, followed by its name if it has one."""
     return f"teacher {name}" if name else "teacher"
+
+
+class SamplerConfig(Section):
+    """How many tokens of a distribution are kept, and which."""
+
+    method: Literal["threshold", "top_p_k", "random"] = "threshold"
+    """`threshold`: the most likely tokens as they are and a few of the others drawn without repetition, unbiased.
+    `top_p_k`: the most likely ones, renormalised, as in arXiv 2410.16215: biased. `random`: draws from p with their
+    counts, as in RS-KD (arXiv 2503.16870), unbiased."""
+    tokens: Annotated[int, Field(ge=1, le=255)] = 12
+    """K: tokens that `threshold` keeps at each position, the most that `top_p_k` keeps, and the draws of `random`, of
+    which several may fall on one token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """For `top_p_k`: no more of the most likely tokens are kept than reach this probability together."""

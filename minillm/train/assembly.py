@@ -98,16 +98,22 @@ def sampled_tokens(rollouts: Sequence[Rollout]) -> SampledTokens:
     )
 
 
-def keep_first_reverse_kl(rollouts: Sequence[Rollout], values: Float[Tensor, " tokens"]) -> None:
-    """Write KL(q‖p) into those rollouts that have none yet.
+def keep_first_scores(
+    rollouts: Sequence[Rollout], reverse_kl: Float[Tensor, " tokens"], advantages: Float[Tensor, " tokens"]
+) -> None:
+    """Write KL(q‖p) and advantages into those rollouts that have none yet.
 
     Later inner epochs keep the rewards of the first, although KL(q‖p) on the same prefixes has changed by then.
 
     Args:
         rollouts: the rollouts.
-        values: KL(q‖p) of their tokens, one rollout after another.
+        reverse_kl: KL(q‖p) of their tokens, one rollout after another.
+        advantages: their advantages, in the same order.
     """
-    by_rollout = values.cpu().split([len(rollout.response_ids) for rollout in rollouts])
-    for rollout, reverse_kl in zip(rollouts, by_rollout, strict=True):
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    parts = zip(rollouts, reverse_kl.cpu().split(lengths), advantages.cpu().split(lengths), strict=True)
+    for rollout, divergence, advantage in parts:
         if rollout.reverse_kl is None:
-            rollout.reverse_kl = reverse_kl.clone()
+            rollout.reverse_kl = divergence.clone()
+        if rollout.advantage is None:
+            rollout.advantage = advantage.clone()

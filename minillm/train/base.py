@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from minillm.data.batches import Padded
 from minillm.errors import InputError
 from minillm.loss.in_forward import Scoring, score
 from minillm.loss.teacher_spans import Teacher
-from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings
+from minillm.loss.token_scores import Divergence, LossFn, ScoringSettings, Sketch
 from minillm.models.attention import set_training_attention
 from minillm.models.conventions import Conventions
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine
+from minillm.teacher.absent import NoTeacher
 from minillm.teacher.routed import ExactTeacher, hidden_states
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.arguments import check_arguments
@@ -65,7 +67,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
 
     text_temperature: float = 1.0
     end_ids: tuple[int, ...] = ()
-    teacher: ExactTeacher | ServedLogprobs  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher: ExactTeacher | ServedLogprobs | NoTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -169,7 +171,11 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
     ) -> Any:
         """Score a batch in the student's forward. `inputs` is what `update_on` passes."""
         loss, scores = score(
-            model, self.scoring(inputs["batch"], inputs["teacher"], inputs["loss_fn"], inputs["divergence"])
+            model,
+            replace(
+                self.scoring(inputs["batch"], inputs["teacher"], inputs["loss_fn"], inputs["divergence"]),
+                sketch=inputs["sketch"],
+            ),
         )
         loss = self.see(loss * inputs["scale"])
         return (loss, scores) if return_outputs else loss
@@ -212,6 +218,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         teacher: Teacher | None,
         scale: float,
         divergence: Divergence | None = None,
+        sketch: Sketch | None = None,
     ) -> Tensor:
         """Run forward and backward of one micro-batch.
 
@@ -222,11 +229,13 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             teacher: the teacher's states, those of several, or the rows of a served teacher.
             scale: a factor on the loss.
             divergence: a further divergence to compute.
+            sketch: sees the gradients of each chunk.
 
         Returns:
             The loss.
         """
         inputs = {"batch": batch, "loss_fn": loss_fn, "teacher": teacher, "scale": scale, "divergence": divergence}
+        inputs["sketch"] = sketch
         with self.phase("update", len(batch.targets)):
             return super().training_step(model, inputs, num_items_in_batch=1)
 

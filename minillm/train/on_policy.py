@@ -36,7 +36,7 @@ from minillm.teacher.local import LocalTeacher
 from minillm.teacher.routed import RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
-from minillm.train.assembly import keep_first_reverse_kl, pad_micro_batch, teacher_inputs
+from minillm.train.assembly import keep_first_scores, pad_micro_batch, teacher_inputs
 from minillm.train.base import DistillationTrainer
 from minillm.train.batch_credit import BatchCredit
 from minillm.train.checks import check_logprob_teacher, check_on_policy, check_routing
@@ -46,6 +46,7 @@ from minillm.train.mismatch import MismatchMonitor
 from minillm.train.pair import TeacherSource, teacher_names
 from minillm.train.rollout_checkpoint import RolloutCheckpoint, saved_on_engine_error
 from minillm.train.schedule import BatchSchedule, MicroBatch
+from minillm.train.signal_monitor import SignalMonitor
 
 
 class MiniLLMTrainer(DistillationTrainer):
@@ -135,6 +136,7 @@ class MiniLLMTrainer(DistillationTrainer):
         trainers_mixture = self.objective.old_logprobs == "trainer" and config.teacher_mix > 0
         self._logp_first = needs_sampled_rewards_first(self.objective) or trainers_mixture
         self._mismatch = MismatchMonitor(self.metrics)
+        self._signal = SignalMonitor(self.objective.signal_every, self.metrics)
         self._batch_number = -1
         self._batch_metrics: dict[str, tuple[float, float]] = {}  # logged with every update on the batch
         self.rollouts: list[Rollout] = []
@@ -180,7 +182,9 @@ class MiniLLMTrainer(DistillationTrainer):
             self._start_batch(number)
         for name, (total, count) in self._batch_metrics.items():
             self.metrics.add_mean(name, total, count)
-        return self.schedule.micro_batches(update, self.rollouts, self.text, self.global_sum)
+        batches = self.schedule.micro_batches(update, self.rollouts, self.text, self.global_sum)
+        self._signal.begin(update, len(batches))
+        return batches
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""
@@ -197,10 +201,10 @@ class MiniLLMTrainer(DistillationTrainer):
             slots=len(rollouts) * self.sampling.max_new_tokens,
             total=self.global_sum,
         )
-        value = self.update_on(
-            model, batch, loss, teacher, self.accelerator.num_processes, extra_divergence(self.objective.divergence)
-        )
-        keep_first_reverse_kl(rollouts, loss.reverse_kl)
+        divergence, sketch = extra_divergence(self.objective.divergence), self._signal.sketch(sampled)
+        value = self.update_on(model, batch, loss, teacher, self.accelerator.num_processes, divergence, sketch)
+        self._signal.add(sketch)
+        keep_first_scores(rollouts, loss.reverse_kl, loss.advantages)
         sums = loss.tally.sums
         current = all(self._is_current(rollout) for rollout in rollouts)
         if inputs.first_use and current and self.objective.old_logprobs == "engine":
@@ -275,14 +279,9 @@ class MiniLLMTrainer(DistillationTrainer):
         return sampled if self.credit.scores_first else sampled.without_reverse_kl()
 
     def _note_sampling(self, sampled: SampledBatch) -> None:
-        rollouts, step = sampled.rollouts, self.state.global_step
-        self.utilisation.sampled(rollouts, self._engine, mixed=self.rollout_config.teacher_mix > 0)
+        self.utilisation.sampled(sampled.rollouts, self._engine, mixed=self.rollout_config.teacher_mix > 0)
         self.metrics.add_seconds("rollout", sampled.seconds, sampled.num_tokens)
-        self._batch_metrics = {
-            "response_length": (sampled.num_tokens, len(rollouts)),
-            "finished": (sum(rollout.finished for rollout in rollouts), len(rollouts)),
-            "version_lag": (sum(step - rollout.weights_version for rollout in rollouts), len(rollouts)),
-        }
+        self._batch_metrics = sampled.means(self.state.global_step)
 
     def _score_by_teacher(self, rollouts: Sequence[Rollout]) -> None:
         missing = [rollout for rollout in rollouts if rollout.teacher is None]

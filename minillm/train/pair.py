@@ -20,6 +20,7 @@ from minillm.models.head import check_head, gather_head
 from minillm.models.load import load_model, load_tokenizer, without_dropout
 from minillm.models.shards import is_sharded
 from minillm.models.vocabulary import check_same_tokens, head_width
+from minillm.teacher.absent import NoTeacher
 from minillm.teacher.config import teacher_label
 from minillm.teacher.local import AdapterOff, LocalTeacher
 from minillm.teacher.routed import RoutedTeacher
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 NamedSource = str | PreTrainedModel | ServedTeacher
 """A folder or hub id, a model, or a served teacher."""
-TeacherSource = NamedSource | Mapping[str, NamedSource] | None
-"""A teacher; several by name; or None for the base model of a student with an adapter."""
+TeacherSource = NamedSource | Mapping[str, NamedSource] | NoTeacher | None
+"""A teacher; several by name; None for the base model of a student with an adapter; or `NO_TEACHER`."""
 
 
 @dataclass
@@ -58,7 +59,7 @@ class ModelPair:
 
     def teacher(
         self, args: TrainingArguments, *, sharded: bool, longest: int
-    ) -> StatesTeacher | ServedLogprobs | RoutedTeacher:
+    ) -> StatesTeacher | ServedLogprobs | RoutedTeacher | NoTeacher:
         """The teacher, or the teachers, on this process's device.
 
         Args:
@@ -70,6 +71,8 @@ class ModelPair:
             EngineError: a served teacher is unreachable, or cannot score such sequences.
             InputError: one of several returns log-probabilities of some tokens only.
         """
+        if isinstance(self.source, NoTeacher):
+            return self.source
         if self.source is None:
             return AdapterOff(self.student, batch_size=_batch_size(args))
         if not isinstance(self.source, Mapping):
@@ -179,7 +182,8 @@ def load_pair(
     _warn_of_dtypes(student, args)
     served_widths = {name: source.vocab_size for name, source in named.items() if isinstance(source, ServedTeacher)}
     widths = served_widths | {name: head_width(model) for name, model in models.items()}
-    width = min(_shared_width(head_width(student), rows, teacher_label(name)) for name, rows in widths.items())
+    own = head_width(student)
+    width = min((_shared_width(own, rows, teacher_label(name)) for name, rows in widths.items()), default=own)
     if conventions is None:
         first, *others = [
             source.source if isinstance(source, ServedTeacher) else models[name] for name, source in named.items()
@@ -201,7 +205,7 @@ def _by_name(teacher: TeacherSource) -> dict[str, NamedSource]:
     Raises:
         InputError: a mapping names no teacher, or has None for one.
     """
-    if teacher is None:
+    if teacher is None or isinstance(teacher, NoTeacher):
         return {}
     if not isinstance(teacher, Mapping):
         return {"": teacher}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from minillm.evaluation import metrics, statistics, text_metrics
+from minillm.evaluation import metrics, scores, statistics, text_metrics
 
 
 def test_latin_text_is_scored_exactly_as_by_the_package() -> None:
@@ -357,3 +357,23 @@ def test_errors_name_what_cannot_be_scored() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_kl_of_an_answer_and_the_mean_over_answers() -> None:
+    """An answer whose KL is not finite, or was not computed, has no value; nor has a seed without any."""
+    rows = [
+        {"row": 0, "seed": 1, "ids": [1, 2, 3, 4], "reverse_kl": 2.0},
+        {"row": 1, "seed": 1, "ids": [1], "reverse_kl": 1.5},
+        {"row": 2, "seed": 1, "ids": [1], "reverse_kl": None},
+    ]
+    groups = [rows, [{"row": 0, "seed": 2, "ids": [1]}]]
+    assert scores.per_seed(groups, metrics.METRIC["reverse_kl_mean"]) == [1.0]  # (0.5 + 1.5) / 2
+    assert scores.per_seed(groups, metrics.METRIC["reverse_kl_answer"]) == [1.75]
+
+
+def test_the_students_kl_and_length_on_the_teachers_answers() -> None:
+    rows = [{"own": [0.1] * 3, "oracle": [1.0, 2.0]}, {"own": [0.1], "oracle": [3.0, 4.0, 0.0]}]
+    value = metrics.METRIC["teacher_forward_kl"].value, metrics.METRIC["length_ratio"].value
+    assert value[0] is not None
+    assert value[1] is not None
+    assert (value[0](rows), value[1](rows)) == (2.0, 0.8)

@@ -192,6 +192,15 @@ def test_calibration_and_exposure_bias_follow_from_the_models(
     assert found["excess_error"]["by_position"] == pytest.approx(
         excess_error([r["own"] for r in rows], [r["oracle"] for r in rows], 6).tolist()
     )
+    lengths = [(len(r["own"]), len(r["oracle"])) for r in rows]
+    assert found["length_ratio"]["mean"] == pytest.approx(sum(n for n, _ in lengths) / sum(n for _, n in lengths))
+    total = sum(sum(r["oracle"]) for r in rows)
+    assert found["teacher_forward_kl"]["mean"] == pytest.approx(total / sum(n for _, n in lengths))
+    answers = read_jsonl(tmp_path / "out" / "student" / "classes-1.jsonl")
+    kl = [r["reverse_kl"] for r in answers]
+    assert found["reverse_kl_answer"]["mean"] == pytest.approx(sum(kl) / len(kl))
+    each = [value / len(r["ids"]) for value, r in zip(kl, answers, strict=True)]
+    assert found["reverse_kl_mean"]["mean"] == pytest.approx(sum(each) / len(each))
     assert "Exposure bias" in write_suite_report(tmp_path / "out").read_text()
 
 

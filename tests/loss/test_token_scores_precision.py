@@ -11,8 +11,9 @@ from torch import Tensor
 
 from minillm.data.rollouts import TeacherRows
 from minillm.loss import divergences, elementwise
-from minillm.loss.token_scores import ScoreGradients, ScoringSettings, token_scores
-from minillm.models.head import Head, TeacherStates
+from minillm.loss.elementwise import Transforms
+from minillm.loss.token_scores import ScoreGradients, ScoringSettings, chunk_of, token_scores
+from minillm.models.head import Head, LogitTransform, TeacherStates
 from tests.loss.heads import DIVERGENCES, N, V, full_logits, known_rows, problem
 
 MASKED = {"student": [3], "teacher": [5, 6], "both": [30, 31]}
@@ -191,6 +192,25 @@ def test_the_compiled_elementwise_part_is_the_eager_one(
         assert float((eager.float() - compiled.float()).norm()) < error * float(eager.float().norm())
 
 
+@pytest.mark.parametrize("low", [-60.0, -79.0, -500.0, -torch.inf, torch.nan])
+def test_one_logit_below_the_floor_is_enough_for_the_floor(low: float) -> None:
+    """The compiled scores equal the plain ones in float64, whether the one low logit is in range, below it or NaN."""
+    g = torch.Generator().manual_seed(2)
+    student, teacher = torch.randn(6, 64, generator=g), torch.randn(6, 64, generator=g)
+    teacher[3, 5], targets = low, torch.full((6,), 5)
+    transform = LogitTransform(None, 1.0, None, 1.0)
+    transforms = Transforms(transform, LogitTransform(None, 1.0, None, 1.0))
+    want = elementwise.measure(student.double(), teacher.double(), targets, transforms, torch.float64)
+    got = elementwise.compiled()[0](student, teacher, targets, transforms, torch.float32)
+    for single, double in zip(got, want, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_a_chunk_on_a_cpu_is_shorter_for_a_wide_vocabulary() -> None:
+    assert [chunk_of(v, gpu=False) for v in (32, 49152, 262144, 1 << 26)] == [512, 512, 128, 1]
+    assert chunk_of(262144, gpu=True) == 512
+
+
 def test_float16_keeps_gradients_that_are_shares_of_many_tokens() -> None:
     """Weights of 1e-5 times probabilities of 1e-3 become 0 in float16 unless they are scaled first."""
     errors = {}
@@ -233,7 +253,7 @@ def test_matmuls_and_live_memory(frozen: bool) -> None:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            self.matmuls += func is torch.ops.aten.mm.default
+            self.matmuls += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
             if isinstance(out, Tensor):
                 self.largest = max(self.largest, out.numel())
             return out

@@ -321,7 +321,7 @@ def test_merged_weights_are_the_adapted_model() -> None:
 
 
 def test_what_leaves_a_quantised_base_is_what_it_stands_for(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm-distill[quantized])")
     source = save(tiny_llama(0), tmp_path / "base")
     student = load_student(source, AdapterConfig(rank=4, quantization="4bit"))
     assert is_quantized(student)
@@ -368,7 +368,7 @@ def test_what_leaves_a_quantised_base_is_what_it_stands_for(tmp_path: Path) -> N
 
 def test_quantisation_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes.*pip install 'minillm\[quantized\]'"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes.*pip install 'minillm-distill\[quantized\]'"):
         load_model("anywhere", quantization="8bit")
 
 

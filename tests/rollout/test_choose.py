@@ -116,7 +116,9 @@ def test_without_vllm_auto_falls_back_in_one_line_and_vllm_insists(
     assert [record.message for record in caplog.records] == [
         "vLLM is not installed: sampling with transformers instead, several times slower."
     ]
-    with pytest.raises(EngineError, match=r"rollout\.engine: vLLM is not installed: pip install 'minillm\[vllm\]'"):
+    with pytest.raises(
+        EngineError, match=r"rollout\.engine: vLLM is not installed: pip install 'minillm-distill\[vllm\]'"
+    ):
         choose.choose_engine("vllm")
     assert choose.choose_engine("transformers") == "transformers"
     monkeypatch.setattr(vllm_engine, "vllm_is_installed", lambda: True)

@@ -83,7 +83,7 @@ def test_a_teacher_that_the_server_cannot_hold_is_refused_before_it_starts(
 
 def test_a_server_without_vllm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "vllm_is_installed", lambda: False)
-    message = r"auto starts a vLLM server, and vLLM is not installed: pip install 'minillm\[vllm\]'"
+    message = r"auto starts a vLLM server, and vLLM is not installed: pip install 'minillm-distill\[vllm\]'"
     with pytest.raises(EngineError, match=message):
         choose.check_student_engine(AUTO)
     with pytest.raises(EngineError, match=message):

@@ -243,7 +243,7 @@ def test_every_recipe_with_lora(name: str, family: str, tmp_path: Path) -> None:
     "family", [name for name in FAMILIES if name != "gpt2"]
 )  # whose layers bitsandbytes does not take
 def test_with_qlora_and_a_quantised_teacher(family: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm-distill[quantized])")
     lora = ("student.lora.rank=4", "student.lora.quantization=4bit", "teacher.quantization=8bit")
     done = run(family, tmp_path, *lora)
     assert_all_stages_ran(done)

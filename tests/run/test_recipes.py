@@ -12,11 +12,15 @@ import yaml
 
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import load_recipe
+from minillm.run.stages import stage_named
 
 ROOT = Path(__file__).parents[2] / "recipes"
 CPU = "-cpu"  # recipes that are complete by themselves, for two cores
+PRETRAINING = sorted([*ROOT.glob("pretraining/*.yaml"), *ROOT.glob("lab/*.yaml")])
 FAMILIES = sorted(
-    path for path in ROOT.glob("*/*.yaml") if path.parent.name != "accelerate" and not path.stem.endswith(CPU)
+    path
+    for path in ROOT.glob("*/*.yaml")
+    if path.parent.name != "accelerate" and not path.stem.endswith(CPU) and path not in PRETRAINING
 )
 
 
@@ -67,6 +71,25 @@ def test_gemmas_recipe_for_two_cores_has_its_data() -> None:
     assert all(row["output"].strip() == row["output"] for row in answered)
     assert recipe.stages[:3] == ["teacher", "finetune", "student"]  # as the paper: the base teacher is fine-tuned first
     assert recipe.rollout.teacher_mix == 0.2
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
+def test_recipes_of_pretraining_are_valid(path: Path, tmp_path: Path) -> None:
+    recipe = load(path, tmp_path)
+    assert recipe.run_dir.name == f"{path.parent.name}-{path.stem}"
+    assert recipe.data.text is not None
+    assert "pretrain" in recipe.stages
+    assert all(stage_named(name).refusal(recipe, 1) is None for name in recipe.stages)
+    assert recipe.pretrain.alpha.value > 0
+
+
+def test_pd_star_is_the_papers(tmp_path: Path) -> None:
+    recipe = load(ROOT / "pretraining" / "pd-star.yaml", tmp_path)
+    sampler, alpha = recipe.logits.sampler, recipe.pretrain.alpha
+    assert (sampler.method, sampler.tokens, sampler.top_p) == ("top_p_k", 50, 0.95)
+    assert (recipe.pretrain.temperature, alpha.value, alpha.schedule) == (2.0, 0.9, "wsd")
+    assert recipe.pretrain.training["lr_scheduler_type"] == "warmup_stable_decay"
+    assert recipe.pretrain.training["learning_rate"] == 6e-4
 
 
 def commands(start: str) -> list[list[str]]:

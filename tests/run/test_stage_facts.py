@@ -57,7 +57,7 @@ def test_validation_scores_with_a_served_teacher_too(tmp_path: Path) -> None:
         student={"source": "s"},
         rollout={"teacher_mix": 0},
     )
-    assert [s.name for s in STAGES if s.scores_with_teacher(served)] == ["warmup", "sft", "minillm"]
+    assert [s.name for s in STAGES if s.scores_with_teacher(served)] == ["pretrain", "warmup", "sft", "minillm"]
     validated = served.model_copy(update={"data": served.data.model_copy(update={"validation": served.data.train})})
     best = {
         "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True,

@@ -112,7 +112,7 @@ def test_a_lora_student_is_merged_after_every_stage_and_described(
 def test_a_quantised_teacher_and_a_qlora_student(
     pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm-distill[quantized])")
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
     file = tmp_path / "recipe.yaml"
@@ -257,7 +257,8 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_load(
             runner.run_recipe(load_recipe(recipe, [*quantised, f"{section}.deepspeed={sharded}"]))
     if importlib.util.find_spec("deepspeed") is None:
         with pytest.raises(
-            ValueError, match=r"training\.deepspeed: DeepSpeed is not installed \(pip install deepspeed\)"
+            ValueError,
+            match=r"training\.deepspeed: DeepSpeed is not installed \(pip install 'minillm-distill\[deepspeed\]'\)",
         ):
             runner.run_recipe(load_recipe(recipe, [f"training.deepspeed={sharded}"]))
     with monkeypatch.context() as on_a_cpu:

@@ -192,3 +192,19 @@ def test_baselines_by_token_do_not_depend_on_the_micro_batches(
         assert baseline != "value" or float(a.abs().max()) > 0
     for (key, x), y in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values(), strict=True):  # pyright: ignore
         torch.testing.assert_close(x, y, rtol=1e-3, atol=2e-5, msg=key)
+
+
+def test_the_signal_of_the_long_term_term_is_logged_and_changes_nothing(pair: tuple[str, str], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, **SGD, "learning_rate": 0.05}
+    runs = {
+        every: train(pair, tmp_path / f"{every}", objective=preset("words", signal_every=every), **settings)
+        for every in (0, 2)
+    }
+    for (key, x), y in zip(runs[0].model.state_dict().items(), runs[2].model.state_dict().values(), strict=True):  # pyright: ignore
+        torch.testing.assert_close(x, y, rtol=0, atol=0, msg=key)
+    names = {"long_term_share", "long_term_signal", "single_step_signal"}
+    logged = {every: [entry for entry in run.state.log_history if "loss" in entry] for every, run in runs.items()}
+    assert all(not names & entry.keys() for entry in logged[0])
+    assert [names <= entry.keys() for entry in logged[2]] == [True, False, True, False]
+    assert all(-1 < entry[name] < 1.01 for entry in logged[2][::2] for name in names if name.endswith("signal"))
+    assert all(entry["single_step_signal"] > 0.2 for entry in logged[2][::2])  # KL has a long way to fall

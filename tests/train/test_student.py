@@ -44,7 +44,7 @@ def test_an_adapter_trains_and_its_base_does_not(pair: tuple[str, str], tmp_path
 
 
 def test_a_quantised_base_and_a_quantised_teacher(pair: tuple[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm[quantized])")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes (minillm-distill[quantized])")
     student = load_student(pair[0], AdapterConfig(rank=4, quantization="4bit"))
     before = {name: value.clone() for name, value in student.state_dict().items()}
     teacher = load_model(pair[1], torch.float32, "8bit")

@@ -9,9 +9,8 @@ from typing import Any
 from minillm.data.files import read_json
 from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRIC
+from minillm.evaluation.report.curves import curve_points, draw_curves
 from minillm.evaluation.report.html import (
-    curve_points,
-    draw_curves,
     heading,
     interval_cell,
     note,
@@ -55,7 +54,7 @@ def _validation_curves(results: dict[str, Any]) -> str:
         (metric.title, {name: curve_points(curve, f"eval_{metric.key}") for name, curve in curves.items()})
         for metric in _VALIDATED
     ]
-    return draw_curves("Validation while training", panels, columns=2, height=4.4)
+    return draw_curves("Validation while training", panels)
 
 
 def _tuning(tuning: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from minillm.evaluation.formatting import AVERAGE, with_deviation
-from minillm.evaluation.metrics import HEADLINE
+from minillm.evaluation.metrics import HEADLINE, METRIC
 
 
 def announce(text: str) -> None:
@@ -58,6 +58,29 @@ def show_pairs(differences: dict[str, Any]) -> None:
         rows.append([one, *("" if change is None else _difference(change, "\n") for change in changes)])
     title = f"{HEADLINE.label} on the average of the sets, row − column, over all training seeds [95 % interval]"
     show_table(title, ["method", *differences], rows)
+
+
+def show_two_models(found: dict[str, Any], answers: int = 5) -> None:
+    """Print a few answers of two models, and their paired differences.
+
+    Args:
+        found: See `compare_models`.
+        answers: Number of prompts whose answers are shown.
+    """
+    one, other = found["models"]
+    rows = [[str(row["row"]), escape(row[one]), escape(row[other])] for row in found["answers"][:answers]]
+    table = Table(title=f"Answers, seed {found['seeds'][0]}", show_lines=True)
+    for head in ("row", one, other):
+        table.add_column(head)
+    for cells in rows:
+        table.add_row(*cells)
+    Console().print(table)
+    title = f"{found['prompts']} prompts, {len(found['seeds'])} seeds; difference {other} − {one} [95 % interval]"
+    measured = [
+        [METRIC[key].title, f"{change['first']:.2f}", f"{change['second']:.2f}", _difference(change)]
+        for key, change in found["differences"].items()
+    ]
+    show_table(title, ["metric", one, other, "difference"], measured)
 
 
 def show_files(*files: Path) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from minillm.data.files import read_json, read_jsonl
 from minillm.evaluation.formatting import AVERAGE
 from minillm.evaluation.metrics import HEADLINE, METRICS
+from minillm.evaluation.report.curves import draw_curves
 from minillm.evaluation.report.html import (
     answers_table,
     deviation_cell,
-    draw_curves,
     heading,
     interval_cell,
     note,
@@ -112,7 +112,7 @@ def _exposure(results: dict[str, Any]) -> str:
         )
         for name in results["prompts"]
     ]
-    return draw_curves("Exposure bias", panels, columns=2, height=4.0, x_label="token of the answer")
+    return draw_curves("Exposure bias", panels, x_label="token of the answer")
 
 
 def _answers(out: Path, results: dict[str, Any], name: str) -> str:

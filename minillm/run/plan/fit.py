@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from minillm.distribution import shipped_path
 from minillm.models.families import trains_quantized
 from minillm.models.shape import shape_of
 from minillm.rollout.engines.vllm_memory import GIB, LEAST_CACHE
@@ -73,8 +74,8 @@ def advice(recipe: Recipe, machine: Machine, override: Override) -> list[str]:
     current, out = plan(recipe, machine), []
     if machine.processes > 1 and not machine.shard and plan(recipe, replace(machine, shard=True)).peak < current.peak:
         out.append(
-            "sharding what is trained: accelerate launch --config_file recipes/accelerate/fsdp2-8-gpus.yaml "
-            "(plan with --shard)"
+            "sharding what is trained: accelerate launch --config_file "
+            f"{shipped_path('recipes/accelerate/fsdp2-8-gpus.yaml')} (plan with --shard)"
         )
     for settings in _candidates(recipe, current, machine):
         with suppress(ValueError):  # settings that cannot be combined with the others are not advised

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minillm.loss.token_scores import CHUNK
+from minillm.loss.token_scores import chunk_of
 from minillm.models.attention import training_attention
 from minillm.models.config import AdapterConfig
 from minillm.models.shape import Shape, kept_bytes
@@ -121,10 +121,8 @@ def activations(training: StageTraining, model: Shape, length: int) -> float:
 def scoring_head(model: Shape, tokens: int, itemsize: int, *, with_teacher: bool, gpu: bool) -> float:
     """Memory of the output head in this library's losses.
 
-    It consists of the logits of one chunk of tokens with the sums over the vocabulary, of a head's copy in the dtype
-    that is multiplied, of the head's gradient, and of the hidden states with their gradient. The copy is that of the
-    student's weights in bfloat16 on a GPU, and that of the teacher's weights in float32 on a CPU; the teacher's head is
-    taken to be as large as the student's.
+    It consists of the logits of one chunk of tokens with the sums over the vocabulary, on a GPU of a copy of the
+    student's head in bfloat16, of the head's gradient, and of the hidden states with their gradient.
 
     Args:
         model: the model that is trained.
@@ -137,10 +135,8 @@ def scoring_head(model: Shape, tokens: int, itemsize: int, *, with_teacher: bool
         The bytes in one process.
     """
     vocabulary = model.head // model.hidden
-    logits = min(CHUNK, tokens) * vocabulary * _FLOAT32 * (4 if with_teacher else 3)
-    copy = 0
-    if itemsize == 2:
-        copy = model.head * 2 if gpu else model.head * _FLOAT32 * with_teacher
+    logits = min(chunk_of(vocabulary, gpu=gpu), tokens) * vocabulary * _FLOAT32 * (4 if with_teacher else 3)
+    copy = model.head * 2 if gpu and itemsize == 2 else 0
     return logits + copy + model.head * _FLOAT32 + 2 * tokens * model.hidden * _FLOAT32
 
 

@@ -154,6 +154,18 @@ class Planner:
         decoding = alone.decoding_seconds(model, itemsize, memory.BATCH_SIZE, longest, prompt + longest)
         return Phase(name, parts, flops, alone.seconds(flops, itemsize) + samples / memory.BATCH_SIZE * decoding)
 
+    def text_flops(self, training: StageTraining, model: Shape, length: float, teacher: float | None) -> float:
+        """Operations of training on a sequence of text.
+
+        Args:
+            training: the stage.
+            model: the model that it trains.
+            length: tokens of the sequence.
+            teacher: size of the hidden states of a teacher that the loss reads; None without one.
+        """
+        trained = _trained_dimensions(training, model)
+        return _body_flops(training, trained, length) + trained.head_training(length, teacher=teacher)
+
     # Supervised stages
 
     def supervised(self, name: str) -> list[Phase]:

@@ -17,7 +17,7 @@ from minillm.data.examples import Example, ExampleFile, open_examples
 from minillm.data.files import read_jsonl
 from minillm.data.templates import prompt_text
 from minillm.loss.credit import needs_sampled_rewards_first
-from minillm.models.shape import Shape
+from minillm.models.shape import Shape, shape_of
 from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
 from minillm.run.stages import stage_named
@@ -123,6 +123,8 @@ class StageTraining:
         if self.definition.response_section == "rollout":
             samples = rows(self.recipe, "train").prompts * self.recipe.rollout.samples_per_prompt
             return max(samples // self.recipe.rollout.num_rollouts, 1) * updates_of_batch(self.recipe, self.machine)
+        if self.stage == "pretrain":
+            return max(text_blocks(self.recipe) // self.responses_per_update, 1)
         count = trained_rows(self.recipe, self.stage).referenced
         if not self.definition.uses_trl:  # this library's trainer leaves out the rows that do not fill a last update
             return max(count // self.responses_per_update, 1)
@@ -247,6 +249,22 @@ def trained_rows(recipe: Recipe, stage: str) -> Rows:
         count = len(given)
         tokens = _mean([len(row["response_ids"]) for row in given if "response_ids" in row]) or tokens
     return dataclasses.replace(train, referenced=count, answer_tokens=tokens)
+
+
+def text_blocks(recipe: Recipe) -> int:
+    """Blocks of the text, by the size of its file; of a data set that is not read, by the assumed number of rows."""
+    source, block = recipe.data.text, recipe.pretrain.block
+    if source is None:
+        return 0
+    if source.file is None or not source.file.is_file():
+        return sum(map(_rows_of_split, source.split.split("+")))
+    return max(int(source.file.stat().st_size / _BYTES_PER_TOKEN / block), 1)
+
+
+def vocabulary(recipe: Recipe) -> int:
+    """Rows of the first teacher's head."""
+    shape = shape_of(recipe.teacher.first.source)
+    return shape.head // shape.hidden
 
 
 def rows(recipe: Recipe, name: Literal["train", "heldout", "validation"]) -> Rows:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from minillm.errors import InputError
 from minillm.run.stages.evaluate import Evaluate
 from minillm.run.stages.finetune import FineTune
+from minillm.run.stages.logits import Logits
 from minillm.run.stages.minillm import MiniLLM
+from minillm.run.stages.pretrain import Pretrain
 from minillm.run.stages.report import Report
 from minillm.run.stages.responses import Responses
 from minillm.run.stages.sft import SFT
@@ -22,6 +24,8 @@ STAGES: tuple[Stage, ...] = (
     Teacher(),
     FineTune(),
     Student(),
+    Logits(),
+    Pretrain(),
     Responses(),
     Warmup(),
     SFT(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from minillm.run.stages.stage import PROMPT_SETTINGS, Stage, teachers_in_words
 from minillm.train.checks import update_size_fault
@@ -15,7 +17,15 @@ if TYPE_CHECKING:
 
 class MiniLLM(Stage):
     name = "minillm"
-    fields = {"training": (dict[str, Any], {}, "`transformers.TrainingArguments` of the minillm stage.")}
+    fields = {
+        "training": (dict[str, Any], {}, "`transformers.TrainingArguments` of the minillm stage."),
+        "log_samples": (
+            Annotated[int, Field(ge=0)],
+            10,
+            "Every how many updates a few of the sampled responses are written, token by token, to `samples.jsonl` of "
+            "the run directory and to the trackers of `training.report_to`; 0 for never.",
+        ),
+    }
     needs = ("warmup",)
     reads = (
         *PROMPT_SETTINGS,
@@ -72,8 +82,10 @@ class MiniLLM(Stage):
 
     def run(self, run: Run) -> None:
         from minillm.data.lazy import mapped
+        from minillm.run.progress import SAMPLES
         from minillm.run.stages import shared
         from minillm.train.on_policy import MiniLLMTrainer
+        from minillm.train.samples import SampleLog
 
         recipe, rollout = run.recipe, run.rollout()
         arguments = shared.training_arguments(run, self)
@@ -89,6 +101,8 @@ class MiniLLM(Stage):
             text_dataset=run.texts,
             responses=run.references if rollout.on_policy < 1 else None,
         )
+        if recipe.log_samples:
+            trainer.add_callback(SampleLog(trainer, run.dir / SAMPLES, recipe.log_samples))
         shared.train(run, self, trainer, run.student, final=True)
 
     def phases(self, planner: Planner) -> list[Phase]:

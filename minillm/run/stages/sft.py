@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SFT(Stage):
     name = "sft"
     fields = {"sft": (dict[str, Any], {}, "`transformers.TrainingArguments` of the sft stage.")}
-    needs = ("student",)
+    needs = ("pretrain",)
     reads = (*PROMPT_SETTINGS, "sft", "responses.max_new_tokens", "student.lora", "student.dtype", "seed")
     default = False
     training = "sft"
@@ -35,7 +35,7 @@ class SFT(Stage):
     def run(self, run: Run) -> None:
         from minillm.run.stages.shared import fine_tune
 
-        fine_tune(run, self, source=run.start, target=run.fine_tuned)
+        fine_tune(run, self, source=run.pretrained, target=run.fine_tuned)
 
     def phases(self, planner: Planner) -> list[Phase]:
         return planner.supervised(self.name)

@@ -36,7 +36,7 @@ class WarmupConfig(Section):
 class Warmup(Stage):
     name = "warmup"
     fields = {"warmup": (WarmupConfig, WarmupConfig(), "Supervised distillation before the minillm stage.")}
-    needs = ("student", "responses")
+    needs = ("pretrain", "responses")
     reads = (
         *PROMPT_SETTINGS,
         "warmup",
@@ -81,7 +81,7 @@ class Warmup(Stage):
         arguments = shared.training_arguments(run, self)
         rows = run.references if settings.targets == "references" else run.answer_rows
         trainer = SupervisedTrainer(
-            **shared.student_arguments(run, run.start, arguments),
+            **shared.student_arguments(run, run.pretrained, arguments),
             teacher=shared.supervised_teacher(run, arguments),
             args=arguments,
             shard_teacher=recipe.teacher.first.shard,
