@@ -7,9 +7,10 @@ Each stage runs in a fresh process, on the CPU or a GPU, and makes three updates
 assumes. The measured number is the largest resident size of the process (Linux). On a GPU it is the most memory that
 NVML saw the process hold, sampled every 5 ms.
 
-On a GPU the script also compares seconds: of the last update, which no longer compiles anything, and of a batch of
-rollouts, including the teacher's scores. The plan assumes that a rollout is half as long as it may be, so it is too
-optimistic for a student that never ends its responses.
+The script also compares seconds: of the last update, which no longer compiles anything, and of a batch of rollouts,
+including the teacher's scores. For a CPU the plan takes the speed that `minillm plan --calibrate` has measured, or
+measures a product. The plan assumes that a rollout is half as long as it may be, so it is too optimistic for a student
+that never ends its responses.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from minillm.models.device import cpu_multiplies_bfloat16, machine
+from minillm.models.device import machine
 from minillm.models.load import load_tokenizer
-from minillm.run.plan.machine import Machine
+from minillm.run.plan.machine import Machine, machine_for
 from minillm.run.plan.phases import Plan, plan
 from minillm.run.plan.work import updates_of_batch
 from minillm.run.recipe import Recipe
@@ -191,7 +192,7 @@ def compare_stage(recipe: str, overrides: list[str], stage: str) -> tuple[dict[s
     """
     gpu = torch.cuda.is_available()
     loaded = load_recipe(recipe, overrides)
-    planned = plan(loaded, Machine(gpu=gpu, bf16=gpu or cpu_multiplies_bfloat16()))
+    planned = plan(loaded, Machine() if gpu else machine_for(gpus=0)[0])
     found = run_in_fresh_process(recipe, overrides, stage)
     row: dict[str, Any] = {
         "stage": stage,
@@ -201,12 +202,11 @@ def compare_stage(recipe: str, overrides: list[str], stage: str) -> tuple[dict[s
         "parts": max(planned.phases, key=lambda phase: phase.peak).parts,
     }
     text = f"{stage}: planned {planned.peak / 1e9:.2f} GB, measured {found['bytes'] / 1e9:.2f} GB, {row['ratio']:.2f}"
-    if gpu:
-        row["seconds"] = {
-            name: [seconds, found.get(name)] for name, seconds in planned_seconds(loaded, planned, stage).items()
-        }
-        for name, (seconds, measured) in row["seconds"].items():
-            text += f"; {name} {seconds:.2f} s, measured {measured or 0:.2f} s"
+    row["seconds"] = {
+        name: [seconds, found.get(name)] for name, seconds in planned_seconds(loaded, planned, stage).items()
+    }
+    for name, (seconds, measured) in row["seconds"].items():
+        text += f"; {name} {seconds:.2f} s, measured {measured or 0:.2f} s"
     return row, text
 
 

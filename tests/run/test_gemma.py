@@ -63,7 +63,7 @@ def run_chain(folder: Path, *overrides: str) -> Run:
                 f"run_dir={folder / 'run'}", f"data.train={data}", f"data.heldout={data}", "student.keep_layers=12",
                 f"data.max_prompt_tokens={LONGEST}", "student.probe_prompts=4", "responses.max_new_tokens=6",
                 "rollout.max_new_tokens=6", "rollout.num_rollouts=8", "rollout.engine=transformers",
-                "evaluate.seeds=[1]", "evaluate.max_new_tokens=6", "evaluate.bootstrap=100",
+                "evaluate.seeds=[1, 2]", "evaluate.max_new_tokens=6", "evaluate.bootstrap=100",
                 *(f"{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()),
                 *overrides,
             ],

@@ -70,7 +70,7 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 
 def test_every_recipe_can_be_planned_without_a_network() -> None:
     for path in RECIPES.glob("*/*.yaml"):
-        if path.parent.name != "accelerate":
+        if path.parent.name != "accelerate" and not path.stem.endswith("-cpu"):  # whose teacher is a file
             recipe = load_recipe(path)
             assert {recipe.teacher.first.source, recipe.student.source} <= KNOWN.keys()
 

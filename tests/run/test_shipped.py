@@ -67,12 +67,12 @@ def test_the_list_says_what_the_recipes_say() -> None:
     assert dict(bases()).keys() == {"paper", "recommended"}
     for name, said in found.items():
         recipe = resolve_recipe(name)[0]
-        assert said.teacher == recipe.teacher.first.source
+        assert recipe.teacher.first.source.endswith(said.teacher)  # a file is named as the recipe names it
         assert said.student in (recipe.student.source, f"{recipe.student.keep_layers} of its layers")
         assert said.trains.startswith(", ".join(stage.name for stage, _ in recipe.trainings()))
         assert f"({recipe.objective.preset}" in said.trains
         assert said.about
-        assert (said.gpus and said.hours) or name == "quickstart"
+        assert (said.gpus and said.hours) or name in ("quickstart", "gemma/gemma3-270m-cpu")
     assert (found["gpt2/120m"].gpus, found["llama/7b"].gpus, found["qwen3/8b"].gpus) == ("1", "8", "more")
     assert found["gpt2/120m"].about == "GPT-2 120M from 1.5B"
 
