@@ -37,7 +37,9 @@ class AlphaConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AlphaConfig:
-        given = self.model_fields_set
+        # A resolved recipe names every setting, so one that has its default is not refused.
+        fields = type(self).model_fields
+        given = {key for key in self.model_fields_set if getattr(self, key) != fields[key].default}
         for names, keys in ((_UNTIL, {"until"}), (_WARM, {"warmup", "decay"}), (("cosine", "wsd"), {"floor"})):
             if self.schedule not in names and keys & given:
                 raise InputError(f"{' and '.join(sorted(keys & given))}: read with schedule: {' or '.join(names)} only")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from minillm.config import Section
 from minillm.errors import InputError
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from minillm.run.recipe import Recipe
 
 
+def _from_number(given: Any) -> Any:
+    return {"value": given} if isinstance(given, int | float) else given
+
+
 class PretrainConfig(Section):
     """Pre-training against the teacher on `data.text`: L = (1−α)·L_lm + α·L_kd for each token."""
 
-    alpha: AlphaConfig = AlphaConfig()
+    alpha: Annotated[AlphaConfig, BeforeValidator(_from_number, AlphaConfig | float)] = AlphaConfig()
     """α and its schedule: a number, or a section. At 0 no teacher is loaded and no store is read."""
     divergence: DivergenceConfig = DivergenceConfig(name="forward_kl")
     """L_kd. With the `logits` stage it is the forward KL, whose gradient is that of the cross-entropy."""
@@ -32,13 +36,6 @@ class PretrainConfig(Section):
     training: dict[str, Any] = {}
     """`transformers.TrainingArguments` of this stage; `lr_scheduler_type: warmup_stable_decay` is WSD.
     `per_device_train_batch_size` counts blocks."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_number(cls, given: Any) -> Any:
-        if isinstance(given, dict) and isinstance(given.get("alpha"), int | float):
-            return {**given, "alpha": {"value": given["alpha"]}}
-        return given
 
 
 class Pretrain(Stage):
