@@ -70,7 +70,8 @@ def test_parameters_are_the_published_ones(name: str) -> None:
 
 def test_every_recipe_can_be_planned_without_a_network() -> None:
     for path in RECIPES.glob("*/*.yaml"):
-        if path.parent.name != "accelerate" and not path.stem.endswith("-cpu"):  # whose teacher is a file
+        # The teachers of the recipes for a CPU are files.
+        if path.parent.name not in ("accelerate", "lab") and not path.stem.endswith("-cpu"):
             recipe = load_recipe(path)
             assert {recipe.teacher.first.source, recipe.student.source} <= KNOWN.keys()
 
