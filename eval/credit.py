@@ -126,7 +126,7 @@ def asymmetry(fields: dict[str, Any], seed: int) -> dict[str, float]:
 def enumerated(fields: dict[str, Any], seed: int, alpha: float) -> dict[str, float]:
     """A method in a small world, by enumeration of all responses, with a share of the teacher in the sampling."""
     world, objective = World.random(seed), Objective.model_validate(fields)
-    settings = known(world, objective, alpha)
+    settings: dict[str, Any] = known(world, objective, alpha)
     estimates = [(p, flat(g)) for p, g in (world.one(y, objective, alpha, **settings) for y in world.responses())]
     got = torch.stack([p * g for p, g in estimates]).sum(0)
     variance = sum(p * float((g - got).square().sum()) for p, g in estimates)

@@ -41,8 +41,9 @@ def main() -> None:
     asked = tokenizer("The capital of France is", add_special_tokens=False)["input_ids"]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     print(f"a text begins with {tokenizer.convert_ids_to_tokens(tokenizer('a')['input_ids'])[:-1] or 'nothing'}")
+    sampled: Any = model
     for name, prefix in {"without BOS": [], "with BOS": bos}.items():
-        answer: Any = model.generate(torch.tensor([prefix + asked]), max_new_tokens=24, do_sample=False)
+        answer: Any = sampled.generate(torch.tensor([prefix + asked]), max_new_tokens=24, do_sample=False)
         text = tokenizer.decode(answer[0, len(prefix) :])
         print(f"{name}: {nats_per_token(model, inner, prefix):.3f} nats a token ({len(inner) - 1} tokens); {text!r}")
 

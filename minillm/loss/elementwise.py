@@ -235,17 +235,16 @@ def compiled() -> tuple[Callable[..., Measures], Callable[..., Tensor]]:
     Where no log-probability of a chunk can be below `LOG_ZERO`, which is so unless a model excludes tokens, `measure`
     takes a third of the time: it needs no sum of exponentials before the others.
     """
-    extremes, in_range, floored, differentiated = (
-        torch.compile(function, dynamic=True) for function in (_extremes, _measure_in_range, measure, differentiate)
-    )
+    extremes, in_range = torch.compile(_extremes, dynamic=True), torch.compile(_measure_in_range, dynamic=True)
+    floored, differentiated = torch.compile(measure, dynamic=True), torch.compile(differentiate, dynamic=True)
 
     def measured(
         student: Tensor, teacher: Tensor, targets: Tensor, transforms: Transforms, wide: torch.dtype
     ) -> Measures:
-        *tops, least = extremes(student, teacher, transforms, wide)
+        top_s, top_z, least = extremes(student, teacher, transforms, wide)
         # The log of the sum is at most log V above the largest logit. NaN compares as not in range.
         if float(least.min()) > LOG_ZERO + math.log(student.shape[1]) + 1e-3:
-            return in_range(student, teacher, targets, transforms, wide, tuple(tops))
+            return in_range(student, teacher, targets, transforms, wide, (top_s, top_z))
         return floored(student, teacher, targets, transforms, wide)
 
     return measured, differentiated

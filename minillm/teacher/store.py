@@ -313,11 +313,11 @@ class TargetStore:
             for number, number_of_pass, pieces in blocks
         ]
         slots = max(part.ids.shape[1] for part in found)
-        widened = [
+        ids, weights = (
             torch.cat([torch.nn.functional.pad(values, (0, slots - values.shape[1])) for values in parts])
             for parts in ([part.ids for part in found], [part.weights for part in found])
-        ]
-        return SparseTargets(*widened, torch.cat([part.entropy for part in found if part.entropy is not None]))
+        )
+        return SparseTargets(ids, weights, torch.cat([part.entropy for part in found if part.entropy is not None]))
 
     def _shard(self, draw: int, block: int) -> _Shard:
         key = draw, block // SHARD_BLOCKS

@@ -33,7 +33,7 @@ from minillm.rollout.source import RolloutSource, SampledBatch
 from minillm.rollout.worker import Worker
 from minillm.teacher.base import score_missing
 from minillm.teacher.local import LocalTeacher
-from minillm.teacher.routed import RoutedTeacher
+from minillm.teacher.routed import ExactTeacher, RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.assembly import keep_first_scores, pad_micro_batch, teacher_inputs
@@ -79,9 +79,10 @@ class MiniLLMTrainer(DistillationTrainer):
         schedule: which rollouts and which text an update trains on.
 
     Raises:
-        InputError: sizes that do not divide, prompts that do not fit, different tokenizers, settings that exclude each
-            other.
+        InputError: sizes that do not divide, prompts that do not fit, different tokenizers, settings that conflict.
     """
+
+    teacher: ExactTeacher | ServedLogprobs  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @accepts_trl_names
     def __init__(

@@ -121,7 +121,7 @@ class PretrainingTrainer(DistillationTrainer):
         firsts = [self.text.pieces(number)[0][:12] for number, _ in micro_batch.blocks]
         return " and ".join(f'text that begins "{self.student_tokenizer.decode(list(ids))}"' for ids in firsts)
 
-    def training_step(self, model: Any, inputs: TextMicroBatch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""
         blocks = [self.text.pieces(number) for number, _ in inputs.blocks]
         batch, teacher = self._padded(blocks), None

@@ -104,13 +104,13 @@ FAMILIES: dict[str, Quirks] = {
     "pythia": Quirks(
         "pythia/160m", (END, "<|padding|>"), lambda n, given: GPTNeoXConfig(
             **given, hidden_size=64, num_hidden_layers=n, num_attention_heads=2, intermediate_size=128,
-            max_position_embeddings=256, rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False,
+            max_position_embeddings=256, use_parallel_residual=True, **dict[str, Any](rotary_pct=0.25), tie_word_embeddings=False,
             initializer_range=0.2,
         ), eos=END, bos=END, padding=27, facts=("untied", "parallel residual", "a quarter of each head rotates"),
     ),
     "llama": Quirks(
         "llama/7b", ("<unk>", "<s>", "</s>"), lambda n, given: LlamaConfig(
-            **given, **BLOCKS | {"num_key_value_heads": 2}, num_hidden_layers=n, tie_word_embeddings=False,
+            **given, **BLOCKS | dict[str, Any](num_key_value_heads=2), num_hidden_layers=n, tie_word_embeddings=False,
         ), eos="</s>", bos="<s>", adds_bos=True, sentencepiece=True, adds_space=True, facts=("untied",),
     ),
     "llama3": Quirks(

@@ -179,6 +179,7 @@ def test_a_served_teacher_scores_as_one_in_this_process(done: Run, tmp_path: Pat
         sampling = Sampling(8, tuple(done.conventions.eos_ids), done.conventions.vocab_size, 0.7)
         ids = [BOS, *range(1000, 1000 + LONGEST)]
         zeros, targets = torch.zeros(1), []
+        teacher: Any
         for teacher in (local, served):
             rollouts = [Rollout(ids[:n], ids[n : n + 8], zeros, zeros, 0, True) for n in (12, WINDOW - 4, LONGEST - 8)]
             score_missing(teacher, rollouts, sampling)

@@ -36,7 +36,7 @@ sft: {{max_steps: 1, per_device_train_batch_size: 2, use_cpu: true}}
 """
 
 
-def recipe(root: Path, teacher: str, alpha: str = "0.9", **changes: Any) -> Recipe:
+def recipe(root: Path, teacher: str, alpha: Any = 0.9, **changes: Any) -> Recipe:
     data, text = root / "prompts.jsonl", root / "text.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i}", "output": f"w{i + 3}"}) + "\n" for i in range(8)))
     text.write_text(

@@ -48,7 +48,7 @@ def test_an_answer_is_sampled_by_its_seed_and_may_be_abandoned(pair: tuple[str, 
     assert "".join(talker.reply("w1", 1)) == said[1]
     assert len(set(said.values())) > 1
     before = list(talker.messages)
-    answer = talker.reply("w2", 1)
+    answer: Any = talker.reply("w2", 1)
     next(answer)
     answer.close()
     assert talker.messages == before

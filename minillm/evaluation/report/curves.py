@@ -68,7 +68,8 @@ def _draw(title: str, series: Mapping[str, Points], x_label: str) -> Markup:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**_STYLE, "svg.hashsalt": f"{title} {list(series)}"}):  # else every drawing has other ids
+    style: Any = {**_STYLE, "svg.hashsalt": f"{title} {list(series)}"}  # else every drawing has other ids
+    with rc_context(style):
         figure = Figure(figsize=(4.6, 3.0), layout="constrained")
         figure.patch.set_visible(False)
         axis = figure.subplots()
