@@ -48,9 +48,9 @@ def compare_models(models: dict[str, str], suite: Suite) -> dict[str, Any]:
         "prompts": len(common),
         "seeds": suite.seeds,
         "differences": {
-            metric.key: _difference(one, other, metric, suite.bootstrap)
+            metric.key: change
             for metric in METRICS
-            if metric.per == "answer" and (metric.score is None or any(metric.key in row for row in one[0]))
+            if metric.per == "answer" and (change := _difference(one, other, metric, suite.bootstrap)) is not None
         },
         "answers": [
             {"row": a["row"], **{name: row["text"] for name, row in zip(models, (a, b), strict=True)}} for a, b in texts
@@ -59,8 +59,11 @@ def compare_models(models: dict[str, str], suite: Suite) -> dict[str, Any]:
     return write_json(suite.out / "compared.json", found)
 
 
-def _difference(one: list[list[Row]], other: list[list[Row]], metric: Metric, times: int) -> dict[str, float]:
+def _difference(one: list[list[Row]], other: list[list[Row]], metric: Metric, times: int) -> dict[str, float] | None:
+    """The change of a metric from one model to the other; None if the answers do not have it."""
     first, second = scores.per_prompt(one, metric), scores.per_prompt(other, metric)
+    if not (len(first) and len(second)):
+        return None
     change = statistics.paired_bootstrap(first, second, times)
     return {"first": float(first.mean()), "second": float(second.mean()), **change}
 

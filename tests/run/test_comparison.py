@@ -164,7 +164,7 @@ def test_wrong_settings_are_found_before_anything_runs(file: Path, monkeypatch: 
         (
             "stage: sft",
             "stage: sftt",
-            "methods.sft.stage: a stage that trains the student is needed: warmup, sft, minillm",
+            "methods.sft.stage: a stage that trains the student is needed: pretrain, warmup, sft, minillm",
         ),
         (
             "seeds: [0, 1]}",

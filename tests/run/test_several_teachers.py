@@ -139,9 +139,9 @@ def test_overrides_reach_each_teacher_and_faults_have_their_place(file: Path) ->
     assert list(recipe.teacher.by_name) == ["math", "chat", "code"]
     for word, message in (
         ("teacher.math.sorce=x", r"command line: teacher\.math\.sorce: unknown key; did you mean source\?"),
-        ("teacher.code.quantization=4bit", r"recipe\.yaml:3: teacher\.code\.source: needed, and not given"),
+        ("teacher.code.quantization=4bit", r"command line: teacher\.code\.source: needed, and not given"),
         ("teacher.math.quantization=2bit", r"command line: teacher\.math\.quantization: Input should be '8bit' or"),
-        ("teacher.source=x", r"recipe\.yaml:3: teacher: math, chat beside source: .* leave out one of the two"),
+        ("teacher.source=x", r"command line: teacher: math, chat beside source: .* leave out one of the two"),
         ("teacher={a b: {source: x}}", "teacher: 'a b': the name of a teacher consists of letters"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -31,7 +31,8 @@ with socket.create_connection((sys.argv[1], 9000)) as connection:
     connection.recv(1)
 """
 HANG = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for commands in its background
 from namespaces import Network, interruptible
 with interruptible(), Network(["a", "b"]):
     print("up", flush=True)

@@ -323,7 +323,7 @@ def test_settings_are_checked_without_starting_anything() -> None:
         PartialState._shared_state.update(before)
 
 
-@pytest.mark.parametrize("name", ["data_collator", "compute_metrics", "compute_loss_func", "peft_config", "model_init"])
+@pytest.mark.parametrize("name", ["data_collator", "compute_metrics", "compute_loss_func", "model_init"])
 def test_parameters_of_trainers_that_mean_nothing_here_are_refused(tmp_path: Path, name: str) -> None:
     given: dict[str, Any] = {name: object()}
     with pytest.raises(ValueError, match=f"^{name}: not used here: "):
