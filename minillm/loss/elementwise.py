@@ -56,7 +56,7 @@ class Precision(NamedTuple):
     def factor(self, weight: Tensor) -> Tensor:
         """Return the weight of a head as it is multiplied.
 
-        On a CPU, weights in bfloat16 stay so: `project` converts them block by block, in a fifth of the memory.
+        On a CPU, weights in bfloat16 stay so: `project` converts them block by block, so that no whole copy exists.
         """
         kept = self.rounded and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
         return weight.detach() if kept else weight.detach().to(self.matmul)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.config import Section
+from minillm.distribution import versions
 from minillm.errors import RunError
 from minillm.redaction import redacted
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import decides_nothing
 from minillm.run.tree import flatten
-from minillm.run.versions import versions
 
 if TYPE_CHECKING:
     from minillm.run.recipe import Recipe

@@ -51,6 +51,19 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(folder), **(settings | changes))
 
 
+def stop_after(trainer: Any, stop: int | None) -> None:
+    """Have a trainer save and stop after an update; None: it goes on to its end."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            if state.global_step == stop:
+                control.should_save = control.should_training_stop = True
+            return control
+
+    trainer.add_callback(Stop())
+
+
 def train(
     pair: tuple[str, str], folder: Path, *, resume: str | None = None, stop: int | None = None, **changes: Any
 ) -> MiniLLMTrainer:
@@ -58,16 +71,7 @@ def train(
     options = {key: changes.pop(key) for key in keys if key in changes}
     options = {"rollout": ROLLOUT, "train_dataset": PROMPTS} | options
     trainer = MiniLLMTrainer(*pair, arguments(folder, **changes), **options)
-    if stop is not None:
-        from transformers import TrainerCallback
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                if state.global_step == stop:
-                    control.should_save = control.should_training_stop = True
-                return control
-
-        trainer.add_callback(Stop())
+    stop_after(trainer, stop)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import TrainerCallback
 
 from minillm.data.text import TextBlocks
 from minillm.errors import InputError
@@ -21,7 +20,7 @@ from minillm.teacher.store_writing import Drawing, digest_of_weights, write_miss
 from minillm.train.alpha import AlphaConfig
 from minillm.train.pretraining import PretrainingTrainer
 from tests.conftest import tiny_tokenizer
-from tests.train.common import arguments
+from tests.train.common import arguments, stop_after
 
 TEXT = [{"text": " ".join(f"w{(i * j + i) % 28}" for j in range(9 + i))} for i in range(20)]
 BLOCK = 16
@@ -34,15 +33,7 @@ def pretrain(
     keys = ("alpha", "divergence", "store", "temperature", "text_dataset", "block")
     options = {"text_dataset": TEXT, "block": BLOCK} | {key: changes.pop(key) for key in keys if key in changes}
     trainer = PretrainingTrainer(*pair, arguments(folder, **changes), **options)
-    if stop is not None:
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-                if state.global_step == stop:
-                    control.should_save = control.should_training_stop = True
-                return control
-
-        trainer.add_callback(Stop())
+    stop_after(trainer, stop)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
