@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import textwrap
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
 
+import minillm
 from minillm.data.examples import Example
 from minillm.data.templates import prompt_text
 from minillm.errors import RunError
@@ -52,7 +52,7 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {folder.resolve().parent.name}",
-        f"{made[0].upper()}{made[1:]}, {stage_named(stage).describe(recipe)}, with minillm {version('minillm')}.",
+        f"{made[0].upper()}{made[1:]}, {stage_named(stage).describe(recipe)}, with minillm {minillm.__version__}.",
         f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {terms}."
         + ("" if pruned else f" That of `{base}` holds too."),
         *_results(current_results(recipe.run_dir)),
