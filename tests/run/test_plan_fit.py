@@ -84,7 +84,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert after.data.system == "Be short."
     assert after.training["gradient_checkpointing"] is True
     for training, original in ((after.warmup.training, before.warmup.training), (after.training, before.training)):
-        size = [t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] for t in (training, original)]
+        size = [t["responses_per_update"] for t in (training, original)]
         assert size[0] == size[1]  # an update keeps its responses
     shown = run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--memory", "2GiB"])
     assert "does not fit in 2 GiB" in shown.output
@@ -239,3 +239,18 @@ def test_a_cpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     assert 1e9 < machine_for(gpus=0)[0].float32 < 1e14
     assert machine_for(gpus=0)[0].memory <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_the_recipe_for_24_gb_fits_on_such_cards() -> None:
+    """On the smallest, of which 22 GiB are left (L4, A10G)."""
+    for name in ("RTX 4090", "L4"):
+        shown = CliRunner().invoke(app, ["plan", str(RECIPES / "qwen2.5" / "0.5b-24gb.yaml"), "--card", name])
+        assert shown.exit_code == 0, shown.output
+        assert "fits in 24 GiB" in shown.output
+        assert f"the maker's numbers for {name}" in shown.output
+        assert "minillm 64 (2 × 32 × 1)" in shown.output
+    small = load_recipe(RECIPES / "qwen2.5" / "0.5b-24gb.yaml")
+    assert plan(small, Machine(1, 22 * GIB)).fits
+    assert not plan(load_recipe(RECIPES / "qwen2.5" / "0.5b.yaml"), Machine(1, 22 * GIB)).fits
+    shown = CliRunner().invoke(app, ["plan", "quickstart", "--card", "4090", "--gpus", "0"])
+    assert "--gpus 0 plans for a CPU" in str(shown.exception)
