@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import IO
 
 from minillm.errors import Interrupted
-from minillm.noise import Sieve, is_noise
+from minillm.noise import Sieve, download_in, is_noise
 from minillm.terminal import PART, Mode, Terminal, current, use
 
 _LOOK = 0.3  # seconds between two looks at what libraries have written
+_WAITS = 1.5  # seconds after which a line without an end is taken for a question
 
 
 class _Captured(Terminal):
@@ -40,6 +41,7 @@ class _Captured(Terminal):
         self._log: IO[bytes] = tempfile.TemporaryFile("ab+")  # noqa: SIM115
         self.log: Path | None = None
         self._sieve, self._all, self._read, self._rest_of_line = Sieve(), all_lines, 0, b""
+        self._question = b"", 0.0  # a line without an end, and when it was begun
         self._connect()
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -62,12 +64,26 @@ class _Captured(Terminal):
             os.dup2(self._log.fileno(), number)
 
     def _note(self, text: str) -> None:
-        self._log.write(f"» {text}\n".encode())
+        self.drain()
+        begin = b"\n" if self._rest_of_line else b""  # after a line that has no end yet
+        self._log.write(begin + f"» {text}\n".encode())
         self._log.flush()
 
     def _watch(self) -> None:
         while not self._stop.wait(_LOOK):
             self.drain()
+            self._show_question()
+
+    def _show_question(self) -> None:
+        """Show a line that has no end: a tracker that wants a key, say, asks and waits."""
+        with self._lock:
+            text, (before, since) = self._rest_of_line, self._question
+            if text != before:
+                self._question = text, time.monotonic()
+            elif text and time.monotonic() - since > _WAITS and since:
+                self._question = text, 0.0  # shown once
+                for line in self._sieve.pick([text.decode("utf-8", "replace")]):
+                    self.warn(line)
 
     def drain(self) -> None:
         """Show what should be seen of what has been written since."""
@@ -78,6 +94,8 @@ class _Captured(Terminal):
                 self._read += len(piece)
             *lines, self._rest_of_line = b"".join(pieces).replace(b"\r", b"\n").split(b"\n")
             texts = [line.decode("utf-8", "replace") for line in lines]
+            if (download := download_in(texts)) is not None:
+                self.pass_by(download)
             for line in texts if self._all else self._sieve.pick(texts):
                 if not (self._all and line.startswith("» ")):
                     self.warn(line)

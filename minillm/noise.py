@@ -45,7 +45,17 @@ NOISE: tuple[tuple[str, str], ...] = (
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _PATTERNS = [re.compile(pattern) for pattern, _ in NOISE]
+_DOWNLOAD = re.compile(r"^(?P<what>.+?):\s+(?P<share>\d+%)\|.*\|\s*[\d.]+[kMGT]B?\s*/\s*(?P<size>[\d.]+[kMGT]B?)")
 _REPEATED = re.compile(r"warning", re.IGNORECASE)
+
+
+def download_in(lines: Iterable[str]) -> str | None:
+    """The last state of a download in some lines, in words; None if there is none.
+
+    Of all bars those of downloads are told of: they may take longer than everything else.
+    """
+    found = [match for match in map(_DOWNLOAD.match, lines) if match]
+    return f"downloading {found[-1]['what'].strip()}: {found[-1]['share']} of {found[-1]['size']}" if found else None
 
 
 def is_noise(text: str) -> bool:

@@ -44,7 +44,7 @@ class Terminal:
         self.heading, self.part = "", False
         self.rest: Callable[[], float | None] = lambda: None
         self.whole: Progress | None = None
-        self._lock, self._line = threading.RLock(), ""
+        self._lock, self._line, self._passed = threading.RLock(), "", time.monotonic()
 
     @property
     def out(self) -> TextIO:
@@ -69,6 +69,8 @@ class Terminal:
     def say(self, text: str) -> None:
         """Show a line about what is done now."""
         if self.mode == "plain":
+            if self._line:  # which was about something else
+                self._draw("")
             self._write(self.out, f"\x1b[1;36m{text}\x1b[0m" if self._colours else text)
         self._note(text)
 
@@ -86,6 +88,17 @@ class Terminal:
         """Show a line on standard error."""
         if self.mode != "quiet":
             self._write(self.err, text)
+
+    def pass_by(self, text: str) -> None:
+        """Show a state that the next one replaces: in a terminal over the line before, elsewhere now and then."""
+        now = time.monotonic()
+        if self.mode != "plain" or now - self._passed < (_REDRAW if self.interactive else _EVERY):
+            return
+        self._passed = now
+        if self.interactive:
+            self._draw(text)
+        else:
+            self._write(self.out, text)
 
     def event(self, kind: str, **facts: Any) -> None:
         """Write a JSON object in a line of its own, where that is asked for."""

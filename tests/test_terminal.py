@@ -14,7 +14,7 @@ import pytest
 
 from minillm import terminal
 from minillm.evaluation.metrics import HELD_OUT
-from minillm.noise import NOISE, Sieve
+from minillm.noise import NOISE, Sieve, download_in
 from minillm.run.results import summary
 from minillm.terminal import Bar, Progress, Terminal, duration, whole
 
@@ -52,6 +52,20 @@ def test_noise_is_kept_from_the_terminal_and_nothing_else_is() -> None:
     assert Sieve().pick(SEEN.splitlines()) == SEEN.splitlines()
     assert Sieve().pick((PRINTED + SEEN + PRINTED).splitlines()) == SEEN.splitlines()
     assert Sieve().pick(["WARNING: twice", "other", "WARNING: twice", "other"]) == ["WARNING: twice", "other", "other"]
+
+
+def test_a_download_is_told_of() -> None:
+    bars = [
+        "Loading weights: 100%|##| 236/236 [00:00<00:00, 1424.50it/s]",
+        "model.safetensors:  12%|#2        | 337M/2.81G [00:03<00:22, 112MB/s]",
+        "model.safetensors:  45%|####5     | 1.26G/2.81G [00:11<00:13, 112MB/s]",
+    ]
+    assert download_in(bars) == "downloading model.safetensors: 45% of 2.81G"
+    assert download_in(["Processing Files (0 / 1):  9%|9 | 90.1MB / 1.00GB, 30MB/s"]) == (
+        "downloading Processing Files (0 / 1): 9% of 1.00GB"
+    )
+    assert download_in([*bars[:1], *PRINTED.splitlines()]) is None
+    assert Sieve().pick(bars) == []
 
 
 def test_every_filter_has_its_reason() -> None:

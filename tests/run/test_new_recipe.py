@@ -75,6 +75,13 @@ def test_a_small_machine_gets_a_recipe_that_fits(pair: tuple[str, str], rows: Pa
     assert plan(small, Machine(1, 1)).peak < plan(large, Machine(1, 1)).peak
 
 
+def test_a_card_without_bfloat16_gets_no_bfloat16(pair: tuple[str, str], rows: Path) -> None:
+    given = wanted(pair, rows)
+    given.target.write_text(new_recipe(given, Machine(1, 16 * GIB, bf16=False))[0])
+    recipe = load_recipe(given.target)
+    assert (recipe.training["bf16"], recipe.warmup.training["bf16"]) == (False, False)
+
+
 def test_a_pruned_student(pair: tuple[str, str], rows: Path) -> None:
     given = wanted(pair, rows, "prune")
     given.target.write_text(new_recipe(given, Machine(1, 24 * GIB))[0])

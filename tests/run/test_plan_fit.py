@@ -177,7 +177,10 @@ def test_what_the_run_refuses_is_said_and_not_fitted(tmp_path: Path) -> None:
 
 def test_the_card_that_is_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(*cards: tuple[str, float]) -> None:
-        properties = [SimpleNamespace(name=name, total_memory=int(memory * GIB)) for name, memory in cards]
+        properties = [
+            SimpleNamespace(name=name, total_memory=int(memory * GIB), major=7 if "T4" in name else 8)
+            for name, memory in cards
+        ]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties[number])
@@ -205,6 +208,7 @@ def test_the_card_that_is_there_is_looked_at(tmp_path: Path, monkeypatch: pytest
     ):
         here((name, 40))
         assert machine_for()[0].flops == flops, name
+        assert machine_for()[0].bf16 == ("T4" not in name)
     here(("A card of tomorrow", 300))
     machine, said = machine_for()
     assert (machine.processes, machine.memory, machine.flops) == (1, 300 * GIB, 989e12)

@@ -9,6 +9,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -175,7 +176,7 @@ def _machine_for(
         utilisation=utilisation or default.utilisation,
         bandwidth=speed.bandwidth,
         float32=flops or speed.float32,
-        bf16=not cards or torch.cuda.is_bf16_supported(including_emulation=False),
+        bf16=all(map(_multiplies_bfloat16, cards)),
     )
     if not cards:
         return machine, "the speed of an H100: no GPU is here to look at (--gpus 0 plans for this machine's CPU)"
@@ -183,6 +184,11 @@ def _machine_for(
     if calibration is not None:
         return _calibrated(machine, calibration, utilisation), f"{name}, which is here, {_as_calibrated(calibration)}"
     return machine, _source_of_card(name, known) + (f"; {unused}" if unused else "")
+
+
+def _multiplies_bfloat16(card: Any) -> bool:
+    """Whether a GPU that is here multiplies bfloat16: NVIDIA's do since Ampere, AMD's that PyTorch runs on all do."""
+    return torch.version.hip is not None or card.major >= 8
 
 
 def _machine_of_card(
