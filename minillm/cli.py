@@ -13,16 +13,20 @@ from typing import Annotated, Any
 
 import typer
 
+from minillm.capture import WithoutNoise
 from minillm.commands import check, init, recipes, schema, show
-from minillm.commands.app import Overrides, RecipePath, app
+from minillm.commands.app import Overrides, app
+from minillm.commands.run import evaluate, run
 from minillm.errors import InputError, Interrupted, MinillmError
 
 __all__ = [
     "app",
     "check",
+    "evaluate",
     "init",
     "main",
     "recipes",
+    "run",
     "schema",
     "show",
 ]  # commands register themselves when they are imported
@@ -89,98 +93,6 @@ def main_options(
     ] = False,
 ) -> None:
     """Distil a large language model into a small one on the student's own samples (MiniLLM)."""
-
-
-@app.command()
-def run(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(help="Run only this stage, e.g. evaluate, or several: warmup,minillm.", show_default=False),
-    ] = None,
-    redo: Annotated[
-        bool,
-        typer.Option(
-            help="Make the stages that --stage names again, even if they are finished or were made with other "
-            "settings. It refuses to throw away the work of a stage that is not named."
-        ),
-    ] = False,
-) -> None:
-    """Run a recipe's stages; finished ones are skipped, an interrupted one continues.
-
-    Several processes: accelerate launch -m minillm run RECIPE
-    """
-    from minillm.run.recipe_file import is_comparison, load_recipe
-    from minillm.run.stages import stage_named
-
-    if is_comparison(recipe):
-        _compare(recipe, overrides or [])
-        return
-    try:
-        stages = [stage_named(name.strip()).name for name in stage.split(",")] if stage is not None else None
-    except InputError as error:
-        raise InputError(f"--stage {error}") from None
-    loaded = load_recipe(recipe, overrides or [])
-    from minillm.run.processes import rank
-    from minillm.run.runner import run_recipe  # after the recipe, which is read without torch
-    from minillm.run.stages.report import describe
-
-    done = run_recipe(loaded, stages, redo)
-    if rank() == 0:
-        from minillm.run.results import show_results
-
-        if stages is not None and "evaluate" in stages and "report" not in stages:
-            describe(done)  # the report and the cards that are there describe other answers
-        show_results(done.dir)
-
-
-@app.command()
-def evaluate(
-    file: Annotated[
-        Path, typer.Argument(help="A suite of test sets, e.g. eval/local.yaml, or a recipe.", show_default=False)
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[model=FOLDER]... [key=value]...",
-            help="A suite's models (model=NAME:FOLDER names one; others are compared with the first), and settings.",
-        ),
-    ] = None,
-) -> None:
-    """Answer prompts with several models and score the answers: a suite's sets, or a recipe's held-out prompts."""
-    from minillm.run.recipe_file import is_suite, load_suite
-
-    if not is_suite(file):
-        run(file, overrides, stage="evaluate")
-        return
-    from minillm.evaluation.config import named_models
-
-    given = overrides or []
-    models = named_models([text.removeprefix("model=") for text in given if text.startswith("model=")])
-    suite = load_suite(file, [text for text in given if not text.startswith("model=")])
-    from minillm.evaluation.report.console import show_files, show_suite  # after the arguments, read without torch
-    from minillm.evaluation.report.suite import write_suite_report
-    from minillm.evaluation.suite import run_suite
-
-    results = run_suite(suite, models)
-    show_suite(results)
-    show_files(write_suite_report(suite.out), suite.out / "results.json")
-
-
-def _compare(file: Path, overrides: list[str]) -> None:
-    from minillm.run.recipe_file import load_comparison
-
-    comparison = load_comparison(file, overrides)
-    from minillm.evaluation.report.console import show_files, show_pairs, show_suite  # after the settings
-    from minillm.evaluation.report.suite import write_suite_report
-    from minillm.run.experiments.compare import compare
-
-    results = compare(comparison)
-    show_suite(results["tests"])
-    show_pairs(results["differences"])
-    out = Path(comparison.recipe["run_dir"])
-    show_files(out / "compare.json", out / "report.html", write_suite_report(out / "tests"))
 
 
 @app.command()
@@ -275,6 +187,14 @@ def plan(
     utilisation: Utilisation = None,
     nodes: Nodes = 1,
     link: Link = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for a GPU of this name, such as RTX 4090, by its maker's numbers, and not for those of this "
+            "machine. One, unless --gpus says another number.",
+            show_default=False,
+        ),
+    ] = None,
     fit: Annotated[
         Path | None, typer.Option(help="Write a recipe here that extends this one and fits.", show_default=False)
     ] = None,
@@ -290,6 +210,8 @@ def plan(
     size = None if memory is None else _bytes(memory)
     if link is not None and not 0 < link < math.inf:
         raise InputError(f"--link {link:g}: a number of GB in a second above 0 is needed")
+    if card is not None and gpus == 0:
+        raise InputError(f"--card {card}: --gpus 0 plans for a CPU; leave one of them out")
     if calibrate:
         _calibrate(gpus)
     if recipe is None:
@@ -304,7 +226,7 @@ def plan(
     loaded = None if recipe.is_dir() else overridden(recipe, [])
     from minillm.run.plan import fit_report, machine_for, plan_report, table_report  # they import torch
 
-    machine, source = machine_for(gpus, size, flops, utilisation, shard, nodes, link and link * 1e9)
+    machine, source = machine_for(gpus, size, flops, utilisation, shard, nodes, link and link * 1e9, card)
     if loaded is None:
         typer.echo(table_report(recipe, machine, lambda file: overridden(file, [])), nl=False)
         return
@@ -370,6 +292,8 @@ def watch(
 def main() -> None:
     """Run the command line; a `MinillmError` is printed as one line, every other error keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(WithoutNoise())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()

@@ -48,6 +48,8 @@ SUITE = [
     "tests/run/test_responses_file.py",
     "tests/run/test_jobs.py",
     "tests/run/test_run_state.py",
+    "tests/run/test_longer.py",
+    "tests/test_terminal.py",
     "tests/run/test_plan.py",
     "tests/run/test_plan_calibration.py",
     "tests/run/test_plan_fit.py",
@@ -71,6 +73,66 @@ class Mutation:
 
 
 MUTATIONS = [
+    Mutation(
+        "an update on two processes trains on twice the responses",
+        "train/update_size.py",
+        "    share, rest = divmod(responses, processes)\n",
+        "    share, rest = responses, 0\n",
+    ),
+    Mutation(
+        "the size of an update and an accumulation that contradicts it are taken both",
+        "train/update_size.py",
+        "    if ACCUMULATION in given:\n",
+        "    if False:\n",
+    ),
+    Mutation(
+        "the plan takes the accumulation as it is written, not as it follows",
+        "run/training_arguments.py",
+        "    return sizes_of_update(responses, processes, given.get(MICRO_BATCH))\n",
+        "    return sizes_of_update(responses, 1, given.get(MICRO_BATCH))\n",
+    ),
+    Mutation(
+        "a finished stage is not trained for longer: its checkpoint is taken for the end",
+        "train/resume.py",
+        '    if state["global_step"] >= updates_of(trainer):\n',
+        '    if state["global_step"] >= state["max_steps"]:\n',
+    ),
+    Mutation(
+        "a training that is continued logs as often as it did",
+        "train/resume.py",
+        "        state.compute_steps(args, state.max_steps)\n",
+        "        return\n",
+    ),
+    Mutation(
+        "a longer training leaves the answers of the shorter one",
+        "run/directory.py",
+        '            self._stages[stage]["finished"] = False  # in the file once it begins\n',
+        '            self._stages[stage]["finished"] = trained is not own\n',
+    ),
+    Mutation(
+        "a warm-up of the learning rate begins again in silence",
+        "train/lengthened.py",
+        "    if args.get_warmup_steps(before) <= done < args.get_warmup_steps(after):\n",
+        "    if False:\n",
+    ),
+    Mutation(
+        "an unknown warning is kept from the terminal",
+        "noise.py",
+        "    return any(pattern.search(text) for pattern in _PATTERNS)\n",
+        '    return any(pattern.search(text) for pattern in _PATTERNS) or "UserWarning" in text\n',
+    ),
+    Mutation(
+        "what a child process prints goes to the terminal",
+        "capture.py",
+        "            os.dup2(self._log.fileno(), number)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "progress that stays is a line for every update",
+        "terminal.py",
+        "        if now - self._shown < wait:\n",
+        "        if False:\n",
+    ),
     Mutation(
         "a shipped recipe hides a file of the user's",
         "run/shipped.py",

@@ -36,13 +36,13 @@ class _Watches(TrainerCallback):
 def watch() -> None:
     train = resumable.train
 
-    def watched(trainer: Any, folder: str, name: str, *more: Any) -> None:
+    def watched(trainer: Any, folder: str, name: str, *more: Any, **others: Any) -> None:
         trainer.add_callback(_Watches(name))
         policy = getattr(getattr(trainer.accelerator.state, "fsdp_plugin", None), "mixed_precision_policy", None)
         assert policy is None or policy.reduce_dtype == torch.float32  # as DDP sums gradients
         if name == os.environ.get("DIES_AFTER"):
             trainer.save_student = lambda *_: os._exit(9)
-        train(trainer, folder, name, *more)
+        train(trainer, folder, name, *more, **others)
 
     resumable.train = watched
 

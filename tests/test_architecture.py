@@ -22,7 +22,7 @@ from minillm.run.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 # Each floor may import from those below it (to its left), and from itself.
 FLOORS = [
-    "errors config redaction distribution",
+    "errors config redaction distribution noise terminal capture",
     "data",
     "models",
     "loss",
@@ -37,16 +37,19 @@ FLOORS = [
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 # Read by everything, so that a typing error in a recipe costs no import of torch.
 LIGHT = [
+    "minillm.capture",
     "minillm.cli",
     "minillm.commands.app",
     "minillm.commands.check",
     "minillm.commands.init",
     "minillm.commands.recipes",
+    "minillm.commands.run",
     "minillm.commands.schema",
     "minillm.commands.show",
     "minillm.config",
     "minillm.distribution",
     "minillm.errors",
+    "minillm.noise",
     "minillm.redaction",
     "minillm.run.experiments.config",
     "minillm.run.recipe",
@@ -55,6 +58,7 @@ LIGHT = [
     "minillm.run.schema",
     "minillm.run.shipped",
     "minillm.run.stages",
+    "minillm.terminal",
 ]
 # What engines need is told without torch. `minillm plan` itself imports torch once its recipe is read: it asks torch for
 # the GPUs of this machine, and counts what autograd keeps on fake tensors.

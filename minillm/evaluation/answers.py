@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket, pad
@@ -20,6 +19,7 @@ from minillm.loss.in_forward import Scoring, bind_scoring, score
 from minillm.loss.token_scores import ScoringSettings
 from minillm.rollout.engines.base import Engine
 from minillm.teacher.routed import ExactTeacher, hidden_states, join_states
+from minillm.terminal import Progress
 
 DIVERGENCES = ("reverse_kl", "forward_kl")
 """Metrics that `add_divergences` can write, in the order in which `token_divergences` returns them."""
@@ -73,7 +73,7 @@ def token_divergences(
         responses: Token ids of the responses, one per prompt.
         width: Size of the vocabulary that both share.
         temperature: Divides the logits of both.
-        progress: Whether to show a progress bar.
+        progress: Whether to show the progress.
         names: The name of each response's teacher, where there are several.
 
     Returns:
@@ -83,7 +83,8 @@ def token_divergences(
     device = next(student.parameters()).device
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     groups = bucket(lengths, teacher.batch_size)
-    for group in tqdm(groups, desc="scoring", disable=not progress):
+    shown = Progress(len(prompts), "answers", "scoring", hidden=not progress)
+    for group in groups:
         own, theirs = [prompts[i] for i in group], [responses[i] for i in group]
         batch = pad(own, theirs, device)
         chosen = [None if names is None else names[i] for i in group]
@@ -96,6 +97,8 @@ def token_divergences(
         )
         for i, reverse, forward in zip(group, *parts, strict=True):
             out[i] = reverse, forward
+        shown.update(len(group))
+    shown.close()
     return out
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from minillm.errors import InputError
+
 # Sizes of the matrices that are measured: wider ones take memory and are not faster, narrower ones are slower.
 _WIDEST, _NARROWEST = 1 << 14, 128
 
@@ -23,32 +25,36 @@ class Card(NamedTuple):
     """Operations per second in float32."""
     bandwidth: float
     """Bytes per second that are read from the card's memory."""
+    memory: int = 80
+    """GiB of memory. Of a card that is sold with several sizes it is the smallest."""
+    bf16: bool = True
+    """Whether it multiplies bfloat16."""
 
 
 # The keys are regular expressions; the first one that occurs in the name of a card applies.
 _CARDS = {
-    "B200": Card(2250e12, 80e12, 8.0e12),
-    "GH200": Card(989e12, 67e12, 4.0e12),
-    "H200": Card(989e12, 67e12, 4.8e12),
-    "H100 NVL": Card(835e12, 60e12, 3.9e12),
-    "H100 PCIe": Card(756e12, 51e12, 2.0e12),
-    "H100": Card(989e12, 67e12, 3.35e12),
-    "H20": Card(148e12, 44e12, 4.0e12),
-    "A100.*40GB": Card(312e12, 19.5e12, 1.56e12),
-    "A100": Card(312e12, 19.5e12, 2.0e12),
-    "L40S": Card(362e12, 92e12, 0.86e12),
-    "L40": Card(181e12, 90e12, 0.86e12),
-    "L4": Card(121e12, 30e12, 0.3e12),
-    "A10G": Card(70e12, 31e12, 0.6e12),
-    "A10": Card(125e12, 31e12, 0.6e12),
-    "RTX A6000": Card(155e12, 39e12, 0.77e12),
-    "RTX 6000 Ada": Card(364e12, 91e12, 0.96e12),
-    "RTX 5090": Card(210e12, 105e12, 1.79e12),
-    "RTX 4090": Card(165e12, 83e12, 1.01e12),
-    "RTX 3090": Card(71e12, 36e12, 0.94e12),
-    "V100": Card(125e12, 16e12, 0.9e12),
-    "T4": Card(65e12, 8e12, 0.32e12),
-    "MI300X": Card(1307e12, 163e12, 5.3e12),
+    "B200": Card(2250e12, 80e12, 8.0e12, 180),
+    "GH200": Card(989e12, 67e12, 4.0e12, 96),
+    "H200": Card(989e12, 67e12, 4.8e12, 141),
+    "H100 NVL": Card(835e12, 60e12, 3.9e12, 94),
+    "H100 PCIe": Card(756e12, 51e12, 2.0e12, 80),
+    "H100": Card(989e12, 67e12, 3.35e12, 80),
+    "H20": Card(148e12, 44e12, 4.0e12, 96),
+    "A100.*40GB": Card(312e12, 19.5e12, 1.56e12, 40),
+    "A100": Card(312e12, 19.5e12, 2.0e12, 80),
+    "L40S": Card(362e12, 92e12, 0.86e12, 48),
+    "L40": Card(181e12, 90e12, 0.86e12, 48),
+    "L4": Card(121e12, 30e12, 0.3e12, 24),
+    "A10G": Card(70e12, 31e12, 0.6e12, 24),
+    "A10": Card(125e12, 31e12, 0.6e12, 24),
+    "RTX A6000": Card(155e12, 39e12, 0.77e12, 48),
+    "RTX 6000 Ada": Card(364e12, 91e12, 0.96e12, 48),
+    "RTX 5090": Card(210e12, 105e12, 1.79e12, 32),
+    "RTX 4090": Card(165e12, 83e12, 1.01e12, 24),
+    "RTX 3090": Card(71e12, 36e12, 0.94e12, 24),
+    "V100": Card(125e12, 16e12, 0.9e12, 16, bf16=False),
+    "T4": Card(65e12, 8e12, 0.32e12, 16, bf16=False),
+    "MI300X": Card(1307e12, 163e12, 5.3e12, 192),
 }
 
 
@@ -59,6 +65,22 @@ def card_named(name: str) -> Card | None:
         name: What PyTorch calls the GPU.
     """
     return next((card for pattern, card in _CARDS.items() if re.search(rf"\b{pattern}\b", name)), None)
+
+
+def card_like(name: str) -> tuple[str, Card]:
+    """Return the GPU that a user names, with its speed and its memory.
+
+    Args:
+        name: Its name, or words of it: `RTX 4090`, `4090`, `a100`.
+
+    Raises:
+        InputError: No card of the list has this name.
+    """
+    cards, wanted = {pattern.replace(".*", " "): card for pattern, card in _CARDS.items()}, name.strip().lower()
+    near = [each for each in cards if wanted and re.search(rf"\b{re.escape(wanted)}\b", each.lower())]
+    for each in sorted(near, key=lambda each: each.lower() != wanted):
+        return each, cards[each]
+    raise InputError(f"--card {name}: no such card is known; allowed: {', '.join(cards)}")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]]) -> float | None:

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
 import httpx
-from tqdm.auto import tqdm
 
 from minillm.errors import EngineError
+from minillm.terminal import RESPONSES, Progress
 
 # Settings of every completion: token ids as numbers, and none of the sampling settings of the served folder.
 PLAIN: dict[str, Any] = {
@@ -254,13 +254,15 @@ class Servers:
 
         Args:
             actions: The functions.
-            progress: Whether to show a progress bar, or its title.
+            progress: Whether to show the progress, or what to call it.
         """
         futures = [self._pool.submit(action) for action in actions]
-        title = progress if isinstance(progress, str) else "generating"
+        doing = progress if isinstance(progress, str) else ""
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not progress):
-                future.result()
+            with Progress(len(futures), RESPONSES, doing, hidden=not progress) as shown:
+                for future in as_completed(futures):
+                    future.result()
+                    shown.update()
         except BaseException:
             for future in futures:
                 future.cancel()

@@ -60,8 +60,10 @@ class RolloutConfig(Section):
     `objective.old_logprobs: engine`, and `objective.importance: none` or `token`."""
     num_rollouts: Positive = 32
     """Responses per batch of rollouts, over all processes. The engine receives new weights before each batch. Must be a
-    multiple of `samples_per_prompt` and of the responses of one weight update (`per_device_train_batch_size` ×
-    `gradient_accumulation_steps` × number of processes)."""
+    multiple of `samples_per_prompt` and of the responses of one weight update (`training.responses_per_update`, or else
+    `per_device_train_batch_size` × `gradient_accumulation_steps` × number of processes). The batch holds the same
+    prompts and responses on any number of processes. Which of them share an update is the same too if one update takes
+    the whole batch; otherwise each process mixes those that it sampled."""
     samples_per_prompt: Positive = 1
     """Responses to each prompt of a batch. A batch holds `num_rollouts` / `samples_per_prompt` different prompts."""
     inner_epochs: Positive = 2

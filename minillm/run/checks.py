@@ -29,6 +29,7 @@ from minillm.rollout.engines.vllm_memory import check_lora_rank
 from minillm.run.processes import world_size
 from minillm.run.stages import STAGES
 from minillm.run.stages.stage import Stage
+from minillm.run.training_arguments import update_size_refusal
 from minillm.teacher.config import TeacherConfig, teacher_label
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def check_sizes(recipe: Recipe) -> None:
             "student.lora.quantization: a quantised student cannot be sharded over processes (FSDP, ZeRO-3): use "
             + shipped_path("recipes/accelerate/8-gpus.yaml")
         )
+    if refusal := update_size_refusal(recipe, world_size()):
+        raise InputError(refusal)
     for stage in _stages(recipe):
         if refusal := stage.refusal(recipe, world_size()):
             raise InputError(refusal)

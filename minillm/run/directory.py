@@ -14,9 +14,9 @@ from minillm.config import Section
 from minillm.distribution import versions
 from minillm.errors import RunError
 from minillm.redaction import redacted
+from minillm.run.operational import LENGTH, is_longer, is_operational, length_of, same_update, training_sections
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
-from minillm.run.training_arguments import decides_nothing
 from minillm.run.tree import flatten
 
 if TYPE_CHECKING:
@@ -33,21 +33,6 @@ _VALIDATION_SETTINGS = (
     "rollout.stop",
 )
 _RECORDED_LATER = ("rollout.engine", "teacher.quantization")  # of what validation reads: since format 2
-# Settings of where and when responses are sampled and scored, not from what; and of what is only measured. A run may
-# continue with others.
-_OPERATIONAL = frozenset(
-    f"rollout.{name}"
-    for name in (
-        "servers",
-        "server_patience",
-        "server_timeout",
-        "engine_memory",
-        "engine_options",
-        "overlap",
-        "lora",
-        "draft_tokens",  # of earlier versions
-    )
-) | {"objective.signal_every"}
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
@@ -90,7 +75,7 @@ def _digest(file: str) -> str:
 def _is_run_directory(folder: Path) -> bool:
     """Whether a folder is a run directory, or empty, or was begun this moment by another process."""
     names = {file.name for file in folder.iterdir() if not file.name.startswith("launched")}
-    return names <= {"recipe.json", "state.part"} or "state.json" in names
+    return names <= {"logs", "recipe.json", "state.part"} or "state.json" in names
 
 
 def _normalise_path(key: str, value: Any) -> Any:
@@ -105,10 +90,6 @@ def _unnamed(key: str) -> str:
     """The name of a setting without the name of one of several teachers: `teacher.source` for `teacher.math.source`."""
     section, *path = key.split(".")
     return ".".join([section, *path[1:]]) if section == "teacher" and len(path) == 2 else key
-
-
-def _number(value: Any) -> float:
-    return value if isinstance(value, int | float) else -1.0
 
 
 @contextmanager
@@ -138,6 +119,7 @@ class RunState:
         self._recipe = recipe
         self._file = recipe.run_dir / "state.json"
         self._stages: dict[str, Any] = {}
+        self._longer: dict[str, tuple[str, str]] = {}  # stages that are to go on: their lengths, as made and now
         try:
             if self._file.is_file():
                 self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
@@ -157,6 +139,10 @@ class RunState:
         """Whether a stage has been finished."""
         return bool(self._stages.get(stage, {}).get("finished"))
 
+    def seconds(self, stage: str) -> float | None:
+        """How long a finished stage took; None for one that is not finished."""
+        return self._stages[stage].get("seconds") if self.finished(stage) else None
+
     def check(self, stage: str) -> None:
         """Refuse to go on from a stage, or from one it builds on, that was made with other settings.
 
@@ -170,25 +156,63 @@ class RunState:
         entry = self._stages.get(stage)
         if entry is None or not (entry["finished"] or stage_named(stage).has_made_something(self._recipe.run_dir)):
             return
-        new, old = self.settings(stage), self._recorded(stage, entry)
-        # Earlier versions recorded fewer settings, or none where the recipe did not list the stage.
-        known = entry.get("format") == _FORMAT and bool(entry["settings"])
-        changed = {
-            key: f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and (key in old or (known and not self._is_later(key, old)))
-        }
-        steps = f"{stage_named(stage).training}.max_steps"
-        if not entry["finished"] and 0 < _number(old.get(steps)) < _number(new.get(steps)):
-            changed.pop(steps, None)  # a stage that has not come to its end may be given a later one
+        changed, old, new = self._changed(stage, entry)
+        self._allow_longer(stage, changed, old, new)
         if changed:
-            texts = list(changed.values())
+            texts = [f"{key} (there {old.get(key)!r}, now {new.get(key)!r})" for key in changed]
             shown = ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
             names = [stage, *self.lost_with([stage])]
             raise RunError(
                 f"{self._recipe.run_dir}: stage {stage} there was made with other settings: {shown}. Choose another "
                 f"run_dir=…, or make {' and '.join(names)} again: --stage {','.join(names)} --redo"
             )
+
+    def _changed(self, stage: str, entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The settings that differ from those that a stage was made with, and all of these, then and now."""
+        new, old = self.settings(stage), self._recorded(stage, entry)
+        # Earlier versions recorded fewer settings, or none where the recipe did not list the stage.
+        known = entry.get("format") == _FORMAT and bool(entry["settings"])
+        changed = {
+            key: new.get(key)
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and (key in old or (known and not self._is_later(key, old)))
+        }
+        for section in training_sections():
+            same_update(section, changed, old, entry.get("processes"))
+        return changed, old, new
+
+    def _allow_longer(self, stage: str, changed: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Take a longer training out of what has changed, where a stage can go on, or is cheaply made again.
+
+        A stage that trains goes on from its last checkpoint. One that keeps what still holds of its work, as evaluate
+        does, follows a longer training of another stage.
+
+        Raises:
+            RunError: the stage is finished, and its last checkpoint is not there any more.
+        """
+        own = stage_named(stage)
+        for section, trained in training_sections().items():
+            if not is_longer(section, changed, old, new) or not (trained is own or own.keeps_work):
+                continue
+            rest = [key for key in changed if key not in (f"{section}.{name}" for name in LENGTH)]
+            if rest and trained is own:
+                continue  # it is made again anyway
+            for key in changed.keys() - rest:
+                del changed[key]
+            if trained is own:
+                if self.finished(stage) and not own.has_made_something(self._recipe.run_dir):
+                    raise RunError(self._no_checkpoint(own, old, new))
+                self._longer[stage] = (length_of(section, old), length_of(section, new))
+            self._stages[stage]["finished"] = False  # in the file once it begins
+
+    def _no_checkpoint(self, stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> str:
+        section, names = str(stage.training), [stage.name, *self.lost_with([stage.name])]
+        return (
+            f"{self._recipe.run_dir}: stage {stage.name} there is finished ({length_of(section, old)}), and its last "
+            f"checkpoint, from which it would go on to {length_of(section, new)}, is not there (keep_checkpoint: "
+            'false, save_strategy: "no", or a stage that builds on it is finished). Leave the length as it was, or '
+            f"make {' and '.join(names)} again: --stage {','.join(names)} --redo"
+        )
 
     def needs(self, stage: str, planned: Sequence[str]) -> None:
         """Refuse a stage whose inputs are neither there nor about to be made.
@@ -214,7 +238,7 @@ class RunState:
             if stage.name not in stages
             and not stage.keeps_work
             and self._has_work(stage)
-            and any(named in self._all_below(stage.name) for named in stages)
+            and any(named in self.all_below(stage.name) for named in stages)
         ]
 
     def made(self) -> list[str]:
@@ -225,10 +249,10 @@ class RunState:
         begun = stage.name in self._stages and not stage.always_runs
         return begun and (self.finished(stage.name) or stage.has_made_something(self._recipe.run_dir))
 
-    def _all_below(self, name: str) -> set[str]:
+    def all_below(self, name: str) -> set[str]:
         """The stages that a stage builds on, directly and through others."""
         needs = stage_named(name).needs
-        return set(needs).union(*map(self._all_below, needs))
+        return set(needs).union(*map(self.all_below, needs))
 
     def forget(self, stage: str) -> list[str]:
         """Drop a stage and those that build on it, and return their names."""
@@ -246,7 +270,16 @@ class RunState:
         Raises:
             RunError: the run directory cannot be written.
         """
+        before = self._stages.get(stage, {})
         self._stages[stage] = {"finished": False, "format": _FORMAT, "settings": self.settings(stage)}
+        lengthened = before.get("lengthened", []) if stage_named(stage).has_made_something(self._recipe.run_dir) else []
+        if stage in self._longer:
+            lengthened = [*lengthened, list(self._longer.pop(stage))]
+            for later in STAGES:  # what is measured of the shorter one does not hold any more
+                if later.keeps_work and later.name in self._stages and stage in self.all_below(later.name):
+                    self._stages[later.name]["finished"] = False
+        if lengthened:
+            self._stages[stage]["lengthened"] = lengthened
         self._write()
 
     def finish(self, stage: str, seconds: float, processes: int = 1) -> None:
@@ -328,14 +361,10 @@ class RunState:
 
     def _is_operational(self, key: str) -> bool:
         """Whether a setting changes nothing that a stage makes."""
-        if key in _OPERATIONAL or any(key.startswith(f"{name}.") for name in _OPERATIONAL):
-            return True
         if _unnamed(key) == "teacher.top_k":  # which several teachers never read
             return not self._recipe.teacher.first.servers or self._recipe.teacher.several
-        for stage in STAGES:
-            if stage.training and key.startswith(f"{stage.training}."):
-                return decides_nothing(key.removeprefix(f"{stage.training}."), stage.arguments(self._recipe))
-        return False
+        arguments = {section: stage.arguments(self._recipe) for section, stage in training_sections().items()}
+        return is_operational(key, arguments)
 
     def _write(self) -> None:
         text, part = json.dumps(redacted({"stages": self._stages}), indent=1), self._file.with_suffix(".part")

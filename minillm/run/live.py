@@ -6,13 +6,14 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainerCallback
 
 from minillm.data.files import finite
 from minillm.run.progress import log_file
 from minillm.run.report import write_run_report
+from minillm.terminal import Progress
 from minillm.train.samples import drop_later_lines
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,36 @@ class LiveLog(TrainerCallback):
             entry = {**(logs or {}), "step": state.global_step, "max_steps": state.max_steps, "time": time.time()}
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(entry), ensure_ascii=False, default=float) + "\n")
+
+
+class LiveProgress(TrainerCallback):
+    """Shows the updates of a stage, the time left, and the metric that it minimises."""
+
+    _METRICS: ClassVar = {"reverse_kl": "KL(q‖p)", "forward_kl": "KL(p‖q)", "loss": "loss"}
+    _progress: Progress | None = None
+    _note = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to count, after the updates that were made before."""
+        if state.is_world_process_zero:
+            self._progress = Progress(state.max_steps, "updates")
+            self._progress.start_at(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count an update."""
+        if self._progress is not None:
+            self._progress.update(note=self._note)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Remember what to show beside the numbers."""
+        key = next((key for key in self._METRICS if (logs or {}).get(key) is not None), None)
+        if key is not None:
+            self._note = f"{self._METRICS[key]} {float(logs[key]):.3g}"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Take the line away."""
+        if self._progress is not None:
+            self._progress.close()
 
 
 class LiveReport(TrainerCallback):

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 
 import minillm
 from minillm.data.examples import Example
+from minillm.data.files import read_json
 from minillm.data.templates import prompt_text
 from minillm.errors import RunError
 from minillm.evaluation.formatting import with_interval
@@ -55,6 +56,7 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
         f"{made[0].upper()}{made[1:]}, {stage_named(stage).describe(recipe)}, with minillm {minillm.__version__}.",
         f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {terms}."
         + ("" if pruned else f" That of `{base}` holds too."),
+        *_lengthened(recipe.run_dir, stage),
         *_results(current_results(recipe.run_dir)),
         "## Recipe\n\n```yaml\n"
         + yaml.safe_dump(_non_default_settings(recipe), sort_keys=False, allow_unicode=True)
@@ -66,6 +68,19 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
     card = folder / "README.md"
     card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return card
+
+
+def _lengthened(run_dir: Path, stage: str) -> list[str]:
+    """What a reader has to know of a training that went on for longer than it was to."""
+    state = run_dir / "state.json"
+    found = read_json(state)["stages"].get(stage, {}).get("lengthened", []) if state.is_file() else []
+    if not found:
+        return []
+    lengths = ", then ".join([*(before for before, _ in found), found[-1][1]])
+    return [
+        f"**Length.** The training went on from its last checkpoint: {lengths}. A schedule that depends on the length "
+        "was that of each in turn."
+    ]
 
 
 def _question(recipe: Recipe) -> str:

@@ -22,8 +22,9 @@ from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import recipe_of
 from minillm.run.tree import Key, merge
+from minillm.train.update_size import sizes_of_update
 
-_UPDATE = 32  # responses of one weight update
+_UPDATE = 32  # responses of one weight update, or a few fewer where processes could not share them alike
 _COLUMN = 44  # where comments begin
 _COMMENTS: dict[Key, str] = {
     ("run_dir",): "everything that the run makes is kept here",
@@ -41,7 +42,8 @@ _COMMENTS: dict[Key, str] = {
     ("rollout", "max_new_tokens"): "longer answers are cut and count as unfinished",
     ("training", "learning_rate"): "higher for small students, lower for large ones",
     ("training", "max_steps"): "weight updates",
-    ("training", "per_device_train_batch_size"): "with the next: responses of an update in one process",
+    ("training", "responses_per_update"): "of a weight update, on any number of GPUs",
+    ("training", "per_device_train_batch_size"): "the largest micro-batch of one GPU",
     ("training", "gradient_checkpointing"): "less memory, a third more time",
     ("evaluate", "seeds"): "one answer to each held-out prompt with each",
 }
@@ -104,14 +106,13 @@ def _tree(wanted: Wanted, machine: Machine, *, known: bool = True) -> dict[str, 
     if wanted.student == "prune":
         layers = wanted.keep_layers or (text_config(wanted.teacher).num_hidden_layers * 5 // 6 if known else 20)
         student["keep_layers"] = layers
-    micro = max(1, min(8, _UPDATE // machine.processes))
+    update = machine.processes * max(1, _UPDATE // machine.processes)
     shared = {
         "lr_scheduler_type": "cosine",
         "bf16": machine.bf16,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": max(1, _UPDATE // (micro * machine.processes)),
+        "responses_per_update": update,
+        "per_device_train_batch_size": sizes_of_update(update, machine.processes)[0],
     }
-    update = micro * shared["gradient_accumulation_steps"] * machine.processes
     return {
         "run_dir": f"runs/{wanted.target.stem}",
         "data": {

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from rich import print as rich_print
 
 from minillm.errors import RunError
 from minillm.models.launcher import environment_without_launcher
 from minillm.run.directory import RunState, absolute_paths, writing_to
 from minillm.run.recipe_file import STANDARD_INPUT
+from minillm.terminal import current
 
 if TYPE_CHECKING:
     from minillm.run.context import Run
@@ -41,7 +41,7 @@ def world_size() -> int:
 def print_progress(text: str, rank: int = 0) -> None:
     """Print a line about the run's progress, in process 0 alone."""
     if rank == 0:
-        rich_print(f"[bold cyan]{text.replace('[', chr(92) + '[')}[/]", flush=True)
+        current().say(text)
 
 
 def signal_abort(run: Run) -> None:
@@ -142,7 +142,10 @@ def run_in_main_process(run: Run, stage: str, rank: int) -> None:
     if rank == 0:
         # The recipe goes through a pipe: it may hold secrets, which are written nowhere.
         command = [sys.executable, "-m", "minillm", "run", str(STANDARD_INPUT), "--stage", stage]
-        done = subprocess.run(command, env=environment_without_launcher(), input=_as_piped(run.recipe), text=True)
+        terminal = current()
+        environment = environment_without_launcher() | terminal.environment()
+        piped = _as_piped(run.recipe)
+        done = subprocess.run(command, env=environment, input=piped, text=True, **terminal.streams())
         if done.returncode:
             raise RunError(
                 f"stage {stage} failed in its own process (exit status {done.returncode}); see what it printed above"

@@ -56,6 +56,10 @@ class SharedRecipe(Section):
     """What the minillm stage minimises."""
     rollout: RolloutConfig = RolloutConfig()
     """How the student's responses are sampled."""
+    keep_checkpoint: bool = True
+    """Keep the last checkpoint of a training stage, so that it can go on with a longer `max_steps` or
+    `num_train_epochs`, until a training stage that builds on it is finished. It takes the size of the weights and of
+    the optimiser's state, 12 bytes for each trained weight with Adam in float32."""
 
     def trainings(self, *, idle: bool = False) -> list[tuple[Stage, dict[str, Any]]]:
         """Each stage that trains, with its `TrainingArguments` as given.

@@ -101,11 +101,13 @@ class Progress:
         teacher: name of the teacher that answered last; None if nobody has.
         sample: number of the pass over the prompts of this teacher.
         row: number of the example that was answered last.
+        count: number of answers.
     """
 
     teacher: str | None = None
     sample: int = 0
     row: int = -1
+    count: int = 0
 
     def note(self, teacher: str, row: int) -> None:
         """Note an answer, in the order in which they are written: in a pass the numbers of the rows increase."""
@@ -114,6 +116,7 @@ class Progress:
         elif row <= self.row:
             self.sample += 1
         self.row = row
+        self.count += 1
 
 
 class ResponsesFile:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
-from minillm.data.files import read_json
-from minillm.evaluation.formatting import with_interval
+from minillm.data.files import finite, read_json
+from minillm.evaluation.formatting import number, with_interval
 from minillm.evaluation.metrics import HELD_OUT
-from minillm.evaluation.report.console import show_table
+from minillm.evaluation.report.console import plain_table
 from minillm.evaluation.verdict import COLOURS, check_of
+from minillm.terminal import current
+
+_ANSI = {"green": "\x1b[32m", "yellow": "\x1b[33m", "red": "\x1b[31m"}
 
 
 def current_results(run_dir: Path) -> dict[str, Any]:
@@ -46,23 +48,59 @@ def current_files(run_dir: Path) -> list[Path]:
 
 
 def show_results(run_dir: Path) -> None:
-    """Print the results and the verdict of a run, and the paths of its files, as far as they are still valid.
+    """Show the results and the verdict of a run, and the names of its files, as far as they are still valid.
+
+    It is as wide as the terminal at most.
 
     Args:
         run_dir: The run's directory.
     """
-    console = Console()
-    if results := current_results(run_dir):
-        title = f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
+    terminal, files = current(), current_files(run_dir)
+    results = current_results(run_dir)
+    found = check_of(results) if results else None
+    if results:
+        for line in summary(results, terminal.width):
+            terminal.show(line)
+    if found:
+        colours = terminal.interactive and "NO_COLOR" not in os.environ
+        start, end = (_ANSI[COLOURS[found["verdict"]]], "\x1b[0m") if colours else ("", "")
+        terminal.show(f"{start}{textwrap.fill(found['sentence'], terminal.width)}{end}")
+    names = f" ({', '.join(file.name for file in files)})" if files else ""
+    terminal.end(f"Results: {run_dir}{names}")
+    terminal.event(
+        "run",
+        status="finished",
+        run_dir=str(run_dir),
+        files=[str(file) for file in files],
+        verdict=found and found["verdict"],
+        sentence=found and found["sentence"],
+        models=finite(results.get("models", {})),
+    )
+
+
+def summary(results: dict[str, Any], width: int) -> list[str]:
+    """The scores of the models as lines of a table: with their intervals, as far as there is room.
+
+    Args:
+        results: The results of a run.
+        width: Columns.
+    """
+    title = f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
+    heads = ["model", *(metric.title for metric in HELD_OUT)]
+    scores = [[found.get(metric.key) for metric in HELD_OUT] for found in results["models"].values()]
+    for intervals in range(len(HELD_OUT), -1, -1):
         rows = [
-            [name, *(with_interval(found.get(metric.key)) for metric in HELD_OUT)]
-            for name, found in results["models"].items()
+            [name, *(with_interval(one) if i < intervals else _mean(one) for i, one in enumerate(row))]
+            for name, row in zip(results["models"], scores, strict=True)
         ]
-        show_table(title, ["model", *(metric.title for metric in HELD_OUT)], rows)
-        if found := check_of(results):
-            colour = COLOURS[found["verdict"]]
-            console.print(f"[{colour}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False)
-    console.print("Results: " + (", ".join(map(str, current_files(run_dir))) or str(run_dir)), soft_wrap=True)
+        lines = plain_table(heads, rows)
+        if max(map(len, lines)) <= width or not intervals:
+            break
+    return [*textwrap.wrap(title, width), *lines]
+
+
+def _mean(score: dict[str, Any] | None) -> str:
+    return "" if score is None else number(score["mean"])
 
 
 def _modified(file: Path) -> int:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
+from minillm.capture import keep_log
 from minillm.errors import Interrupted, RunError
 from minillm.models.device import release_memory
 from minillm.run import processes
 from minillm.run.context import Run
+from minillm.run.directory import writing_to
 from minillm.run.recipe import Recipe
+from minillm.run.remaining import Remaining
 from minillm.run.stages import NAMES, stage_named
+from minillm.run.stages.stage import Stage
+from minillm.terminal import current, duration
+
+_WORTH_A_PLAN = 30.0  # seconds; to estimate the rest takes a few
 
 
 def run_recipe(recipe: Recipe, only: str | Sequence[str] | None = None, redo: bool = False) -> Run:
@@ -44,6 +53,8 @@ def run_recipe(recipe: Recipe, only: str | Sequence[str] | None = None, redo: bo
     for number, stage in enumerate(stages):
         run.state.check(stage)
         run.state.needs(stage, stages[:number])
+    with writing_to(run.dir):
+        keep_log(run.dir / "logs" / f"{_log_name(stages, rank)}.log")
     try:
         _run_pending_stages(run, stages, rank, world)
     except BaseException:
@@ -53,6 +64,11 @@ def run_recipe(recipe: Recipe, only: str | Sequence[str] | None = None, redo: bo
     if world > 1:
         processes.destroy_process_group(run, rank)
     return run
+
+
+def _log_name(stages: Sequence[str], rank: int) -> str:
+    """The log of what is printed: one for each process, since all that write to one would be shown by each."""
+    return f"run-{stages[0]}" if current().part else "run" if rank == 0 else f"run-{rank}"
 
 
 def _check_redo(run: Run, named: Sequence[str]) -> None:
@@ -81,24 +97,45 @@ def _discard(run: Run, stages: Sequence[str]) -> None:
 
 def _run_pending_stages(run: Run, stages: list[str], rank: int, world: int) -> None:
     """Run, in order, every stage that is not finished."""
+    terminal, remaining, begun = current(), Remaining(run, stages, world), time.perf_counter()
     for number, name in enumerate(stages, 1):
         stage, heading = stage_named(name), f"[{number}/{len(stages)}] {name}"
         if run.state.finished(name) and not stage.always_runs:
-            processes.print_progress(f"{heading}: finished before", rank)
+            _tell(run, f"{heading}: finished before", rank, name, "finished before")
             continue
+        if not terminal.part:
+            terminal.heading, terminal.rest = heading, partial(remaining.after, name)
+            processes.print_progress(heading, rank)
+        started = time.perf_counter()
         if world > 1 and stage.training is None:
             processes.run_in_main_process(run, name, rank)
-            continue
-        processes.print_progress(heading, rank)
-        if rank == 0:
-            run.state.begin(name)
-        started = time.perf_counter()
-        try:
-            stage.run(run)
-        except KeyboardInterrupt:
-            raise Interrupted(f"stage {name} was interrupted; the same command continues it") from None
-        release_memory()
+        else:
+            _run_stage(run, stage, rank)
         seconds = time.perf_counter() - started
-        if rank == 0:
-            run.state.finish(name, seconds, run.processes)
-        processes.print_progress(f"{heading}: {seconds:.0f} s", rank)
+        left = remaining.after(name) if rank == 0 and time.perf_counter() - begun > _WORTH_A_PLAN else None
+        rest = f", about {duration(left)} left" if left else ""
+        _tell(run, f"{heading}: {duration(seconds)}{rest}", rank, name, "finished", seconds=round(seconds, 1))
+
+
+def _run_stage(run: Run, stage: Stage, rank: int) -> None:
+    """Run a stage in this process, and record it."""
+    if rank == 0:
+        run.state.begin(stage.name)
+    started = time.perf_counter()
+    try:
+        stage.run(run)
+    except KeyboardInterrupt:
+        raise Interrupted(f"stage {stage.name} was interrupted; the same command continues it") from None
+    release_memory()
+    if rank == 0:
+        run.state.finish(stage.name, time.perf_counter() - started, run.processes)
+        if stage.training is not None:
+            for earlier in run.state.all_below(stage.name):  # which can no longer go on for longer
+                shutil.rmtree(run.dir / "work" / earlier, ignore_errors=True)
+
+
+def _tell(run: Run, text: str, rank: int, stage: str, status: str, **facts: Any) -> None:
+    """Show that a stage is over."""
+    if rank == 0 and not current().part:
+        processes.print_progress(text)
+        current().event("stage", run_dir=str(run.dir), stage=stage, status=status, **facts)

@@ -16,8 +16,16 @@ from minillm.run.experiments.config import Comparison
 from minillm.run.recipe import Recipe
 from minillm.run.stages import NAMES, STAGES
 from minillm.train.supported_arguments import FINE_TUNING_ONLY, HONOURED
+from minillm.train.update_size import RESPONSES
 
 KINDS: dict[str, type[BaseModel]] = {"recipe": Recipe, "suite": Suite, "comparison": Comparison}
+_RESPONSES = {
+    "type": ["integer", "null"],
+    "minimum": 1,
+    "description": "Responses (of the pretrain stage: blocks of text) that one weight update trains on, whatever the "
+    "number of processes. gradient_accumulation_steps follows from it, and per_device_train_batch_size is the largest "
+    "micro-batch. null takes back that of an extended recipe.",
+}
 _EXTENDS = {
     "type": "string",
     "description": "A file, or the name of a shipped recipe, whose settings this one changes.",
@@ -91,5 +99,6 @@ def _add_training_arguments(recipe: dict[str, Any]) -> None:
         if inner:
             properties = recipe["$defs"][properties[section]["$ref"].rpartition("/")[2]]["properties"]
         names = sorted(HONOURED | FINE_TUNING_ONLY.keys() if stage.uses_trl else HONOURED)
-        described = {name: {"description": f"transformers.TrainingArguments.{name}"} for name in names}
+        described: dict[str, Any] = {name: {"description": f"transformers.TrainingArguments.{name}"} for name in names}
+        described[RESPONSES] = _RESPONSES
         properties[inner or section] |= {"properties": described, "additionalProperties": False}

@@ -1,30 +1,20 @@
-"""What a recipe's `transformers.TrainingArguments` mean to a run: their faults, and which of them decide a result."""
+"""What a recipe's `transformers.TrainingArguments` mean to a run: their defaults and faults, and sizes of updates."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from minillm.errors import InputError
 from minillm.run.stages.stage import Stage
 from minillm.run.tree import Key, suggest_names
 from minillm.train.supported_arguments import FINE_TUNING_ONLY, HONOURED, REFUSED, RENAMED
+from minillm.train.update_size import ACCUMULATION, MICRO_BATCH, RESPONSES, sizes_of_update, update_size_faults
 
 if TYPE_CHECKING:
     from minillm.run.recipe import Recipe
-
-# What is logged, kept and reported, and where it is computed; the weights stay the same.
-_OPERATIONAL = re.compile(
-    r"(logging_|save_|hub_|push_to_hub|dataloader_|ddp_|trackio|project$|report_to$|run_name$|disable_tqdm$|log_level"
-    r"|log_on_each_node$|skip_memory_metrics$|use_cpu$|gradient_checkpointing|torch_empty_cache_steps$"
-    r"|enable_jit_checkpoint$|include_for_metrics$|include_num_input_tokens_seen$|liger_kernel_config$)"
-)
-_VALIDATING = re.compile(
-    r"(eval_|metric_for_best_model$|greater_is_better$|load_best_model_at_end$|per_device_eval_batch_size$)"
-)
-
 
 STAGE_DEFAULTS: dict[str, Any] = {"logging_first_step": True, "logging_steps": 1, "report_to": "none"}
 """Training arguments of every stage that differ from the defaults of transformers, where the recipe says nothing."""
@@ -43,17 +33,40 @@ def argument(given: dict[str, Any], name: str) -> Any:
     return given[name] if name in given else _defaults()[name]
 
 
-def decides_nothing(name: str, given: dict[str, Any]) -> bool:
-    """Whether a training argument leaves the trained weights as they are.
+def update_sizes(given: dict[str, Any], processes: int) -> tuple[int, int]:
+    """Responses of a micro-batch, and micro-batches of one process in an update.
 
     Args:
-        given: the `TrainingArguments` of the stage. Where they choose the best checkpoint, what validates decides,
-            and so does `save_steps`: the best is chosen among the checkpoints that are kept.
+        given: the `TrainingArguments` of a stage, with `responses_per_update` or without.
+        processes: how many processes train.
+
+    Raises:
+        InputError: `responses_per_update` cannot be divided among them.
     """
-    chooses_best = bool(given.get("load_best_model_at_end"))
-    if _VALIDATING.match(name) and not chooses_best:
-        return True
-    return bool(_OPERATIONAL.match(name)) and not (chooses_best and name == "save_steps")
+    responses = given.get(RESPONSES)
+    if responses is None:
+        return int(argument(given, MICRO_BATCH)), int(argument(given, ACCUMULATION))
+    return sizes_of_update(responses, processes, given.get(MICRO_BATCH))
+
+
+def with_update_sizes(given: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The arguments that transformers takes: with an accumulation in place of `responses_per_update`."""
+    if RESPONSES not in given:
+        return given
+    micro_batch, accumulation = update_sizes(given, processes)
+    others = {name: value for name, value in given.items() if name != RESPONSES}
+    return others | {MICRO_BATCH: micro_batch, ACCUMULATION: accumulation}
+
+
+def update_size_refusal(recipe: Recipe, processes: int) -> str | None:
+    """Why the updates of a recipe cannot be divided among so many processes; None if they can."""
+    for stage, given in recipe.trainings():
+        if RESPONSES in given:
+            try:
+                update_sizes(given, processes)
+            except InputError as error:
+                return f"{stage.training}.{error}"
+    return None
 
 
 def name_faults(stage: Stage, given: dict[str, Any]) -> Iterable[tuple[Key, str]]:
@@ -63,7 +76,10 @@ def name_faults(stage: Stage, given: dict[str, Any]) -> Iterable[tuple[Key, str]
         stage: the stage.
         given: its arguments as the recipe gives them.
     """
-    names = HONOURED | REFUSED.keys() | FINE_TUNING_ONLY.keys()  # all fields; tests compare them with transformers
+    if RESPONSES in given and given[RESPONSES] is None:
+        del given[RESPONSES]  # a recipe that extends another one gives another size of an update in its place
+    # All fields of transformers, which tests compare, and ours.
+    names = HONOURED | REFUSED.keys() | FINE_TUNING_ONLY.keys() | {RESPONSES}
     for name in (name for name in given if name not in names):
         known = f"it is now {RENAMED[name]}" if name in RENAMED else suggest_names(name, names)
         yield _key(stage, name), f"unknown key; {known}"
@@ -86,8 +102,10 @@ def training_faults(recipe: Recipe, stage: Stage, given: dict[str, Any]) -> Iter
         return
     from minillm.train.arguments import setting_faults  # here: it takes seconds to import
 
+    yield from ((_key(stage, name), fault) for name, fault in update_size_faults(given))
+    known = {name: value for name, value in given.items() if name != RESPONSES}
     faults = setting_faults(
-        given,
+        known,
         fine_tuning=stage.uses_trl,
         validated=recipe.data.validation is not None,
         reads_teacher=stage.scores_with_teacher(recipe),
@@ -95,3 +113,4 @@ def training_faults(recipe: Recipe, stage: Stage, given: dict[str, Any]) -> Iter
     )
     for name, fault in faults:
         yield _key(stage, name), fault
+    given |= known  # with the types of the fields

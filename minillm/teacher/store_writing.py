@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from minillm.teacher.config import SamplerConfig
 from minillm.teacher.sampling import Sample, sample
 from minillm.teacher.states import StatesTeacher
 from minillm.teacher.store import BlockSample, StoreWriter, hash_of
+from minillm.terminal import Progress
 
 _ROWS = 128  # positions whose logits exist at once; part of what decides the draws
 _TOGETHER = 8  # blocks in one call of the teacher
@@ -46,9 +47,8 @@ def write_missing(
     blocks: Sequence[int],
     draw: int,
     drawing: Drawing,
-    report: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Write the shards of some blocks that are not there yet.
+    """Write the shards of some blocks that are not there yet, and show the progress.
 
     Args:
         writer: the store.
@@ -57,7 +57,6 @@ def write_missing(
         blocks: the numbers of the blocks.
         draw: the number of the draw.
         drawing: how samples are drawn.
-        report: is told the progress and the rate.
 
     Returns:
         The tokens that were written.
@@ -67,15 +66,14 @@ def write_missing(
     """
     missing = writer.missing(blocks, draw)
     started, tokens = time.perf_counter(), 0
-    for number, shard in enumerate(missing, 1):
-        samples = []
-        for first in range(0, len(shard), _TOGETHER):
-            samples += _samples(teacher, text, shard[first : first + _TOGETHER], draw, drawing)
-        size = writer.write(draw, samples)
-        new = sum(len(block.sample.counts) for block in samples)
-        tokens += new
-        rate = tokens / (time.perf_counter() - started)
-        report(f"  shard {number} of {len(missing)}: {rate:.0f} tokens/s, {size / max(new, 1):.1f} bytes a token")
+    with Progress(len(missing), "shards") as shown:
+        for shard in missing:
+            samples = []
+            for first in range(0, len(shard), _TOGETHER):
+                samples += _samples(teacher, text, shard[first : first + _TOGETHER], draw, drawing)
+            writer.write(draw, samples)
+            tokens += sum(len(block.sample.counts) for block in samples)
+            shown.update(note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
     return tokens
 
 

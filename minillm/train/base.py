@@ -31,6 +31,7 @@ from minillm.train.finite import Finite
 from minillm.train.pair import TeacherSource, load_pair, resolve_tokenizer, teacher_names
 from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import check_parameters
+from minillm.train.update_size import with_responses
 from minillm.train.utilisation import Utilisation
 from minillm.train.validation import ValidationMixin
 
@@ -57,6 +58,8 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             whether they accept it.
         conventions: vocabulary and end tokens. By default they follow from the tokenizer and the teacher. They are
             saved with the student.
+        responses_per_update: responses (with text: blocks) of an update over all processes. The accumulation follows
+            from it and is left out of `args`, whose `per_device_train_batch_size` is the largest micro-batch.
         **kwargs: further parameters of `transformers.Trainer`.
 
     Attributes:
@@ -83,6 +86,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         shard_teacher: bool = False,
         longest: int = 1,
         conventions: Conventions | None = None,
+        responses_per_update: int | None = None,
         **kwargs: Any,
     ) -> None:
         check_parameters(kwargs)
@@ -93,6 +97,7 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             reads_teacher=True,
             metrics=self.validation_metrics,
         )
+        args = with_responses(args, responses_per_update)
         tokenizer = resolve_tokenizer(model, processing_class)
         check_one_gpu(args)
         pair = load_pair(model, teacher, args, tokenizer, conventions)

@@ -115,7 +115,8 @@ def update_size_fault(rollout: RolloutConfig, update_size: int, processes: int) 
         return None
     return (
         f"rollout.num_rollouts ({rollout.num_rollouts}) must be a multiple of the {update_size} responses of an update "
-        f"on {processes} process(es): change it, or per_device_train_batch_size or gradient_accumulation_steps"
+        f"on {processes} process(es): change it, or the size of an update (responses_per_update, or "
+        "per_device_train_batch_size × gradient_accumulation_steps)"
     )
 
 

@@ -54,8 +54,8 @@ class MiniLLMTrainer(DistillationTrainer):
     """Minimises KL(q‖p) on the student's own samples (MiniLLM, arXiv 2306.08543).
 
     Every `inner_epochs · num_rollouts / update size` updates, new responses are sampled with the current weights, and
-    the teacher scores them once. An epoch is one pass over the prompts. The batch sizes of `TrainingArguments` count
-    responses: an update trains on `per_device_train_batch_size · gradient_accumulation_steps · processes` of them.
+    the teacher scores them once. An epoch is one pass over the prompts. An update trains on `responses_per_update`
+    responses, or else on `per_device_train_batch_size · gradient_accumulation_steps · processes`.
 
     Args:
         model: the student: a folder, a hub id or a loaded model. A student given by name is loaded in float32.
@@ -70,7 +70,7 @@ class MiniLLMTrainer(DistillationTrainer):
         responses: rows with `prompt_ids` and `response_ids`, for `rollout.on_policy` below 1.
         processing_class: the student's tokenizer; by default the one in its folder.
         engine: an engine that samples, with a teacher where one is mixed in; by default one is started at first use.
-        **kwargs: further parameters of `DistillationTrainer`, and TRL's `teacher_model` and `peft_config`.
+        **kwargs: further parameters of `DistillationTrainer`, such as `responses_per_update`, and TRL's names.
 
     Attributes:
         rollouts: this process's rollouts of the current batch.

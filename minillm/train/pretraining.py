@@ -87,8 +87,8 @@ class PretrainingTrainer(DistillationTrainer):
         if not without:
             _ = self.states_teacher  # refuses log-probabilities of some tokens before anything is trained
         self._processes = self.accelerator.num_processes
-        self._micro_batch_size = args.per_device_train_batch_size
-        each = self._micro_batch_size * args.gradient_accumulation_steps * self._processes
+        self._micro_batch_size = self.args.per_device_train_batch_size
+        each = self._micro_batch_size * self.args.gradient_accumulation_steps * self._processes
         self.text = TextBlocks(
             text_dataset,
             self.student_tokenizer,
@@ -102,6 +102,11 @@ class PretrainingTrainer(DistillationTrainer):
         if not self.text.is_whole and args.max_steps <= 0:
             raise InputError("max_steps is needed with a stream of text, or with more than 20,000 rows of it")
         self._update_size = each
+
+    @property
+    def follows_length(self) -> list[str]:
+        """What changes over the training beside the learning rate, by its whole length."""
+        return [f"α ({self._alpha.schedule})"] if self._alpha.schedule != "constant" else []
 
     def updates_per_epoch(self) -> int:
         """Updates in one pass over the text; with a stream, all that there will be."""

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,15 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from minillm.errors import Interrupted, RunError
+from minillm.terminal import current
+from minillm.train.lengthened import check_lengthened, updates_of
 
 _MOMENT = 1.0  # seconds; two Ctrl-C within this time count as one
 
 
-def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = None) -> None:
+def train(
+    trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = None, *, keep_checkpoint: bool = False
+) -> None:
     """Train, or continue from the last checkpoint, and save the student, its tokenizer and the log.
 
     Args:
@@ -31,13 +34,18 @@ def train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None = Non
         folder: where the trained student is saved.
         stage: the stage's name, for messages.
         dtype: dtype of the saved weights; by default that of training.
+        keep_checkpoint: keep the last checkpoint of a finished training, which can then go on for longer.
 
     Raises:
         Interrupted: Ctrl-C stopped the training, and a checkpoint was saved.
-        RunError: the last checkpoint lacks a part that is needed to continue.
+        RunError: the last checkpoint lacks a part that is needed to continue; or it would go on for longer in a way
+            that its schedule does not allow.
     """
     try:
         _train(trainer, folder, stage, dtype)
+        if not keep_checkpoint and trainer.is_world_process_zero():
+            shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
     finally:
         trainer.close()
 
@@ -53,7 +61,8 @@ def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> 
                 shutil.rmtree(left, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     last = get_last_checkpoint(work) if os.path.isdir(work) else None
-    if last is not None and _is_complete(last):
+    trainer.add_callback(_NewSteps())
+    if last is not None and _is_complete(trainer, last, stage):
         trainer.state = TrainerState.load_from_json(os.path.join(last, TRAINER_STATE_NAME))
         best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
         trainer._load_from_checkpoint(best or last)
@@ -70,7 +79,6 @@ def _train(trainer: Any, folder: str, stage: str, dtype: torch.dtype | None) -> 
     trainer.save_student(folder, dtype)
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(os.path.join(folder, "trainer_state.json"))
-        shutil.rmtree(work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -103,10 +111,23 @@ def _is_empty(path: Path) -> bool:
     return path.is_file() and not path.stat().st_size
 
 
-def _is_complete(checkpoint: str) -> bool:
+def _is_complete(trainer: Any, checkpoint: str, stage: str) -> bool:
     """Whether training had finished, and the run ended before the student was saved."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] >= state["max_steps"]
+    if state["global_step"] >= updates_of(trainer):
+        return True
+    check_lengthened(trainer, stage, state["global_step"], state["max_steps"])
+    return False
+
+
+class _NewSteps(TrainerCallback):
+    """Has a training that is continued log, save and validate as often as it is asked to now.
+
+    transformers takes these numbers from the checkpoint, and warns where its arguments have others.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class _StopCleanly:
@@ -132,7 +153,7 @@ class _StopCleanly:
         if self.asked:
             return
         self.asked = True
-        print("\nStopping after this update and saving; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+        current().warn("Stopping after this update and saving; Ctrl-C again stops at once.")
 
 
 class _Stop(TrainerCallback):

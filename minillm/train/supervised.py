@@ -68,12 +68,12 @@ class SupervisedTrainer(DistillationTrainer):
         self._divergence = divergence or DivergenceConfig(name="forward_kl")
         self._rows, self._passes = train_dataset, ShuffledPasses(max(len(train_dataset), 1), args.seed, "epoch")
         self._processes = self.accelerator.num_processes
-        self._micro_batch_size = args.per_device_train_batch_size * self._processes
-        self._update_size = self._micro_batch_size * args.gradient_accumulation_steps
+        self._micro_batch_size = self.args.per_device_train_batch_size * self._processes
+        self._update_size = self._micro_batch_size * self.args.gradient_accumulation_steps
         if len(train_dataset) < self._update_size:
             raise InputError(
                 f"{len(train_dataset)} training rows are fewer than the {self._update_size} of one update "
-                "(per_device_train_batch_size × gradient_accumulation_steps × processes)"
+                "(responses_per_update, or per_device_train_batch_size × gradient_accumulation_steps × processes)"
             )
 
     def updates_per_epoch(self) -> int:

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from minillm.models.hardware import card_named, measured_flops, peak_flops
+from minillm.errors import InputError
+from minillm.models.hardware import card_like, card_named, measured_flops, peak_flops
 
 SHAPES = [(64, 128, 256), (64, 256, 128), (64, 128, 20_000)]
 
@@ -55,3 +56,20 @@ def test_cards_are_told_apart() -> None:
     speeds = {name: card_named(name) for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3")}
     assert [card.flops for card in speeds.values() if card] == [756e12, 835e12, 989e12]
     assert card_named("L400") is None
+
+
+def test_a_card_is_named_by_its_words() -> None:
+    for name, found, memory in (
+        ("RTX 4090", "RTX 4090", 24),
+        ("4090", "RTX 4090", 24),
+        ("a100", "A100", 80),
+        ("A100 40GB", "A100 40GB", 40),
+        ("h100", "H100", 80),
+        ("l4", "L4", 24),
+    ):
+        full, card = card_like(name)
+        assert (full, card.memory) == (found, memory)
+    assert not card_like("T4")[1].bf16
+    for unknown in ("RTX 9999", "", "40"):
+        with pytest.raises(InputError, match=r"no such card is known; allowed: B200, GH200, H200"):
+            card_like(unknown)

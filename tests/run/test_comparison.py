@@ -13,7 +13,11 @@ from minillm.errors import Interrupted, RecipeError
 from minillm.run import runner
 from minillm.run.experiments import compare as comparison
 from minillm.run.experiments.compare import compare
-from minillm.run.recipe_file import load_comparison
+from minillm.run.plan.machine import Machine
+from minillm.run.plan.work import why_refused
+from minillm.run.recipe_file import load_comparison, load_recipe, recipe_of
+from minillm.run.stages import stage_named
+from minillm.run.tree import merge
 from tests.conftest import save, tiny_llama
 
 TRAINING = """
@@ -238,3 +242,26 @@ def test_the_shipped_comparison_is_valid(tmp_path: Path) -> None:
     assert {len(method.tuning) for method in shipped.methods.values() if method.tested} == {2}
     assert shipped.methods["distillm"].recipe["rollout"]["replay"] == 0.5
     assert shipped.recipe["data"]["train"] == str(tmp_path / "train.jsonl")
+
+
+def test_the_comparison_for_24_gb_compares_runs_of_its_recipe_that_are_alike() -> None:
+    root = Path(__file__).parents[2]
+    shipped, recipe = (
+        load_comparison(root / "eval" / "compare-24gb.yaml"),
+        load_recipe(root / "recipes" / "qwen2.5" / "0.5b-24gb.yaml"),
+    )
+    budgets = set()
+    for method in shipped.methods.values():
+        for tuning in method.tuning:
+            own = recipe_of(merge(merge(shipped.recipe, method.recipe), tuning), "the comparison")
+            training = stage_named(method.stage).arguments(own)
+            budgets.add(
+                (training["max_steps"], training["responses_per_update"], len(method.tuning), len(method.seeds))
+            )
+            assert own.teacher == recipe.teacher
+            assert (own.student, own.rollout.num_rollouts) == (recipe.student, recipe.rollout.num_rollouts)
+            assert own.rollout.max_new_tokens == recipe.rollout.max_new_tokens
+            assert why_refused(own.model_copy(update={"stages": [method.stage]}), Machine(1)) is None
+            assert own.data.validation != shipped.suite.sets["dolly"]
+    assert len(budgets) == 1
+    assert shipped.methods["on_policy_kl"].recipe["objective"]["long_term"] == 0

@@ -119,7 +119,7 @@ def run(
     text.write_text(
         "".join(json.dumps({"text": " ".join(f"w{(i * j) % 28}" for j in range(20))}) + "\n" for i in range(8))
     )
-    small = ["gradient_accumulation_steps=1", "use_cpu=true", "disable_tqdm=true", *(["bf16=false"] if exact else [])]
+    small = ["responses_per_update=null", "use_cpu=true", "disable_tqdm=true", *(["bf16=false"] if exact else [])]
     sizes = {
         part: ["num_train_epochs=1", "per_device_train_batch_size=8", *small]
         for part in ("finetune", "sft", "warmup.training")

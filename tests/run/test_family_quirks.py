@@ -41,7 +41,7 @@ def run_chain(name: str, folder: Path, *overrides: str, engine: str = "transform
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": row["instruction"] + " w5 w6 w7"}) + "\n" for row in rows))
-    small = ["gradient_accumulation_steps=1", "use_cpu=true", "disable_tqdm=true", "bf16=false"]
+    small = ["responses_per_update=null", "use_cpu=true", "disable_tqdm=true", "bf16=false"]
     sections = {
         part: ["num_train_epochs=1", "per_device_train_batch_size=8", *small]
         for part in ("finetune", "sft", "warmup.training")

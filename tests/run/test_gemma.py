@@ -50,7 +50,7 @@ def run_chain(folder: Path, *overrides: str) -> Run:
     asked = [*questions, "Repeat this word:" + " apple" * 480] * 2
     rows = [{"instruction": text} | ({"output": f"Answer {i}."} if i < 4 else {}) for i, text in enumerate(asked)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    short = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": "false", "use_cpu": "true"}
+    short = {"per_device_train_batch_size": 4, "responses_per_update": 4, "bf16": "false", "use_cpu": "true"}
     sections = {
         "finetune": short | {"num_train_epochs": 1},
         "warmup.training": short | {"max_steps": 1},

@@ -17,6 +17,7 @@ from minillm.run.dry_run import dry_run, is_here
 from minillm.run.new_recipe import Wanted, new_recipe
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.phases import plan
+from minillm.run.plan.work import why_refused
 from minillm.run.recipe_file import load_recipe
 from tests.run.tiny_recipe import RECIPE
 
@@ -53,14 +54,14 @@ def test_the_recipe_is_one_that_can_be_read_from_anywhere(
     assert (given.target.parent / schema[1]).resolve().name == "recipe.json"
 
 
-@pytest.mark.parametrize("processes", [1, 2, 8])
-def test_an_update_has_one_size_on_every_machine(pair: tuple[str, str], rows: Path, processes: int) -> None:
+@pytest.mark.parametrize(("processes", "size"), [(1, 32), (2, 32), (8, 32), (6, 30)])
+def test_an_update_has_one_size_on_every_machine(pair: tuple[str, str], rows: Path, processes: int, size: int) -> None:
     given = wanted(pair, rows)
     given.target.write_text(new_recipe(given, Machine(processes, 80 * GIB))[0])
     recipe = load_recipe(given.target)
-    update = recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]
-    assert update * processes == 32
-    assert recipe.rollout.num_rollouts % 32 == 0
+    assert recipe.training["responses_per_update"] == recipe.warmup.training["responses_per_update"] == size
+    assert why_refused(recipe, Machine(processes)) is None
+    assert recipe.rollout.num_rollouts % size == 0
 
 
 def test_a_small_machine_gets_a_recipe_that_fits(pair: tuple[str, str], rows: Path) -> None:
@@ -72,6 +73,13 @@ def test_a_small_machine_gets_a_recipe_that_fits(pair: tuple[str, str], rows: Pa
     given.target.write_text(text)
     small = load_recipe(given.target)
     assert plan(small, Machine(1, 1)).peak < plan(large, Machine(1, 1)).peak
+
+
+def test_a_card_without_bfloat16_gets_no_bfloat16(pair: tuple[str, str], rows: Path) -> None:
+    given = wanted(pair, rows)
+    given.target.write_text(new_recipe(given, Machine(1, 16 * GIB, bf16=False))[0])
+    recipe = load_recipe(given.target)
+    assert (recipe.training["bf16"], recipe.warmup.training["bf16"]) == (False, False)
 
 
 def test_a_pruned_student(pair: tuple[str, str], rows: Path) -> None:

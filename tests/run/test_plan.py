@@ -351,8 +351,9 @@ def test_the_plan_is_within_15_percent_of_what_fresh_processes_take() -> None:
     small = [
         "student.keep_layers=20",
         "warmup.training.per_device_train_batch_size=6",
+        "warmup.training.responses_per_update=24",
         "rollout.num_rollouts=24",
-        "training.gradient_accumulation_steps=1",
+        "training.responses_per_update=4",
     ]
     command = [sys.executable, "eval/memory.py", "recipes/quickstart.yaml", "warmup", "minillm", *small, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, cwd=RECIPES.parent)

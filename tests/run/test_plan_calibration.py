@@ -66,7 +66,7 @@ def test_numbers_of_a_calibration_are_those_of_the_machine(monkeypatch: pytest.M
     given, said = machine_for(gpus=0, flops=7e11)  # then the plan is for another machine
     assert (given.flops, given.utilisation) == (7e11, 0.6)
     assert "as given" in said
-    card = SimpleNamespace(name="NVIDIA H200", total_memory=1 << 37)
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=1 << 37, major=9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)

@@ -84,7 +84,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert after.data.system == "Be short."
     assert after.training["gradient_checkpointing"] is True
     for training, original in ((after.warmup.training, before.warmup.training), (after.training, before.training)):
-        size = [t["per_device_train_batch_size"] * t["gradient_accumulation_steps"] for t in (training, original)]
+        size = [t["responses_per_update"] for t in (training, original)]
         assert size[0] == size[1]  # an update keeps its responses
     shown = run.invoke(app, ["plan", str(RECIPES / "smollm2" / "360m.yaml"), "--memory", "2GiB"])
     assert "does not fit in 2 GiB" in shown.output
@@ -177,7 +177,10 @@ def test_what_the_run_refuses_is_said_and_not_fitted(tmp_path: Path) -> None:
 
 def test_the_card_that_is_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def here(*cards: tuple[str, float]) -> None:
-        properties = [SimpleNamespace(name=name, total_memory=int(memory * GIB)) for name, memory in cards]
+        properties = [
+            SimpleNamespace(name=name, total_memory=int(memory * GIB), major=7 if "T4" in name else 8)
+            for name, memory in cards
+        ]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cards))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties[number])
@@ -205,6 +208,7 @@ def test_the_card_that_is_there_is_looked_at(tmp_path: Path, monkeypatch: pytest
     ):
         here((name, 40))
         assert machine_for()[0].flops == flops, name
+        assert machine_for()[0].bf16 == ("T4" not in name)
     here(("A card of tomorrow", 300))
     machine, said = machine_for()
     assert (machine.processes, machine.memory, machine.flops) == (1, 300 * GIB, 989e12)
@@ -239,3 +243,18 @@ def test_a_cpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     assert 1e9 < machine_for(gpus=0)[0].float32 < 1e14
     assert machine_for(gpus=0)[0].memory <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_the_recipe_for_24_gb_fits_on_such_cards() -> None:
+    """On the smallest, of which 22 GiB are left (L4, A10G)."""
+    for name in ("RTX 4090", "L4"):
+        shown = CliRunner().invoke(app, ["plan", str(RECIPES / "qwen2.5" / "0.5b-24gb.yaml"), "--card", name])
+        assert shown.exit_code == 0, shown.output
+        assert "fits in 24 GiB" in shown.output
+        assert f"the maker's numbers for {name}" in shown.output
+        assert "minillm 64 (2 × 32 × 1)" in shown.output
+    small = load_recipe(RECIPES / "qwen2.5" / "0.5b-24gb.yaml")
+    assert plan(small, Machine(1, 22 * GIB)).fits
+    assert not plan(load_recipe(RECIPES / "qwen2.5" / "0.5b.yaml"), Machine(1, 22 * GIB)).fits
+    shown = CliRunner().invoke(app, ["plan", "quickstart", "--card", "4090", "--gpus", "0"])
+    assert "--gpus 0 plans for a CPU" in str(shown.exception)

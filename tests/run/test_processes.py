@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,67 @@ def test_accelerate_launch_trains_in_every_process(recipe: Path, processes: int,
     assert world == processes
 
 
+@pytest.mark.full
+def test_an_update_is_the_same_on_one_process_and_on_two(recipe: Path, tmp_path: Path) -> None:
+    """The same responses in the same order, in the warm-up and in updates of whole batches; and JSON lines alone."""
+    sizes = [f"{section}.responses_per_update=4" for section in ("warmup.training", "training")]
+    settings = [
+        *sizes,
+        "training.max_steps=4",
+        "rollout.inner_epochs=1",
+        "stages=[teacher,student,responses,warmup,minillm]",
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    tokens: dict[int, list[float]] = {}
+    for processes, start in ((1, [sys.executable]), (2, launch)):
+        words = [
+            *start,
+            "-m",
+            "minillm",
+            "run",
+            str(recipe),
+            f"run_dir={tmp_path / str(processes)}",
+            "--json",
+            *settings,
+        ]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=900, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [event.get("stage") for event in events] == [
+            "teacher",
+            "student",
+            "responses",
+            "warmup",
+            "minillm",
+            None,
+        ]
+        assert events[-1]["status"] == "finished"
+        history = [
+            entry
+            for folder in ("warmed", "student")
+            for entry in json.loads((tmp_path / str(processes) / folder / "trainer_state.json").read_text())[
+                "log_history"
+            ]
+            if "loss" in entry
+        ]
+        tokens[processes] = [entry["update_tokens_per_second"] * entry["update_seconds"] for entry in history]
+    assert len(tokens[1]) == 6
+    assert tokens[2] == pytest.approx(tokens[1])
+    for folder in ("warmed", "student"):
+        one, two = (
+            torch.cat(
+                [
+                    value.flatten()
+                    for value in load.load_model(tmp_path / name / folder, torch.float32).state_dict().values()
+                ]
+            )
+            for name in ("1", "2")
+        )
+        assert float((one - two).abs().max()) < 1e-4, folder
+
+
 def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,
@@ -77,15 +139,12 @@ def test_ctrl_c_keeps_what_was_done(recipe: Path, tmp_path: Path) -> None:
     ]
     words += ["stages=[teacher,student,responses,warmup,minillm]"]
     started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert started.stdout is not None
-    seen = ""
-    for line in started.stdout:
-        seen += line
-        if "'importance_weight'" in line and started.poll() is None:
-            started.send_signal(signal.SIGINT)
-            break
-    rest = started.stdout.read()
-    assert started.wait(timeout=400) == 130, seen + rest
+    log = tmp_path / "run" / "logs" / "minillm.jsonl"
+    while started.poll() is None and not (log.is_file() and "importance_weight" in log.read_text()):
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    rest = started.communicate()[0]
+    assert started.wait(timeout=400) == 130, rest
     assert "the same command continues it" in rest
     stopped = int(rest.split("stopped after update ")[1].split(";")[0])
     assert 0 < stopped < 300
@@ -138,7 +197,7 @@ def sharded_words(recipe: Path, pair: tuple[str, str], run_dir: Path, micro: int
         "run", str(recipe), f"run_dir={run_dir}", "stages=[finetune,responses,warmup,sft,minillm,evaluate,report]",
         f"teacher.source={os.path.relpath(pair[1], ROOT)}", f"student={{source: {pair[0]}}}",
         f"data.train={data}", f"data.heldout={data}", f"data.validation={data}", "data.validation_limit=7",
-        "warmup.targets=references", "rollout.teacher_mix=0",
+        "warmup.targets=references", "rollout.teacher_mix=0", "keep_checkpoint=false",
         *(f"{part}={{max_steps: {n}, per_device_train_batch_size: {micro}, {settings}}}" for part, (n, settings) in sections.items()),
         *overrides,
     ]  # fmt: skip

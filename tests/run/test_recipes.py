@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minillm.run.plan.machine import Machine
+from minillm.run.plan.work import why_refused
 from minillm.run.recipe import Recipe
 from minillm.run.recipe_file import load_recipe
 from minillm.run.stages import stage_named
@@ -45,10 +47,10 @@ def test_every_recipe_is_valid_and_short(path: Path, tmp_path: Path) -> None:
     for training in (recipe.training, recipe.sft, recipe.warmup.training):
         assert training["load_best_model_at_end"]
         assert training["metric_for_best_model"] == "rouge_l"
-    # An update of eight processes divides a rollout batch.
-    update = 8 * recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]
-    assert recipe.rollout.num_rollouts % update == 0
-    assert update in (64, 256)
+    # An update divides a rollout batch, and has one size on any usual number of processes.
+    assert recipe.training["responses_per_update"] in (64, 256)
+    for processes in (1, 2, 4, 8, 16):
+        assert why_refused(recipe, Machine(processes)) is None
     # The language-model term is one setting away.
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "w1 w2"}\n')
@@ -116,12 +118,12 @@ def test_run_directories_differ(tmp_path: Path) -> None:
 def test_the_papers_recipes_are_the_papers(name: str, tmp_path: Path) -> None:
     recipe = load(ROOT / f"{name}.yaml", tmp_path)
     training, rollout = recipe.training, recipe.rollout
-    assert 8 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == 64
+    assert training["responses_per_update"] == 64
     assert (rollout.num_rollouts, rollout.inner_epochs, rollout.teacher_mix, rollout.temperature) == (256, 4, 0.2, 1.0)
     assert (training["learning_rate"], training["max_steps"], training["warmup_steps"]) == (5e-6, 5000, 100)
     assert (recipe.objective.preset, recipe.objective.clip) == ("paper", 0.2)
     assert (recipe.data.template, recipe.data.max_prompt_tokens, rollout.max_new_tokens) == ("alpaca", 256, 256)
-    assert 8 * recipe.sft["per_device_train_batch_size"] * recipe.sft["gradient_accumulation_steps"] == 32
+    assert recipe.sft["responses_per_update"] == recipe.warmup.training["responses_per_update"] == 32
     rates = {"gpt2/120m": 5e-4, "gpt2/340m": 1e-4, "gpt2/760m": 1e-4, "opt/1.3b": 5e-5, "opt/2.7b": 5e-5}
     rate = rates.get(name, 1e-5)
     assert recipe.sft["learning_rate"] == recipe.warmup.training["learning_rate"] == rate
@@ -133,7 +135,7 @@ def test_the_papers_recipes_are_the_papers(name: str, tmp_path: Path) -> None:
 def test_where_the_released_scripts_differ_they_have_a_recipe_of_their_own(tmp_path: Path) -> None:
     released = load(ROOT / "gpt2" / "120m-released.yaml", tmp_path)
     assert released.objective.preset == "reference"
-    assert 8 * released.training["per_device_train_batch_size"] == 256
+    assert released.training["responses_per_update"] == 256
     lora = load(ROOT / "llama" / "7b-lora.yaml", tmp_path).student.lora
     assert lora is not None
     assert (lora.rank, lora.alpha) == (8, 32)

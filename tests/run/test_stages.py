@@ -58,7 +58,8 @@ def test_a_run_leaves_its_results(recipe: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     ).replace("https://matplotlib.org", "")
-    assert not (run / "work").exists() or not any((run / "work").iterdir())  # no checkpoint is left lying
+    # The last stage can go on; of those that it builds on no checkpoint is left lying.
+    assert [str(path.relative_to(run / "work")) for path in (run / "work").glob("*/*")] == ["minillm/checkpoint-3"]
 
 
 def test_a_lora_student_is_merged_after_every_stage_and_described(
@@ -329,6 +330,55 @@ def test_errors_on_the_command_line_are_one_line(recipe: Path) -> None:
     done = command("report", str(recipe.parent))
     assert done.returncode == 2
     assert "not the directory of a run" in done.stderr
+
+
+def test_what_a_run_prints(recipe: Path) -> None:
+    """Of a finished one: a line for each stage, a table that fits, and where the results are."""
+    run = recipe.parent / "run"
+    done = command("run", str(recipe), COLUMNS="60")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["[1/7] teacher: finished before", "[2/7] student: finished before"]
+    assert max(map(len, lines[:-1])) <= 60
+    assert len(lines) <= 25
+    assert lines[-1] == f"Results: {run} (report.html, results.json, student)"
+    assert done.stderr == ""
+    done = command("run", str(recipe), "--quiet")
+    assert done.stdout.splitlines() == lines[-1:]
+    assert done.stderr == ""
+    done = command("run", str(recipe), "--json")
+    *stages, last = map(json.loads, done.stdout.splitlines())
+    assert [event["stage"] for event in stages] == [
+        "teacher",
+        "student",
+        "responses",
+        "warmup",
+        "minillm",
+        "evaluate",
+        "report",
+    ]
+    assert [event["status"] for event in stages] == ["finished before"] * 6 + ["finished"]
+    assert (last["event"], last["status"], last["run_dir"]) == ("run", "finished", str(run))
+    assert set(last["models"]) == {"teacher", "pruned", "warmed", "minillm"}
+    assert (run / "logs" / "run.log").read_text().count("» [7/7] report") >= 3
+    done = command("run", str(recipe), "--json", "training.learning_rate=1")
+    assert json.loads(done.stdout)["status"] == "failed"
+    assert "made with other settings" in done.stderr
+    done = command("run", str(recipe), "--json", "--quiet")
+    assert "give one of them" in done.stderr
+
+
+def test_a_run_from_its_beginning_prints_little(pair: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"instruction": f"w{i}"}) + "\n" for i in range(10)))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(RECIPE.format(run=tmp_path / "run", data=tmp_path / "prompts.jsonl", teacher=pair[1]))
+    done = command("run", str(file), "stages=[teacher,student,responses,warmup,minillm]")
+    assert done.returncode == 0, done.stderr
+    assert "{" not in done.stdout
+    assert len(done.stdout.splitlines()) <= 13
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    assert "it/s" not in done.stdout + done.stderr
+    assert "it/s" in (tmp_path / "run" / "logs" / "run.log").read_text()  # the log keeps what it hides
 
 
 def test_help_and_generate(recipe: Path) -> None:

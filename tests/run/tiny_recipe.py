@@ -24,13 +24,13 @@ evaluate: {{seeds: [1, 2], max_new_tokens: 8, bootstrap: 100}}
 """
 
 
-def run_tiny_recipe(root: Path, teacher: str) -> Path:
+def run_tiny_recipe(root: Path, teacher: str, *overrides: str) -> Path:
     """Run the whole recipe in a folder; returns its file."""
     data = root / "prompts.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i} w{i + 3}"}) + "\n" for i in range(10)))
     file = root / "recipe.yaml"
     file.write_text(RECIPE.format(run=root / "run", data=data, teacher=teacher))
-    runner.run_recipe(load_recipe(file))
+    runner.run_recipe(load_recipe(file, overrides))
     return file
 
 

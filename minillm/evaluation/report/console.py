@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from rich.table import Table
 
 from minillm.evaluation.formatting import AVERAGE, with_deviation
 from minillm.evaluation.metrics import HEADLINE, METRIC
+from minillm.terminal import current
 
 
 def announce(text: str) -> None:
     """Print a line of progress."""
-    Console().print(f"[bold cyan]{escape(text)}[/]")
+    current().say(text)
 
 
 def show_suite(results: dict[str, Any]) -> None:
@@ -86,6 +88,27 @@ def show_two_models(found: dict[str, Any], answers: int = 5) -> None:
 def show_files(*files: Path) -> None:
     """Print where results were written."""
     Console().print(f"Results: {', '.join(map(str, files))}", soft_wrap=True)
+
+
+def plain_table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a table without rules, whose heads are wrapped to the width of the cells below them.
+
+    Args:
+        heads: The heads of the columns. The first column is aligned left, the others right.
+        rows: The cells of each row.
+    """
+    columns = [[row[i] for row in rows] for i in range(len(heads))]
+    words = [max(map(len, head.split()), default=0) for head in heads]
+    widths = [max(word, *map(len, cells)) for word, cells in zip(words, columns, strict=True)]
+    wrapped = [textwrap.wrap(head, width) for head, width in zip(heads, widths, strict=True)]
+    height = max(map(len, wrapped))
+    head_rows = [[([""] * (height - len(head)) + head)[i] for head in wrapped] for i in range(height)]
+
+    def line(cells: list[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        return "  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip()
+
+    return [*map(line, head_rows), "  ".join("─" * width for width in widths), *map(line, rows)]
 
 
 def show_table(title: str, heads: list[str], rows: list[list[str]]) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minillm.data.batches import bucket
@@ -22,6 +21,7 @@ from minillm.models.shards import is_sharded
 from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable
 from minillm.rollout.mixture import MixtureRecord, sample_mixture, uniform_numbers
 from minillm.teacher.local import LocalTeacher
+from minillm.terminal import RESPONSES, Progress
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -86,9 +86,11 @@ class TransformersEngine:
         self.capabilities.check(sampling)
         rollouts: dict[int, Rollout] = {}
         groups = bucket([len(prompt) for prompt in prompts], self._batch_size)
-        for group in tqdm(groups, desc="generating", disable=not progress):
-            sampled = self._generate_batch([prompts[i] for i in group], sampling, [seeds[i] for i in group])
-            rollouts.update(zip(group, sampled, strict=True))
+        with Progress(len(prompts), RESPONSES, hidden=not progress) as shown:
+            for group in groups:
+                sampled = self._generate_batch([prompts[i] for i in group], sampling, [seeds[i] for i in group])
+                rollouts.update(zip(group, sampled, strict=True))
+                shown.update(len(group))
         return [rollouts[i] for i in range(len(prompts))]
 
     @torch.no_grad()  # not inference_mode: the teacher's states take part in the loss

@@ -38,6 +38,7 @@ from minillm.rollout.engines.vllm_memory import (
 )
 from minillm.rollout.engines.vllm_plugin import MixtureRequest, pair_overrides
 from minillm.teacher.local import LocalTeacher
+from minillm.terminal import Bar
 
 if TYPE_CHECKING:
     from minillm.rollout.engines.base import NamedTensors
@@ -311,7 +312,7 @@ class VLLMEngine:
     def _run(self, prompts: Sequence[list[int]], params: list[Any], progress: bool) -> list[Any]:
         """Return vLLM's completion of each prompt."""
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._llm.generate(requests, params, use_tqdm=progress, lora_request=self._adapter)
+        outputs = self._llm.generate(requests, params, use_tqdm=Bar if progress else False, lora_request=self._adapter)
         return [output.outputs[0] for output in outputs]
 
 

@@ -93,7 +93,7 @@ class _ComparisonRun:
     def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.root = Path(comparison.recipe["run_dir"])
-        shared = {"run_dir": str(self.root / "start"), "stages": comparison.start}
+        shared = {"run_dir": str(self.root / "start"), "stages": comparison.start, "keep_checkpoint": False}
         recipe = recipe_of(merge(comparison.recipe, shared), "the shared recipe")
         if recipe.teacher.several:
             raise RecipeError("recipe.teacher: a comparison has one teacher for all methods: name one source")
@@ -119,6 +119,7 @@ class _ComparisonRun:
             "run_dir": str(self.root / name / folder),
             "seed": seed,
             "stages": [method.stage],
+            "keep_checkpoint": False,  # of dozens of runs, none of which goes on for longer than the others
             "teacher": {"source": start.teacher, "adapter": None},
             "student": {"source": start.warmed},
             "responses": {"file": str(start.dir / "responses.jsonl")},

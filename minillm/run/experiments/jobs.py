@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from minillm.errors import JobError
+from minillm.terminal import Progress
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
     waiting, free_slots, failed = deque(jobs), deque(range(at_once)), []
     running: dict[int, tuple[SpawnProcess, Job, int]] = {}
     try:
-        with tqdm(total=len(jobs), desc=f"{at_once} at a time") as bar:
+        with Progress(len(jobs), "runs", f"{at_once} at a time:") as shown:
             while waiting or running:
                 while waiting and free_slots:
                     job, slot = waiting.popleft(), free_slots.popleft()
@@ -73,7 +73,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, after: Callable[[], object] = la
                         failed.append(job)
                     else:
                         after()
-                    bar.update()
+                    shown.update()
     finally:
         for process, _, _ in running.values():
             process.join()

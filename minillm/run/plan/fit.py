@@ -16,6 +16,7 @@ from minillm.run.plan.phases import Plan, plan
 from minillm.run.plan.work import StageTraining, why_refused
 from minillm.run.recipe import Recipe
 from minillm.run.training_arguments import argument
+from minillm.train.update_size import ACCUMULATION, MICRO_BATCH, RESPONSES
 
 Override = Callable[[list[str]], Recipe]
 """Loads the recipe with some `section.key=value` settings changed. It raises an InputError (a ValueError) where they
@@ -106,7 +107,7 @@ def _candidates(recipe: Recipe, current: Plan, machine: Machine) -> list[list[st
     """Settings to try in turn, the least costly first; each entry is changed together."""
     return [
         *_checkpointing(recipe),
-        *_smaller_micro_batches(recipe),
+        *_smaller_micro_batches(recipe, machine),
         *_less_engine_memory(recipe, current, machine),
         *_fewer_rollouts(recipe, machine),
         *_other_training(recipe, machine),
@@ -124,19 +125,17 @@ def _checkpointing(recipe: Recipe) -> list[list[str]]:
     ]
 
 
-def _smaller_micro_batches(recipe: Recipe) -> list[list[str]]:
+def _smaller_micro_batches(recipe: Recipe, machine: Machine) -> list[list[str]]:
     """Micro-batches divided by their smallest factor; a weight update keeps its number of responses."""
     out: list[list[str]] = []
     for stage, given in recipe.trainings():
-        micro = argument(given, "per_device_train_batch_size")
-        if (factor := _smallest_factor(micro)) is not None:
-            accumulation = argument(given, "gradient_accumulation_steps") * factor
-            out.append(
-                [
-                    f"{stage.training}.per_device_train_batch_size={micro // factor}",
-                    f"{stage.training}.gradient_accumulation_steps={accumulation}",
-                ]
-            )
+        training = StageTraining(recipe, machine, stage.name)
+        micro, factor = training.micro_batch_size, _smallest_factor(training.micro_batch_size)
+        if factor is not None:
+            smaller = [f"{stage.training}.{MICRO_BATCH}={micro // factor}"]
+            if RESPONSES not in given:  # from which the accumulation follows
+                smaller.append(f"{stage.training}.{ACCUMULATION}={training.accumulation_steps * factor}")
+            out.append(smaller)
     return out
 
 

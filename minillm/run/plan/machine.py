@@ -9,12 +9,13 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minillm.errors import InputError
 from minillm.models.device import cpu_multiplies_bfloat16
-from minillm.models.hardware import Card, card_named, multiplication_speed, reading_speed
+from minillm.models.hardware import Card, card_like, card_named, multiplication_speed, reading_speed
 from minillm.models.shape import Shape
 from minillm.rollout.engines.vllm_memory import GIB, sequences_at_once, vllm_is_installed
 from minillm.run.plan.calibration import Calibration, Measured, find_calibration
@@ -122,6 +123,7 @@ def machine_for(
     shard: bool = False,
     nodes: int = 1,
     link: float | None = None,
+    card: str | None = None,
 ) -> tuple[Machine, str]:
     """Describe the machine to plan for; what the arguments leave out is taken from the hardware of this machine.
 
@@ -135,6 +137,8 @@ def machine_for(
         shard: whether the student is sharded.
         nodes: number of machines, all like this one.
         link: bytes per second between machines, in each direction.
+        card: the name of a GPU whose numbers are to be taken, instead of the GPUs that are here; one on each machine
+            where `gpus` says no other number.
 
     A calibration of this machine (`minillm plan --calibrate`) replaces the maker's numbers, the measurement of a CPU,
     and the default share.
@@ -143,11 +147,14 @@ def machine_for(
         The machine, and a phrase that says where the numbers of its speed come from.
 
     Raises:
-        InputError: The GPUs cannot be spread equally over the machines.
+        InputError: The GPUs cannot be spread equally over the machines, or the card is not known.
     """
     if gpus and gpus % nodes:
         raise InputError(f"--nodes {nodes}: --gpus {gpus} counts the GPUs of all nodes, and must be a multiple of it")
-    machine, source = _machine_for(gpus, memory, flops, utilisation, nodes)
+    if card is not None:
+        machine, source = _machine_of_card(card, gpus or nodes, memory, flops, utilisation)
+    else:
+        machine, source = _machine_for(gpus, memory, flops, utilisation, nodes)
     return replace(machine, shard=shard, nodes=nodes, link=link or machine.link), source
 
 
@@ -169,6 +176,7 @@ def _machine_for(
         utilisation=utilisation or default.utilisation,
         bandwidth=speed.bandwidth,
         float32=flops or speed.float32,
+        bf16=all(map(_multiplies_bfloat16, cards)),
     )
     if not cards:
         return machine, "the speed of an H100: no GPU is here to look at (--gpus 0 plans for this machine's CPU)"
@@ -176,6 +184,28 @@ def _machine_for(
     if calibration is not None:
         return _calibrated(machine, calibration, utilisation), f"{name}, which is here, {_as_calibrated(calibration)}"
     return machine, _source_of_card(name, known) + (f"; {unused}" if unused else "")
+
+
+def _multiplies_bfloat16(card: Any) -> bool:
+    """Whether a GPU that is here multiplies bfloat16: NVIDIA's do since Ampere, AMD's that PyTorch runs on all do."""
+    return torch.version.hip is not None or card.major >= 8
+
+
+def _machine_of_card(
+    name: str, processes: int, memory: int | None, flops: float | None, utilisation: float | None
+) -> tuple[Machine, str]:
+    """The machine with GPUs of this name, by their maker's numbers."""
+    full, card = card_like(name)
+    machine = Machine(
+        processes=processes,
+        memory=memory or card.memory * GIB,
+        flops=flops or card.flops,
+        utilisation=utilisation or Machine.utilisation,
+        bandwidth=card.bandwidth,
+        float32=flops or card.float32,
+        bf16=card.bf16,
+    )
+    return machine, f"the maker's numbers for {full}"
 
 
 def _source_of_card(name: str, known: Card | None) -> str:

@@ -14,6 +14,7 @@ from minillm.run.plan.network_text import network_report
 from minillm.run.plan.phases import Phase, Plan, plan
 from minillm.run.plan.work import StageTraining, why_refused
 from minillm.run.recipe import Recipe
+from minillm.train.update_size import RESPONSES
 
 
 def plan_report(recipe: Recipe, machine: Machine, source: str, override: Override) -> str:
@@ -107,17 +108,26 @@ def summary(recipe: Recipe, found: Plan, source: str) -> str:
         "sets that are not read have half of the longest prompts), and on sampled answers of half the longest length; "
         "loading models and starting engines comes on top, a minute or so for each stage",
     ]
-    sizes = [
-        f"{stage.name} {StageTraining(recipe, machine, stage.name).responses_per_update}"
-        for stage, _ in recipe.trainings()
-    ]
-    if sizes:
-        lines.append(f"responses in a weight update, which grow with the number of processes: {', '.join(sizes)}")
+    lines += _update_sizes(recipe, machine)
     if found.overrides:
         lines.append("changed: " + " ".join(found.overrides))
     if refused := why_refused(recipe, machine):
         lines.append(f"the run refuses this: {refused}")
     return "\n".join(lines)
+
+
+def _update_sizes(recipe: Recipe, machine: Machine) -> list[str]:
+    """The responses of a weight update of each stage, in a line for those that say it and for those that do not."""
+    sizes: dict[bool, list[str]] = {True: [], False: []}
+    for stage, given in recipe.trainings():
+        training = StageTraining(recipe, machine, stage.name)
+        parts = f"{training.micro_batch_size} × {training.accumulation_steps} × {machine.processes}"
+        sizes[RESPONSES in given].append(f"{stage.name} {training.responses_per_update} ({parts})")
+    lines = {
+        "responses in a weight update (micro-batch × accumulation × processes)": sizes[True],
+        f"responses in a weight update, which grow with the number of processes ({RESPONSES} fixes them)": sizes[False],
+    }
+    return [f"{what}: {', '.join(found)}" for what, found in lines.items() if found]
 
 
 def _phase_line(phase: Phase) -> str:

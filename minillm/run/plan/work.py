@@ -16,13 +16,15 @@ from minillm.data.config import Source
 from minillm.data.examples import Example, ExampleFile, open_examples
 from minillm.data.files import read_jsonl
 from minillm.data.templates import prompt_text
+from minillm.errors import InputError
 from minillm.loss.credit import needs_sampled_rewards_first
 from minillm.models.shape import Shape, shape_of
 from minillm.run.plan.machine import Machine
 from minillm.run.recipe import Recipe
 from minillm.run.stages import stage_named
 from minillm.run.stages.stage import Stage
-from minillm.run.training_arguments import argument
+from minillm.run.training_arguments import argument, update_size_refusal, update_sizes
+from minillm.train.update_size import MICRO_BATCH, RESPONSES
 
 _UNREAD_ROWS = 11_435  # assumed of a data set that is not read: Dolly's rows without those that the paper holds out
 _BYTES_PER_TOKEN = 4  # of text in UTF-8
@@ -105,12 +107,22 @@ class StageTraining:
     @property
     def micro_batch_size(self) -> int:
         """Responses in one forward and backward of one process."""
-        return self.argument("per_device_train_batch_size")
+        return self._sizes[0]
 
     @property
     def accumulation_steps(self) -> int:
         """Micro-batches of one process in one weight update."""
-        return self.argument("gradient_accumulation_steps")
+        return self._sizes[1]
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Responses of a micro-batch, and their number in an update of one process."""
+        try:
+            return update_sizes(self.arguments, self.machine.processes)
+        except InputError:  # which the run refuses, as the plan says; it counts with the next larger update
+            share = -(-self.arguments[RESPONSES] // self.machine.processes)
+            micro_batch = min(self.argument(MICRO_BATCH), share)
+            return micro_batch, -(-share // micro_batch)
 
     @property
     def responses_per_update(self) -> int:
@@ -155,6 +167,8 @@ def why_refused(recipe: Recipe, machine: Machine) -> str | None:
     Returns:
         The reason with its remedy, or None where the run would not refuse.
     """
+    if refusal := update_size_refusal(recipe, machine.processes):
+        return refusal
     for name in recipe.stages:
         if refusal := stage_named(name).refusal(recipe, machine.processes):
             return refusal

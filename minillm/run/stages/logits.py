@@ -73,7 +73,7 @@ class Logits(Stage):
         writer = StoreWriter(store_folder(run), facts)
         for draw in range(recipe.logits.draws):
             there = [block for block in blocks if text.is_whole or text.has(block)]
-            write_missing(writer, teacher, text, there, draw, drawing, print_progress)
+            write_missing(writer, teacher, text, there, draw, drawing)
         found = summary(store_folder(run))
         print_progress(
             f"  {found['tokens']:,.0f} tokens, {found['bytes'] / 1e6:.1f} MB, {found['bytes_per_token']:.1f} bytes a "
@@ -117,15 +117,15 @@ def text_of(run: Run, *, several: bool) -> TextBlocks:
     """
     from minillm.data.text import TextBlocks
     from minillm.run.processes import world_size
-    from minillm.run.training_arguments import argument
+    from minillm.run.training_arguments import update_sizes
 
     given = run.recipe.pretrain.training
-    each = int(argument(given, "per_device_train_batch_size")) * int(argument(given, "gradient_accumulation_steps"))
+    micro_batch, accumulation = update_sizes(given, world_size())
     text = TextBlocks(
         run.texts or [],
         run.conventions.tokenizer,
         run.recipe.pretrain.block,
-        each * world_size(),
+        micro_batch * accumulation * world_size(),
         int(given.get("seed", run.recipe.seed)),
         updates=_updates(run),
         several=several,

@@ -69,11 +69,9 @@ class MiniLLM(Stage):
         return found
 
     def refusal(self, recipe: Recipe, processes: int) -> str | None:
-        from minillm.run.training_arguments import argument
+        from minillm.run.training_arguments import update_sizes
 
-        micro_batch, accumulation = (
-            argument(recipe.training, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-        )
+        micro_batch, accumulation = update_sizes(recipe.training, processes)
         return update_size_fault(recipe.rollout, micro_batch * accumulation * processes, processes)
 
     def check_rows(self, run: Run) -> None:

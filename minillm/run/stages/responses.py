@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -14,6 +14,7 @@ from minillm.run.stages.stage import PROMPT_SETTINGS, Stage
 
 if TYPE_CHECKING:
     from minillm.data.examples import Prompt
+    from minillm.data.rollouts import Rollout
     from minillm.run.context import Run
     from minillm.run.plan.phases import Phase, Planner
     from minillm.run.responses_file import Progress
@@ -46,33 +47,26 @@ class Responses(Stage):
         from minillm.data.seeding import seed_of
         from minillm.models.device import release_memory
         from minillm.run.responses_file import ResponsesFile
+        from minillm.terminal import RESPONSES, whole
 
         settings, file = run.recipe.responses, ResponsesFile(run.dir / "responses.jsonl")
         sampling = run.sampling(settings.max_new_tokens, settings.temperature)
         names = list(run.teachers)
-        # With several teachers, one answers all its prompts before the next is loaded.
-        for name in names[0 if file.progress.teacher is None else names.index(file.progress.teacher) :]:
-            engine = None
-            wanted = _unanswered(run, name, file.progress)
-            while wave := list(islice(wanted, _WAVE)):
-                engine = engine or run.engine(run.teachers[name], settings.max_new_tokens)
-                seeds = [seed_of(run.recipe.seed, "responses", prompt.example.row, sample) for prompt, sample in wave]
-                rollouts = engine.generate([prompt.ids for prompt, _ in wave], sampling, seeds, progress=True)
-                file.append(
-                    [
-                        {
-                            "row": prompt.example.row,
-                            "prompt_ids": prompt.ids,
-                            "response_ids": rollout.response_ids,
-                            "finished": rollout.finished,
-                            **run.of_teacher(prompt),
-                        }
-                        for (prompt, _), rollout in zip(wave, rollouts, strict=True)
-                    ]
-                )
-            if engine is not None:
-                engine.close()
-                release_memory()
+        total = len(run.train_prompts) * settings.samples_per_prompt
+        with whole(total, RESPONSES, file.progress.count):
+            # With several teachers, one answers all its prompts before the next is loaded.
+            for name in names[0 if file.progress.teacher is None else names.index(file.progress.teacher) :]:
+                engine = None
+                wanted = _unanswered(run, name, file.progress)
+                while wave := list(islice(wanted, _WAVE)):
+                    engine = engine or run.engine(run.teachers[name], settings.max_new_tokens)
+                    seeds = [seed_of(run.recipe.seed, "responses", each.example.row, sample) for each, sample in wave]
+                    prompts = [prompt for prompt, _ in wave]
+                    rollouts = engine.generate([prompt.ids for prompt in prompts], sampling, seeds, progress=True)
+                    file.append([_row(run, *answered) for answered in zip(prompts, rollouts, strict=True)])
+                if engine is not None:
+                    engine.close()
+                    release_memory()
 
     def has_made_something(self, run_dir: Path) -> bool:
         return (run_dir / "responses.jsonl").is_file()
@@ -82,6 +76,12 @@ class Responses(Stage):
 
     def phases(self, planner: Planner) -> list[Phase]:
         return planner.responses()
+
+
+def _row(run: Run, prompt: Prompt, rollout: Rollout) -> dict[str, Any]:
+    """The row of an answer in the file of responses."""
+    row = {"row": prompt.example.row, "prompt_ids": prompt.ids, "response_ids": rollout.response_ids}
+    return row | {"finished": rollout.finished, **run.of_teacher(prompt)}
 
 
 def _unanswered(run: Run, name: str, done: Progress) -> Iterator[tuple[Prompt, int]]:

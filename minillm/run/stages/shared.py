@@ -8,16 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from minillm.models.configs import text_config
 from minillm.models.device import fast_bfloat16, keep_freed_memory
 from minillm.models.load import load_model
 from minillm.models.lora import load_student
 from minillm.run.context import Run
-from minillm.run.live import LiveLog, LiveReport
+from minillm.run.live import LiveLog, LiveProgress, LiveReport
+from minillm.run.processes import world_size
 from minillm.run.stages.stage import Stage
-from minillm.run.training_arguments import STAGE_DEFAULTS
+from minillm.run.training_arguments import STAGE_DEFAULTS, with_update_sizes
 from minillm.teacher.served import ServedTeacher
 from minillm.train.best_checkpoint import with_given
 from minillm.train.pair import compute_dtype
@@ -35,7 +36,7 @@ def training_arguments(run: Run, stage: Stage, given: dict[str, Any] | None = No
         stage: the stage.
         given: the arguments that the user set; by default those in the recipe.
     """
-    given = stage.arguments(run.recipe) if given is None else given
+    given = with_update_sizes(stage.arguments(run.recipe) if given is None else given, world_size())
     if given.get("bf16") and not fast_bfloat16():
         logger.warning(
             "This CPU emulates bfloat16, many times slower than float32: stage %s computes in float32.", stage.name
@@ -138,9 +139,14 @@ def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> 
         final: whether no later stage trains this model further. It is then saved in the dtype that the recipe asks for.
     """
     run.processes = trainer.accelerator.num_processes
+    for callback in (ProgressCallback, PrinterCallback):  # a line for a stage, in place of bars and dictionaries
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(LiveProgress())
     trainer.add_callback(LiveLog(run.dir, stage.name))
     trainer.add_callback(LiveReport(run.dir))
-    train_resumably(trainer, folder, stage.name, _saved_dtype(run) if final else None)
+    dtype = _saved_dtype(run) if final else None
+    train_resumably(trainer, folder, stage.name, dtype, keep_checkpoint=run.recipe.keep_checkpoint)
     if trainer.is_world_process_zero() and not trainer.args.load_best_model_at_end:
         _tell_of_decline(stage, trainer)
 
