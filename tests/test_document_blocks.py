@@ -48,8 +48,10 @@ def test_blocks_are_of_known_languages() -> None:
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader has it: files of prompts, a checkout's recipes, and recipes of their own."""
-    for name in ("prompts", "heldout", "validation", "corpus"):
-        (tmp_path / f"{name}.jsonl").write_text('{"instruction": "Name three fruits.", "text": "An apple."}\n')
+    for name in ("prompts", "heldout", "validation", "corpus", "questions"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            '{"instruction": "Name three fruits.", "question": "Why?", "answer": "So.", "text": "An apple."}\n'
+        )
     for block in BLOCKS:
         for name in OWN:
             if block.language == "yaml" and block.text.startswith(f"# {name}\n"):
@@ -164,7 +166,7 @@ def test_code_runs_on_tiny_models(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     text = re.sub(r"max_steps=\d+", "max_steps=1", block.text)
-    text = text.replace("RolloutConfig(", 'RolloutConfig(engine="transformers", ')
+    text = text.replace("RolloutConfig(", 'RolloutConfig(engine="transformers", max_prompt_tokens=64, ')
     for names, folder in ((STUDENTS, pair[0]), (TEACHERS, pair[1])):
         for name in names:
             text = text.replace(f'"{name}"', repr(folder))

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "docs"))  # `generate` is a package of this folder
 
 from mkdocs.structure.files import File  # noqa: E402
 
+from generate.figures import with_figures  # noqa: E402
 from generate.include import included_pages  # noqa: E402
 from generate.pages import generated_pages  # noqa: E402
 from generate.presets import with_tables  # noqa: E402
@@ -28,5 +29,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the settings of a preset where a page asks for them."""
-    return with_tables(markdown)
+    """Put the settings of a preset, and figures, where a page asks for them."""
+    return with_figures(with_tables(markdown))

@@ -178,7 +178,10 @@ def python_page() -> str:
         "# Python\n\n`from minillm import …` gives these names; each loads on first use, so that `import minillm` "
         "stays quick. The rest of this page is what a script may need besides.\n"
     ]
-    parts += [f"::: {homes[name]}.{name}\n" for name in minillm.__all__]
+    for name in minillm.__all__:
+        # What a Trainer calls is public to transformers, and not what a script calls.
+        only = "    options: {members: [evaluate, close]}\n" if name.endswith("Trainer") else ""
+        parts.append(f"::: {homes[name]}.{name}\n{only}")
     for title, paths in FURTHER_SYMBOLS.items():
         parts += [f"## {title}\n", *(f"::: {path}\n    options: {{heading_level: 3}}\n" for path in paths)]
     parts.append("## Errors\n\n" + inspect.cleandoc(errors.__doc__ or "") + "\n")

@@ -7,7 +7,7 @@ import re
 from minillm.loss.config import Objective
 from minillm.loss.presets import PRESETS
 
-_MARK = re.compile(r"<!-- preset: ([\w-]+) -->")
+_MARK = re.compile(r"^<!-- preset: ([\w-]+) -->$", re.M)
 
 
 def with_tables(text: str) -> str:
