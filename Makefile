@@ -13,7 +13,7 @@ RUN ?= recipes/quickstart.yaml
 TEST_PROCESSES ?= $(if $(filter 0,$(GPU)),2,0)
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
-.PHONY: install quickstart gemma test test-full lint format mutations clean
+.PHONY: install quickstart gemma test test-full lint docs format mutations clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The documents, in build/site. A warning, a broken link or a lost anchor is an error; nothing is fetched.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .

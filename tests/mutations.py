@@ -952,6 +952,12 @@ MUTATIONS = [
         "        tokens = self.global_sum(sum(map(len, answers)))\n",
         "        tokens = self.global_sum(sum(map(len, answers[::2])))\n",
     ),
+    Mutation(
+        "an alarm without what to do",
+        "run/watch.py",
+        """        alarms.append(f"{rise}. {LOGGED['reverse_kl'].otherwise}")\n""",
+        "        alarms.append(rise)\n",
+    ),
 ]
 
 

@@ -362,6 +362,7 @@ def test_a_recipe_is_read_without_torch() -> None:
 
 def test_files_that_texts_name_are_there() -> None:
     texts = [*ROOT.glob("*.md"), ROOT / "recipes" / "README.md", ROOT / "eval" / "README.md"]
+    texts += list((ROOT / "docs").rglob("*.md"))
     texts += list((ROOT / "minillm").rglob("*.py"))
     lost = []
     for path in texts:

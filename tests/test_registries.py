@@ -30,6 +30,7 @@ from minillm.run.stages.stage import Stage
 from minillm.run.stages.warmup import WarmupConfig
 from minillm.teacher.config import SamplerConfig, TeacherConfig, TeachersConfig
 from minillm.train.alpha import AlphaConfig
+from tests.documents import page
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = [
@@ -64,13 +65,6 @@ def text_of_tests(room: str) -> str:
     return text_of((ROOT / "tests" / room).glob("*.py"))
 
 
-def readme(start: str, end: str) -> str:
-    """The part of the README between two texts."""
-    text = text_of([ROOT / "README.md"])
-    assert start in text, f"the README no longer says {start!r}"
-    return text.partition(start)[2].partition(end)[0]
-
-
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_every_field_of_a_recipe_is_documented(section: type[BaseModel]) -> None:
     bare = [name for name, field in section.model_fields.items() if not (field.description or "").strip()]
@@ -88,14 +82,14 @@ def test_every_stage_is_documented_and_tested(stage: Stage) -> None:
     module = type(stage).__module__
     assert module == f"minillm.run.stages.{stage.name}", "a stage is the file of its name"
     assert (sys.modules[module].__doc__ or "").startswith(f"Stage `{stage.name}`")
-    assert f"`{stage.name}`" in readme("**Stages.**", "\n\n")
+    assert f"| `{stage.name}` |" in page("reference/stages.md")
     assert is_listed_as_stage(stage.name, text_of_tests("run"))
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_engine_is_documented_and_tested(name: str) -> None:
     assert inspect.getdoc(ENGINES[name])
-    assert f"`{name}`" in text_of([ROOT / "README.md"])
+    assert f"`{name}`" in page("guides/sampling.md")
     assert f'"{name}"' in text_of([ROOT / "tests" / "rollout" / "test_engines.py"])
 
 
@@ -107,7 +101,9 @@ def test_every_divergence_is_documented_and_tested(name: str) -> None:
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.key)
 def test_every_metric_is_documented_and_tested(metric: Metric) -> None:
-    assert metric.label.lower() in readme("The scores are:", "Differences to").lower()
+    assert len(metric.about.split()) > 5
+    assert metric.title in page("reference/metrics.md")
+    assert metric.label.lower() in page("guides/evaluation.md").lower()
     assert re.search(rf'"{metric.key}"|\b{metric.key}\(', text_of_tests("evaluation"))
 
 

@@ -29,6 +29,7 @@ class Metric:
             value per answer, divided by the number of response tokens; `seed`: one value of all answers of a seed
             together; `choice`: one value of all rows of a classification by choice (`minillm.evaluation.choices`);
             `oracle`: one value of KL(p‖q) along answers of the model (`own`) and of the teacher (`oracle`).
+        about: What it is, in sentences, for the documents.
         score: For metrics per `answer`: computes an answer's value from its text and its references. The value is kept
             in the answer's row, and answers without references have none.
         value: For metrics per `answer` that need no references: computes an answer's value from its row; by default the
@@ -47,6 +48,7 @@ class Metric:
     label: str
     unit: str
     per: Literal["answer", "token", "seed", "choice", "oracle"]
+    about: str
     score: Callable[[str, Sequence[str]], float] | None = None
     value: Callable[[Any], float] | None = None
     needs: str | None = None
@@ -189,15 +191,55 @@ def calibration_error(confidences: Sequence[float] | Floats, correct: Sequence[b
 
 
 METRICS = (
-    Metric("rouge_l", "Rouge-L", "", "answer", score=rouge_l, held_out=True, greater_is_better=True, compared=True),
-    Metric("exact_match", "exact match", "%", "answer", score=exact_match, greater_is_better=True),
-    Metric("reverse_kl", "KL(q‖p)", "nats a token", "token", held_out=True, greater_is_better=False, compared=True),
-    Metric("forward_kl", "KL(p‖q)", "nats a token", "token", greater_is_better=False),
+    Metric(
+        "rouge_l",
+        "Rouge-L",
+        "",
+        "answer",
+        "The best Rouge-L of an answer against its references, from 0 to 100, by rouge-score with stemming. Where that "
+        "package would drop letters, as in naïve or in Chinese, Unicode words are used instead, and such references "
+        "are counted. In a run's own evaluation the references are the teacher's answers of the other seeds.",
+        score=rouge_l,
+        held_out=True,
+        greater_is_better=True,
+        compared=True,
+    ),
+    Metric(
+        "exact_match",
+        "exact match",
+        "%",
+        "answer",
+        "Answers that are one of their references, up to case, spaces and punctuation that only separates words. "
+        "Articles, symbols, signs and numbers count.",
+        score=exact_match,
+        greater_is_better=True,
+    ),
+    Metric(
+        "reverse_kl",
+        "KL(q‖p)",
+        "nats a token",
+        "token",
+        "The reverse KL divergence from the student to the teacher over whole distributions, along the model's own "
+        "answers, at the temperature of the answers: the sum over all answers, divided by their tokens. It is what "
+        "MiniLLM minimises. It needs a teacher.",
+        held_out=True,
+        greater_is_better=False,
+        compared=True,
+    ),
+    Metric(
+        "forward_kl",
+        "KL(p‖q)",
+        "nats a token",
+        "token",
+        "The forward KL divergence along the model's own answers. It needs a teacher.",
+        greater_is_better=False,
+    ),
     Metric(
         "reverse_kl_mean",
         "KL(q‖p)",
         "nats a token, mean of answers",
         "answer",
+        "KL(q‖p) per token of each answer, and the mean of these: short answers count as much as long ones.",
         value=lambda row: row["reverse_kl"] / len(row["ids"]),
         needs="reverse_kl",
         greater_is_better=False,
@@ -207,6 +249,8 @@ METRICS = (
         "KL(q‖p)",
         "nats an answer",
         "answer",
+        "KL(q‖p) summed over each answer, and the mean of these: the divergence of whole answers. Short answers have "
+        "less of it, so read it beside the length.",
         value=lambda row: row["reverse_kl"],
         needs="reverse_kl",
     ),
@@ -215,17 +259,45 @@ METRICS = (
         "KL(p‖q)",
         "nats a token of the teacher's answers",
         "oracle",
+        "The forward KL divergence along the teacher's own answers. With `exposure_bias` only.",
         value=lambda rows: sum(sum(row["oracle"]) for row in rows) / sum(len(row["oracle"]) for row in rows),
         greater_is_better=False,
     ),
-    Metric("distinct_4", "distinct-4", "%", "seed", value=lambda rows: distinct_n([row["ids"] for row in rows])),
-    Metric("finished", "finished", "%", "answer", scale=100, held_out=True, greater_is_better=True, compared=True),
-    Metric("length", "length", "tokens", "answer", value=lambda row: len(row["ids"]), held_out=True),
+    Metric(
+        "distinct_4",
+        "distinct-4",
+        "%",
+        "seed",
+        "Distinct 4-grams of tokens among all 4-grams of the answers of a seed. It falls as answers are added, so "
+        "compare equal numbers of tokens.",
+        value=lambda rows: distinct_n([row["ids"] for row in rows]),
+    ),
+    Metric(
+        "finished",
+        "finished",
+        "%",
+        "answer",
+        "Answers that end by themselves within the limit of tokens.",
+        scale=100,
+        held_out=True,
+        greater_is_better=True,
+        compared=True,
+    ),
+    Metric(
+        "length",
+        "length",
+        "tokens",
+        "answer",
+        "The mean length of the answers, the end token included.",
+        value=lambda row: len(row["ids"]),
+        held_out=True,
+    ),
     Metric(
         "length_ratio",
         "length",
         "of the teacher's",
         "oracle",
+        "Tokens of the model's answers as a multiple of the teacher's. With `exposure_bias` only.",
         value=lambda rows: sum(len(row["own"]) for row in rows) / sum(len(row["oracle"]) for row in rows),
     ),
     Metric(
@@ -233,6 +305,8 @@ METRICS = (
         "ECE",
         "0 to 1",
         "choice",
+        "The expected calibration error: how far the confidence in the most probable choice is from how often that "
+        "choice is right. For sets with `choices`, one of which is the reference of each row.",
         value=lambda rows: calibration_error([row["confidence"] for row in rows], [row["correct"] for row in rows]),
         greater_is_better=False,
     ),

@@ -19,6 +19,7 @@ from minillm.data.files import read_json
 from minillm.run.progress import SAMPLES, read_lines, read_log, read_stages
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
+from minillm.train.logged import LOGGED
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 40
@@ -157,14 +158,15 @@ def find_alarms(log: Log, silent_for: float | None = None) -> list[str]:
     kl = [float(entry["reverse_kl"]) for entry in log if entry.get("reverse_kl") is not None]
     size = max(len(kl) // 5, 1)
     if len(kl) >= 5 and sum(kl[-size:]) > _RISE * sum(kl[:size]):
-        alarms.append(f"reverse_kl rose from {sum(kl[:size]) / size:.2f} to {sum(kl[-size:]) / size:.2f}")
+        rise = f"reverse_kl rose from {sum(kl[:size]) / size:.2f} to {sum(kl[-size:]) / size:.2f}"
+        alarms.append(f"{rise}. {LOGGED['reverse_kl'].otherwise}")
     for key, limit, what in (
         ("engine_mismatch", _MISMATCH, "engine and trainer differ by {:.2f} nats a token"),
         ("clipped", _CLIPPED, "{:.0%} of the tokens are clipped"),
     ):
         values = [float(entry[key]) for entry in log[-_RECENT:] if entry.get(key) is not None]
         if values and sum(values) / len(values) > limit:
-            alarms.append(what.format(sum(values) / len(values)))
+            alarms.append(f"{what.format(sum(values) / len(values))}. {LOGGED[key].otherwise}")
     return alarms
 
 

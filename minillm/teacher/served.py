@@ -118,5 +118,5 @@ def _estimate(top_k: int) -> str:
     size = "26 % of it with 1 token, 45 % with 4, 65 % with 16 and 67 % with 19"
     return (
         f", so that KL(q‖p) is that of the student's {top_k} most likely tokens, the sampled one, and all others as "
-        f"one event: at temperature 1, {size} (measured for one pair: README, A teacher elsewhere)"
+        f"one event: at temperature 1, {size} (measured for one pair: docs/guides/teachers.md)"
     )

@@ -4,7 +4,7 @@ They return those of the sampled tokens and of some others. One request per resp
 sampled token, which is all that sampled rewards need: with `reward: sampled` the long-term term is the same as with a
 teacher in this process. KL(q‖p) would need whole rows of log-probabilities. It is computed over a partition instead:
 the student's `top_k` most likely tokens, the sampled token, and all others as one event. This is smaller than the true
-value by q(others) · KL(q‖p within the others); the README gives the size of that for a real pair. The same holds for
+value by q(others) · KL(q‖p within the others); docs/guides/teachers.md gives its size for a pair. The same holds for
 `reward: expected`.
 
 The request also returns the teacher's own most likely tokens. Where they leave out one of the student's, a second

@@ -51,8 +51,8 @@ def test_the_paper_without_norm_and_clip_is_unbiased_on_policy() -> None:
 
 
 BARE = {"length_norm": False, "baseline": "none", "clip": None}
-# Median relative bias over 20 worlds, with responses of up to 3 tokens, at α = 0.2 and 0.5; part of a table in the
-# README. Each micro-batch has one response, so whitening is over the tokens of one response.
+# Median relative bias over 20 worlds, with responses of up to 3 tokens, at α = 0.2 and 0.5; part of the table in
+# docs/concepts/methods/index.md. Each micro-batch has one response, so whitening is over the tokens of one response.
 BIASES: dict[str, tuple[Objective, float, float]] = {
     "recommended": (Objective.recommended(), 0.420, 0.426),
     "recommended, uncentred": (Objective.recommended(baseline="none"), 0.191, 0.341),

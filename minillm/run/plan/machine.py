@@ -27,7 +27,7 @@ __all__ = ["GIB", "Machine", "machine_for"]
 _LAYER_SECONDS, _DECODING_STEP_SECONDS = 4e-3, 12e-3
 # The share of a CPU's matrix multiplication speed that weight updates, sampling and scoring reach, where the CPU is not
 # calibrated (`minillm plan --calibrate`). It was measured on the student of the quickstart in float32, and by timing
-# the phases of the quickstart (README.md) against the bfloat16 products of eval/speed/head.py.
+# the phases of the quickstart (docs/tutorials/quickstart.md) against the bfloat16 products of eval/speed/head.py.
 _CPU_UTILISATION = 0.6
 
 
