@@ -78,6 +78,16 @@ Link = Annotated[
 ]
 
 
+CardName = Annotated[
+    str | None,
+    typer.Option(
+        help="Plan for a GPU of this name, such as RTX 4090, by its maker's numbers, and not for those of this "
+        "machine. One, unless --gpus says another number.",
+        show_default=False,
+    ),
+]
+
+
 def _show_versions(wanted: bool) -> None:
     if wanted:
         from minillm.distribution import versions
@@ -187,14 +197,7 @@ def plan(
     utilisation: Utilisation = None,
     nodes: Nodes = 1,
     link: Link = None,
-    card: Annotated[
-        str | None,
-        typer.Option(
-            help="Plan for a GPU of this name, such as RTX 4090, by its maker's numbers, and not for those of this "
-            "machine. One, unless --gpus says another number.",
-            show_default=False,
-        ),
-    ] = None,
+    card: CardName = None,
     fit: Annotated[
         Path | None, typer.Option(help="Write a recipe here that extends this one and fits.", show_default=False)
     ] = None,
@@ -210,8 +213,6 @@ def plan(
     size = None if memory is None else _bytes(memory)
     if link is not None and not 0 < link < math.inf:
         raise InputError(f"--link {link:g}: a number of GB in a second above 0 is needed")
-    if card is not None and gpus == 0:
-        raise InputError(f"--card {card}: --gpus 0 plans for a CPU; leave one of them out")
     if calibrate:
         _calibrate(gpus)
     if recipe is None:

@@ -47,6 +47,10 @@ class RunError(MinillmError, RuntimeError):
     """A run directory that does not fit the recipe, or lacks what a stage needs."""
 
 
+class LengthError(RunError):
+    """A training that cannot go on for longer as it is asked to; it is still what it was."""
+
+
 class EngineError(MinillmError, RuntimeError):
     """What samples or scores rollouts is not available, or has stopped answering."""
 

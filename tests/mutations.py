@@ -106,8 +106,8 @@ MUTATIONS = [
     Mutation(
         "a longer training leaves the answers of the shorter one",
         "run/directory.py",
-        '            self._stages[stage]["finished"] = False  # in the file once it begins\n',
-        '            self._stages[stage]["finished"] = trained is not own\n',
+        "            self._reopened.add(stage)\n",
+        "            self._reopened.update([stage] if trained is own else [])\n",
     ),
     Mutation(
         "a warm-up of the learning rate begins again in silence",

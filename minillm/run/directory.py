@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -14,7 +15,15 @@ from minillm.config import Section
 from minillm.distribution import versions
 from minillm.errors import RunError
 from minillm.redaction import redacted
-from minillm.run.operational import LENGTH, is_longer, is_operational, length_of, same_update, training_sections
+from minillm.run.operational import (
+    LENGTH,
+    is_longer,
+    is_operational,
+    length_of,
+    same_update,
+    same_warm_up,
+    training_sections,
+)
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
 from minillm.run.tree import flatten
@@ -119,6 +128,8 @@ class RunState:
         self._recipe = recipe
         self._file = recipe.run_dir / "state.json"
         self._stages: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}
+        self._reopened: set[str] = set()  # in the file they are unfinished once they begin
         self._longer: dict[str, tuple[str, str]] = {}  # stages that are to go on: their lengths, as made and now
         try:
             if self._file.is_file():
@@ -136,8 +147,8 @@ class RunState:
             raise RunError(f"{recipe.run_dir}: a file, where the run's directory would be; choose another run_dir")
 
     def finished(self, stage: str) -> bool:
-        """Whether a stage has been finished."""
-        return bool(self._stages.get(stage, {}).get("finished"))
+        """Whether a stage has been finished, and is not to go on or to be made again since another one does."""
+        return stage not in self._reopened and bool(self._stages.get(stage, {}).get("finished"))
 
     def seconds(self, stage: str) -> float | None:
         """How long a finished stage took; None for one that is not finished."""
@@ -179,6 +190,7 @@ class RunState:
         }
         for section in training_sections():
             same_update(section, changed, old, entry.get("processes"))
+            same_warm_up(section, changed, old)
         return changed, old, new
 
     def _allow_longer(self, stage: str, changed: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -200,10 +212,10 @@ class RunState:
             for key in changed.keys() - rest:
                 del changed[key]
             if trained is own:
-                if self.finished(stage) and not own.has_made_something(self._recipe.run_dir):
+                if self._stages[stage]["finished"] and not own.has_made_something(self._recipe.run_dir):
                     raise RunError(self._no_checkpoint(own, old, new))
                 self._longer[stage] = (length_of(section, old), length_of(section, new))
-            self._stages[stage]["finished"] = False  # in the file once it begins
+            self._reopened.add(stage)
 
     def _no_checkpoint(self, stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> str:
         section, names = str(stage.training), [stage.name, *self.lost_with([stage.name])]
@@ -270,8 +282,9 @@ class RunState:
         Raises:
             RunError: the run directory cannot be written.
         """
-        before = self._stages.get(stage, {})
+        before, self._before = self._stages.get(stage, {}), copy.deepcopy(self._stages)
         self._stages[stage] = {"finished": False, "format": _FORMAT, "settings": self.settings(stage)}
+        self._reopened.discard(stage)
         lengthened = before.get("lengthened", []) if stage_named(stage).has_made_something(self._recipe.run_dir) else []
         if stage in self._longer:
             lengthened = [*lengthened, list(self._longer.pop(stage))]
@@ -280,6 +293,11 @@ class RunState:
                     self._stages[later.name]["finished"] = False
         if lengthened:
             self._stages[stage]["lengthened"] = lengthened
+        self._write()
+
+    def take_back(self) -> None:
+        """Record what was recorded before a stage began: it has refused to go on, and is what it was."""
+        self._stages = self._before
         self._write()
 
     def finish(self, stage: str, seconds: float, processes: int = 1) -> None:

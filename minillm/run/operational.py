@@ -7,6 +7,7 @@ other settings and is made again on request only (`--redo`). Settings that no st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -130,3 +131,17 @@ def same_update(section: str, changed: dict[str, Any], old: Mapping[str, Any], p
     if processes is None or made_with * processes == changed[responses]:
         changed.pop(responses)
         changed.pop(accumulation, None)
+
+
+def same_warm_up(section: str, changed: dict[str, Any], old: Mapping[str, Any]) -> None:
+    """Take a warm-up of as many updates as before, which was a share of the length, out of the changed settings.
+
+    Args:
+        section: the dotted name of the `TrainingArguments`.
+        changed: the settings that differ, with their values of now.
+        old: the settings that the stage was made with.
+    """
+    key, updates = f"{section}.warmup_steps", _number(old.get(f"{section}.max_steps"), -1)
+    share = _number(old.get(key), 0)
+    if key in changed and updates > 0 and 0 < share < 1 and changed[key] == math.ceil(share * updates):
+        del changed[key]

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from minillm.capture import keep_log
-from minillm.errors import Interrupted, RunError
+from minillm.errors import Interrupted, LengthError, RunError
 from minillm.models.device import release_memory
 from minillm.run import processes
 from minillm.run.context import Run
@@ -124,6 +124,10 @@ def _run_stage(run: Run, stage: Stage, rank: int) -> None:
     started = time.perf_counter()
     try:
         stage.run(run)
+    except LengthError:
+        if rank == 0:
+            run.state.take_back()
+        raise
     except KeyboardInterrupt:
         raise Interrupted(f"stage {stage.name} was interrupted; the same command continues it") from None
     release_memory()

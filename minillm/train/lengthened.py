@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from minillm.errors import RunError
+from minillm.errors import LengthError
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +34,18 @@ def check_lengthened(trainer: Any, stage: str, done: int, before: int) -> None:
         before: updates that it was to have in all.
 
     Raises:
-        RunError: the warm-up of the learning rate, a share of the length, would begin again.
+        LengthError: the warm-up of the learning rate, a share of the length, would begin again.
     """
     after, args = updates_of(trainer), trainer.args
     if after == before or args.deepspeed:
         return
     if args.get_warmup_steps(before) <= done < args.get_warmup_steps(after):
-        raise RunError(
+        remedy = f"set warmup_steps to the {args.get_warmup_steps(before)} updates that it had, or "
+        raise LengthError(
             f"stage {stage}: its warm-up of the learning rate (warmup_steps {args.warmup_steps:g}, a share of "
-            f"{after} updates) would begin again at update {done}, after it was over: set warmup_steps to the "
-            f"{args.get_warmup_steps(before)} updates that it had, or make the stage again: --stage {stage} --redo"
+            f"{after} updates) would begin again at update {done}, after it was over: "
+            f"{remedy if args.max_steps > 0 else ''}leave the length as it was, or make the stage again: "
+            f"--stage {stage} --redo"
         )
     old, new = rates(args, before, done + 1), rates(args, after, done + 1)
     other = list(getattr(trainer, "follows_length", ()))

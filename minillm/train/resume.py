@@ -38,8 +38,8 @@ def train(
 
     Raises:
         Interrupted: Ctrl-C stopped the training, and a checkpoint was saved.
-        RunError: the last checkpoint lacks a part that is needed to continue; or it would go on for longer in a way
-            that its schedule does not allow.
+        RunError: the last checkpoint lacks a part that is needed to continue.
+        LengthError: the training would go on for longer in a way that its schedule does not allow.
     """
     try:
         _train(trainer, folder, stage, dtype)

@@ -114,6 +114,19 @@ def test_the_size_of_an_update_may_be_said_in_another_way(tmp_path: Path) -> Non
     assert stale(file, sizes[0], "training.responses_per_update=16")[0] == "minillm"
 
 
+def test_a_refused_length_leaves_the_stage_as_it_was(tmp_path: Path) -> None:
+    file = finished_run(tmp_path, STAGES, "training.warmup_steps=0.1")
+    with_checkpoint(file, "minillm")
+    before = json.loads((tmp_path / "run" / "state.json").read_text())
+    state = RunState(load_recipe(file, ["training.warmup_steps=0.1", "training.max_steps=200"]))
+    state.check("minillm")
+    state.begin("minillm")
+    state.take_back()
+    assert json.loads((tmp_path / "run" / "state.json").read_text()) == before
+    assert stale(file, "training.warmup_steps=1", "training.max_steps=200") == []  # what it was in updates
+    assert stale(file, "training.warmup_steps=2", "training.max_steps=200")[0] == "minillm"
+
+
 class Trained:
     """What is asked of a trainer."""
 

@@ -151,6 +151,8 @@ def machine_for(
     """
     if gpus and gpus % nodes:
         raise InputError(f"--nodes {nodes}: --gpus {gpus} counts the GPUs of all nodes, and must be a multiple of it")
+    if card is not None and gpus == 0:
+        raise InputError(f"--card {card}: --gpus 0 plans for a CPU; leave one of them out")
     if card is not None:
         machine, source = _machine_of_card(card, gpus or nodes, memory, flops, utilisation)
     else:
