@@ -13,9 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from minillm.commands import check, init, recipes, schema, show
+from minillm.commands import check, init, recipes, schema, show, verify
 from minillm.commands.app import Overrides, RecipePath, app
 from minillm.errors import InputError, Interrupted, MinillmError
+from minillm.redaction import Redacting, redacted_text
 
 __all__ = [
     "app",
@@ -25,6 +26,7 @@ __all__ = [
     "recipes",
     "schema",
     "show",
+    "verify",
 ]  # commands register themselves when they are imported
 
 # Options of `minillm plan`.
@@ -370,6 +372,8 @@ def watch(
 def main() -> None:
     """Run the command line; a `MinillmError` is printed as one line, every other error keeps its traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Redacting())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
@@ -379,5 +383,5 @@ def main() -> None:
     except MinillmError as error:
         if os.environ.get("MINILLM_TRACEBACK"):
             raise
-        print(f"error: {str(error).strip()}", file=sys.stderr)
+        print(f"error: {redacted_text(str(error).strip())}", file=sys.stderr)
         sys.exit(2)

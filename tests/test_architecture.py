@@ -44,6 +44,7 @@ LIGHT = [
     "minillm.commands.recipes",
     "minillm.commands.schema",
     "minillm.commands.show",
+    "minillm.commands.verify",
     "minillm.config",
     "minillm.distribution",
     "minillm.errors",

@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minillm.errors import InputError, MissingError, NotAFolderError, SourceError
+from minillm.models.pickles import check_no_pickle
 
 MODEL = ("config", "tokenizer", "weights")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -109,6 +110,7 @@ def check_adapter_source(source: str) -> None:
     files = [file for name in ("adapter_model.safetensors", "adapter_model.bin") if (file := folder / name).is_file()]
     if not files:
         raise MissingError(f"{source}: the folder holds neither adapter_model.safetensors nor adapter_model.bin")
+    check_no_pickle(source, files[0])
     _check_tensors(files[0])
 
 
@@ -200,6 +202,7 @@ def _check_weights(source: str, folder: Path) -> None:
         raise MissingError(
             f"{source}: the folder holds no weights (model.safetensors or pytorch_model.bin, or an index of shards)"
         )
+    check_no_pickle(source, found)
     if found.suffix != ".json":
         _check_tensors(found)
         return

@@ -18,6 +18,7 @@ from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import decides_nothing
 from minillm.run.tree import flatten
+from minillm.run.written import read_states
 
 if TYPE_CHECKING:
     from minillm.run.recipe import Recipe
@@ -41,13 +42,14 @@ _OPERATIONAL = frozenset(
         "servers",
         "server_patience",
         "server_timeout",
+        "mismatch_limit",
         "engine_memory",
         "engine_options",
         "overlap",
         "lora",
         "draft_tokens",  # of earlier versions
     )
-) | {"objective.signal_every"}
+) | {"objective.signal_every", "teacher.allow_pickle", "student.allow_pickle"}
 
 
 def absolute_paths(recipe: Recipe) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
         places += [(tree["student"], "source")]
     for section, key in places:
         value = section[key]
-        if key == "run_dir" or (isinstance(value, str) and len(value) < _LONGEST_PATH and Path(value).exists()):
+        if key == "run_dir" or (isinstance(value, str) and len(value) < _LONGEST_PATH and os.path.exists(value)):
             section[key] = os.path.abspath(value)
     return tree
 
@@ -96,7 +98,7 @@ def _is_run_directory(folder: Path) -> bool:
 def _normalise_path(key: str, value: Any) -> Any:
     """The absolute form of a local path that an earlier version recorded as it was written."""
     is_path = key.endswith((".source", ".adapter", ".file", ".dataset")) and isinstance(value, str)
-    if is_path and value != "prune" and Path(value).expanduser().exists():
+    if is_path and value != "prune" and os.path.exists(os.path.expanduser(value)):
         return os.path.abspath(os.path.expanduser(value))
     return value
 
@@ -138,14 +140,9 @@ class RunState:
         self._recipe = recipe
         self._file = recipe.run_dir / "state.json"
         self._stages: dict[str, Any] = {}
-        try:
-            if self._file.is_file():
-                self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
-                return
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one"
-            ) from None
+        if self._file.is_file():
+            self._stages = read_states(self._file)
+            return
         if recipe.run_dir.is_dir() and not _is_run_directory(recipe.run_dir):
             raise RunError(
                 f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir"
@@ -172,7 +169,7 @@ class RunState:
             return
         new, old = self.settings(stage), self._recorded(stage, entry)
         # Earlier versions recorded fewer settings, or none where the recipe did not list the stage.
-        known = entry.get("format") == _FORMAT and bool(entry["settings"])
+        known = entry.get("format") == _FORMAT and bool(entry.get("settings"))
         changed = {
             key: f"{key} (there {old.get(key)!r}, now {new.get(key)!r})"
             for key in sorted(old.keys() | new.keys())
@@ -273,7 +270,9 @@ class RunState:
 
     def _recorded(self, stage: str, entry: dict[str, Any]) -> dict[str, Any]:
         """The recorded settings that decide the stage's result; earlier versions recorded more than those."""
-        return self._read_by(stage, {key: _normalise_path(key, value) for key, value in entry["settings"].items()})
+        return self._read_by(
+            stage, {key: _normalise_path(key, value) for key, value in entry.get("settings", {}).items()}
+        )
 
     def _read_by(self, stage: str, settings: dict[str, Any]) -> dict[str, Any]:
         parts = self._parts(stage)
@@ -328,7 +327,7 @@ class RunState:
 
     def _is_operational(self, key: str) -> bool:
         """Whether a setting changes nothing that a stage makes."""
-        if key in _OPERATIONAL or any(key.startswith(f"{name}.") for name in _OPERATIONAL):
+        if _unnamed(key) in _OPERATIONAL or any(key.startswith(f"{name}.") for name in _OPERATIONAL):
             return True
         if _unnamed(key) == "teacher.top_k":  # which several teachers never read
             return not self._recipe.teacher.first.servers or self._recipe.teacher.several

@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from minillm.data.files import read_json
 from minillm.evaluation.formatting import with_interval
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.report.console import show_table
 from minillm.evaluation.verdict import COLOURS, check_of
+from minillm.run.written import read_results, read_states
 
 
 def current_results(run_dir: Path) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def current_results(run_dir: Path) -> dict[str, Any]:
         since.
     """
     file = run_dir / "results.json"
-    return read_json(file) if file.is_file() and _finished(run_dir, "evaluate") else {}
+    return read_results(file) if file.is_file() and _finished(run_dir, "evaluate") else {}
 
 
 def current_files(run_dir: Path) -> list[Path]:
@@ -71,4 +71,4 @@ def _modified(file: Path) -> int:
 
 def _finished(run_dir: Path, stage: str) -> bool:
     state = run_dir / "state.json"
-    return state.is_file() and bool(read_json(state)["stages"].get(stage, {}).get("finished"))
+    return state.is_file() and bool(read_states(state).get(stage, {}).get("finished"))

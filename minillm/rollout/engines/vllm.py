@@ -19,11 +19,13 @@ from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.distribution import DISTRIBUTION, install_command
 from minillm.errors import EngineError
+from minillm.models.fingerprint import sum_of_parameters
 from minillm.rollout.engines.base import (
     EngineCapabilities,
     EngineRequest,
     EngineSizing,
     Unavailable,
+    WeightsSum,
     padding_bias,
 )
 from minillm.rollout.engines.vllm_memory import (
@@ -291,6 +293,12 @@ class VLLMEngine:
         self._llm.llm_engine.add_lora(self._adapter)
         self.version = version
 
+    def weights_sum(self) -> WeightsSum:
+        """See `TellsWeights.weights_sum`. Rows that vLLM joins or appends do not change the sum; other layouts do."""
+        if self.takes_adapter or self._pair is not None:
+            return WeightsSum(None, "vLLM holds more than the student")
+        return WeightsSum(self._llm.collective_rpc(_sum_of_weights)[0])
+
     def sleep(self) -> None:
         """See `Engine.sleep`. On a CPU this does nothing."""
         if self._can_sleep and not self._asleep:
@@ -326,6 +334,10 @@ def _lora_settings(rank: int) -> dict[str, Any]:
     if not rank:
         return {}
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in LORA_RANKS if r >= rank)}
+
+
+def _sum_of_weights(worker: Any) -> str:
+    return sum_of_parameters(worker.get_model())
 
 
 def _tolerate_shared_gpu(worker: Any) -> None:
