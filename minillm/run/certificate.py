@@ -12,6 +12,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,9 +138,11 @@ def note_inputs(run: Run, stage: str, journal: Journal) -> threading.Thread:
     def work() -> None:
         hashes = _Hashes({})
         roles = {role: source for role, source in models_of(run).items() if source != own}
-        journal.write("inputs", models={role: hashes.of_model(source).get("sha256") for role, source in roles.items()})
+        with suppress(OSError):  # a folder that is gone is told of by whoever reads it
+            found = {role: hashes.of_model(source).get("sha256") for role, source in roles.items()}
+            journal.write("inputs", models=found)
 
-    thread = threading.Thread(target=work, name="hashes")
+    thread = threading.Thread(target=work, name="hashes", daemon=True)
     thread.start()
     return thread
 

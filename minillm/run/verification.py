@@ -63,7 +63,7 @@ def verify(run_dir: Path, *, again: bool = True) -> Iterator[Finding]:
     if not again:
         yield Finding("not checked", "first batch and first update", "not asked for")
     else:
-        yield from _made_again(found.recipe.settings, journal, found.hardware.threads)
+        yield from _made_again(found.recipe.settings, journal, _threads(journal) or found.hardware.threads)
 
 
 def _on_paper(run_dir: Path, found: Certificate) -> Iterator[Finding]:
@@ -169,6 +169,13 @@ def _first_update(run: Run, stage: MiniLLM, folder: Path, threads: int) -> list[
         trainer.close()
         torch.set_num_threads(before)
     return read_journal(folder)
+
+
+def _threads(journal: list[Any]) -> int:
+    """The threads that PyTorch used when the training of a journal began; 0 if it does not say."""
+    machine = next((entry.get("machine") for entry in reversed(journal) if entry["kind"] == "begin"), None)
+    threads = machine.get("threads") if isinstance(machine, dict) else None
+    return threads if isinstance(threads, int) else 0
 
 
 def _first(journal: Iterable[Any], kind: str) -> Any:

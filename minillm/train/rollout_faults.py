@@ -45,7 +45,7 @@ def rollout_faults(rollouts: Sequence[Rollout], sampled: int, width: int) -> dic
     for i, rollout in enumerate(rollouts[:sampled]):
         if i not in found:
             copies[tuple(rollout.response_ids)].append(i)
-    for places in copies.values():
+    for places in (some for some in copies.values() if len(some) > 1):
         against = sorted(-float(rollouts[i].behaviour_logprobs.sum()) for i in places)
         if sum(against[:-1]) > _IMPOSSIBLE:
             fault = f"the engine returned one response {len(places)} times, against its own probabilities"
