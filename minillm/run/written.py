@@ -196,7 +196,7 @@ def read_states(file: Path) -> dict[str, Any]:
         try:
             State.model_validate(entry)
         except ValidationError as error:
-            raise _unreadable(file, error, f" of stage {name}") from error
+            raise _unreadable(file, error, f" as the state of stage {name[:100]}") from error
     return stages
 
 
@@ -289,6 +289,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _unreadable(file: Path, error: Exception, where: str = "") -> RunError:
-    return RunError(
-        f"{file}: what it holds{where} cannot be read ({one_line(error)}); choose another run_dir, or delete this one"
-    )
+    return RunError(f"{file}: cannot be read{where} ({one_line(error)}); choose another run_dir, or delete this one")
