@@ -182,8 +182,6 @@ class TextEncoder:
         return self._apply(messages, place, return_assistant_tokens_mask=marks_answers, enable_thinking=False)
 
     def _apply(self, messages: Messages, place: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
-
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
@@ -195,7 +193,7 @@ class TextEncoder:
                 )
         except DataError:
             raise
-        except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except Exception as error:  # whatever the template raises
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
                 f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {one_line(error)}; "

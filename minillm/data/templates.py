@@ -85,24 +85,23 @@ def prompt_text(example: Example, template: str, system: str | None = None, toke
 
 def _render_jinja(example: Example, template: str, system: str | None, tokenizer: Any, *, marked: bool = True) -> str:
     """Render an example with the user's own template; with `marked`, special tokens in its text stay text."""
-    from jinja2 import TemplateError
-
     mark = encoder_of(tokenizer).mark if marked else str
     where = example.place or f"row {example.row}"
+    compiled = _jinja(template)
+    given = {
+        "instruction": mark(example.instruction),
+        "input": mark(example.input),
+        "system": None if system is None else mark(system),
+        "messages": [{**message, "content": mark(message["content"])} for message in _messages(example, system)],
+        "bos_token": getattr(tokenizer, "bos_token", None) or "",
+        "eos_token": getattr(tokenizer, "eos_token", None) or "",
+    }
     try:
-        compiled = _jinja(template)
         with time_limited(f"{where}: data.template"):
-            return compiled.render(
-                instruction=mark(example.instruction),
-                input=mark(example.input),
-                system=None if system is None else mark(system),
-                messages=[{**message, "content": mark(message["content"])} for message in _messages(example, system)],
-                bos_token=getattr(tokenizer, "bos_token", None) or "",
-                eos_token=getattr(tokenizer, "eos_token", None) or "",
-            )
+            return compiled.render(**given)
     except DataError:
         raise
-    except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except Exception as error:  # whatever the template raises
         raise DataError(f"{where}: data.template does not take it: {one_line(error)}") from None
 
 
@@ -143,13 +142,13 @@ def render_answer(prompt: Prompt, template: str, tokenizer: Any, system: str | N
 @cache
 def _jinja(template: str) -> Any:
     """Compile a Jinja template, given as text or as the path of a `.jinja` file."""
-    from jinja2 import TemplateError
-
     try:
         source = Path(template).read_text(encoding="utf-8-sig") if template.endswith(".jinja") else template
         with time_limited("data.template: it"):
             return _sandbox().from_string(source)
-    except (OSError, ValueError, TemplateError, RecursionError, SyntaxError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # of the file, and whatever Jinja says of a text that is no template
         raise DataError(f"data.template: {one_line(error)}") from error
 
 

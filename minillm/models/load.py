@@ -155,7 +155,7 @@ def resolve_cached(source: str) -> str:
 
     A local folder, or a model that is not cached, is returned unchanged.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return source
     try:
         return snapshot_download(source, local_files_only=True)

@@ -84,6 +84,15 @@ def value_of(node: yaml.Node, place: str) -> Any:
         loader.dispose()
 
 
+def _is_text(value: str) -> bool:
+    """Whether a text can be written: it has no NUL, and no half of a surrogate pair."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
+
+
 def _measure(node: yaml.Node, place: str, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """The values that a node stands for, and its height; a node that holds itself is too deep."""
     if node.tag not in _PLAIN:
@@ -92,6 +101,8 @@ def _measure(node: yaml.Node, place: str, depth: int, known: dict[int, tuple[int
             f"{place}:{node.start_mark.line + 1}: a value of the kind {kind}: a recipe holds plain text, numbers, "
             "lists and sections; put quotes around what is meant as text"
         )
+    if isinstance(node, yaml.ScalarNode) and not _is_text(node.value):
+        raise RecipeError(f"{place}:{node.start_mark.line + 1}: a character that no file and no name holds")
     count, height = known.get(id(node), (0, 0))
     if depth + height > MAX_DEPTH:
         raise RecursionError

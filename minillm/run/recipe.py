@@ -40,7 +40,7 @@ class SharedRecipe(Section):
 
     run_dir: LocalPath
     """The folder that keeps everything the run makes."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: data order, sampling, adapters."""
     stages: list[StageName] = [stage.name for stage in STAGES if stage.default]
     """What `minillm run` does, in this order. Besides the defaults there are `finetune`, which trains the teacher on

@@ -265,7 +265,7 @@ def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> 
         for key_node, child in node.value:
             name = str(key_node.value)
             if name == "<<":  # YAML's merge key: an anchored section, which this one changes
-                merged = merge(merged, _construct(child, path, where, key))
+                merged = merge(merged, _merged_section(child, path, where, key))
                 continue
             if name in out:
                 raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: duplicate key")
@@ -276,6 +276,19 @@ def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> 
     if isinstance(value, str) and value.startswith(("./", "../")) and key != ("extends",):
         return str(path.parent / value)
     return value
+
+
+def _merged_section(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> dict[str, Any]:
+    """The section, or the sections, that a merge key puts in; of several the first has the last word, as in YAML."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    merged: dict[str, Any] = {}
+    for each in reversed(nodes):
+        value = _construct(each, path, where, key)
+        if not isinstance(value, dict):
+            line = f"{path}:{node.start_mark.line + 1}"
+            raise RecipeError(f"{line}: {'.'.join((*key, '<<'))}: what is merged is a section, such as *name")
+        merged = merge(merged, value)
+    return merged
 
 
 def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -93,10 +94,16 @@ def _model(role: str, model: CertifiedModel) -> Finding:
     """Compare the files of a model, and name those that differ."""
     if model.sha256 is None:
         return Finding("not checked", role, model.why)
-    there, then = model_files(model.source), model.files
+    try:
+        there, then = model_files(model.source), model.files
+    except MissingError as error:
+        return Finding("differs", role, str(error))
     if not there:
         return Finding("differs", role, f"{model.source} is gone")
-    now = {name: hash_of(file) for name, file in there.items()}
+    try:
+        now = {name: hash_of(file) for name, file in there.items()}
+    except OSError as error:
+        return Finding("not checked", role, f"{model.source} cannot be read ({error.strerror})")
     wrong = [
         f"{name} is {'gone' if name not in now else 'new' if name not in then else 'another'}"
         for name in sorted(then.keys() | now.keys())
@@ -108,9 +115,12 @@ def _model(role: str, model: CertifiedModel) -> Finding:
 def _file(what: str, file: str | None, sha256: str | None, why: str = "") -> Finding:
     if file is None or sha256 is None:
         return Finding("not checked", what, why)
-    if not Path(file).is_file():
+    if not os.path.isfile(file):
         return Finding("differs", what, f"{file} is gone")
-    return _compared(what, sha256, hash_of(Path(file)))
+    try:
+        return _compared(what, sha256, hash_of(Path(file)))
+    except OSError as error:
+        return Finding("not checked", what, f"{file} cannot be read ({error.strerror})")
 
 
 def _compared(what: str, then: str | None, now: str | None) -> Finding:

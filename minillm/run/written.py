@@ -19,14 +19,14 @@ from minillm.errors import RunError, one_line
 from minillm.evaluation.metrics import HELD_OUT
 
 _LARGEST = 1e15
-Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=True, ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Kept(BaseModel):
     """Keeps what it does not name."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
 
 class State(_Kept):
@@ -84,7 +84,7 @@ class _Check(_Kept):
     verdict: Literal["better", "no clear difference", "worse"]
     passed: StrictBool
     sentence: StrictStr
-    criteria: list[_Criterion] = []
+    criteria: list[_Criterion]
 
 
 class _Interval(_Kept):
@@ -265,9 +265,15 @@ def those_that_are(kind: type[Kind], rows: Iterable[Mapping[str, Any]]) -> list[
 
 
 def logged_numbers(history: Any) -> list[dict[str, Any]]:
-    """Return the entries of a log that have a step, each with the values in it that are numbers, or are None."""
-    rows = history if isinstance(history, list) else []
-    entries = [{k: v for k, v in row.items() if v is None or _is_number(v)} for row in rows if isinstance(row, dict)]
+    """Return the entries of a log that have a step, each with the values that are numbers.
+
+    A loss that is None was not finite, and is kept.
+    """
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    entries = [
+        {key: value for key, value in row.items() if _is_number(value) or (key == "loss" and value is None)}
+        for row in rows
+    ]
     return [entry for entry in entries if isinstance(entry.get("step"), int)]
 
 
