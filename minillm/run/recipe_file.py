@@ -295,17 +295,21 @@ def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
     """Set the value of a text `section.key=value` in the tree."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise RecipeError(f"{text!r}: an override is section.key=value")
+        raise RecipeError(f"{_shortened(text)}: an override is section.key=value")
     *sections, last = name.split(".")
     at = tree
     for section in sections:
         at = at.setdefault(section, {})
         if not isinstance(at, dict):
-            raise RecipeError(f"{text!r}: {section} is not a section")
+            raise RecipeError(f"{_shortened(text)}: {section[:100]} is not a section")
     place = f"{COMMAND_LINE}: {name}"
     node = compose(value, place) if value else None
     at[last] = "" if node is None else value_of(node, place)
     _given(where, {tuple(name.split(".")): COMMAND_LINE}, {tuple(name.split("."))})
+
+
+def _shortened(text: str) -> str:
+    return textwrap.shorten(repr(text), 200)
 
 
 def _place(where: dict[Key, str], key: Key, path: Path) -> str:

@@ -191,7 +191,9 @@ def test_an_engine_with_other_weights_ends_training(pair: tuple[str, str], tmp_p
         """Samples another model, whatever it is sent."""
 
         def update_weights(self, weights: Any, version: int) -> None:
-            self.version = len([None for _ in weights]) * 0 + version
+            for _ in weights:
+                pass
+            self.version = version
 
     engine = Deaf(pair, [])
     engine._model = tiny_llama(9, scale=2.0)

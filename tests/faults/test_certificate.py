@@ -143,9 +143,10 @@ def test_a_batch_and_an_update_that_are_made_again_are_compared(run: Path) -> No
         if entry["kind"] == "update":
             entry["weights"] = "0" * 16
     (run / JOURNAL).write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    there = sorted(run.rglob("*"))
     differs = {found.what for found in verify(run) if found.verdict == "differs"}
     assert differs == {"tokens of the first batch", "weights after the first update"}
-    assert not (run / "work").exists(), "verifying leaves nothing behind"
+    assert sorted(run.rglob("*")) == there, "verifying leaves nothing behind"
 
 
 def test_a_run_without_a_certificate_and_one_that_cannot_be_read_are_told_of(run: Path) -> None:
@@ -186,13 +187,15 @@ def test_a_model_that_changed_under_a_run_is_named(run: Path) -> None:
 def test_restarts_refusals_and_alarms_are_in_certificate_and_report(run: Path) -> None:
     hostile = "</td><script>alert(1)</script>"
     log = Journal(run / JOURNAL, "minillm")
+    before = read_json(run / FILE)["events"]
     log.write("skip", update=3, what=[f"the loss is nan {hostile}"], batch="faults/x.json")
     log.write("alarm", update=4, what="most responses are the same")
     (run / JOURNAL).open("a").write('{"kind": 5}\nno json\n[1]\n')
     write_certificate(Run(load_recipe(run.parent / "recipe.yaml")))
-    assert read_json(run / FILE)["events"] == {"skip": 1, "alarm": 1}
+    events = read_json(run / FILE)["events"]
+    assert events == before | {"skip": 1, "alarm": before.get("alarm", 0) + 1}
     page = write_run_report(run).read_text()
-    assert "2 restarts, refused updates and alarms" in page
+    assert f"{sum(events.values())} restarts, refused updates and alarms" in page
     assert hostile not in page
     assert "the loss is nan &lt;/td&gt;" in page
 
@@ -226,7 +229,7 @@ class Careless(OwnEngine):
 def test_weights_that_did_not_arrive_are_an_alarm(pair: tuple[str, str], tmp_path: Path) -> None:
     from minillm.train.on_policy import MiniLLMTrainer
 
-    config = ROLLOUT.model_copy(update={"inner_epochs": 1, "teacher_mix": 0.0})
+    config = ROLLOUT.model_copy(update={"inner_epochs": 1, "teacher_mix": 0.0, "mismatch_limit": 1e3})
     args = arguments(tmp_path, max_steps=6, learning_rate=1e-2)
     trainer = MiniLLMTrainer(*pair, args, rollout=config, train_dataset=PROMPTS, engine=Careless(pair, []))
     trainer.journal = Journal(tmp_path / "journal.jsonl", "minillm")

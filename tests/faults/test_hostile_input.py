@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import pickle
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -168,18 +169,16 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize(
-    "file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "rollouts-0.pt", "training_args.bin"]
-)
-def test_nothing_in_a_checkpoint_is_run(pair: tuple[str, str], tmp_path: Path, file: str) -> None:
-    trainer = train(pair, tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=1)
-    trainer.close()
-    checkpoint = tmp_path / "a" / "checkpoint-1"
-    assert (checkpoint / file).is_file()
-    (checkpoint / file).write_bytes(pickle.dumps(Owned(tmp_path / "owned")))
-    with contextlib.suppress(Exception):  # of whatever type: it is not run
-        train(pair, tmp_path / "a", max_steps=2, resume=str(checkpoint)).close()
-    assert not (tmp_path / "owned").exists()
+def test_nothing_in_a_checkpoint_is_run(pair: tuple[str, str], tmp_path: Path) -> None:
+    train(pair, tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=1).close()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "rollouts-0.pt", "training_args.bin"):
+        checkpoint = tmp_path / name / "checkpoint-1"
+        shutil.copytree(tmp_path / "a" / "checkpoint-1", checkpoint)
+        assert (checkpoint / name).is_file()
+        (checkpoint / name).write_bytes(pickle.dumps(Owned(tmp_path / "owned")))
+        with contextlib.suppress(Exception):  # of whatever type: it is not run
+            train(pair, tmp_path / name, max_steps=2, resume=str(checkpoint)).close()
+        assert not (tmp_path / "owned").exists(), name
 
 
 def test_a_checkpoint_of_rollouts_is_read_by_the_restricted_reader(tmp_path: Path) -> None:

@@ -204,6 +204,11 @@ class SupportsAdapter(Protocol):
 class TellsWeights(Protocol):
     """An engine that can say which weights it holds."""
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether it samples the trained model itself, so that no weights are sent."""
+        ...
+
     def weights_sum(self) -> WeightsSum:
         """Return the sum over the weights that the engine samples from, read back from where it keeps them."""
         ...

@@ -172,14 +172,16 @@ def sync_weights(
         save_adapter(model, folder, dtype)
         engine.update_adapter(folder, version)
         return Push(version, None, WeightsSum(None, "an adapter alone was sent")) if prove else None
-    held = engine.weights_sum() if prove and isinstance(engine, TellsWeights) else WeightsSum(None, "it does not tell")
-    if not prove or held.why == SHARED:
+    if not prove:
         engine.update_weights(plain_weights(model, dtype), version)
-        return Push(version, None, held) if prove else None
+        return None
+    tells = isinstance(engine, TellsWeights)
+    if tells and engine.shares_weights:
+        engine.update_weights(plain_weights(model, dtype), version)
+        return Push(version, None, WeightsSum(None, SHARED))
     sent = Fingerprint(tied_names(model))
     engine.update_weights(sent.over(plain_weights(model, dtype)), version)
-    held = engine.weights_sum() if isinstance(engine, TellsWeights) else held
-    return Push(version, sent.total, held)
+    return Push(version, sent.total, engine.weights_sum() if tells else WeightsSum(None, "it does not tell"))
 
 
 class ReusableEngine:

@@ -20,7 +20,7 @@ from minillm.models.fingerprint import Fingerprint
 from minillm.models.head import body, head_of
 from minillm.models.load import load_model
 from minillm.models.shards import is_sharded
-from minillm.rollout.engines.base import SHARED, EngineCapabilities, EngineRequest, Unavailable, WeightsSum
+from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, WeightsSum
 from minillm.rollout.mixture import MixtureRecord, sample_mixture, uniform_numbers
 from minillm.teacher.local import LocalTeacher
 
@@ -138,10 +138,13 @@ class TransformersEngine:
                     own[name].copy_(value)
         self.version = version
 
+    @property
+    def shares_weights(self) -> bool:
+        """See `TellsWeights.shares_weights`."""
+        return self._shared
+
     def weights_sum(self) -> WeightsSum:
         """See `TellsWeights.weights_sum`."""
-        if self._shared:
-            return WeightsSum(None, SHARED)
         return WeightsSum(Fingerprint.of(self._model, self._model.dtype).total)
 
     def sleep(self) -> None:

@@ -70,7 +70,7 @@ class VLLMEngine:
     name: ClassVar[str] = "vllm"
     only_in_training: ClassVar[bool] = False
     capabilities = EngineCapabilities(max_top_logprobs=20)  # vLLM's own bound
-    takes_adapter = False
+    takes_adapter = shares_weights = False
     _adapter: Any = None
     _pair: PairControl | None = None
     _in_process_group = False  # whether this process trains together with others
@@ -297,7 +297,7 @@ class VLLMEngine:
         """See `TellsWeights.weights_sum`. Rows that vLLM joins or appends do not change the sum; other layouts do."""
         if self.takes_adapter or self._pair is not None:
             return WeightsSum(None, "vLLM holds more than the student")
-        return WeightsSum(self._llm.collective_rpc(_sum_of_weights)[0])
+        return WeightsSum(self._llm.collective_rpc(lambda worker: sum_of_parameters(worker.get_model()))[0])
 
     def sleep(self) -> None:
         """See `Engine.sleep`. On a CPU this does nothing."""
@@ -334,10 +334,6 @@ def _lora_settings(rank: int) -> dict[str, Any]:
     if not rank:
         return {}
     return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in LORA_RANKS if r >= rank)}
-
-
-def _sum_of_weights(worker: Any) -> str:
-    return sum_of_parameters(worker.get_model())
 
 
 def _tolerate_shared_gpu(worker: Any) -> None:
