@@ -171,8 +171,6 @@ class MiniLLMTrainer(DistillationTrainer):
             teacher_of=(lambda row: train_dataset[row]["teacher"]) if routed else None,
         )
 
-    # Updates
-
     def updates_per_epoch(self) -> int:
         """Updates in one pass over the prompts."""
         return self.schedule.updates_per_epoch(len(self.source.prompts))
@@ -233,8 +231,6 @@ class MiniLLMTrainer(DistillationTrainer):
             prompts, responses = [ids[:1] for ids in text], [ids[1:] for ids in text]
             states = self.states_of_teacher(prompts, responses, [None] * len(text))
         return teacher_inputs(self.teacher, rollouts, text, states, self.args.device)
-
-    # Rollouts
 
     @property
     def mixed_teacher(self) -> LocalTeacher | None:

@@ -27,6 +27,7 @@ from minillm.models.sources import check_source
 from minillm.redaction import HIDDEN, Redacting
 from minillm.rollout.engines.base import EngineSizing
 from minillm.rollout.engines.local_server import _command, _free_port
+from minillm.rollout.engines.server_checks import check_addresses
 from minillm.run import recipe_file
 from minillm.run.plain_yaml import MAX_CHARACTERS, MAX_DEPTH
 from minillm.run.recipe_file import load_recipe
@@ -263,3 +264,14 @@ def test_servers_that_a_run_starts_listen_on_the_loopback_interface(tmp_path: Pa
     assert not any("0.0.0.0" in word for word in command)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", _free_port()))
+
+
+def test_public_addresses_of_servers_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        check_addresses(
+            ["http://127.0.0.1:8000", "http://10.0.0.3:8000", "http://localhost:1", "http://node-3:8000/v1"]
+        )
+        assert caplog.text == ""
+        check_addresses(["http://8.8.4.4:8000"])
+    assert "http://8.8.4.4:8000: a public address" in caplog.text
+    assert "VLLM_SERVER_DEV_MODE" in caplog.text
