@@ -107,8 +107,8 @@ MUTATIONS = [
     Mutation(
         "a skipped batch is trained on",
         "train/on_policy.py",
-        "        self._skipping = self._guard.refuses(rollouts)",
-        "        self._guard.refuses(rollouts)",
+        "        self._skipping = self._skipping or self._guard.refuses(rollouts)",
+        "        self._skipping = self._skipping or (self._guard.refuses(rollouts) and False)",
     ),
     Mutation("aliases are not counted", "run/plain_yaml.py", "    if count > MAX_VALUES:", "    if False:"),
     Mutation(

@@ -249,14 +249,14 @@ class MiniLLMTrainer(DistillationTrainer):
             sampled = self._sample(number)
         self._note_sampling(sampled)
         rollouts = self.source.complete(number, sampled.rollouts)
-        with self._checkpoint_on_engine_error():
-            self._score_by_teacher(rollouts)
-        mismatched = False
-        if self._needs_rescoring(rollouts):
+        self._skipping = self._guard.refuses(rollouts)  # before anything reads them
+        if not self._skipping:
+            with self._checkpoint_on_engine_error():
+                self._score_by_teacher(rollouts)
+        if not self._skipping and self._needs_rescoring(rollouts):
             with self.phase("rescoring", sampled.num_tokens):
-                mismatched = self._rescore(rollouts)
+                self._skipping = self._rescore(rollouts)
         self.use_batch(number, rollouts)
-        self._skipping |= mismatched
         release_cpu_memory(self.args.device)
         ahead = self.rollout_config.overlap and (number + 1) * self.schedule.updates_per_batch < self.state.max_steps
         if ahead:
@@ -330,11 +330,10 @@ class MiniLLMTrainer(DistillationTrainer):
         return mismatched
 
     def use_batch(self, number: int, rollouts: list[Rollout]) -> None:
-        """Make scored rollouts the batch that the next updates train on."""
-        self._skipping = self._guard.refuses(rollouts)
-        self._batch_number, self.rollouts = number, rollouts
-        if not self._skipping:
-            self.credit.start(rollouts)
+        """Make scored rollouts the batch that the next updates train on; or none, if the batch is refused."""
+        self._skipping = self._skipping or self._guard.refuses(rollouts)
+        self._batch_number, self.rollouts = number, [] if self._skipping else rollouts
+        self.credit.start(self.rollouts)
 
     def _is_current(self, rollout: Rollout) -> bool:
         """Whether the current weights sampled the rollout."""

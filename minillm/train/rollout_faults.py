@@ -95,7 +95,7 @@ def record(rollout: Rollout, place: int, decode: Callable[[list[int]], str]) -> 
         "weights_version": rollout.weights_version,
         "finished": rollout.finished,
         "prompt": decode(rollout.prompt_ids),
-        "response": decode(rollout.response_ids),
+        "response": _text_of(rollout.response_ids, decode),
         "prompt_ids": rollout.prompt_ids,
         "response_ids": rollout.response_ids,
         "student_logprobs": rollout.student_logprobs,
@@ -103,6 +103,13 @@ def record(rollout: Rollout, place: int, decode: Callable[[list[int]], str]) -> 
         "teacher_logprobs": None if teacher is None else teacher.token_logprobs,
         "reverse_kl": rollout.reverse_kl,
     }
+
+
+def _text_of(ids: list[int], decode: Callable[[list[int]], str]) -> str | None:
+    try:
+        return decode(ids)
+    except (OverflowError, IndexError, ValueError, TypeError):  # tokens that no tokenizer has
+        return None
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def above_zero(rollouts: list[Rollout]) -> None:
 
 
 def unknown_token(rollouts: list[Rollout]) -> None:
-    rollouts[1].response_ids[0] = 32
+    rollouts[1].response_ids[0] = 10**12
 
 
 def one_text(rollouts: list[Rollout]) -> None:
@@ -125,7 +125,7 @@ ENGINE_FAULTS = [
     (nothing, "the response has no tokens"),
     (no_number, "log q is not finite"),
     (above_zero, "log q is above 0"),
-    (unknown_token, "the response has tokens beyond the vocabulary (32, of 32)"),
+    (unknown_token, "the response has tokens beyond the vocabulary (1000000000000, of 32)"),
     (one_text, "the engine returned one response 8 times, against its own probabilities"),
 ]
 
