@@ -104,7 +104,7 @@ class _Hashes:
     def __call__(self, file: Path) -> str:
         path, status = str(file.absolute()), file.stat()
         facts = {"bytes": status.st_size, "changed": status.st_mtime_ns}
-        kept = self._before.get(path, {})
+        kept = self.all.get(path) or self._before.get(path, {})
         known = kept.get("sha256") if facts.items() <= kept.items() else None
         self.all[path] = facts | {"sha256": known or hash_of(file)}
         return self.all[path]["sha256"]
@@ -221,11 +221,12 @@ def _data(source: Source | Path, hashes: _Hashes) -> dict[str, Any]:
 
 
 def _changed(models: Mapping[str, Any], inputs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The models that are no longer what they were when a stage began with them."""
+    """The models that are no longer what they were when a stage last began, or went on, with them."""
+    latest = {entry["stage"]: entry for entry in inputs}
     return sorted(
         {
             f"{role}, since stage {entry['stage']} began"
-            for entry in inputs
+            for entry in latest.values()
             for role, sha256 in entry.get("models", {}).items()
             if sha256
             and role in models
