@@ -222,11 +222,11 @@ def _data(source: Source | Path, hashes: _Hashes) -> dict[str, Any]:
 
 def _changed(models: Mapping[str, Any], inputs: Iterable[Mapping[str, Any]]) -> list[str]:
     """The models that are no longer what they were when a stage last began, or went on, with them."""
-    latest = {entry["stage"]: entry for entry in inputs}
+    latest = {str(entry.get("stage")): entry for entry in inputs}
     return sorted(
         {
-            f"{role}, since stage {entry['stage']} began"
-            for entry in latest.values()
+            f"{role}, since stage {stage} began"
+            for stage, entry in latest.items()
             for role, sha256 in entry.get("models", {}).items()
             if sha256
             and role in models
