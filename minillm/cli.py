@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from minillm.capture import WithoutNoise
-from minillm.commands import check, init, recipes, schema, show
+from minillm.commands import check, init, recipes, schema, show, verify
 from minillm.commands.app import Overrides, app
 from minillm.commands.run import evaluate, run
 from minillm.errors import InputError, Interrupted, MinillmError
+from minillm.redaction import Redacting, redacted_text
 
 __all__ = [
     "app",
@@ -29,6 +30,7 @@ __all__ = [
     "run",
     "schema",
     "show",
+    "verify",
 ]  # commands register themselves when they are imported
 
 # Options of `minillm plan`.
@@ -297,6 +299,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(WithoutNoise())
+        handler.addFilter(Redacting())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
@@ -306,5 +309,5 @@ def main() -> None:
     except MinillmError as error:
         if os.environ.get("MINILLM_TRACEBACK"):
             raise
-        print(f"error: {str(error).strip()}", file=sys.stderr)
+        print(f"error: {redacted_text(str(error).strip())}", file=sys.stderr)
         sys.exit(2)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from minillm.errors import InputError
 
@@ -33,6 +33,24 @@ LocalPath = Annotated[Path, BeforeValidator(expand_home)]
 """A path on this machine."""
 ModelSource = Annotated[str, BeforeValidator(expand_home)]
 """A folder, a hub id, or another name that the reader of the setting accepts."""
+
+
+def folder_name(given: str) -> str:
+    """Refuse a name that would leave the folder in which a folder or file gets it.
+
+    Raises:
+        InputError: It is empty, too long, begins with a dot, or has a separator or a character that is not printed.
+    """
+    if not given or len(given) > 100 or given.startswith(".") or set(given) & set("/\\") or not given.isprintable():
+        raise InputError(
+            f"{given[:100]!r}: the name becomes that of a folder: up to 100 characters without / and \\ and no dot in "
+            "front are needed"
+        )
+    return given
+
+
+FolderName = Annotated[str, AfterValidator(folder_name)]
+"""A name that becomes that of a folder or file."""
 
 
 class Section(BaseModel):

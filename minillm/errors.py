@@ -28,7 +28,11 @@ class VocabularyError(InputError):
 
 
 class TrainingDiverged(InputError):
-    """A loss, a gradient norm, a weight or an optimiser's state is not finite."""
+    """Numbers that no student can be trained on: not finite, or of an engine that samples another model."""
+
+
+class OutOfMemory(MinillmError, RuntimeError):
+    """The memory of a device does not hold what a setting asks for; the message names the setting."""
 
 
 class MissingError(MinillmError, FileNotFoundError):
@@ -61,3 +65,9 @@ class JobError(MinillmError, RuntimeError):
 
 class Interrupted(MinillmError):
     """Ctrl-C, after the work done so far was saved."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The text of another library's error, for a message of ours: on one line, and cut after `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]} …"

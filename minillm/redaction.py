@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -51,6 +52,18 @@ def redacted_text(text: str) -> str:
     """Return a text with its tokens, and the credentials in its URLs, hidden."""
     text = _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(f"{HIDDEN}@", text))
     return _BEARER.sub(rf"\1 {HIDDEN}", _SECRET_TEXT.sub(HIDDEN, text))
+
+
+class Redacting(logging.Filter):
+    """Hides secrets in everything that is logged."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Replace the message of a record by one without secrets."""
+        text = record.getMessage()
+        hidden = redacted_text(text)
+        if hidden != text:
+            record.msg, record.args = hidden, ()
+        return True
 
 
 def is_secret(name: str, value: Any) -> bool:

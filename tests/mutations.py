@@ -58,6 +58,9 @@ SUITE = [
     "tests/run/test_meeting.py",
     "tests/run/test_watch.py",
     "tests/run/test_talk.py",
+    "tests/faults/test_bad_numbers.py",
+    "tests/faults/test_hostile_input.py",
+    "tests/faults/test_certificate.py",
     "tests/loss/test_distributed.py",
 ]
 
@@ -133,6 +136,62 @@ MUTATIONS = [
         "        if now - self._shown < wait:\n",
         "        if False:\n",
     ),
+    Mutation(
+        "an update that is skipped is made",
+        "train/finite.py",
+        "        model.zero_grad(set_to_none=True)  # no optimiser moves a weight that has no gradient\n",
+        "",
+    ),
+    Mutation(
+        "states of the teacher that are no numbers are trained on",
+        "train/rollout_faults.py",
+        "    if teacher.hidden is not None and not are_finite([teacher.hidden]):",
+        "    if False:",
+    ),
+    Mutation(
+        "one text from a dead engine is trained on",
+        "train/rollout_faults.py",
+        "        if sum(against[:-1]) > _IMPOSSIBLE:",
+        "        if False:",
+    ),
+    Mutation(
+        "a collapsed student is taken for a dead engine",
+        "train/rollout_faults.py",
+        "        if sum(against[:-1]) > _IMPOSSIBLE:",
+        "        if against[:-1]:",
+    ),
+    Mutation(
+        "an engine with other weights is trained with",
+        "train/mismatch.py",
+        "        if total > self._limit * tokens:",
+        "        if False:",
+    ),
+    Mutation(
+        "a skipped batch is trained on",
+        "train/on_policy.py",
+        "        self._skipping = self._skipping or self._guard.refuses(rollouts)",
+        "        self._skipping = self._skipping or (self._guard.refuses(rollouts) and False)",
+    ),
+    Mutation("aliases are not counted", "run/plain_yaml.py", "    if count > MAX_VALUES:", "    if False:"),
+    Mutation(
+        "pickled weights are read",
+        "models/pickles.py",
+        '    if ".bin" in file.suffixes and not pickle_is_allowed(source):',
+        "    if False:",
+    ),
+    Mutation(
+        "columns of weights may be exchanged",
+        "models/fingerprint.py",
+        "torch.arange(1, 2 * bits.shape[1], 2, device=bits.device) * _ODD",
+        "torch.full((bits.shape[1],), _ODD, device=bits.device)",
+    ),
+    Mutation(
+        "verify does not compare weights",
+        "run/verification.py",
+        "        if then.get(name) != now.get(name)",
+        "        if (name in then) != (name in now)",
+    ),
+    Mutation("a name may leave its folder", "config.py", 'given.startswith(".")', "False"),
     Mutation(
         "a shipped recipe hides a file of the user's",
         "run/shipped.py",
@@ -768,7 +827,7 @@ MUTATIONS = [
     Mutation(
         "replayed rollouts taken for fresh ones",
         "train/on_policy.py",
-        "self.source.others.keep(sampled.rollouts)",
+        "self.source.others.keep([] if self._skipping else sampled.rollouts)",
         "self.source.others.keep([])",
     ),
     Mutation(
@@ -846,8 +905,8 @@ MUTATIONS = [
     Mutation(
         "reference without its own scoring",
         "train/on_policy.py",
-        'if self.objective.old_logprobs == "engine":\n',
-        "if True:\n",
+        'self.credit.scores_first, self.objective.old_logprobs == "trainer"\n',
+        "self.credit.scores_first, False\n",
     ),
     Mutation(
         "shards gathered as wide as they are trained",

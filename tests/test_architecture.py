@@ -46,6 +46,7 @@ LIGHT = [
     "minillm.commands.run",
     "minillm.commands.schema",
     "minillm.commands.show",
+    "minillm.commands.verify",
     "minillm.config",
     "minillm.distribution",
     "minillm.errors",

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minillm.errors import DataError
+from minillm.data.time_limit import time_limited
+from minillm.errors import DataError, one_line
 
 # Private-use characters, which no template looks at. They enclose the number of a special token whose text was meant as
 # text.
@@ -181,21 +182,22 @@ class TextEncoder:
         return self._apply(messages, place, return_assistant_tokens_mask=marks_answers, enable_thinking=False)
 
     def _apply(self, messages: Messages, place: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2 import TemplateError
-
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template; set data.template to alpaca or plain")
         marked = [{**message, "content": self._mark_unless_answer(message["content"])} for message in messages]
         try:
-            found: Any = render_jinja_template(
-                [marked], chat_template=tokenizer.get_chat_template(), **options, **tokenizer.special_tokens_map
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            with time_limited(f"{place or 'a conversation'}: the chat template"):
+                found: Any = render_jinja_template(
+                    [marked], chat_template=tokenizer.get_chat_template(), **options, **tokenizer.special_tokens_map
+                )
+        except DataError:
+            raise
+        except Exception as error:  # whatever the template raises
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {error}; correct "
-                "the conversation, or set data.template to a template that takes it"
+                f"{place or 'a conversation'}: the chat template does not take it (roles: {roles}): {one_line(error)}; "
+                "correct the conversation, or set data.template to a template that takes it"
             ) from None
         [rendered], spans = found
         return rendered, [(start, end) for start, end in spans[0]] if spans else []

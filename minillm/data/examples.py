@@ -343,7 +343,10 @@ def _instruction_example(fields: dict[str, Any], place: str) -> Example:
     references = output if isinstance(output, list) else [output]
     example = Example(0, str(instruction), parts["input"], tuple(text for text in references if text.strip()))
     before = [("system", system)] if (system := _system_of(fields, place)) else []
-    for number, pair in enumerate(fields.get("history", [])):
+    history = fields.get("history", [])
+    if not isinstance(history, list):
+        raise DataError(f"{place}: history is {type(history).__name__}; a list of questions and answers is needed")
+    for number, pair in enumerate(history):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise DataError(f"{place}: history[{number}] needs a question and an answer, both strings")
         before += [("user", pair[0]), ("assistant", pair[1])]

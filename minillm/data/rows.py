@@ -139,8 +139,11 @@ def _renamed(
     if unknown := set(source.columns.values()) - fields.keys():
         raise DataError(f"{place}: no column {', '.join(sorted(unknown))}; there are {', '.join(map(str, fields))}")
     names |= source.columns
-    for name, value in () if checked else fields.items():
-        check_text(value, f"{place}: {name}")
+    try:
+        for name, value in () if checked else fields.items():
+            check_text(value, f"{place}: {name}")
+    except RecursionError:
+        raise DataError(f"{place}: nested too deeply to be a row of text") from None
     if remarks is not None:
         for name in fields.keys() - set(names.values()) - _DESCRIPTIVE_COLUMNS:
             if fields[name] not in (None, "", [], {}):

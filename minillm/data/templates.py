@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 from minillm.data.encoding import Messages, encoder_of
 from minillm.data.examples import Example, Prompt
-from minillm.errors import DataError
+from minillm.data.time_limit import time_limited
+from minillm.errors import DataError, one_line
 
 _ALPACA = (
     "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
 )
+_LARGEST = 1_000_000  # characters, or a number, that a multiplication in a template may make
+_WIDE = re.compile(r"\d{4,}|\*")  # in a format such as %9999d
 _ALPACA_INPUT = ", paired with an input that provides further context"
 
 
@@ -81,20 +85,24 @@ def prompt_text(example: Example, template: str, system: str | None = None, toke
 
 def _render_jinja(example: Example, template: str, system: str | None, tokenizer: Any, *, marked: bool = True) -> str:
     """Render an example with the user's own template; with `marked`, special tokens in its text stay text."""
-    from jinja2 import TemplateError
-
     mark = encoder_of(tokenizer).mark if marked else str
+    where = example.place or f"row {example.row}"
+    compiled = _jinja(template)
+    given = {
+        "instruction": mark(example.instruction),
+        "input": mark(example.input),
+        "system": None if system is None else mark(system),
+        "messages": [{**message, "content": mark(message["content"])} for message in _messages(example, system)],
+        "bos_token": getattr(tokenizer, "bos_token", None) or "",
+        "eos_token": getattr(tokenizer, "eos_token", None) or "",
+    }
     try:
-        return _jinja(template).render(
-            instruction=mark(example.instruction),
-            input=mark(example.input),
-            system=None if system is None else mark(system),
-            messages=[{**message, "content": mark(message["content"])} for message in _messages(example, system)],
-            bos_token=getattr(tokenizer, "bos_token", None) or "",
-            eos_token=getattr(tokenizer, "eos_token", None) or "",
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise DataError(f"{example.place or f'row {example.row}'}: data.template does not take it: {error}") from None
+        with time_limited(f"{where}: data.template"):
+            return compiled.render(**given)
+    except DataError:
+        raise
+    except Exception as error:  # whatever the template raises
+        raise DataError(f"{where}: data.template does not take it: {one_line(error)}") from None
 
 
 def _messages(example: Example, system: str | None) -> list[dict[str, str]]:
@@ -134,14 +142,38 @@ def render_answer(prompt: Prompt, template: str, tokenizer: Any, system: str | N
 @cache
 def _jinja(template: str) -> Any:
     """Compile a Jinja template, given as text or as the path of a `.jinja` file."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     try:
         source = Path(template).read_text(encoding="utf-8-sig") if template.endswith(".jinja") else template
-        return ImmutableSandboxedEnvironment(keep_trailing_newline=True).from_string(source)
-    except (OSError, UnicodeDecodeError, TemplateError) as error:
-        raise DataError(f"data.template: {error}") from error
+        with time_limited("data.template: it"):
+            return _sandbox().from_string(source)
+    except DataError:
+        raise
+    except Exception as error:  # of the file, and whatever Jinja says of a text that is no template
+        raise DataError(f"data.template: {one_line(error)}") from error
+
+
+@cache
+def _sandbox() -> Any:
+    """An environment whose templates reach no attribute of Python's, and multiply to no more than memory holds."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**", "%"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            wide = operator == "%" and isinstance(left, str) and _WIDE.search(left)
+            if operator == "**" or wide:
+                raise SecurityError(f"{operator} is not allowed in a template")
+            sizes = [value if isinstance(value, int) else len(value) for value in (left, right) if _counts(value)]
+            if operator == "*" and len(sizes) == 2 and abs(sizes[0] * sizes[1]) > _LARGEST:
+                raise SecurityError(f"a template multiplies to at most {_LARGEST:,}")
+            return super().call_binop(context, operator, left, right)
+
+    return Sandbox(keep_trailing_newline=True)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int | str | list | tuple)
 
 
 def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from minillm.config import Positive, Section, unique
+from minillm.config import FolderName, Positive, Section, folder_name, unique
 from minillm.data.config import Source, Template
 from minillm.errors import InputError
 from minillm.evaluation.formatting import AVERAGE
@@ -79,7 +79,7 @@ class Suite(Section):
     """Folder of the answers, the scores and the report. Answers that are already there are not sampled again."""
     data_dir: str | None = None
     """Folder of the sets' files."""
-    sets: Annotated[dict[str, TestSet], Field(min_length=1)]
+    sets: Annotated[dict[FolderName, TestSet], Field(min_length=1)]
     """The test sets by name."""
     template: Template = "chat"
     """How prompts are rendered; see `data.template` of a recipe."""
@@ -134,8 +134,12 @@ def named_models(texts: Sequence[str]) -> dict[str, str]:
         name, colon, folder = text.partition(":")
         if not colon:
             name, folder = Path(text).name, text
-        if not name or not folder or "/" in name:
+        if not name or not folder:
             raise InputError(f"model={text}: model=FOLDER or model=NAME:FOLDER is needed")
+        try:
+            folder_name(name)
+        except InputError as error:
+            raise InputError(f"model={text}: {error} (model=NAME:FOLDER)") from None
         if name in models:
             raise InputError(f"model={text}: {name} is the name of two models; say model=NAME:FOLDER")
         models[name] = folder

@@ -37,6 +37,8 @@ class StudentConfig(Section):
 
     source: ModelSource = "prune"
     """`prune` removes layers of the teacher. Otherwise a folder or hub id."""
+    allow_pickle: bool = False
+    """Read weights of `source` that are no safetensors; see the teacher's."""
     keep_layers: Positive | None = None
     """Number of layers that pruning keeps."""
     probe_prompts: Positive = 64

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -177,3 +180,27 @@ def _fastest_seconds(run: Callable[[], object]) -> float:
         run()
         taken.append(min(time.perf_counter() - start, (time.process_time() - worked) / torch.get_num_threads()))
     return min(taken)
+
+
+def machine_facts() -> dict[str, Any]:
+    """What this machine is, for records: its system, processor, memory and GPUs, and the threads that PyTorch uses."""
+    cpu = re.search(r"^model name\s*: (.+)$", _text_of("/proc/cpuinfo"), re.M)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", _text_of("/proc/meminfo"), re.M)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cards = [torch.cuda.get_device_properties(number) for number in range(count)]
+    return {
+        "system": platform.platform(),
+        "processor": cpu[1] if cpu else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": int(memory[1]) * 1024 if memory else None,
+        "gpus": [f"{card.name}, {card.total_memory / (1 << 30):.0f} GiB" for card in cards],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _text_of(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -14,10 +14,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
-from minillm.errors import InputError, SourceError
+from minillm.errors import InputError, SourceError, one_line
 from minillm.models.configs import read_config
 from minillm.models.generation import read_generation_config
 from minillm.models.gguf import load_gguf_tokenizer
+from minillm.models.pickles import pickle_is_allowed
 from minillm.models.quantization import check_quantization, quantization_config
 from minillm.models.sources import check_source, find_gguf, locate
 
@@ -37,7 +38,8 @@ def load_model(
             `dtype`.
 
     Raises:
-        MissingError, NotAFolderError, SourceError: The model is not there or not complete (see `check_source`).
+        MissingError, NotAFolderError, SourceError: The model is not there or not complete (see `check_source`), or has
+            no safetensors.
         InputError: bitsandbytes is not installed, a GGUF file is to be quantised, or the weights are not those of the
             model that the config describes.
     """
@@ -57,16 +59,10 @@ def load_model(
         given = gguf | {"config": config, "quantization_config": GgufConfig(dequantize=True)}
     elif quantization:
         given = {"quantization_config": quantization_config(quantization, dtype)}
-    with _disable_sharded_init():
-        read: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            generation_config=read_generation_config(source, config),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **given,
-        )
-    model, loaded = read
+    if not gguf and not pickle_is_allowed(str(source)):
+        given["use_safetensors"] = True
+    given |= {"dtype": dtype, "generation_config": read_generation_config(source, config)}
+    model, loaded = _read_weights(str(source), folder, given)
     _check_loaded(str(source), loaded)
     if gguf:
         # The weights are ordinary tensors now; with these attributes the model would refuse to be saved.
@@ -79,6 +75,21 @@ def load_model(
                 delattr(holder, name)
         setattr(model, "is_quantized", False)  # noqa: B010
     return model.eval()
+
+
+def _read_weights(source: str, folder: str, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return a model, and what transformers says of its weights."""
+    try:
+        with _disable_sharded_init():
+            read: Any = AutoModelForCausalLM.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **given
+            )
+    except OSError as error:
+        raise SourceError(
+            f"{source}: its weights cannot be loaded: {one_line(error)} (a model without safetensors needs "
+            "allow_pickle: true)"
+        ) from error
+    return read
 
 
 def _check_loaded(source: str, loaded: dict[str, Any]) -> None:
@@ -144,7 +155,7 @@ def resolve_cached(source: str) -> str:
 
     A local folder, or a model that is not cached, is returned unchanged.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         return source
     try:
         return snapshot_download(source, local_files_only=True)

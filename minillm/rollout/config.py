@@ -54,6 +54,10 @@ class RolloutConfig(Section):
     server_timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds that a server may take for one request: to sample or score one response, or to load new weights. Increase
     it for long responses or slow servers."""
+    mismatch_limit: Annotated[float, Field(gt=0)] = 1.0
+    """Nats per token. An update is refused (`on_fault`) where log q of the sampled tokens differs by more, on average,
+    between the engine and the trainer, which hold the same weights: the engine then samples from another model. Engines
+    that compute in bfloat16 differ by some hundredths; from 0.3 on a warning is logged."""
     overlap: bool = False
     """Sample the next batch of rollouts while the student trains on the current one. The next batch is then sampled
     with the weights from before the current batch, so training is one batch off-policy. Requires `engine: server`,

@@ -15,6 +15,7 @@ from minillm.data.sampling import Sampling
 from minillm.data.templates import render_all, render_answer
 from minillm.errors import DataError, InputError
 from minillm.models.conventions import Conventions, settle_run
+from minillm.models.pickles import allow_pickle
 from minillm.models.sources import find_gguf
 from minillm.rollout.config import RolloutConfig
 from minillm.rollout.engines.base import Engine, EngineSizing
@@ -51,6 +52,7 @@ class Run:
         self.dir = recipe.run_dir
         self.processes = 1
         self.state = RunState(recipe)
+        _allow_pickles(recipe)
         self.train_examples = open_examples(recipe.data.train, recipe.data.limit)
         self.heldout_examples = open_examples(recipe.data.heldout, recipe.data.limit)
         check_sizes(recipe)
@@ -241,3 +243,12 @@ class Run:
         """An engine that samples the model in a folder."""
         sizing = EngineSizing.from_config(self.recipe.rollout, self.max_length(new_tokens))
         return make_engine(self.recipe.rollout, folder, sizing, tokenizer=folder)
+
+
+def _allow_pickles(recipe: Recipe) -> None:
+    """Let those models be read from a pickle that the recipe says so of."""
+    models = [(teacher.allow_pickle, (teacher.source, teacher.adapter)) for teacher in recipe.teacher.by_name.values()]
+    for allowed, sources in [*models, (recipe.student.allow_pickle, (recipe.student.source,))]:
+        for source in sources if allowed else ():
+            if source is not None:
+                allow_pickle(source)

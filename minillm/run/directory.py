@@ -27,6 +27,7 @@ from minillm.run.operational import (
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
 from minillm.run.tree import flatten
+from minillm.run.written import read_states
 
 if TYPE_CHECKING:
     from minillm.run.recipe import Recipe
@@ -61,7 +62,7 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
         places += [(tree["student"], "source")]
     for section, key in places:
         value = section[key]
-        if key == "run_dir" or (isinstance(value, str) and len(value) < _LONGEST_PATH and Path(value).exists()):
+        if key == "run_dir" or (isinstance(value, str) and len(value) < _LONGEST_PATH and os.path.exists(value)):
             section[key] = os.path.abspath(value)
     return tree
 
@@ -90,7 +91,7 @@ def _is_run_directory(folder: Path) -> bool:
 def _normalise_path(key: str, value: Any) -> Any:
     """The absolute form of a local path that an earlier version recorded as it was written."""
     is_path = key.endswith((".source", ".adapter", ".file", ".dataset")) and isinstance(value, str)
-    if is_path and value != "prune" and Path(value).expanduser().exists():
+    if is_path and value != "prune" and os.path.exists(os.path.expanduser(value)):
         return os.path.abspath(os.path.expanduser(value))
     return value
 
@@ -131,14 +132,9 @@ class RunState:
         self._before: dict[str, Any] = {}
         self._reopened: set[str] = set()  # in the file they are unfinished once they begin
         self._longer: dict[str, tuple[str, str]] = {}  # stages that are to go on: their lengths, as made and now
-        try:
-            if self._file.is_file():
-                self._stages = json.loads(self._file.read_text(encoding="utf-8"))["stages"]
-                return
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{self._file}: cannot be read ({error}); choose another run_dir, or delete this one"
-            ) from None
+        if self._file.is_file():
+            self._stages = read_states(self._file)
+            return
         if recipe.run_dir.is_dir() and not _is_run_directory(recipe.run_dir):
             raise RunError(
                 f"{recipe.run_dir}: not empty, and not the directory of a minillm run; choose another run_dir"
@@ -324,7 +320,9 @@ class RunState:
 
     def _recorded(self, stage: str, entry: dict[str, Any]) -> dict[str, Any]:
         """The recorded settings that decide the stage's result; earlier versions recorded more than those."""
-        return self._read_by(stage, {key: _normalise_path(key, value) for key, value in entry["settings"].items()})
+        return self._read_by(
+            stage, {key: _normalise_path(key, value) for key, value in entry.get("settings", {}).items()}
+        )
 
     def _read_by(self, stage: str, settings: dict[str, Any]) -> dict[str, Any]:
         parts = self._parts(stage)

@@ -103,7 +103,7 @@ class LiveReport(TrainerCallback):
         try:
             write_run_report(self._run_dir, training=True)
         except Exception as error:
-            logger.warning("the report could not be written while training: %s", error)
+            logger.warning("the report could not be written while training: %s", error, exc_info=error)
             self._wait = float("inf")
             return
         self._last = time.monotonic()

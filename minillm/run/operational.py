@@ -22,6 +22,8 @@ SETTINGS: tuple[tuple[str, str], ...] = (
     ("rollout.overlap", "when the student is sampled"),
     ("rollout.lora", "how the weights of the student reach the engine"),
     ("rollout.draft_tokens", "of earlier versions: how many tokens were guessed ahead of time"),
+    ("rollout.mismatch_limit", "when a difference of the engines is an alarm"),
+    ("teacher.allow_pickle student.allow_pickle", "which files weights may be read from"),
     ("objective.signal_every", "how often something is measured beside the training"),
 )
 """Settings of a recipe, and what they are about."""

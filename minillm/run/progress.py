@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from minillm.data.files import read_json
 from minillm.errors import MissingError
 from minillm.run.stages.stage import Stage
+from minillm.run.written import logged_numbers, read_lines, read_object, read_states
 
 SAMPLES = "samples.jsonl"
 """The file of a run directory that sampled responses are logged to."""
+JOURNAL = "journal.jsonl"
+"""The file of a run directory that every stage appends to what happened in it; see `minillm.train.journal`."""
 
 
 def read_stages(run_dir: Path) -> dict[str, Any]:
@@ -19,11 +20,12 @@ def read_stages(run_dir: Path) -> dict[str, Any]:
 
     Raises:
         MissingError: `run_dir` is not a run directory.
+        RunError: Its state cannot be read.
     """
     file = run_dir / "state.json"
     if not file.is_file():
         raise MissingError(f"{run_dir}: not the directory of a run (it has no state.json)")
-    return read_json(file)["stages"]
+    return read_states(file)
 
 
 def log_file(run_dir: Path, stage: str) -> Path:
@@ -45,18 +47,5 @@ def read_log(run_dir: Path, stage: Stage, stages: dict[str, Any]) -> list[dict[s
     kept, live = run_dir / str(stage.folder) / "trainer_state.json", log_file(run_dir, stage.name)
     is_running = stage.name in stages and not stages[stage.name]["finished"]
     if kept.is_file() and not is_running:
-        return read_json(kept)["log_history"]
-    return read_lines(live)
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read a JSONL file that may be being written, or absent: a last line that is cut is left out."""
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+        return logged_numbers(read_object(kept).get("log_history"))
+    return logged_numbers(read_lines(live))

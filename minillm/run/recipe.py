@@ -6,7 +6,7 @@ unknown keys, and the string below a field is the field's documentation.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, create_model, model_validator
 
@@ -40,12 +40,18 @@ class SharedRecipe(Section):
 
     run_dir: LocalPath
     """The folder that keeps everything the run makes."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random: data order, sampling, adapters."""
     stages: list[StageName] = [stage.name for stage in STAGES if stage.default]
     """What `minillm run` does, in this order. Besides the defaults there are `finetune`, which trains the teacher on
     the references of the data, `logits` and `pretrain`, which train the student against the teacher on text, and
     `sft`, which trains the student on the references."""
+    on_fault: Literal["stop", "skip"] = "stop"
+    """What happens to an update that cannot be trusted: its loss, its gradient, a log-probability, an importance weight
+    or the teacher's states are not finite, or the engine returns empty or impossible text, or samples from another
+    model (`rollout.mismatch_limit`). `stop` ends the run before the update changes anything. `skip` leaves the update
+    out, or all updates on a batch of rollouts with a fault, and goes on; the log and the report count them. Either way
+    the batch is kept in `faults` of the run directory. What is found only after the optimiser's step ends the run."""
     data: DataConfig
     """Prompts, references and text."""
     teacher: TeacherSection

@@ -12,6 +12,7 @@ import copy
 import os
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -24,26 +25,19 @@ from pydantic import BaseModel, ValidationError
 from minillm.data.config import Source
 from minillm.errors import RecipeError
 from minillm.evaluation.config import Suite
+from minillm.redaction import is_secret, redacted, redacted_text
 from minillm.run.experiments.config import Comparison
+from minillm.run.plain_yaml import MAX_CHARACTERS, compose, value_of
 from minillm.run.recipe import Recipe
 from minillm.run.shipped import find_recipe, suggestion
 from minillm.run.training_arguments import name_faults, training_faults
 from minillm.run.tree import Key, flatten, merge, suggest_names
 from minillm.teacher.config import FORMS, TeacherConfig
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, which takes 1e-6 for text since it has no point, with such numbers read as numbers."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
 Kind = TypeVar("Kind", bound=BaseModel)
 Fault = tuple[Key, str]
 """A key, and what is wrong with its value."""
+_LONGEST = 1000  # characters that are said of one fault
 COMMAND_LINE = "command line"
 """The place of a key that an override gives."""
 STANDARD_INPUT = Path("-")
@@ -129,7 +123,7 @@ def _faults(recipe: Recipe) -> list[Fault]:
     files = {name: value.file for name, value in recipe.data if isinstance(value, Source)}
     if recipe.data.template.endswith(".jinja"):
         files["template"] = Path(recipe.data.template)
-    missing = {name: file for name, file in files.items() if file is not None and not file.is_file()}
+    missing = {name: file for name, file in files.items() if file is not None and not os.path.isfile(file)}
     return found + [(("data", name), f"no such file: {file}") for name, file in missing.items()]
 
 
@@ -152,7 +146,10 @@ def _say(fault: Fault, where: dict[Key, str], path: Path, before: Sequence[Fault
     """
     key, message = fault
     place = COMMAND_LINE if before is not None and fault not in before else _place(where, key, path)
-    return f"{place}: {'.'.join(key) or 'recipe'}: {message}"
+    if key and is_secret(key[-1], "a value"):
+        message = message.partition(" (given")[0]
+    text = f"{place}: {'.'.join(key) or 'recipe'}: {redacted_text(message)}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def load_suite(path: str | Path, overrides: Iterable[str] = ()) -> Suite:
@@ -202,25 +199,19 @@ def _section_faults(tree: dict[str, Any], kind: type[BaseModel]) -> list[Fault]:
 def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str, Any]:
     """The settings of a file and of those that it extends. `where` is filled with the place of each key."""
     if path != STANDARD_INPUT:
-        found = find_recipe(path)
+        found = _find(path)
         if found is None:
-            raise RecipeError(f"{path}: no such recipe; {suggestion(path)}")
+            raise RecipeError(f"{textwrap.shorten(str(path), 300)}: no such recipe; {suggestion(path)}")
         path = found
     if path.resolve() in seen:
         raise RecipeError(f"{path}: extends itself, through {seen[-1].name}")
     try:
-        text = _standard_input() if path == STANDARD_INPUT else path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, _Loader)
+        text = _standard_input() if path == STANDARD_INPUT else _text_of(path)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: byte {error.start + 1}") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: nested too deeply to be a recipe") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    node = compose(text, str(path))
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, and this file is not")
     own: dict[Key, str] = {}
@@ -230,9 +221,10 @@ def _read(path: Path, where: dict[Key, str], seen: tuple[Path, ...]) -> dict[str
         where.update(own)
         return tree
     beside, named = path.parent / os.path.expanduser(str(parent)), Path(str(parent))
-    extended = beside if beside.is_file() else find_recipe(named)
+    extended = beside if os.path.isfile(beside) else _find(named)
     if extended is None:
-        raise RecipeError(f"{own[('extends',)]}: extends: {parent}: no such recipe; {suggestion(named)}")
+        name = textwrap.shorten(str(parent), 300)
+        raise RecipeError(f"{own[('extends',)]}: extends: {name}: no such recipe; {suggestion(named)}")
     base = _read(extended, where, (*seen, path.resolve()))
     _given(where, own, flatten(tree))
     return merge(base, tree)
@@ -248,7 +240,20 @@ def _given(where: dict[Key, str], own: dict[Key, str], leaves: Iterable[Key]) ->
 
 @cache
 def _standard_input() -> str:
-    return sys.stdin.read()
+    return sys.stdin.read(MAX_CHARACTERS + 1)
+
+
+def _text_of(path: Path) -> str:
+    with path.open(encoding="utf-8-sig") as file:
+        return file.read(MAX_CHARACTERS + 1)  # one more than `compose` accepts
+
+
+def _find(path: Path) -> Path | None:
+    """The file that a path or a name means; None for what no file can be called."""
+    try:
+        return find_recipe(path)
+    except (OSError, ValueError):  # too long, or with a character that no file name has
+        return None
 
 
 def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> Any:
@@ -260,35 +265,51 @@ def _construct(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> 
         for key_node, child in node.value:
             name = str(key_node.value)
             if name == "<<":  # YAML's merge key: an anchored section, which this one changes
-                merged = merge(merged, _construct(child, path, where, key))
+                merged = merge(merged, _merged_section(child, path, where, key))
                 continue
             if name in out:
                 raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join((*key, name))}: duplicate key")
             out[name] = _construct(child, path, where, (*key, name))
             where[(*key, name)] = f"{path}:{key_node.start_mark.line + 1}"
         return {**merged, **out}
-    value = yaml.load(yaml.serialize(node), _Loader)
+    value = value_of(node, str(path))
     if isinstance(value, str) and value.startswith(("./", "../")) and key != ("extends",):
         return str(path.parent / value)
     return value
+
+
+def _merged_section(node: yaml.Node, path: Path, where: dict[Key, str], key: Key) -> dict[str, Any]:
+    """The section, or the sections, that a merge key puts in; of several the first has the last word, as in YAML."""
+    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    merged: dict[str, Any] = {}
+    for each in reversed(nodes):
+        value = _construct(each, path, where, key)
+        if not isinstance(value, dict):
+            line = f"{path}:{node.start_mark.line + 1}"
+            raise RecipeError(f"{line}: {'.'.join((*key, '<<'))}: what is merged is a section, such as *name")
+        merged = merge(merged, value)
+    return merged
 
 
 def _override(tree: dict[str, Any], text: str, where: dict[Key, str]) -> None:
     """Set the value of a text `section.key=value` in the tree."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise RecipeError(f"{text!r}: an override is section.key=value")
+        raise RecipeError(f"{_shortened(text)}: an override is section.key=value")
     *sections, last = name.split(".")
     at = tree
     for section in sections:
         at = at.setdefault(section, {})
         if not isinstance(at, dict):
-            raise RecipeError(f"{text!r}: {section} is not a section")
-    try:
-        at[last] = yaml.load(value, _Loader) if value else ""
-    except (yaml.YAMLError, RecursionError):
-        raise RecipeError(f"{text!r}: the value is not YAML") from None
+            raise RecipeError(f"{_shortened(text)}: {section[:100]} is not a section")
+    place = f"{COMMAND_LINE}: {name}"
+    node = compose(value, place) if value else None
+    at[last] = "" if node is None else value_of(node, place)
     _given(where, {tuple(name.split(".")): COMMAND_LINE}, {tuple(name.split("."))})
+
+
+def _shortened(text: str) -> str:
+    return textwrap.shorten(repr(text), 200)
 
 
 def _place(where: dict[Key, str], key: Key, path: Path) -> str:
@@ -307,7 +328,7 @@ def _explain(fault: Any, kind: type[BaseModel]) -> Fault:
     elif fault["type"] == "missing":
         message = "needed, and not given"
     elif not isinstance(fault["input"], dict):
-        message += f" (given: {fault['input']!r})"
+        message += f" (given: {textwrap.shorten(repr(redacted(fault['input'], key[-1] if key else '')), 200)})"
     # A check of several keys begins its message with the key that it is about.
     if not key and (named := re.match(r"([\w.]+): (.*)", message, re.S)):
         key, message = tuple(named[1].split(".")), named[2]

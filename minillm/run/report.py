@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minillm.data.files import read_json, read_jsonl, write_json
+from minillm.data.files import write_json
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.report.curves import curve_points, draw_curves
 from minillm.evaluation.report.html import (
@@ -24,11 +25,13 @@ from minillm.evaluation.report.html import (
 )
 from minillm.evaluation.report.samples import draw_samples
 from minillm.evaluation.verdict import COLOURS, check_of
+from minillm.run.certificate import certificate_section
 from minillm.run.next_steps import next_steps
-from minillm.run.progress import SAMPLES, read_lines, read_log, read_stages
+from minillm.run.progress import SAMPLES, read_log, read_stages
 from minillm.run.results import current_results
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
+from minillm.run.written import Answer, Sample, read_lines, read_prompts, those_that_are
 
 _REFRESH = 60  # seconds
 
@@ -53,7 +56,7 @@ def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None, *,
     stages = read_stages(run_dir)
     kept = run_dir / "evaluate" / "prompts.json"
     if kept.is_file():
-        prompts = {int(row): text for row, text in read_json(kept).items()}
+        prompts = read_prompts(kept)
     elif prompts is not None and kept.parent.is_dir():
         write_json(kept, prompts)
     results = current_results(run_dir)
@@ -61,8 +64,9 @@ def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None, *,
         _verdict(results, stages, run_dir),
         _results(results),
         *(_curves(run_dir, stage, stages) for stage in reversed(STAGES)),
-        draw_samples("Responses while training, token by token", read_lines(run_dir / SAMPLES)),
+        draw_samples("Responses while training, token by token", those_that_are(Sample, read_lines(run_dir / SAMPLES))),
         _answers(run_dir / "evaluate", results, prompts or {}),
+        certificate_section(run_dir),
         _times(stages),
         _settings(stages),
     ]
@@ -116,17 +120,21 @@ def _curves(run_dir: Path, stage: Stage, stages: dict[str, Any]) -> str:
 
 
 def _answers(folder: Path, results: dict[str, Any], prompts: Mapping[int, str]) -> str:
-    names = [name for name in results.get("models", {}) if (folder / f"{name}.jsonl").is_file()]
+    names = [name for name in results.get("models", {}) if os.path.isfile(folder / f"{name}.jsonl")]
     if not names:
         return ""
     seed = results["seeds"][0]
     answers = {
-        name: {row["row"]: row["text"] for row in read_jsonl(folder / f"{name}.jsonl") if row["seed"] == seed}
+        name: {row["row"]: row["text"] for row in _read_answers(folder / f"{name}.jsonl") if row["seed"] == seed}
         for name in names
     }
     rows = {row for found in answers.values() for row in found}  # one of several teachers answers its own prompts only
     texts = {row: prompts.get(row, f"row {row}") for row in rows}
     return answers_table(f"Answers, seed {seed}", ("prompt", texts), answers, rows)
+
+
+def _read_answers(file: Path) -> list[dict[str, Any]]:
+    return those_that_are(Answer, read_lines(file))
 
 
 def _times(stages: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from minillm.data.files import finite, read_json
+from minillm.data.files import finite
 from minillm.evaluation.formatting import number, with_interval
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.report.console import plain_table
@@ -15,6 +15,7 @@ from minillm.evaluation.verdict import COLOURS, check_of
 from minillm.terminal import current
 
 _ANSI = {"green": "\x1b[32m", "yellow": "\x1b[33m", "red": "\x1b[31m"}
+from minillm.run.written import read_results, read_states
 
 
 def current_results(run_dir: Path) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def current_results(run_dir: Path) -> dict[str, Any]:
         since.
     """
     file = run_dir / "results.json"
-    return read_json(file) if file.is_file() and _finished(run_dir, "evaluate") else {}
+    return read_results(file) if file.is_file() and _finished(run_dir, "evaluate") else {}
 
 
 def current_files(run_dir: Path) -> list[Path]:
@@ -88,6 +89,7 @@ def summary(results: dict[str, Any], width: int) -> list[str]:
     title = f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
     heads = ["model", *(metric.title for metric in HELD_OUT)]
     scores = [[found.get(metric.key) for metric in HELD_OUT] for found in results["models"].values()]
+    lines: list[str] = []
     for intervals in range(len(HELD_OUT), -1, -1):
         rows = [
             [name, *(with_interval(one) if i < intervals else _mean(one) for i, one in enumerate(row))]
@@ -109,4 +111,4 @@ def _modified(file: Path) -> int:
 
 def _finished(run_dir: Path, stage: str) -> bool:
     state = run_dir / "state.json"
-    return state.is_file() and bool(read_json(state)["stages"].get(stage, {}).get("finished"))
+    return state.is_file() and bool(read_states(state).get(stage, {}).get("finished"))

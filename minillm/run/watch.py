@@ -15,10 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from minillm.data.files import read_json
-from minillm.run.progress import SAMPLES, read_lines, read_log, read_stages
+from minillm.run.progress import SAMPLES, read_log, read_stages
 from minillm.run.stages import STAGES, stage_named
 from minillm.run.stages.stage import Stage
+from minillm.run.written import Sample, read_lines, read_results, those_that_are
 from minillm.train.logged import LOGGED
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -71,12 +71,12 @@ def view(run_dir: Path, now: float | None = None) -> Group:
     if stage is not None:
         log = read_log(run_dir, stage, stages)
         parts += _training(stage, log, finished=bool(stages[stage.name]["finished"]), now=now)
-    samples = read_lines(run_dir / SAMPLES)[-2:]
+    samples = those_that_are(Sample, read_lines(run_dir / SAMPLES))[-2:]
     if samples and stage is not None and stage.name == "minillm":
         parts.append(Panel(Group(*map(_sample, samples)), title="last samples, red where KL(q‖p) is high"))
     results = run_dir / "results.json"
     if results.is_file() and stages.get("evaluate", {}).get("finished"):
-        sentence = (read_json(results).get("check") or {}).get("sentence")
+        sentence = (read_results(results).get("check") or {}).get("sentence")
         parts += [Text(sentence, style="bold")] if sentence else []
     return Group(*parts)
 

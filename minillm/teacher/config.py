@@ -23,6 +23,9 @@ class TeacherConfig(Section):
     package."""
     adapter: ModelSource | None = None
     """Folder or hub id of a PEFT adapter, which the teacher stage merges into `source`."""
+    allow_pickle: bool = False
+    """Read weights that are no safetensors (`pytorch_model.bin`). A pickle is a program; PyTorch reads it with a
+    restricted reader."""
     shard: bool = False
     """Shard the teacher's decoder layers over all processes of the warm-up and minillm stages (FSDP2), for a teacher
     that does not fit on one GPU. It excludes teacher mixing, for which every process needs the whole teacher."""

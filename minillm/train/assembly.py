@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from minillm.data.batches import Padded, pad, share_rows
+from minillm.data.logprobs import mixture_logprobs
 from minillm.data.rollouts import Rollout, TeacherRows, concatenate_rows
 from minillm.data.text import TextBlocks
 from minillm.loss.credit import SampledTokens
 from minillm.loss.teacher_spans import Teacher
+from minillm.loss.token_scores import TokenScores
 from minillm.teacher.routed import ExactTeacher, join_states
 from minillm.teacher.served_logprobs import ServedLogprobs
 
@@ -117,3 +119,26 @@ def keep_first_scores(
             rollout.reverse_kl = divergence.clone()
         if rollout.advantage is None:
             rollout.advantage = advantage.clone()
+
+
+def take_scores(
+    rollouts: Sequence[Rollout], scores: Sequence[TokenScores], teacher_mix: float, *, kl: bool, logq: bool
+) -> None:
+    """Note a batch's scores by the student that begins to train on it, before it does.
+
+    Args:
+        rollouts: the rollouts, in which the scores are noted.
+        scores: the scores of each.
+        teacher_mix: α of the mixture that they were sampled from.
+        kl: whether KL(q‖p) and the entropy are taken.
+        logq: whether log q replaces that of the engine; p̃ is then computed from it.
+    """
+    for rollout, found in zip(rollouts, scores, strict=True):
+        if kl:
+            rollout.reverse_kl, rollout.entropy = found.reverse_kl, found.entropy
+        if not logq:
+            continue
+        rollout.student_logprobs = rollout.behaviour_logprobs = found.logq
+        logp = None if rollout.teacher is None else rollout.teacher.token_logprobs
+        if logp is not None:
+            rollout.behaviour_logprobs = mixture_logprobs(found.logq, logp, teacher_mix)

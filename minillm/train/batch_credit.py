@@ -68,9 +68,14 @@ class BatchCredit:
         return (self.scores_first and kl) or (self.needs_entropy and entropy)
 
     def start(self, rollouts: Sequence[Rollout]) -> None:
-        """Compute κ and baselines of a batch. Every process must call this."""
+        """Compute κ and baselines of a batch; of one without rollouts, which is left out, there are none.
+
+        Every process must call this.
+        """
         objective = self._objective
         self.baselines, self._offsets, self._before = torch.zeros(len(rollouts)), None, self._after
+        if not rollouts:
+            return
         tokens, prompts = self._tokens(rollouts), [tuple(rollout.prompt_ids) for rollout in rollouts]
         if objective.credit_offset != "none" and objective.long_term:
             self._offsets, rate = offsets(tokens, objective, prompts, self._before.rate, self._gather)

@@ -103,6 +103,11 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         ]
         return listed("train_dataset row", sorted(map(self._rows.index, rows)))
 
+    def contents_of(self, micro_batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """What a micro-batch holds, for the file of a refused update."""
+        columns = {name: value.tolist() for name, value in micro_batch.items() if isinstance(value, torch.Tensor)}
+        return [{"rows": self.rows_of(micro_batch), **columns}]
+
 
 def _scoring_teacher(
     teacher: str | PreTrainedModel | Mapping[str, str | PreTrainedModel], dtype: torch.dtype, device: torch.device

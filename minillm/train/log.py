@@ -29,6 +29,7 @@ class Metrics:
         self._accelerator, self._device = accelerator, device
         self._sums: dict[str, float] = defaultdict(float)
         self._means: dict[str, tuple[float, float]] = {}
+        self._marked: tuple[dict[str, float], dict[str, tuple[float, float]]] = ({}, {})
         self._seconds: dict[str, float] = defaultdict(float)
         self._phase_tokens: dict[str, float] = defaultdict(float)
 
@@ -50,6 +51,15 @@ class Metrics:
         """Add a sum and its count; the next log reports their quotient."""
         before = self._means.get(name, (0.0, 0.0))
         self._means[name] = (before[0] + total, before[1] + count)
+
+    def mark(self) -> None:
+        """Remember the sums and means of now, for `rewind`."""
+        self._marked = dict(self._sums), dict(self._means)
+
+    def rewind(self) -> None:
+        """Forget the sums and means since `mark`: those of an update that was not made."""
+        sums, means = self._marked
+        self._sums, self._means = defaultdict(float, sums), dict(means)
 
     def add_seconds(self, phase: str, seconds: float, tokens: int = 0) -> None:
         """Add the time that a phase took, and the tokens that it processed."""

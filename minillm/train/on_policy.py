@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.batches import Padded
-from minillm.data.logprobs import mixture_logprobs
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.loss.config import Objective
@@ -36,15 +36,16 @@ from minillm.teacher.local import LocalTeacher
 from minillm.teacher.routed import ExactTeacher, RoutedTeacher
 from minillm.teacher.served import ServedTeacher
 from minillm.teacher.served_logprobs import ServedLogprobs
-from minillm.train.assembly import keep_first_scores, pad_micro_batch, teacher_inputs
+from minillm.train.assembly import keep_first_scores, pad_micro_batch, take_scores, teacher_inputs
 from minillm.train.base import DistillationTrainer
 from minillm.train.batch_credit import BatchCredit
 from minillm.train.checks import check_logprob_teacher, check_on_policy, check_routing
 from minillm.train.datasets import check_context, longest_scored, pack_text_dataset, tokenize_prompts
-from minillm.train.finite import listed
-from minillm.train.mismatch import MismatchMonitor
+from minillm.train.journal import digests
+from minillm.train.memory import memory_named
 from minillm.train.pair import TeacherSource, teacher_names
 from minillm.train.rollout_checkpoint import RolloutCheckpoint, saved_on_engine_error
+from minillm.train.rollout_guard import RolloutGuard
 from minillm.train.schedule import BatchSchedule, MicroBatch
 from minillm.train.signal_monitor import SignalMonitor
 from minillm.train.trl_names import accepts_trl_names
@@ -136,7 +137,7 @@ class MiniLLMTrainer(DistillationTrainer):
         # Otherwise log p of the sampled tokens comes with their scores.
         trainers_mixture = self.objective.old_logprobs == "trainer" and config.teacher_mix > 0
         self._logp_first = needs_sampled_rewards_first(self.objective) or trainers_mixture
-        self._mismatch = MismatchMonitor(self.metrics)
+        self._guard, self._skipping = RolloutGuard(self), False  # whether the batch is not trained on
         self._signal = SignalMonitor(self.objective.signal_every, self.metrics)
         self._batch_number = -1
         self._batch_metrics: dict[str, tuple[float, float]] = {}  # logged with every update on the batch
@@ -170,17 +171,18 @@ class MiniLLMTrainer(DistillationTrainer):
             teacher_of=(lambda row: train_dataset[row]["teacher"]) if routed else None,
         )
 
-    # Updates
-
     def updates_per_epoch(self) -> int:
         """Updates in one pass over the prompts."""
         return self.schedule.updates_per_epoch(len(self.source.prompts))
 
     def micro_batches(self, update: int) -> list[MicroBatch]:
         """The micro-batches of an update. The first update on a batch samples that batch with the current weights."""
-        number = self.schedule.position(update).batch
-        if number != self._batch_number:
-            self._start_batch(number)
+        position = self.schedule.position(update)
+        if position.batch != self._batch_number:
+            self._start_batch(position.batch)
+        if self._skipping:
+            self.skipped_updates += not position.first  # the first was counted when the batch was refused
+            return [MicroBatch([], [], 1.0, 1.0, False)] * self.args.gradient_accumulation_steps
         for name, (total, count) in self._batch_metrics.items():
             self.metrics.add_mean(name, total, count)
         batches = self.schedule.micro_batches(update, self.rollouts, self.text, self.global_sum)
@@ -190,6 +192,8 @@ class MiniLLMTrainer(DistillationTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""
         device, rollouts = self.args.device, [self.rollouts[i] for i in inputs.rollouts]
+        if not rollouts:
+            return torch.zeros((), device=device)  # of a batch that is skipped
         batch, pieces = pad_micro_batch(rollouts, inputs.text, self.text, self.objective.language_model_block, device)
         teacher = self._teacher_inputs(rollouts, pieces)
         sampled, baseline = self.credit.tokens(rollouts, inputs.rollouts)
@@ -207,22 +211,18 @@ class MiniLLMTrainer(DistillationTrainer):
         self._signal.add(sketch)
         keep_first_scores(rollouts, loss.reverse_kl, loss.advantages)
         sums = loss.tally.sums
-        current = all(self._is_current(rollout) for rollout in rollouts)
-        if inputs.first_use and current and self.objective.old_logprobs == "engine":
-            self._mismatch.note(float(sums["log_ratio"]), float(sums["tokens"]))
+        by_engine = self.objective.old_logprobs == "engine" and all(map(self._is_current, rollouts))
+        self._guard.judge(sums, inputs, fresh=inputs.first_use and by_engine)
         self.metrics.add_sums({name: total for name, total in sums.items() if name != "log_ratio"})
         return value
 
     def rows_of(self, micro_batch: MicroBatch) -> str:
         """The rows of the data that a micro-batch holds, in words."""
-        blocks = [self.text.pieces(block) for block in micro_batch.text] if self.text else []
-        text = [f'text that begins "{self.student_tokenizer.decode(list(pieces[0][:12]))}"' for pieces in blocks]
-        return " and ".join([self._name_rows([self.rollouts[i] for i in micro_batch.rollouts]), *text])
+        return self._guard.rows_of(micro_batch)
 
-    def _name_rows(self, rollouts: Sequence[Rollout]) -> str:
-        prompts, given = self.source.rows_of(rollouts)
-        kinds = (("train_dataset row", prompts), ("responses row", given))
-        return " and ".join(listed(what, rows) for what, rows in kinds if rows)
+    def contents_of(self, micro_batch: MicroBatch) -> list[dict[str, Any]]:
+        """What a micro-batch holds, for the file of a refused update."""
+        return self._guard.contents_of(micro_batch)
 
     def _teacher_inputs(self, rollouts: Sequence[Rollout], text: Sequence[array[int]]) -> Teacher:
         """The teacher's states, or its rows, for the tokens of rollouts followed by pieces of text."""
@@ -231,8 +231,6 @@ class MiniLLMTrainer(DistillationTrainer):
             prompts, responses = [ids[:1] for ids in text], [ids[1:] for ids in text]
             states = self.states_of_teacher(prompts, responses, [None] * len(text))
         return teacher_inputs(self.teacher, rollouts, text, states, self.args.device)
-
-    # Rollouts
 
     @property
     def mixed_teacher(self) -> LocalTeacher | None:
@@ -251,11 +249,13 @@ class MiniLLMTrainer(DistillationTrainer):
             sampled = self._sample(number)
         self._note_sampling(sampled)
         rollouts = self.source.complete(number, sampled.rollouts)
-        with self._checkpoint_on_engine_error():
-            self._score_by_teacher(rollouts)
-        if self._needs_rescoring(rollouts):
+        self._skipping = self._guard.refuses(rollouts)  # before anything reads them
+        if not self._skipping:
+            with self._checkpoint_on_engine_error():
+                self._score_by_teacher(rollouts)
+        if not self._skipping and self._needs_rescoring(rollouts):
             with self.phase("rescoring", sampled.num_tokens):
-                self._rescore(rollouts)
+                self._skipping = self._rescore(rollouts)
         self.use_batch(number, rollouts)
         release_cpu_memory(self.args.device)
         ahead = self.rollout_config.overlap and (number + 1) * self.schedule.updates_per_batch < self.state.max_steps
@@ -263,7 +263,7 @@ class MiniLLMTrainer(DistillationTrainer):
             with self._checkpoint_on_engine_error():
                 self.sync()
         # Only after `sync` has succeeded: if the engine is lost there, a resume samples this batch again.
-        self.source.others.keep(sampled.rollouts)
+        self.source.others.keep([] if self._skipping else sampled.rollouts)
         if ahead:
             assert self._engine is not None
             self.source.sample_ahead(number + 1, self._engine, self._mixed_sampling)
@@ -275,14 +275,16 @@ class MiniLLMTrainer(DistillationTrainer):
             with self.phase("waiting"):
                 return ahead.result()
         engine = self.sync()
-        sampled = self.source.sample(number, engine, self._mixed_sampling)
+        with memory_named("rollout", self.args, self.state.global_step):
+            sampled = self.source.sample(number, engine, self._mixed_sampling)
         engine.sleep()
         return sampled if self.credit.scores_first else sampled.without_reverse_kl()
 
     def _note_sampling(self, sampled: SampledBatch) -> None:
         self.utilisation.sampled(sampled.rollouts, self._engine, mixed=self.rollout_config.teacher_mix > 0)
         self.metrics.add_seconds("rollout", sampled.seconds, sampled.num_tokens)
-        self._batch_metrics = sampled.means(self.state.global_step)
+        self._batch_metrics = sampled.means(self.state.global_step) | self._guard.look(sampled.rollouts)
+        self.journal.write("batch", update=self.state.global_step + 1, **digests(sampled.rollouts))
 
     def _score_by_teacher(self, rollouts: Sequence[Rollout]) -> None:
         missing = [rollout for rollout in rollouts if rollout.teacher is None]
@@ -313,32 +315,25 @@ class MiniLLMTrainer(DistillationTrainer):
         lacking = self.credit.lacks_scores(rollouts)
         return self.objective.old_logprobs == "trainer" or self.global_sum(float(lacking)) > 0
 
-    def _rescore(self, rollouts: Sequence[Rollout]) -> None:
+    def _rescore(self, rollouts: Sequence[Rollout]) -> bool:
         """Score a batch with the student before it trains on it.
 
         This gives KL(q‖p), which centred returns need. If the objective asks for the trainer's own q_old, the trainer's
-        log q replaces the engine's, and p̃ is computed from it.
+        log q replaces the engine's, and p̃ is computed from it. Returns whether the batch is to be skipped, because the
+        two differ too much.
         """
-        first = self.credit.scores_first
-        for rollout, scores in zip(rollouts, self.student_scores(rollouts, first), strict=True):
-            if first:
-                rollout.reverse_kl, rollout.entropy = scores.reverse_kl, scores.entropy
-            if self.objective.old_logprobs == "engine":
-                continue
-            logq = scores.logq
-            if self._is_current(rollout):
-                self._mismatch.note(float((logq - rollout.student_logprobs).abs().sum()), len(logq))
-            rollout.student_logprobs = rollout.behaviour_logprobs = logq
-            logp = None if rollout.teacher is None else rollout.teacher.token_logprobs
-            if logp is not None:
-                rollout.behaviour_logprobs = mixture_logprobs(logq, logp, self.rollout_config.teacher_mix)
+        first, by_trainer = self.credit.scores_first, self.objective.old_logprobs == "trainer"
+        scores = self.student_scores(rollouts, first)
+        fresh = [(r, found.logq) for r, found in zip(rollouts, scores, strict=True) if self._is_current(r)]
+        mismatched = by_trainer and self._guard.refuses_scores(fresh)
+        take_scores(rollouts, scores, self.rollout_config.teacher_mix, kl=first, logq=by_trainer)
+        return mismatched
 
     def use_batch(self, number: int, rollouts: list[Rollout]) -> None:
-        """Make scored rollouts the batch that the next updates train on."""
-        broken = [r for r in rollouts if r.reverse_kl is not None and not r.reverse_kl.isfinite().all()]
-        self.stop_at([f"KL(q‖p) is not finite on {self._name_rows(broken)}"] if broken else [])
-        self._batch_number, self.rollouts = number, rollouts
-        self.credit.start(rollouts)
+        """Make scored rollouts the batch that the next updates train on; or none, if the batch is refused."""
+        self._skipping = self._skipping or self._guard.refuses(rollouts)
+        self._batch_number, self.rollouts = number, [] if self._skipping else rollouts
+        self.credit.start(self.rollouts)
 
     def _is_current(self, rollout: Rollout) -> bool:
         """Whether the current weights sampled the rollout."""

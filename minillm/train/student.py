@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,16 @@ from minillm.models.quantization import is_quantized
 from minillm.models.saving import cast_folder, save_plain
 from minillm.redaction import is_secret
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.base import Engine, EngineSizing
+from minillm.rollout.engines.base import Engine, EngineSizing, Push
 from minillm.rollout.engines.choose import make_engine, sync_weights
 from minillm.teacher.base import Teacher
 from minillm.teacher.local import LocalTeacher
+from minillm.train.journal import Journal
 from minillm.train.log import Metrics
+from minillm.train.memory import memory_named
 from minillm.train.mixin import TrainerPart
+
+logger = logging.getLogger(__name__)
 
 
 def check_one_gpu(args: TrainingArguments) -> None:
@@ -85,6 +91,8 @@ class StudentMixin(TrainerPart):
     """
 
     teacher: Teacher | None = None
+    journal = Journal()
+    _comparable: bool | None = None  # whether the engine's sum of its weights was that of the trainer at first
 
     @property
     def mixed_teacher(self) -> LocalTeacher | None:
@@ -135,8 +143,27 @@ class StudentMixin(TrainerPart):
                     config, folder, sizing, tokenizer=folder, model=student, teacher=self.mixed_teacher, work=work
                 )
         with self.phase("sync"):
-            sync_weights(self._engine, student, self.compute_dtype, self.state.global_step, work)
+            kept, version = self.journal.is_kept, self.state.global_step
+            push = sync_weights(self._engine, student, self.compute_dtype, version, work, prove=kept)
+        if push is not None:
+            self._check_push(push)
         return self._engine
+
+    def _check_push(self, push: Push) -> None:
+        """Note which weights the engine was sent, and raise an alarm if it holds others than it held at first.
+
+        An engine that lays weights out in a way of its own has another sum from the first push on; the sums of such an
+        engine are not compared.
+        """
+        sent, held = push.sent, push.held.total
+        self._comparable = sent == held if self._comparable is None else self._comparable
+        same = None if sent is None or held is None or not self._comparable else sent == held
+        why = "" if same is not None or held is None else "it lays weights out in its own way"
+        self.journal.write("push", version=push.version, sent=sent, held=held, same=same, why=push.held.why or why)
+        if same is False:
+            told = f"the engine holds other weights than it was sent after update {push.version}: {held}, not {sent}"
+            self.journal.write("alarm", update=push.version + 1, what=told)
+            logger.warning("%s", told)
 
     def _folder_of(self, student: Any, spare: str) -> str:
         """A folder from which an engine reads the student and its tokenizer.
@@ -199,9 +226,15 @@ class StudentMixin(TrainerPart):
         """The sum of a number over all processes, each of which must call this."""
         return self.metrics.global_sum(value)
 
-    def phase(self, name: str, tokens: int = 0) -> AbstractContextManager[None]:
-        """Measure the time of a phase, which processes `tokens` tokens."""
-        return self.metrics.phase(name, tokens)
+    @contextmanager
+    def phase(self, name: str, tokens: int = 0) -> Iterator[None]:
+        """Measure the time of a phase, which processes `tokens` tokens.
+
+        Raises:
+            OutOfMemory: the memory of the device did not suffice; the message names the setting to change.
+        """
+        with memory_named(name, self.args, self.state.global_step), self.metrics.phase(name, tokens):
+            yield
 
     @property
     def student_tokenizer(self) -> Any:

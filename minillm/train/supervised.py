@@ -99,6 +99,13 @@ class SupervisedTrainer(DistillationTrainer):
         """The rows of the data that a micro-batch holds, in words."""
         return listed("train_dataset row", sorted(micro_batch[0]))
 
+    def contents_of(self, micro_batch: tuple[list[int], int]) -> list[dict[str, Any]]:
+        """What a micro-batch holds, for the file of a refused update."""
+        return [
+            {"row": i, **{key: self._rows[i].get(key) for key in ("teacher", "prompt_ids", "response_ids")}}
+            for i in micro_batch[0]
+        ]
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch, an item of `micro_batches`; returns the loss."""
         indices, count = inputs

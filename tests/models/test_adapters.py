@@ -160,10 +160,13 @@ def test_kinds_without_weights_to_merge_are_refused(tmp_path: Path) -> None:
         check_adapter_files(base, base)
 
 
-def test_pickled_adapters_are_taken(tmp_path: Path) -> None:
+def test_pickled_adapters_are_taken_if_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save(tiny_llama(0), tmp_path / "base")
     adapt(tiny_llama(0), LoraConfig(**LORA), tmp_path / "adapter", safe_serialization=False)
     assert (tmp_path / "adapter" / "adapter_model.bin").is_file()
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: these weights are a pickle"):
+        check_adapter_files(base, str(tmp_path / "adapter"))
+    monkeypatch.setenv("MINILLM_ALLOW_PICKLE", "1")
     check_adapter_files(base, str(tmp_path / "adapter"))
     merged = merge_adapter(load_model(base), str(tmp_path / "adapter")).state_dict()
     assert not torch.equal(

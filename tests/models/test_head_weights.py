@@ -65,7 +65,10 @@ def test_only_the_head_is_read(family: str, size: str, tmp_path: Path, monkeypat
     assert load_head(str(tmp_path), torch.bfloat16, torch.device("cpu")).weight.dtype == torch.bfloat16
 
 
-def test_a_head_under_another_name_is_taken_from_the_whole_model(tmp_path: Path) -> None:
+def test_a_head_under_another_name_is_taken_from_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINILLM_ALLOW_PICKLE", "1")
     model = tiny_llama(1)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

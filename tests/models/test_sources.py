@@ -156,7 +156,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_folder_that_is_not_whole_is_refused(damage: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_whole_is_refused(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINILLM_ALLOW_PICKLE", "1")
     folder = save(tiny_llama(0), tmp_path)
     check_source(folder)
     do, says = DAMAGES[damage]
@@ -167,7 +168,8 @@ def test_a_folder_that_is_not_whole_is_refused(damage: str, tmp_path: Path) -> N
     assert refusal(load_tokenizer if damage == "no tokenizer" else load_model, folder) == message
 
 
-def test_whole_folders_of_every_kind_are_let_through(tmp_path: Path) -> None:
+def test_whole_folders_of_every_kind_are_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINILLM_ALLOW_PICKLE", "1")
     for kind in ("one file", "shards", "pickled"):
         folder = Path(save(tiny_llama(0), tmp_path / kind))
         if kind == "shards":

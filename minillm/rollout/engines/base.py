@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     NamedTensors = Iterable[tuple[str, Tensor]]
 
 _EXCLUDING_BIAS = -100.0  # the lowest logit bias that vLLM accepts
+SHARED = "it samples the trained weights themselves"
+"""What an engine without weights of its own says of them."""
 _MAX_BIASED_TOKENS = 1024  # per request, on a GPU: one more crashes vLLM
 
 
@@ -196,6 +198,48 @@ class SupportsAdapter(Protocol):
     def update_adapter(self, folder: str | Path, version: int) -> None:
         """Sample with the adapter in `folder` from now on."""
         ...
+
+
+@runtime_checkable
+class TellsWeights(Protocol):
+    """An engine that can say which weights it holds."""
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether it samples the trained model itself, so that no weights are sent."""
+        ...
+
+    def weights_sum(self) -> WeightsSum:
+        """Return the sum over the weights that the engine samples from, read back from where it keeps them."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightsSum:
+    """What an engine says of its weights.
+
+    Attributes:
+        total: Their sum, as `minillm.models.fingerprint.Fingerprint.total` of the same weights; None if it is unknown.
+        why: Why it is unknown, or need not be compared.
+    """
+
+    total: str | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Weights that were sent to an engine.
+
+    Attributes:
+        version: Their version.
+        sent: Their sum on the trainer's side; None for an engine that samples the trainer's own weights.
+        held: What the engine says that it holds.
+    """
+
+    version: int
+    sent: str | None
+    held: WeightsSum
 
 
 class RegisteredEngine(Engine, Protocol):

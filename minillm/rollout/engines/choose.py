@@ -16,10 +16,21 @@ from transformers import PreTrainedModel
 from minillm.errors import EngineError
 from minillm.models.configs import text_config
 from minillm.models.device import release_memory
+from minillm.models.fingerprint import Fingerprint
 from minillm.models.lora import adapter_rank, save_adapter
-from minillm.models.weights import plain_weights
+from minillm.models.weights import plain_weights, tied_names
 from minillm.rollout.config import RolloutConfig
-from minillm.rollout.engines.base import Engine, EngineRequest, EngineSizing, RegisteredEngine, SupportsAdapter
+from minillm.rollout.engines.base import (
+    SHARED,
+    Engine,
+    EngineRequest,
+    EngineSizing,
+    Push,
+    RegisteredEngine,
+    SupportsAdapter,
+    TellsWeights,
+    WeightsSum,
+)
 from minillm.rollout.engines.local_server import check_local_server
 from minillm.rollout.engines.server import VLLMServerEngine
 from minillm.rollout.engines.server_checks import check_addresses
@@ -136,7 +147,9 @@ def make_engine(
     return ENGINES[choose_engine(config.engine, text_config(str(folder)), mixed)].create(request)
 
 
-def sync_weights(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, version: int, work: str | Path) -> None:
+def sync_weights(
+    engine: Engine, model: PreTrainedModel, dtype: torch.dtype, version: int, work: str | Path, *, prove: bool = False
+) -> Push | None:
     """Send the model's current weights to an engine.
 
     An engine that was started for an adapter receives the adapter alone, by way of a folder in `work`. Every process
@@ -148,14 +161,27 @@ def sync_weights(engine: Engine, model: PreTrainedModel, dtype: torch.dtype, ver
         dtype: Dtype that the weights are sent in.
         version: Version of the weights.
         work: Folder for an adapter on its way to the engine.
+        prove: Whether to sum up the weights on both sides, as far as the engine tells.
+
+    Returns:
+        The sums, with `prove`.
     """
     if isinstance(engine, SupportsAdapter) and engine.takes_adapter:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         folder = Path(work) / f"adapter-of-process-{rank}"
         save_adapter(model, folder, dtype)
         engine.update_adapter(folder, version)
-    else:
+        return Push(version, None, WeightsSum(None, "an adapter alone was sent")) if prove else None
+    if not prove:
         engine.update_weights(plain_weights(model, dtype), version)
+        return None
+    tells = isinstance(engine, TellsWeights)
+    if tells and engine.shares_weights:
+        engine.update_weights(plain_weights(model, dtype), version)
+        return Push(version, None, WeightsSum(None, SHARED))
+    sent = Fingerprint(tied_names(model))
+    engine.update_weights(sent.over(plain_weights(model, dtype)), version)
+    return Push(version, sent.total, engine.weights_sum() if tells else WeightsSum(None, "it does not tell"))
 
 
 class ReusableEngine:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from minillm.data.rollouts import Rollout, TeacherTargets
@@ -301,18 +302,20 @@ class VLLMServerEngine:
             return error
         return None
 
-    def _write_or_gather(self, weights: NamedTensors, target: Path, main: bool) -> EngineError | None:
+    def _write_or_gather(self, weights: NamedTensors, target: Path, main: bool) -> Exception | None:
         """Write the weights in the main process, and take part in gathering them in the others.
 
         Gathering a shard is a collective operation, so every process iterates over all weights, whatever happens.
         """
         remaining = iter(weights)
-        error = None
+        error: Exception | None = None
         if main:
             try:
                 self._write(remaining, target)
-            except Exception as failure:
+            except (OSError, SafetensorError) as failure:
                 error = EngineError(f"{target}: the weights cannot be written for the servers: {failure}")
+            except Exception as failure:  # a defect, which is raised as it is when all processes have come this far
+                error = failure
         for _ in remaining:
             pass
         return error
@@ -328,7 +331,7 @@ class VLLMServerEngine:
         shutil.rmtree(target, ignore_errors=True)
         partial_folder.rename(target)
 
-    def _share_outcome(self, error: EngineError | None) -> EngineError | None:
+    def _share_outcome(self, error: Exception | None) -> Exception | None:
         """Make process 0's knowledge of its servers, and its error, known to every process.
 
         Process 0 decides which servers have the weights. A server that was unreachable gets them before it next

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 # A server's numbers vary a little with what else is in its batch: tolerances of the comparison of two ranges.
 _RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 0.1, 1e-3
 _UNKNOWN_METHOD = "is not implemented"  # in vLLM's answer (status 500) to the name of a method that its workers lack
@@ -29,12 +33,16 @@ def check_addresses(servers: Sequence[str] | Literal["auto"]) -> None:
     A loopback address names another server on each machine, and process 0 sends weights to its own alone: the others
     would sample from the weights of their start.
 
+    A warning tells of public addresses, because a server that takes new weights takes other commands as well.
+
     Args:
         servers: The value of `rollout.servers`.
 
     Raises:
         EngineError: The processes run on several machines, and a server listens on one of them only.
     """
+    if servers != "auto":
+        _warn_of_public(tuple(url for url in servers if _is_public(url)))
     if (count := machines()) == 1:
         return
     where = f"the run has processes on {count} machines"
@@ -57,6 +65,25 @@ def is_loopback(url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def _is_public(url: str) -> bool:
+    """Whether an address is given by numbers that the whole internet reaches."""
+    try:
+        return ipaddress.ip_address(urlsplit(url).hostname or "").is_global
+    except ValueError:
+        return False
+
+
+@cache
+def _warn_of_public(urls: tuple[str, ...]) -> None:
+    """Say, once, what the interface means that new weights are sent through."""
+    if urls:
+        logger.warning(
+            "%s: a public address. A server that takes new weights (VLLM_SERVER_DEV_MODE=1) also takes commands from "
+            "whoever reaches it: keep it on the loopback interface or in a private network.",
+            ", ".join(urls),
+        )
 
 
 def check_logprobs_mode(server: Server) -> None:

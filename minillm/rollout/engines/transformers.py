@@ -15,10 +15,11 @@ from minillm.data.logprobs import next_token_logprobs
 from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.models.device import device
+from minillm.models.fingerprint import Fingerprint
 from minillm.models.head import body, head_of
 from minillm.models.load import load_model
 from minillm.models.shards import is_sharded
-from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable
+from minillm.rollout.engines.base import EngineCapabilities, EngineRequest, Unavailable, WeightsSum
 from minillm.rollout.mixture import MixtureRecord, sample_mixture, uniform_numbers
 from minillm.teacher.local import LocalTeacher
 from minillm.terminal import RESPONSES, Progress
@@ -138,6 +139,15 @@ class TransformersEngine:
                 for name, value in weights:
                     own[name].copy_(value)
         self.version = version
+
+    @property
+    def shares_weights(self) -> bool:
+        """See `TellsWeights.shares_weights`."""
+        return self._shared
+
+    def weights_sum(self) -> WeightsSum:
+        """See `TellsWeights.weights_sum`."""
+        return WeightsSum(Fingerprint.of(self._model, self._model.dtype).total)
 
     def sleep(self) -> None:
         """Do nothing: between calls the engine holds no memory except for the model."""

@@ -19,11 +19,13 @@ from minillm.data.rollouts import Rollout
 from minillm.data.sampling import Sampling
 from minillm.distribution import DISTRIBUTION, install_command
 from minillm.errors import EngineError
+from minillm.models.fingerprint import sum_of_parameters
 from minillm.rollout.engines.base import (
     EngineCapabilities,
     EngineRequest,
     EngineSizing,
     Unavailable,
+    WeightsSum,
     padding_bias,
 )
 from minillm.rollout.engines.vllm_memory import (
@@ -69,7 +71,7 @@ class VLLMEngine:
     name: ClassVar[str] = "vllm"
     only_in_training: ClassVar[bool] = False
     capabilities = EngineCapabilities(max_top_logprobs=20)  # vLLM's own bound
-    takes_adapter = False
+    takes_adapter = shares_weights = False
     _adapter: Any = None
     _pair: PairControl | None = None
     _in_process_group = False  # whether this process trains together with others
@@ -291,6 +293,12 @@ class VLLMEngine:
         self._adapter = LoRARequest(f"student-{number}", number, str(folder))
         self._llm.llm_engine.add_lora(self._adapter)
         self.version = version
+
+    def weights_sum(self) -> WeightsSum:
+        """See `TellsWeights.weights_sum`. Rows that vLLM joins or appends do not change the sum; other layouts do."""
+        if self.takes_adapter or self._pair is not None:
+            return WeightsSum(None, "vLLM holds more than the student")
+        return WeightsSum(self._llm.collective_rpc(lambda worker: sum_of_parameters(worker.get_model()))[0])
 
     def sleep(self) -> None:
         """See `Engine.sleep`. On a CPU this does nothing."""

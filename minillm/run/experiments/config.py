@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from minillm.config import Section, expand_home, unique
+from minillm.config import FolderName, Section, expand_home, unique
 from minillm.errors import InputError
 from minillm.evaluation.config import Suite
 from minillm.run.recipe import StageName
@@ -47,7 +47,7 @@ class Comparison(Section):
     """The shared recipe: run_dir, data (with validation), teacher, student, and what all methods are trained with."""
     start: list[StageName] = ["teacher", "finetune", "student", "responses", "warmup"]
     """The stages whose results all methods share. `warmup` trains the student that they start from."""
-    methods: Annotated[dict[str, Method], Field(min_length=1)]
+    methods: Annotated[dict[FolderName, Method], Field(min_length=1)]
     """The methods by name."""
     baseline: str
     """The method that the others are compared with."""

@@ -10,9 +10,12 @@ from minillm.run.stages.stage import PROMPT_SETTINGS, Stage, teachers_in_words
 from minillm.train.checks import update_size_fault
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from minillm.run.context import Run
     from minillm.run.plan.phases import Phase, Planner
     from minillm.run.recipe import Recipe
+    from minillm.train.on_policy import MiniLLMTrainer
 
 
 class MiniLLM(Stage):
@@ -79,15 +82,23 @@ class MiniLLM(Stage):
         _ = run.texts
 
     def run(self, run: Run) -> None:
-        from minillm.data.lazy import mapped
         from minillm.run.progress import SAMPLES
         from minillm.run.stages import shared
-        from minillm.train.on_policy import MiniLLMTrainer
         from minillm.train.samples import SampleLog
 
+        trainer = self.trainer(run, shared.training_arguments(run, self))
+        if run.recipe.log_samples:
+            trainer.add_callback(SampleLog(trainer, run.dir / SAMPLES, run.recipe.log_samples))
+        shared.train(run, self, trainer, run.student, final=True)
+
+    def trainer(self, run: Run, arguments: TrainingArguments) -> MiniLLMTrainer:
+        """The trainer of the stage; `minillm verify` makes one too."""
+        from minillm.data.lazy import mapped
+        from minillm.run.stages import shared
+        from minillm.train.on_policy import MiniLLMTrainer
+
         recipe, rollout = run.recipe, run.rollout()
-        arguments = shared.training_arguments(run, self)
-        trainer = MiniLLMTrainer(
+        return MiniLLMTrainer(
             **shared.student_arguments(run, run.warmed, arguments),
             teacher=shared.on_policy_teacher(run, arguments),
             args=arguments,
@@ -99,9 +110,6 @@ class MiniLLM(Stage):
             text_dataset=run.texts,
             responses=run.references if rollout.on_policy < 1 else None,
         )
-        if recipe.log_samples:
-            trainer.add_callback(SampleLog(trainer, run.dir / SAMPLES, recipe.log_samples))
-        shared.train(run, self, trainer, run.student, final=True)
 
     def phases(self, planner: Planner) -> list[Phase]:
         return planner.on_policy()

@@ -32,9 +32,11 @@ class Report(Stage):
 
 def describe(run: Run) -> None:
     """Write the report and the model cards from what the run directory holds."""
+    from minillm.run.certificate import write_certificate
     from minillm.run.model_card import write_card
     from minillm.run.report import write_run_report
 
+    write_certificate(run)
     write_run_report(run.dir, {example.row: example.text for example in run.heldout_examples})
     for stage, folder in run.trained().items():
         if Path(folder).is_dir():

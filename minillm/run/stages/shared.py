@@ -14,13 +14,16 @@ from minillm.models.configs import text_config
 from minillm.models.device import fast_bfloat16, keep_freed_memory
 from minillm.models.load import load_model
 from minillm.models.lora import load_student
+from minillm.run.certificate import note_inputs
 from minillm.run.context import Run
 from minillm.run.live import LiveLog, LiveProgress, LiveReport
 from minillm.run.processes import world_size
+from minillm.run.progress import JOURNAL
 from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import STAGE_DEFAULTS, with_update_sizes
 from minillm.teacher.served import ServedTeacher
 from minillm.train.best_checkpoint import with_given
+from minillm.train.journal import Journal, Proof
 from minillm.train.pair import compute_dtype
 from minillm.train.resume import train as train_resumably
 from minillm.train.watch import FixedRows, advice, can_watch, decline
@@ -143,12 +146,22 @@ def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> 
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(LiveProgress())
+    keep_proof(run, stage, trainer)
     trainer.add_callback(LiveLog(run.dir, stage.name))
     trainer.add_callback(LiveReport(run.dir))
     dtype = _saved_dtype(run) if final else None
     train_resumably(trainer, folder, stage.name, dtype, keep_checkpoint=run.recipe.keep_checkpoint)
     if trainer.is_world_process_zero() and not trainer.args.load_best_model_at_end:
         _tell_of_decline(stage, trainer)
+
+
+def keep_proof(run: Run, stage: Stage, trainer: Any) -> None:
+    """Have a trainer keep the journal of the run, and the batches of updates that it refuses."""
+    trainer.journal = Journal(run.dir / JOURNAL, stage.name, trainer.accelerator.process_index)
+    trainer.on_fault, trainer.fault_folder = run.recipe.on_fault, run.dir / "faults" / stage.name
+    trainer.add_callback(Proof(trainer))
+    if trainer.is_world_process_zero():
+        note_inputs(run, stage.name, trainer.journal)
 
 
 def watch_rows(stage: Stage, trainer: Any, rows: Sequence[Mapping[str, Any]]) -> None:
