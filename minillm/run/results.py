@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from minillm.data.files import read_json
 from minillm.evaluation.formatting import with_interval
+from minillm.evaluation.language_model_metrics import TEXT_METRICS
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.report.console import show_table
 from minillm.evaluation.verdict import COLOURS, check_of
@@ -59,6 +60,13 @@ def show_results(run_dir: Path) -> None:
             for name, found in results["models"].items()
         ]
         show_table(title, ["model", *(metric.title for metric in HELD_OUT)], rows)
+        if text := results.get("text"):
+            title = f"{text['blocks']} blocks of held-out text, {text['tokens']} tokens: mean [95 % interval]"
+            rows = [
+                [name, *(with_interval(found.get(metric.key), digits=4) for metric in TEXT_METRICS)]
+                for name, found in text["models"].items()
+            ]
+            show_table(title, ["model", *(metric.title for metric in TEXT_METRICS)], rows)
         if found := check_of(results):
             colour = COLOURS[found["verdict"]]
             console.print(f"[{colour}]{escape(found['sentence'])}[/]", soft_wrap=True, highlight=False)

@@ -17,7 +17,8 @@ from minillm.run.stages import NAMES, stage_named
 def run_recipe(recipe: Recipe, only: str | Sequence[str] | None = None, redo: bool = False) -> Run:
     """Run the stages of a recipe, or some of them.
 
-    Under several processes (`accelerate launch`) the stages that train run in all of them, the others in one.
+    Under several processes (`accelerate launch`) the stages that train, and `logits`, run in all of them, the others in
+    one.
 
     Args:
         only: the stages to run; by default all that the recipe lists.
@@ -86,7 +87,7 @@ def _run_pending_stages(run: Run, stages: list[str], rank: int, world: int) -> N
         if run.state.finished(name) and not stage.always_runs:
             processes.print_progress(f"{heading}: finished before", rank)
             continue
-        if world > 1 and stage.training is None:
+        if world > 1 and stage.training is None and not stage.in_every_process:
             processes.run_in_main_process(run, name, rank)
             continue
         processes.print_progress(heading, rank)
