@@ -192,6 +192,7 @@ def measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         whole: Any = load_model(options.teacher, torch.float32)
         layers = whole.config.get_text_config().num_hidden_layers
         student: Any = prune(whole, [*range(max(layers * 3 // 5 - 1, 1)), layers - 1])
+        del whole
     else:
         student = load_model(options.student, torch.float32)
     pieces = text.pieces(0)
