@@ -70,8 +70,13 @@ class DataConfig(Section):
     validation_limit: Positive | None = None
     """Use only the first rows of `validation`."""
     text: Source | None = None
-    """Rows of `text`, for the language-model term of the minillm stage. Of a data set, or of a file of more than 20,000
-    rows, only as many are tokenised as its updates need."""
+    """Rows of `text`, for the language-model term of the minillm stage and for the pretrain stage. Of a data set, or of
+    a file of more than 20,000 rows, only as many are tokenised as the updates need."""
+    heldout_text: Source | None = None
+    """Rows of `text` that no stage trains on. The pretrain stage is validated on them as often as its
+    `training.eval_steps` say, and the evaluate stage reports the loss of every model on them."""
+    heldout_blocks: Positive = 64
+    """How many blocks of `heldout_text`, of `pretrain.block` tokens each, are scored."""
     template: Template = "chat"
     """`chat`: the tokenizer's chat template. `alpaca`: the template of the MiniLLM paper. `plain`: the text unchanged.
     Any other value is a Jinja template of your own, as a `.jinja` file or as text, with the variables `instruction`,

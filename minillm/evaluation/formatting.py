@@ -17,9 +17,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return UNDEFINED if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def with_interval(score: Mapping[str, float | None] | None) -> str:
+def with_interval(score: Mapping[str, float | None] | None, digits: int = 2) -> str:
     """Format a score as `mean [low, high]`; as an empty string where nothing was measured."""
-    return "" if score is None else f"{number(score['mean'])} [{number(score['low'])}, {number(score['high'])}]"
+    if score is None:
+        return ""
+    return f"{number(score['mean'], digits)} [{number(score['low'], digits)}, {number(score['high'], digits)}]"
 
 
 def with_deviation(score: Mapping[str, Any] | None) -> str:

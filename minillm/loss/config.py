@@ -19,6 +19,8 @@ DIVERGENCE_PARAMETERS: dict[str, tuple[str, ...]] = {
     "total_variation": (),
     "adaptive_kl": ("head_mass",),
     "alpha_beta": ("alpha", "beta"),
+    "mse": (),
+    "logit_mse": (),
 }
 """Name of every divergence and names of its parameters.
 
@@ -27,9 +29,11 @@ read without importing torch, so the names cannot be taken from there. A diverge
 field of `DivergenceConfig`, which documents that parameter.
 """
 
+BY_WEIGHTS = ("forward_kl", "mse")
+"""Divergences whose gradient is linear in p, so that an unbiased estimate of p gives an unbiased gradient."""
 NOT_LINEAR = (
-    "weights of a few tokens are an estimate of p that is unbiased only in what is linear in p: the forward KL and the "
-    "cross-entropy. For any other divergence take the live teacher"
+    "weights of a few tokens are an estimate of p that is unbiased only in what is linear in p: the gradients of the "
+    f"cross-entropy, of {' and of '.join(BY_WEIGHTS)}. For any other divergence take the live teacher"
 )
 """Why a store gives no other divergence."""
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from minillm.data.logprobs import floored_log_softmax, mixture_logprobs
 from minillm.errors import InputError
-from minillm.loss.config import DIVERGENCE_PARAMETERS, DivergenceConfig
+from minillm.loss.config import BY_WEIGHTS, DIVERGENCE_PARAMETERS, DivergenceConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -235,6 +235,40 @@ def alpha_beta(
     cross = _power(alpha * p + beta * q)
     own = (alpha * _power(total * p) + beta * _power(total * q)) / total
     return -(cross - own).sum(-1) / (alpha * beta)
+
+
+@register
+def mse(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    temperature: float = 1.0,
+) -> PerToken:
+    """Return Σ_v [q(v) − p(v)]², the squared error of probabilities (arXiv 2410.16215 has an MSE among its losses).
+
+    It is not divided by the size of the vocabulary. Its gradient is linear in p.
+    """
+    q, p = _log_probs(student_logits, teacher_logits, temperature)
+    return (q.exp() - p.exp()).square().sum(-1)
+
+
+@register
+def logit_mse(
+    student_logits: Logits,
+    teacher_logits: Logits,
+    temperature: float = 1.0,
+) -> PerToken:
+    """Return 1/V Σ_v [s(v) − z(v)]² of logits of mean 0, divided by the temperature (Hinton and others, 2015).
+
+    A constant that is added to all logits of a model changes no probability, so it does not count here either. A token
+    that a model excludes has the logit of the probability e^−80.
+    """
+    s, z = (logs - logs.mean(-1, keepdim=True) for logs in _log_probs(student_logits, teacher_logits, temperature))
+    return (s - z).square().mean(-1)
+
+
+def gradient_is_linear_in_p(divergence: Callable[[Tensor, Tensor], Tensor]) -> bool:
+    """Return whether a function of `divergence_function` has a gradient that is linear in p."""
+    return any(getattr(divergence, "func", divergence) is DIVERGENCES[name] for name in BY_WEIGHTS)
 
 
 def entropy(logits: Float[Tensor, "tokens vocab"], temperature: float = 1.0) -> PerToken:

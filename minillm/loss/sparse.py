@@ -18,6 +18,7 @@ from minillm.data.logprobs import LOG_ZERO
 from minillm.data.rollouts import SparseTargets
 from minillm.errors import InputError
 from minillm.loss.config import NOT_LINEAR
+from minillm.loss.divergences import gradient_is_linear_in_p
 from minillm.loss.elementwise import Derivatives
 from minillm.loss.scores import ScoreGradients
 from minillm.loss.words import ChunkLogits, columns
@@ -25,7 +26,7 @@ from minillm.loss.words import ChunkLogits, columns
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-_REFUSED = ("reverse_kl", "forward_kl", "divergence", "text_forward_kl", "going_on")
+_REFUSED = ("reverse_kl", "forward_kl", "text_forward_kl", "going_on")
 
 
 class SparseScorer:
@@ -40,21 +41,23 @@ class SparseScorer:
         self._ids, self._weights, self._wide = targets.ids, targets.weights.to(wide), wide
 
     @classmethod
-    def of(cls, teacher: Any, num_tokens: int, has_divergence: bool, wide: torch.dtype) -> SparseScorer | None:
+    def of(
+        cls, teacher: Any, num_tokens: int, divergence: Callable[[Tensor, Tensor], Tensor] | None, wide: torch.dtype
+    ) -> SparseScorer | None:
         """Return the scorer of a teacher that is given as `SparseTargets`, and None for any other.
 
         Args:
             teacher: The teacher of `token_scores`.
             num_tokens: Number of tokens that are scored.
-            has_divergence: Whether an additional divergence is asked for.
+            divergence: The additional divergence that is asked for.
             wide: dtype of the computation.
 
         Raises:
-            InputError: A divergence is asked for, or the targets are of another number of tokens.
+            InputError: The divergence is one that they cannot give, or they are of another number of tokens.
         """
         if not isinstance(teacher, SparseTargets):
             return None
-        if has_divergence:
+        if divergence is not None and not gradient_is_linear_in_p(divergence):
             raise InputError(NOT_LINEAR)
         if len(teacher.ids) != num_tokens or teacher.ids.shape != teacher.weights.shape:
             raise InputError(
@@ -68,6 +71,11 @@ class SparseScorer:
         logits = columns(chunk.transforms.student, chunk.student, self._ids[part], self._wide)
         logq = (logits - chunk.measures.lse_q[:, None]).clamp(min=LOG_ZERO)
         return -(self._weights[part] * logq).sum(-1)
+
+    def logits(self, part: slice, width: int) -> Float[Tensor, "chunk vocab"]:
+        """Return logits whose softmax is the weights at each position of a chunk, for a function of whole logits."""
+        weights = self._weights[part]
+        return weights.new_zeros(len(weights), width).scatter_add(1, self._ids[part], weights).log()
 
     def derivative(self, given: ScoreGradients, by_score: dict[str, Tensor]) -> Float[Tensor, " chunk"]:
         """Return the derivative by −Σ w log q, if the loss reads no score that these targets cannot give.

@@ -42,7 +42,9 @@ class SupervisedLoss:
         loss = ones * (self._share * -scores.text_logq + (1 - self._share) * value)
         if field not in ("forward_kl", "reverse_kl"):
             self.tally.add(**{field: value})
-        if field != "target_cross_entropy":  # no teacher says what the divergences are
+        if scores.target_cross_entropy is None:  # weights of some tokens do not say what the divergences are
             self.tally.add(forward_kl=scores.forward_kl, reverse_kl=scores.reverse_kl)
+        elif field == "divergence":
+            self.tally.add(target_cross_entropy=scores.target_cross_entropy)
         self.tally.add(tokens=torch.ones_like(ones), cross_entropy=-scores.text_logq, entropy=scores.entropy)
         return loss.sum(), replace(ScoreGradients(text_logq=-ones * self._share), **{field: ones * (1 - self._share)})

@@ -39,9 +39,9 @@ def single_step_score(divergence: DivergenceConfig, scores: TokenScores) -> tupl
     Args:
         divergence: The divergence of the loss.
         scores: Scores from a call of `token_scores` with `extra_divergence(divergence)`. Against `SparseTargets` it is
-            their cross-entropy, which has the gradient of the forward KL.
+            their cross-entropy, which has the gradient of the forward KL, or a divergence of `BY_WEIGHTS`.
     """
-    if scores.target_cross_entropy is not None:
+    if scores.target_cross_entropy is not None and scores.divergence is None:
         return "target_cross_entropy", scores.target_cross_entropy
     if divergence.name in _ALWAYS_SCORED:
         return divergence.name, getattr(scores, divergence.name)

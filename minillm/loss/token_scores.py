@@ -216,7 +216,7 @@ class _ChunkedScorer:
         self._text_temperature = settings.other_text_temperature
         self._ends = EndTokens(settings.end_ids, hidden.device, wide) if settings.end_ids else None
         shared = SpanSettings(transform, self._text_temperature, width, precision)
-        self._sparse = SparseScorer.of(arguments.teacher, self._num_tokens, arguments.divergence is not None, wide)
+        self._sparse = SparseScorer.of(arguments.teacher, self._num_tokens, arguments.divergence, wide)
         self._spans = teacher_spans(arguments.teacher, self._num_tokens, shared)
         self.scores = self._empty_scores(hidden)
         self._loss = hidden.new_zeros((), dtype=wide)
@@ -280,7 +280,9 @@ class _ChunkedScorer:
         if arguments.divergence is not None:
             with torch.enable_grad():
                 logits = span.transforms.student.logits(student, wide).requires_grad_()
-                values = arguments.divergence(logits, span.transforms.teacher.logits(teacher, wide))
+                theirs = None if self._sparse is None else self._sparse.logits(part, logits.shape[1])
+                theirs = span.transforms.teacher.logits(teacher, wide) if theirs is None else theirs
+                values = arguments.divergence(logits, theirs)
             scores.divergence = values.detach()
             chunk.divergence_logits, chunk.divergence = logits, values
         for name in self._score_names:

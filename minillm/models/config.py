@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -36,7 +36,15 @@ class StudentConfig(Section):
     """The student, and how it is made from the teacher if it is."""
 
     source: ModelSource = "prune"
-    """`prune` removes layers of the teacher. Otherwise a folder or hub id."""
+    """`prune` removes layers of the teacher. `config` makes a model with random weights, for the pretrain stage.
+    Otherwise a folder or hub id."""
+    like: ModelSource | None = None
+    """For `source: config`, a folder or hub id of a model of the same class, of which only the config is read. By
+    default the teacher."""
+    shape: dict[str, Any] = {}
+    """For `source: config`, what differs from the config of `like`, by the names of its class: `hidden_size`,
+    `intermediate_size`, `num_hidden_layers`, `num_attention_heads`, `num_key_value_heads`, … The vocabulary is the
+    teacher's."""
     allow_pickle: bool = False
     """Read weights of `source` that are no safetensors; see the teacher's."""
     keep_layers: Positive | None = None
@@ -49,3 +57,28 @@ class StudentConfig(Section):
     lora: AdapterConfig | None = None
     """Every stage that trains the student trains a new adapter. It saves the student with the adapter merged, and the
     adapter by itself in the folder `adapter`."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> StudentConfig:
+        if self.source == "prune" and (self.like is not None or self.shape):
+            raise InputError("like and shape describe a student with random weights: set source: config")
+        if self.source == "config" and self.lora is not None:
+            raise InputError(
+                "lora with source: config: an adapter on random weights learns little; leave one of them out"
+            )
+        return self
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the student stage makes the student."""
+        return self.source in ("prune", "config")
+
+    def model_like(self, teacher: str) -> str:
+        """The model whose class and tokenizer the student has: its own source, or what it is made from.
+
+        Args:
+            teacher: The teacher's source.
+        """
+        if self.source == "config":
+            return self.like or teacher
+        return teacher if self.source == "prune" else self.source

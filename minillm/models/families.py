@@ -161,6 +161,11 @@ FAMILIES: dict[str, Family] = {
         },
         replaced_by_vllm_on_cpu=True,
     ),
+    "glm": Family(
+        published={
+            "zai-org/glm-4-9b-hf": _llama(4096, 40, (32, 2), 13696, 151552, head_size=128, context=8192),
+        },
+    ),
     "gemma2": Family(
         published={
             "google/gemma-2-2b-it": _llama(2304, 26, (8, 4), 9216, 256000, head_size=256, tied=True, context=8192),

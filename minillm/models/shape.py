@@ -7,6 +7,7 @@ which have shapes and no data.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from minillm.models.configs import head_size, read_config
 from minillm.models.families import KNOWN
 from minillm.models.flops import Dimensions, dimensions_of, inner_size
+from minillm.models.initialise import config_like
 from minillm.models.pruning.depth import check_keep_layers
 from minillm.models.pruning.layer_settings import cut_config
 
@@ -94,19 +96,39 @@ def shape_of(source: str, keep_layers: int | None = None) -> Shape:
         MissingError, NotAFolderError, SourceError: The model is not there.
         InputError: The model has fewer layers than `keep_layers`, or `keep_layers` is below 2.
     """
-    config = _config(source)
+    config = published_config(source)
     if keep_layers is not None:
         depth = config.get_text_config().num_hidden_layers
         check_keep_layers(depth, keep_layers)
         # Which layers pruning will remove is not known yet, and does not change the sizes.
         config = cut_config(config, [*range(keep_layers - 1), depth - 1])
+    return _shape(source, config)
+
+
+def shape_like(source: str, settings: Mapping[str, Any], vocab_size: int) -> Shape:
+    """Return the sizes of a model that `minillm.models.initialise` makes.
+
+    Args:
+        source: Folder or hub id of the model of the same class.
+        settings: What differs from its config.
+        vocab_size: Rows of the embedding.
+
+    Raises:
+        MissingError, NotAFolderError, SourceError: The model is not there.
+        InputError: The class has no such setting, or the sizes do not fit.
+    """
+    return _shape(f"like {source}", config_like(published_config(source), settings, vocab_size))
+
+
+def _shape(source: str, config: Any) -> Shape:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings().weight.numel()
     return Shape(source, config.get_text_config(), model.num_parameters(), head, dimensions_of(model))
 
 
-def _config(source: str) -> Any:
+def published_config(source: str) -> Any:
+    """Return the config of a folder, of a model of a shipped recipe, which needs no network, or from the hub."""
     if source in KNOWN and not Path(source).is_dir():
         sizes = dict(KNOWN[source])
         return AutoConfig.for_model(sizes.pop("model_type"), **sizes)

@@ -79,10 +79,10 @@ def check_models(recipe: Recipe, conventions: Conventions) -> None:
         MinillmError: naming the model, and the setting to change.
     """
     teacher, student = recipe.teacher.first.source, recipe.student.source
-    pruned, teachers = student == "prune", recipe.teacher.by_name
-    for source in [each.source for each in teachers.values()] + [student] * (not pruned):
+    made, teachers = recipe.student.is_made, recipe.teacher.by_name
+    for source in [each.source for each in teachers.values()] + [student] * (not made):
         check_source(source)
-    if not pruned:
+    if not made:
         if find_gguf(student):
             raise InputError(
                 f"student.source: {student} is a GGUF file, which is not trained as it is: name a model folder (the "
@@ -90,7 +90,7 @@ def check_models(recipe: Recipe, conventions: Conventions) -> None:
             )
         _check_model(recipe, conventions, student, "student")
     if recipe.student.lora is not None:
-        check_student(teacher if pruned else student, recipe.student.lora)
+        check_student(teacher if made else student, recipe.student.lora)
     for name, each in teachers.items():
         _check_model(recipe, conventions, each.source, teacher_label(name))
         _check_teacher(recipe, each, teacher_label(name))
@@ -136,7 +136,7 @@ def _check_teacher(recipe: Recipe, teacher: TeacherConfig, label: str) -> None:
         if find_gguf(source):
             raise InputError(f"teacher.quantization: {source} is a GGUF file, which is read whole: leave it out")
     if "minillm" in recipe.stages:
-        student, mixed = source if recipe.student.source == "prune" else recipe.student.source, None
+        student, mixed = recipe.student.model_like(source), None
         if recipe.rollout.teacher_mix:
             mixed = copy.deepcopy(config)
             if teacher.quantization:

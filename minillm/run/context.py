@@ -60,10 +60,10 @@ class Run:
         if recipe.teacher.several and any(example.teacher is not None for example in self.heldout_examples):
             check_teacher_names(recipe, self.heldout_examples, recipe.data.heldout)  # all rows name one, or none does
         first, *others = recipe.teacher.by_name.items()
-        teacher, pruned, gguf = first[1], recipe.student.source == "prune", find_gguf(first[1].source)
+        teacher, made, gguf = first[1], recipe.student.is_made, find_gguf(first[1].source)
         self.conventions: Conventions = settle_run(
             teacher.source,
-            None if pruned else recipe.student.source,
+            None if made else recipe.student.source,
             template=recipe.data.template == "chat",
             others={teacher_label(name): other.source for name, other in others},
         )
@@ -71,7 +71,9 @@ class Run:
         self.untuned = self.folder("teacher") if gguf or teacher.adapter else teacher.source
         self.teacher = self.folder("finetune") if "finetune" in recipe.stages else self.untuned
         self.teachers = {first[0]: self.teacher, **{name: other.source for name, other in others}}
-        self.start = self.folder("student") if pruned else recipe.student.source
+        random = recipe.student.source == "config"
+        made_in = str(self.dir / "initial") if random else self.folder("student")
+        self.start = made_in if made else recipe.student.source
         self.pretrained = self.folder("pretrain") if "pretrain" in recipe.stages else self.start
         self.warmed = self.folder("warmup") if "warmup" in recipe.stages else self.pretrained
         self.fine_tuned = self.folder("sft")
@@ -107,6 +109,12 @@ class Run:
     def texts(self) -> Iterable[dict[str, str]] | None:
         """Rows of text for the language-model term, checked; None where the recipe names none."""
         text = self.recipe.data.text
+        return None if text is None else open_texts(text, self.recipe.seed)
+
+    @cached_property
+    def heldout_texts(self) -> Iterable[dict[str, str]] | None:
+        """Rows of held-out text, checked; None where the recipe names none."""
+        text = self.recipe.data.heldout_text
         return None if text is None else open_texts(text, self.recipe.seed)
 
     @cached_property

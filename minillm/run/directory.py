@@ -34,14 +34,6 @@ if TYPE_CHECKING:
 
 _FORMAT = 2  # of what is recorded of a stage
 _LONGEST_PATH = 4096  # a template can be a text
-_VALIDATION_SETTINGS = (
-    "data.validation",
-    "data.validation_limit",
-    "rollout.engine",
-    "rollout.max_new_tokens",
-    "rollout.temperature",
-    "rollout.stop",
-)
 _RECORDED_LATER = ("rollout.engine", "teacher.quantization")  # of what validation reads: since format 2
 
 
@@ -58,7 +50,8 @@ def absolute_paths(recipe: Recipe) -> dict[str, Any]:
         (source, key) for source in tree["data"].values() if isinstance(source, dict) for key in ("file", "dataset")
     ]
     places += [(tree["responses"], "file"), (tree["logits"], "folder")]
-    if recipe.student.source != "prune":
+    places += [(tree["student"], "like")]
+    if not recipe.student.is_made:
         places += [(tree["student"], "source")]
     for section, key in places:
         value = section[key]
@@ -91,7 +84,7 @@ def _is_run_directory(folder: Path) -> bool:
 def _normalise_path(key: str, value: Any) -> Any:
     """The absolute form of a local path that an earlier version recorded as it was written."""
     is_path = key.endswith((".source", ".adapter", ".file", ".dataset")) and isinstance(value, str)
-    if is_path and value != "prune" and os.path.exists(os.path.expanduser(value)):
+    if is_path and value not in ("prune", "config") and os.path.exists(os.path.expanduser(value)):
         return os.path.abspath(os.path.expanduser(value))
     return value
 
@@ -342,9 +335,9 @@ class RunState:
         from the result of another run, as the methods of a comparison start from the shared warm-up.
         """
         stage = stage_named(name)
-        own, arguments = set(stage.reads), stage.arguments(self._recipe)
-        if own and arguments.get("load_best_model_at_end"):
-            own |= set(_VALIDATION_SETTINGS)  # validation decides which model the stage leaves
+        own, arguments = stage.settings_read(self._recipe), stage.arguments(self._recipe)
+        if own and stage.validation_decides(self._recipe):
+            own |= set(stage.validation_settings)
             if str(arguments.get("metric_for_best_model")).removeprefix("eval_") == "reverse_kl":
                 own.add("teacher.quantization")
         return own.union(*map(self._parts, self._built_on(name)))

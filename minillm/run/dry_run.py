@@ -56,7 +56,7 @@ def dry_run(recipe: Recipe, *, sample: bool = True) -> DryRun:
         run.state.check(stage)
         run.state.needs(stage, recipe.stages[:number])
     prompt = run.train_prompts[0]
-    model = recipe.teacher.first.source if recipe.student.source == "prune" else recipe.student.source
+    model = recipe.teacher.first.source if recipe.student.is_made else recipe.student.source
     memory, fits = _memory(recipe)
     return DryRun(
         rows={

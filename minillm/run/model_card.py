@@ -16,6 +16,7 @@ from minillm.data.files import read_json
 from minillm.data.templates import prompt_text
 from minillm.errors import RunError
 from minillm.evaluation.formatting import with_interval
+from minillm.evaluation.language_model_metrics import TEXT_METRICS
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.redaction import redacted
 from minillm.run.recipe import Recipe
@@ -38,24 +39,27 @@ def write_card(folder: Path, recipe: Recipe, stage: str = "minillm") -> Path:
         The path of the card.
     """
     teacher, base = recipe.teacher.first.source, recipe.student.source
-    pruned = base == "prune"
+    pruned, random = base == "prune", base == "config"
     licence = None if recipe.teacher.several else _licence(Path(teacher))
     head: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["minillm", *stage_named(stage).tags(recipe)],
-        "base_model": teacher if pruned else base,
     }
+    if not random:
+        head["base_model"] = teacher if pruned else base
     if licence and pruned:
         head["license"] = licence
     terms = licence or f"see that of {teachers_in_words(recipe)}"
     made = f"{recipe.student.keep_layers} layers of its teacher" if pruned else f"`{base}`"
+    if random:
+        made = f"a model of the class of `{recipe.student.model_like(teacher)}` with random weights"
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {folder.resolve().parent.name}",
         f"{made[0].upper()}{made[1:]}, {stage_named(stage).describe(recipe)}, with minillm {minillm.__version__}.",
         f"**Licence.** What is made from a teacher's weights or answers is bound by its licence: {terms}."
-        + ("" if pruned else f" That of `{base}` holds too."),
+        + ("" if pruned or random else f" That of `{base}` holds too."),
         *_lengthened(recipe.run_dir, stage),
         *_results(current_results(recipe.run_dir)),
         "## Recipe\n\n```yaml\n"
@@ -132,7 +136,23 @@ def _results(results: dict[str, Any]) -> list[str]:
     heads = " | ".join(metric.title for metric in HELD_OUT)
     seeds = ", ".join(map(str, results["seeds"]))
     note = f"{results['prompts']} held-out prompts, sampling seeds {seeds}; mean [95 % interval]."
-    return [f"## Results\n\n| model | {heads} |\n|---{'|---' * len(HELD_OUT)}|\n{rows}\n{note}"]
+    return [
+        f"## Results\n\n| model | {heads} |\n|---{'|---' * len(HELD_OUT)}|\n{rows}\n{note}",
+        *_text_results(results),
+    ]
+
+
+def _text_results(results: dict[str, Any]) -> list[str]:
+    found = results.get("text")
+    if not found:
+        return []
+    rows = ""
+    for name, scores in found["models"].items():
+        cells = " | ".join(with_interval(scores.get(metric.key), digits=4) for metric in TEXT_METRICS)
+        rows += f"| {name} | {cells} |\n"
+    heads = " | ".join(metric.title for metric in TEXT_METRICS)
+    note = f"{found['blocks']} blocks of held-out text, {found['tokens']} tokens; mean [95 % interval]."
+    return [f"| model | {heads} |\n|---{'|---' * len(TEXT_METRICS)}|\n{rows}\n{note}"]
 
 
 def _licence(teacher: Path) -> str | None:

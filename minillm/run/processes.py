@@ -12,6 +12,7 @@ from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from minillm.errors import RunError
@@ -36,6 +37,17 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes were launched together."""
     return int(environ.get("WORLD_SIZE", 1))
+
+
+def launched(run: Run) -> bool:
+    """Whether process 0 of this launch has not given up."""
+    return _launch_file(run).is_file()
+
+
+def select_device() -> None:
+    """Give this process the accelerator of its number on the machine, where there are several."""
+    if world_size() > 1 and torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count())
 
 
 def print_progress(text: str, rank: int = 0) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.data.files import write_json
+from minillm.evaluation.language_model_metrics import TEXT_METRICS
 from minillm.evaluation.metrics import HELD_OUT
 from minillm.evaluation.report.curves import curve_points, draw_curves
 from minillm.evaluation.report.html import (
@@ -63,6 +64,7 @@ def write_run_report(run_dir: Path, prompts: Mapping[int, str] | None = None, *,
     sections = [
         _verdict(results, stages, run_dir),
         _results(results),
+        _text_results(results),
         *(_curves(run_dir, stage, stages) for stage in reversed(STAGES)),
         draw_samples("Responses while training, token by token", those_that_are(Sample, read_lines(run_dir / SAMPLES))),
         _answers(run_dir / "evaluate", results, prompts or {}),
@@ -104,6 +106,23 @@ def _results(results: dict[str, Any]) -> str:
     return heading("Results") + table(["model", *(metric.title for metric in HELD_OUT)], rows) + note(explained)
 
 
+def _text_results(results: dict[str, Any]) -> str:
+    found = results.get("text")
+    if not found:
+        return ""
+    rows = [
+        [text_cell(name), *(interval_cell(scores.get(metric.key), digits=4) for metric in TEXT_METRICS)]
+        for name, scores in found["models"].items()
+    ]
+    explained = (
+        f"{found['blocks']} blocks of held-out text, {found['tokens']} predicted tokens; mean and 95 % bootstrap "
+        "interval over blocks, at temperature 1. ECE is the expected calibration error: how far the probability of the "
+        "most likely token is from how often it is the next one."
+    )
+    table_of = table(["model", *(metric.title for metric in TEXT_METRICS)], rows)
+    return heading("Held-out text") + table_of + note(explained)
+
+
 def _curves(run_dir: Path, stage: Stage, stages: dict[str, Any]) -> str:
     """The curves of a training stage: those that it names, and its validation."""
     if not stage.curves:
@@ -114,8 +133,8 @@ def _curves(run_dir: Path, stage: Stage, stages: dict[str, Any]) -> str:
     panels = [
         (title, {label: curve_points(updates, key) for key, label in labels.items()}) for title, labels in stage.curves
     ]
-    validated = [(metric, curve_points(log, f"eval_{metric.key}")) for metric in HELD_OUT]
-    panels += [(f"Validation: {metric.title}", {"validation": points}) for metric, points in validated if points]
+    validated = [(metric.title, curve_points(log, f"eval_{metric.key}")) for metric in (*HELD_OUT, *TEXT_METRICS)]
+    panels += [(f"Validation: {title}", {"validation": points}) for title, points in validated if points]
     return draw_curves(stage.curve_title, panels)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm.data.files import finite
 from minillm.evaluation.formatting import number, with_interval
-from minillm.evaluation.metrics import HELD_OUT
+from minillm.evaluation.language_model_metrics import TEXT_METRICS, TextMetric
+from minillm.evaluation.metrics import HELD_OUT, Metric
 from minillm.evaluation.report.console import plain_table
 from minillm.evaluation.verdict import COLOURS, check_of
 from minillm.terminal import current
@@ -80,20 +82,30 @@ def show_results(run_dir: Path) -> None:
 
 
 def summary(results: dict[str, Any], width: int) -> list[str]:
-    """The scores of the models as lines of a table: with their intervals, as far as there is room.
+    """The scores of the models as lines of a table, or of two: with their intervals, as far as there is room.
 
     Args:
         results: The results of a run.
         width: Columns.
     """
     title = f"{results['prompts']} held-out prompts, {len(results['seeds'])} seeds: mean [95 % interval]"
-    heads = ["model", *(metric.title for metric in HELD_OUT)]
-    scores = [[found.get(metric.key) for metric in HELD_OUT] for found in results["models"].values()]
+    lines = _scores(title, results["models"], HELD_OUT, width)
+    if text := results.get("text"):
+        title = f"{text['blocks']} blocks of held-out text, {text['tokens']} tokens: mean [95 % interval]"
+        lines += _scores(title, text["models"], TEXT_METRICS, width, digits=4)
+    return lines
+
+
+def _scores(
+    title: str, models: dict[str, Any], metrics: Sequence[Metric | TextMetric], width: int, digits: int = 2
+) -> list[str]:
+    heads = ["model", *(metric.title for metric in metrics)]
+    scores = [[found.get(metric.key) for metric in metrics] for found in models.values()]
     lines: list[str] = []
-    for intervals in range(len(HELD_OUT), -1, -1):
+    for intervals in range(len(metrics), -1, -1):
         rows = [
-            [name, *(with_interval(one) if i < intervals else _mean(one) for i, one in enumerate(row))]
-            for name, row in zip(results["models"], scores, strict=True)
+            [name, *(with_interval(one, digits) if i < intervals else _mean(one, digits) for i, one in enumerate(row))]
+            for name, row in zip(models, scores, strict=True)
         ]
         lines = plain_table(heads, rows)
         if max(map(len, lines)) <= width or not intervals:
@@ -101,8 +113,8 @@ def summary(results: dict[str, Any], width: int) -> list[str]:
     return [*textwrap.wrap(title, width), *lines]
 
 
-def _mean(score: dict[str, Any] | None) -> str:
-    return "" if score is None else number(score["mean"])
+def _mean(score: dict[str, Any] | None, digits: int) -> str:
+    return "" if score is None else number(score["mean"], digits)
 
 
 def _modified(file: Path) -> int:

@@ -26,7 +26,8 @@ _WORTH_A_PLAN = 30.0  # seconds; to estimate the rest takes a few
 def run_recipe(recipe: Recipe, only: str | Sequence[str] | None = None, redo: bool = False) -> Run:
     """Run the stages of a recipe, or some of them.
 
-    Under several processes (`accelerate launch`) the stages that train run in all of them, the others in one.
+    Under several processes (`accelerate launch`) the stages that train, and `logits`, run in all of them, the others in
+    one.
 
     Args:
         only: the stages to run; by default all that the recipe lists.
@@ -107,7 +108,7 @@ def _run_pending_stages(run: Run, stages: list[str], rank: int, world: int) -> N
             terminal.heading, terminal.rest = heading, partial(remaining.after, name)
             processes.print_progress(heading, rank)
         started = time.perf_counter()
-        if world > 1 and stage.training is None:
+        if world > 1 and stage.training is None and not stage.in_every_process:
             processes.run_in_main_process(run, name, rank)
         else:
             _run_stage(run, stage, rank)

@@ -111,7 +111,9 @@ def _described(name: str, settings: dict[str, Any], plan: tuple[str, str]) -> Sh
     return ShippedRecipe(
         name=name,
         teacher=str(settings["teacher"]["source"]),
-        student=f"{student.get('keep_layers')} of its layers" if source == "prune" else source,
+        student={"prune": f"{student.get('keep_layers')} of its layers", "config": "random weights"}.get(
+            source, source
+        ),
         trains=f"{', '.join(trained)} ({objective}{', LoRA' if student.get('lora') else ''})",
         gpus=plan[0],
         hours=plan[1],

@@ -107,9 +107,11 @@ def training_faults(recipe: Recipe, stage: Stage, given: dict[str, Any]) -> Iter
     faults = setting_faults(
         known,
         fine_tuning=stage.uses_trl,
-        validated=recipe.data.validation is not None,
+        validated=getattr(recipe.data, stage.validates_on.removeprefix("data.")) is not None,
         reads_teacher=stage.scores_with_teacher(recipe),
         runs=stage.name in recipe.stages,
+        validates_on=stage.validates_on,
+        **({} if (metrics := stage.measured()) is None else {"metrics": metrics}),
     )
     for name, fault in faults:
         yield _key(stage, name), fault

@@ -168,5 +168,8 @@ class SamplerConfig(Section):
     tokens: Annotated[int, Field(ge=1, le=255)] = 12
     """K: tokens that `threshold` keeps at each position, the most that `top_p_k` keeps, and the draws of `random`, of
     which several may fall on one token."""
+    floor: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """For `threshold` of 4 tokens or more: the token that really comes next and the end token are kept with their own
+    probability where it is at least this, and not left to the draw. 1: only where they are certain."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """For `top_p_k`: no more of the most likely tokens are kept than reach this probability together."""

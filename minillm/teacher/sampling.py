@@ -15,8 +15,9 @@ from torch import Tensor
 from minillm.teacher.config import SamplerConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
+_LEAST_SLOTS = 4  # below it, two tokens that are always kept would leave too few for the draw
 _DUST = 1e-12  # probability that counts as none: far below what float32 logits resolve
 
 
@@ -42,7 +43,11 @@ class Sample:
 
 
 def sample(
-    logits: Float[Tensor, "tokens vocab"], config: SamplerConfig, temperature: float, generator: torch.Generator
+    logits: Float[Tensor, "tokens vocab"],
+    config: SamplerConfig,
+    temperature: float,
+    generator: torch.Generator,
+    always: Int[Tensor, "tokens few"] | None = None,
 ) -> Sample:
     """Draw a sample at each position.
 
@@ -52,6 +57,8 @@ def sample(
         temperature: τ. `threshold` and `random` sample from softmax(logits / τ); `top_p_k` chooses its tokens at
             temperature 1 and gives them their probabilities at τ, as the paper does.
         generator: on the CPU; gives the same sample on every device.
+        always: tokens that `threshold` keeps as they are where their probability is at least `config.floor`: the one
+            that comes next in the text, and the end token.
     """
     p = torch.softmax(logits.double() / temperature, -1)
     if config.method == "top_p_k":
@@ -60,11 +67,18 @@ def sample(
         return _random(p, config.tokens, generator)
     uniform = torch.rand(len(p), dtype=torch.float64, generator=generator)
     order = torch.randperm(p.shape[1], generator=torch.Generator().manual_seed(p.shape[1]))
-    return threshold(p, config.tokens, uniform.to(p.device), order.to(p.device))
+    if always is None or config.tokens < _LEAST_SLOTS:
+        return threshold(p, config.tokens, uniform.to(p.device), order.to(p.device))
+    certain = torch.zeros_like(p, dtype=torch.bool).scatter(1, always, p.gather(1, always) >= config.floor)
+    return threshold(p, config.tokens, uniform.to(p.device), order.to(p.device), certain)
 
 
 def threshold(
-    p: Float[Tensor, "tokens vocab"], slots: int, uniform: Float[Tensor, " tokens"], order: Int[Tensor, " vocab"]
+    p: Float[Tensor, "tokens vocab"],
+    slots: int,
+    uniform: Float[Tensor, " tokens"],
+    order: Int[Tensor, " vocab"],
+    certain: Bool[Tensor, "tokens vocab"] | None = None,
 ) -> Sample:
     """Keep the tokens with p ≥ λ, and draw from the others, each with probability p/λ and then with weight λ.
 
@@ -77,13 +91,18 @@ def threshold(
         slots: K.
         uniform: U of each position, from 0 to below 1.
         order: the order of the tokens on the line.
+        certain: tokens that are kept with their own weight in any case, fewer than K at each position; λ is then that
+            of the others. The expectation is still p.
 
     Returns:
         Samples whose weights sum to 1 and have the expectation p over U.
     """
     width = p.shape[1]
     slots = min(slots, width)
-    top, top_ids = p.topk(min(slots + 1, width), -1)
+    # What is certain comes first, and then the most likely tokens.
+    key = p if certain is None else p + certain
+    top_ids = key.topk(min(slots + 1, width), -1).indices
+    top = p.gather(1, top_ids)
     if top.shape[1] == slots:  # the whole vocabulary
         top = torch.cat([top, top.new_zeros(len(p), 1)], 1)
     number = torch.arange(slots, device=p.device)
@@ -92,6 +111,8 @@ def threshold(
     rest = torch.where(rest < _DUST, 0.0, rest)
     level = rest[:, :slots] / (slots - number)
     below = top[:, :slots] < level
+    if certain is not None:
+        below &= ~certain.gather(1, top_ids[:, :slots])
     head = torch.where(below.any(-1), below.int().argmax(-1), slots)
     is_head = number < head[:, None]
     head_ids = top_ids[:, :slots]

@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ SHARD_BLOCKS = 64
 """Numbers of blocks in a shard. Work on a shard that was not finished is done again."""
 _STEPS = 2048.0  # of the logarithm of a weight, for each nat; 16 bits then reach e^-32
 _FORMAT = 1
+_MOST_TOKENS = 1 << 24
 _OPEN = 256  # shards that a reader keeps open
 
 
@@ -118,19 +120,28 @@ class StoreWriter:
         facts: what it is of.
 
     Raises:
-        InputError: the folder holds a store of something else.
+        InputError: the folder holds a store of something else, or the vocabulary has more tokens than 3 bytes name.
+        RunError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, facts: StoreFacts) -> None:
         self.folder, self._wide_ids = folder, facts.vocab_size > 1 << 16
+        if facts.vocab_size > _MOST_TOKENS:
+            raise InputError(
+                f"{folder}: a store keeps ids of 3 bytes, and the vocabulary has {facts.vocab_size} tokens, more than "
+                f"{_MOST_TOKENS}: leave the logits stage out, and pretrain takes the live teacher"
+            )
         if (folder / "store.json").is_file():
             check_facts(folder, facts)
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             # Several processes may begin at once: each has a file of its own to rename.
             own = folder / f"store-{os.getpid()}.json"
-            write_json(own, {"format": _FORMAT, "facts": asdict(facts)})
-            own.replace(folder / "store.json")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(own, {"format": _FORMAT, "facts": asdict(facts)})
+                own.replace(folder / "store.json")
+            except OSError as error:
+                raise RunError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
     def missing(self, blocks: Sequence[int], draw: int) -> list[list[int]]:
         """The blocks of each shard that has to be written: it is not there, it is torn, or it lacks one of them."""
@@ -138,6 +149,27 @@ class StoreWriter:
         for block in sorted(set(blocks)):
             wanted.setdefault(block // SHARD_BLOCKS, []).append(block)
         return [some for shard, some in wanted.items() if not self._holds(draw, shard, some)]
+
+    def wait(self, blocks: Sequence[int], draws: int, going_on: Callable[[], bool]) -> None:
+        """Wait until every shard of some blocks is there, written by this process or by others.
+
+        Args:
+            blocks: the numbers of the blocks.
+            draws: how many draws of each.
+            going_on: whether the others can still write them; it is asked every second.
+
+        Raises:
+            RunError: they cannot.
+        """
+        shards = sorted({block // SHARD_BLOCKS for block in blocks})
+        paths = [_shard_path(self.folder, draw, shard) for draw in range(draws) for shard in shards]
+        while missing := [path for path in paths if not path.is_file()]:
+            if not going_on():
+                raise RunError(
+                    f"{missing[0]}: another process was to write it, and has stopped; what it printed says why. The "
+                    "same command continues"
+                )
+            time.sleep(1)
 
     def _holds(self, draw: int, shard: int, blocks: list[int]) -> bool:
         path = _shard_path(self.folder, draw, shard)

@@ -16,7 +16,7 @@ from minillm.models.load import resolve_cached
 from minillm.teacher.config import SamplerConfig
 from minillm.teacher.sampling import Sample, sample
 from minillm.teacher.states import StatesTeacher
-from minillm.teacher.store import BlockSample, StoreWriter, hash_of
+from minillm.teacher.store import SHARD_BLOCKS, BlockSample, StoreWriter, hash_of
 from minillm.terminal import Progress
 
 _ROWS = 128  # positions whose logits exist at once; part of what decides the draws
@@ -31,6 +31,7 @@ class Drawing:
         sampler: the method.
         temperature: what the teacher's logits are divided by.
         vocab_size: tokens that the distributions are over.
+        end: the end token, which a sampler may always keep; None if there is none.
         seed: with the numbers of draw and block it decides the draws of a block, so a continued store is the same.
     """
 
@@ -38,6 +39,7 @@ class Drawing:
     temperature: float
     vocab_size: int
     seed: int
+    end: int | None = None
 
 
 def write_missing(
@@ -47,6 +49,7 @@ def write_missing(
     blocks: Sequence[int],
     draw: int,
     drawing: Drawing,
+    share: tuple[int, int] = (0, 1),
 ) -> int:
     """Write the shards of some blocks that are not there yet, and show the progress.
 
@@ -57,6 +60,7 @@ def write_missing(
         blocks: the numbers of the blocks.
         draw: the number of the draw.
         drawing: how samples are drawn.
+        share: number of this process, and of how many; each writes shards of its own.
 
     Returns:
         The tokens that were written.
@@ -64,7 +68,9 @@ def write_missing(
     Raises:
         RunError: a shard cannot be written; those before it are kept.
     """
-    missing = writer.missing(blocks, draw)
+    process, processes = share
+    own = [block for block in blocks if block // SHARD_BLOCKS % processes == process]
+    missing = writer.missing(own, draw)
     started, tokens = time.perf_counter(), 0
     with Progress(len(missing), "shards") as shown:
         for shard in missing:
@@ -87,11 +93,14 @@ def _samples(
     head, out = teacher.head.narrow(drawing.vocab_size), []
     for block, some in zip(blocks, pieces, strict=True):
         hidden = torch.cat([next(states) for _ in some])
+        always = torch.tensor([token for ids in some for token in ids[1:]], device=hidden.device)[:, None]
+        if drawing.end is not None:
+            always = torch.cat([always, torch.full_like(always, drawing.end)], 1)
         generator = torch.Generator().manual_seed(seed_of(drawing.seed, "store", draw, block))
         with torch.no_grad():
             parts = [
-                sample(head.logits(rows, 1.0), drawing.sampler, drawing.temperature, generator)
-                for rows in hidden.split(_ROWS)
+                sample(head.logits(rows, 1.0), drawing.sampler, drawing.temperature, generator, kept)
+                for rows, kept in zip(hidden.split(_ROWS), always.split(_ROWS), strict=True)
             ]
         out.append(BlockSample(block, hash_of(some), _joined(parts)))
     return out

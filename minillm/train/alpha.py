@@ -34,6 +34,9 @@ class AlphaConfig(Section):
     """For `cosine` and `wsd`, what is left of α at the end, as a share of `value`."""
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
     """For `linear_to_zero`, the share of the training after which α is 0, and the teacher is not read any more."""
+    until_passed: bool = False
+    """α is 0 for good once a validation on held-out text finds the student's loss below the teacher's, whatever the
+    schedule says. A teacher that the student has passed holds it back (arXiv 2502.08606)."""
 
     @model_validator(mode="after")
     def _check(self) -> AlphaConfig:

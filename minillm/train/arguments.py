@@ -118,7 +118,14 @@ def check_arguments(
 
 
 def setting_faults(
-    given: dict[str, Any], *, fine_tuning: bool, validated: bool, reads_teacher: bool, runs: bool = True
+    given: dict[str, Any],
+    *,
+    fine_tuning: bool,
+    validated: bool,
+    reads_teacher: bool,
+    runs: bool = True,
+    validates_on: str = "data.validation",
+    metrics: Mapping[str, bool | None] = METRICS,
 ) -> Iterator[Fault]:
     """Faults of a section of a recipe.
 
@@ -129,6 +136,8 @@ def setting_faults(
         validated: whether there are rows to validate on.
         reads_teacher: whether validation can compute KL(q‖p), because the teacher is a model in the process.
         runs: whether the recipe runs the section's stage; for other stages the needs of validation are not checked.
+        validates_on: the setting that names these rows.
+        metrics: what validation measures, and whether more of it is better.
 
     Yields:
         The field and its fault.
@@ -161,8 +170,8 @@ def setting_faults(
         yield "accelerator_config", "use_configured_state: a stage sets up its processes itself (given: True)"
     if args.fp16 and given.get("use_cpu"):
         yield "fp16", _FP16
-    missing = None if validated or not runs else "data.validation"
-    for name, fault in _faults(args, fine_tuning, missing, reads_teacher or not runs, METRICS):
+    missing = None if validated or not runs else validates_on
+    for name, fault in _faults(args, fine_tuning, missing, reads_teacher or not runs, metrics):
         if name not in faulty:
             yield name, fault
 
@@ -292,7 +301,7 @@ def _eval_faults(rows: Any) -> Iterator[Fault]:
     """Faults of the rows for validation."""
     if isinstance(rows, dict):
         yield "eval_dataset", "one list of rows is needed, not a dictionary of several"
-    elif rows is not None and not len(rows):
+    elif rows is not None and hasattr(rows, "__len__") and not len(rows):
         yield "eval_dataset", "there are no rows in it: leave it out"
 
 

@@ -103,9 +103,9 @@ def _settle(args: Any, metrics: Mapping[str, bool | None]) -> bool:
     given: frozenset[str] | None = vars(args).get("given")
     name, level = args.metric_for_best_model, logging.WARNING if given is None else logging.INFO
     if name in (None, "loss") if given is None else "metric_for_best_model" not in given:
-        args.metric_for_best_model = "rouge_l"
-        if name != "rouge_l":
-            logger.log(level, "metric_for_best_model: rouge_l, because no metric was set that validation measures.")
+        args.metric_for_best_model = default = next(iter(metrics))
+        if name != default:
+            logger.log(level, "metric_for_best_model: %s, because no metric was set that validation measures.", default)
     if given is not None:
         direction_given = "greater_is_better" in given and args.greater_is_better is not None
     else:

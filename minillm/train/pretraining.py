@@ -14,13 +14,15 @@ from minillm.data.batches import Padded, pad
 from minillm.data.rollouts import SparseTargets
 from minillm.data.text import TextBlocks
 from minillm.errors import InputError
-from minillm.loss.config import NOT_LINEAR, DivergenceConfig
+from minillm.evaluation.language_model import heldout_blocks, score_blocks
+from minillm.evaluation.language_model_metrics import TEACHER_LOSS, VALIDATION, text_scores
+from minillm.loss.config import BY_WEIGHTS, NOT_LINEAR, DivergenceConfig
 from minillm.loss.supervised import SupervisedLoss
 from minillm.loss.teacher_spans import Teacher
 from minillm.loss.terms import extra_divergence
 from minillm.models.head import keeps_sequences_apart
 from minillm.teacher.absent import NO_TEACHER
-from minillm.teacher.routed import join_states
+from minillm.teacher.routed import ExactTeacher, join_states
 from minillm.teacher.store import TargetStore
 from minillm.train.alpha import AlphaConfig
 from minillm.train.base import DistillationTrainer
@@ -57,12 +59,18 @@ class PretrainingTrainer(DistillationTrainer):
         alpha: α and its schedule.
         divergence: D, the forward KL by default, at `temperature`.
         store: the teacher's distributions of the same blocks, in place of the teacher. D is then the cross-entropy to
-            the kept tokens, whose gradient is that of the forward KL.
+            the kept tokens, whose gradient is that of the forward KL, or another of `BY_WEIGHTS`.
+        eval_dataset: rows with `text`, on which validation measures `VALIDATION`, and KL(p‖q) with a live teacher.
+        eval_blocks: how many blocks of them are scored.
+        teacher_loss: the teacher's loss on these blocks, where there is no live teacher that tells it.
         **kwargs: further parameters of `DistillationTrainer`.
 
     Raises:
-        InputError: the text has fewer blocks than one update, or the store cannot give this divergence.
+        InputError: the text has fewer blocks than one update, or the store cannot give this divergence; or α is to
+            stop when the teacher is passed, and no validation tells when.
     """
+
+    validation_metrics = VALIDATION
 
     def __init__(
         self,
@@ -75,17 +83,30 @@ class PretrainingTrainer(DistillationTrainer):
         alpha: AlphaConfig | None = None,
         divergence: DivergenceConfig | None = None,
         store: TargetStore | None = None,
+        eval_dataset: Iterable[dict[str, Any]] | None = None,
+        eval_blocks: int = 64,
+        teacher_loss: float | None = None,
         **kwargs: Any,
     ) -> None:
         self._alpha = alpha or AlphaConfig()
         self._divergence = divergence or DivergenceConfig(name="forward_kl")
         self._store = store
-        if store is not None and self._divergence.name != "forward_kl":
+        if store is not None and self._divergence.name not in BY_WEIGHTS:
             raise InputError(f"divergence: {self._divergence.name} with a store: {NOT_LINEAR}")
         without = store is not None or not self._alpha.value
-        super().__init__(model, NO_TEACHER if without else teacher, args, longest=block, **kwargs)
+        rows: Any = eval_dataset
+        super().__init__(model, NO_TEACHER if without else teacher, args, longest=block, eval_dataset=rows, **kwargs)
         if not without:
             _ = self.states_teacher  # refuses log-probabilities of some tokens before anything is trained
+        self._teacher_loss = teacher_loss
+        if self._alpha.until_passed and (args.eval_strategy == "no" or (store is not None and teacher_loss is None)):
+            raise InputError(
+                "alpha.until_passed: validation tells when the teacher is passed: set eval_strategy, give an "
+                "eval_dataset with text, and with a store teacher_loss"
+            )
+        self._heldout = (
+            [] if eval_dataset is None else heldout_blocks(eval_dataset, self.student_tokenizer, block, eval_blocks)
+        )
         self._processes = self.accelerator.num_processes
         self._micro_batch_size = self.args.per_device_train_batch_size
         each = self._micro_batch_size * self.args.gradient_accumulation_steps * self._processes
@@ -115,11 +136,54 @@ class PretrainingTrainer(DistillationTrainer):
     def micro_batches(self, update: int) -> list[TextMicroBatch]:
         """The micro-batches of an update."""
         numbers, passes = self.text.of_update(update), self.text.passes_of_update(update)
-        count, alpha = self.text.tokens(numbers), self._alpha.at(update, self.state.max_steps)
+        count = self.text.tokens(numbers)
+        alpha = 0.0 if self._teacher_is_passed() else self._alpha.at(update, self.state.max_steps)
         own = list(zip(numbers, passes, strict=True))[self.accelerator.process_index :: self._processes]
         size = self._micro_batch_size
         self.metrics.add_mean("alpha", alpha, 1.0)
         return [TextMicroBatch(own[i : i + size], count, alpha) for i in range(0, len(own), size)]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score the held-out text with the student as it is.
+
+        Args:
+            eval_dataset: not used; the rows are those of the constructor.
+            ignore_keys: not used.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Returns:
+            The metrics of `language_model_metrics`, and the teacher's own loss where it is known.
+        """
+        own = self._heldout[self.accelerator.process_index :: self._processes]
+        # With a sharded model every forward involves all processes: one with a block fewer scores one that does not
+        # count.
+        spare = self._heldout[: -(-len(self._heldout) // self._processes) - len(own)]
+        teacher = self.teacher if isinstance(self.teacher, ExactTeacher) else None
+        with self.phase("validation"):
+            rows = score_blocks(
+                self.model_wrapped,
+                [*own, *spare],
+                self.student_tokenizer,
+                self.width,
+                share_rows=self.text.share_rows,
+                teacher=teacher,
+            )
+            found = text_scores([row for some in self.metrics.gather(rows[: len(own)]) for row in some])
+        if self._teacher_loss is not None:
+            found[TEACHER_LOSS.key] = self._teacher_loss
+        out = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(out)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, out)
+        return out
+
+    def _teacher_is_passed(self) -> bool:
+        """Whether a validation found the student below the teacher's loss. The log is kept in every checkpoint."""
+        student, teacher = "eval_text_loss", f"eval_{TEACHER_LOSS.key}"
+        return self._alpha.until_passed and any(
+            entry[student] < entry[teacher] for entry in self.state.log_history if teacher in entry
+        )
 
     def rows_of(self, micro_batch: TextMicroBatch) -> str:
         """The text that a micro-batch holds, in words."""
@@ -135,7 +199,7 @@ class PretrainingTrainer(DistillationTrainer):
                 teacher = self._targets(inputs, blocks)
         # At α = 0 this is plain language modelling, to the last bit.
         loss = SupervisedLoss(1 - inputs.alpha if inputs.alpha else 1.0, inputs.count, self._divergence)
-        extra = None if teacher is None or self._store is not None else extra_divergence(self._divergence)
+        extra = None if teacher is None else extra_divergence(self._divergence)
         value = self.update_on(model, batch, loss, teacher, self._processes, extra)
         sums = loss.tally.sums
         if isinstance(teacher, SparseTargets) and teacher.entropy is not None:

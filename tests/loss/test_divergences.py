@@ -52,6 +52,11 @@ def alpha_beta(q: list[float], p: list[float], a: float, b: float) -> float:
     ) / (a * b)
 
 
+def logit_mse(q: list[float], p: list[float]) -> float:
+    s, z = ([math.log(x) - sum(map(math.log, row)) / len(row) for x in row] for row in (q, p))
+    return sum((x - y) ** 2 for x, y in zip(s, z, strict=True)) / len(s)
+
+
 CASES: list[tuple[Callable[..., Tensor], Callable[[list[float], list[float]], float]]] = [
     (d.reverse_kl, lambda q, p: kl(q, p)),
     (d.forward_kl, lambda q, p: kl(p, q)),
@@ -64,10 +69,12 @@ CASES: list[tuple[Callable[..., Tensor], Callable[[list[float], list[float]], fl
     (d.skew_reverse_kl, lambda q, p: kl(q, mix(q, p, 0.1))),
     (d.total_variation, lambda q, p: sum(abs(x - y) for x, y in zip(q, p, strict=True)) / 2),
     (d.adaptive_kl, adaptive),
+    (d.mse, lambda q, p: sum((x - y) ** 2 for x, y in zip(q, p, strict=True))),
+    (d.logit_mse, logit_mse),
     (d.alpha_beta, lambda q, p: alpha_beta(q, p, 0.2, 0.7)),
     (lambda *a, **k: d.alpha_beta(*a, alpha=1.3, beta=-0.4, **k), lambda q, p: alpha_beta(q, p, 1.3, -0.4)),
 ]
-NAMES = ["rkl", "fkl", "jsd", "jsd-0.1", "skew-fkl", "skew-rkl", "tv", "akl", "ab", "ab-negative"]
+NAMES = ["rkl", "fkl", "jsd", "jsd-0.1", "skew-fkl", "skew-rkl", "tv", "akl", "mse", "logit-mse", "ab", "ab-negative"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.glm import GlmConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.llama import LlamaConfig
@@ -189,6 +190,39 @@ def others() -> list[tuple[str, str]]:
         kind = str(KNOWN[load_recipe(RECIPES / f"{name}.yaml").teacher.first.source]["model_type"])
         found.append((name, "smollm2" if name.startswith("smollm2") else kinds.get(kind, kind)))
     return sorted(found)
+
+
+def test_the_recipe_of_a_glm_makes_its_student_and_trains_it(tmp_path: Path) -> None:
+    kind, size = "glm", BLOCKS | {"initializer_range": 0.2}
+    teacher = tiny(GlmConfig(**size, num_hidden_layers=3), 1, tmp_path / "teacher")
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"instruction": f"w{i}", "text": f"w{i} w4 w5 " * 4}) + "\n" for i in range(16)))
+    recipe = load_recipe(
+        RECIPES / "pretraining" / "glm4-1.9b.yaml",
+        [
+            f"run_dir={tmp_path / 'run'}",
+            f"teacher.source={teacher}",
+            *(f"data.{name}={data}" for name in ("train", "heldout", "validation", "text")),
+            "student.shape={num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 1, num_key_value_heads: 1}",
+            "pretrain.block=16",
+            *(
+                f"pretrain.training.{key}={value}"
+                for key, value in {
+                    "max_steps": 2,
+                    "per_device_train_batch_size": 2,
+                    "gradient_accumulation_steps": 1,
+                    "warmup_steps": 0,
+                    "use_cpu": "true",
+                    "bf16": "false",
+                    "gradient_checkpointing": "false",
+                }.items()
+            ),
+        ],
+    )
+    assert KNOWN["zai-org/glm-4-9b-hf"]["model_type"] == kind
+    runner.run_recipe(recipe)
+    trained = load_model(recipe.run_dir / "pretrained")
+    assert (trained.config.model_type, trained.config.num_hidden_layers) == (kind, 2)
 
 
 @pytest.mark.full

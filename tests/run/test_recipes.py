@@ -8,8 +8,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
+from transformers.models.glm import GlmConfig
 
+from minillm.models.initialise import config_like
 from minillm.run.plan.machine import Machine
 from minillm.run.plan.work import why_refused
 from minillm.run.recipe import Recipe
@@ -92,6 +96,20 @@ def test_pd_star_is_the_papers(tmp_path: Path) -> None:
     assert (recipe.pretrain.temperature, alpha.value, alpha.schedule) == (2.0, 0.9, "wsd")
     assert recipe.pretrain.training["lr_scheduler_type"] == "warmup_stable_decay"
     assert recipe.pretrain.training["learning_rate"] == 6e-4
+
+
+def test_the_recipe_of_the_paper_has_its_sizes(tmp_path: Path) -> None:
+    recipe = load(ROOT / "pretraining" / "glm4-1.9b.yaml", tmp_path)
+    training, shape = recipe.pretrain.training, recipe.student.shape
+    blocks = 64 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    assert (blocks, recipe.pretrain.block) == (2048, 4096)
+    assert training["max_steps"] * blocks * 4096 == pytest.approx(100e9, rel=1e-3)
+    assert (shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]) == (2048, 6912, 24)
+    assert (training["lr_scheduler_type"], training["learning_rate"]) == ("cosine", 6e-4)
+    assert (recipe.pretrain.alpha.value, recipe.pretrain.alpha.schedule) == (0.9, "constant")
+    made = config_like(GlmConfig(), shape, 151552)
+    with torch.device("meta"):
+        assert AutoModelForCausalLM.from_config(made).num_parameters() == pytest.approx(1.9e9, rel=0.1)
 
 
 def commands(start: str) -> list[list[str]]:

@@ -68,7 +68,9 @@ def test_the_list_says_what_the_recipes_say() -> None:
     for name, said in found.items():
         recipe = resolve_recipe(name)[0]
         assert recipe.teacher.first.source.endswith(said.teacher)  # a file is named as the recipe names it
-        assert said.student in (recipe.student.source, f"{recipe.student.keep_layers} of its layers")
+        layers = f"{recipe.student.keep_layers} of its layers"
+        assert said.student in (recipe.student.source, layers, "random weights")
+        assert (said.student == "random weights") == (recipe.student.source == "config")
         assert said.trains.startswith(", ".join(stage.name for stage, _ in recipe.trainings()))
         assert f"({recipe.objective.preset}" in said.trains
         assert said.about

@@ -47,6 +47,42 @@ def test_the_expectation_of_threshold_is_p(slots: int) -> None:
     torch.testing.assert_close(mean / grid, p, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("slots", [4, 9])
+def test_what_is_always_kept_leaves_the_expectation_p(slots: int) -> None:
+    p, grid = a_distribution(), 200_000
+    rare, likely = int(p.argsort()[20]), int(p.argmax())
+    assert p[rare] < 1 / slots / 4, "left to the draw if nothing is said"
+    certain = torch.zeros(WORDS, dtype=torch.bool)
+    certain[[rare, likely]] = True
+    order = torch.randperm(WORDS, generator=torch.Generator().manual_seed(1))
+    mean = torch.zeros(WORDS, dtype=torch.float64)
+    for part in ((torch.arange(grid, dtype=torch.float64) + 0.5) / grid).split(50_000):
+        found = threshold(p.expand(len(part), -1), slots, part, order, certain.expand(len(part), -1))
+        every = dense(found, WORDS)
+        torch.testing.assert_close(every[:, [rare, likely]], p[[rare, likely]].expand(len(part), -1))
+        torch.testing.assert_close(every.sum(-1), torch.ones(len(part), dtype=torch.float64), rtol=0, atol=1e-12)
+        assert bool((found.ids.sort(-1).values.diff(dim=-1) > 0).all()), "distinct"
+        shared = found.weights.gather(1, (found.explicit - 1)[:, None])
+        later = torch.arange(slots) >= found.explicit[:, None]
+        torch.testing.assert_close(found.weights[later], shared.expand(-1, slots)[later])
+        mean += every.sum(0)
+    torch.testing.assert_close(mean / grid, p, rtol=0, atol=1e-5)
+
+
+def test_only_what_reaches_the_floor_is_always_kept() -> None:
+    p, times = a_distribution(), 400
+    order = p.argsort(descending=True)
+    above, below = int(order[25]), int(order[45])
+    floor = float(p[order[30]])
+    config = SamplerConfig(tokens=6, floor=floor)
+    always = torch.tensor([[above, below]]).expand(times, -1)
+    every = dense(sample(p.log().expand(times, -1), config, 1.0, torch.Generator().manual_seed(0), always), WORDS)
+    torch.testing.assert_close(every[:, above], p[above].expand(times))
+    assert int((every[:, below] > 0).sum()) < times / 4
+    few = sample(p.log().expand(times, -1), SamplerConfig(tokens=3, floor=floor), 1.0, torch.Generator(), always)
+    assert int((dense(few, WORDS)[:, above] > 0).sum()) < times / 4, "too few slots for two more"
+
+
 def test_the_error_of_threshold_is_the_least_there_is() -> None:
     p, slots, times = a_distribution(), 8, 20_000
     found = drawn("threshold", p, slots, times)

@@ -148,6 +148,33 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert write(tmp_path, [1, SHARD_BLOCKS]) == 1
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"file: cannot be written \((Not a directory|File exists)\)"):
+        StoreWriter(tmp_path / "file", FACTS)
+
+
+def test_ids_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ids of 3 bytes, and the vocabulary has 16777217 tokens"):
+        StoreWriter(tmp_path / "store", replace(FACTS, vocab_size=(1 << 24) + 1))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_shard_that_another_process_was_to_write_is_waited_for(tmp_path: Path) -> None:
+    blocks, asked = [1, SHARD_BLOCKS], []
+
+    def others_write() -> bool:
+        asked.append(len(list(tmp_path.glob("draw-*"))))
+        write(tmp_path, blocks)
+        return True
+
+    write(tmp_path, blocks[:1])
+    StoreWriter(tmp_path, FACTS).wait(blocks, 1, others_write)
+    assert asked == [1]
+    with pytest.raises(RunError, match=r"draw-1-shard-000000.*another process was to write it, and has stopped"):
+        StoreWriter(tmp_path, FACTS).wait(blocks, 2, lambda: False)
+
+
 def test_each_pass_reads_a_draw_of_its_own(tmp_path: Path) -> None:
     facts = replace(FACTS, draws=2)
     for draw in range(2):

@@ -11,7 +11,10 @@ from pydantic import ValidationError
 
 from minillm.data.text import TextBlocks
 from minillm.errors import InputError
+from minillm.evaluation.language_model import heldout_blocks, score_blocks
+from minillm.evaluation.language_model_metrics import text_scores
 from minillm.loss.config import DivergenceConfig
+from minillm.loss.in_forward import bind_scoring
 from minillm.models.load import load_model
 from minillm.teacher.config import SamplerConfig
 from minillm.teacher.local import LocalTeacher
@@ -31,6 +34,7 @@ def pretrain(
     pair: tuple[str, str], folder: Path, *, resume: str | None = None, stop: int | None = None, **changes: Any
 ) -> PretrainingTrainer:
     keys = ("alpha", "divergence", "store", "temperature", "text_dataset", "block")
+    keys += ("eval_dataset", "eval_blocks", "teacher_loss")
     options = {"text_dataset": TEXT, "block": BLOCK} | {key: changes.pop(key) for key in keys if key in changes}
     trainer = PretrainingTrainer(*pair, arguments(folder, **changes), **options)
     stop_after(trainer, stop)
@@ -162,3 +166,59 @@ def test_settings_that_cannot_be_are_refused(pair: tuple[str, str], tmp_path: Pa
         pretrain(pair, tmp_path, store=store, divergence=DivergenceConfig(name="reverse_kl"))
     with pytest.raises(InputError, match="fewer than the 4 of one update"):
         pretrain(pair, tmp_path, text_dataset=TEXT[:1])
+
+
+def test_validation_measures_held_out_text_and_the_teacher(pair: tuple[str, str], tmp_path: Path) -> None:
+    heldout = [{"text": " ".join(f"w{(3 * i + j) % 28}" for j in range(12))} for i in range(6)]
+    options: Any = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": heldout}
+    trainer = pretrain(pair, tmp_path, alpha=AlphaConfig(value=0.5), **options)
+    entries = [entry for entry in trainer.state.log_history if "eval_text_loss" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    blocks = heldout_blocks(heldout, tiny_tokenizer(), BLOCK, 64)
+    student: Any = trainer.model
+    rows = score_blocks(student, blocks, tiny_tokenizer(), 32, share_rows=True, teacher=trainer.states_teacher)
+    for name, value in text_scores(rows).items():
+        assert entries[-1][f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
+    alone = pretrain(pair, tmp_path, alpha=AlphaConfig(value=0.0), **options)
+    logged = next(entry for entry in alone.state.log_history if "eval_text_loss" in entry)
+    assert {"eval_bits_per_byte", "eval_text_ece"} <= logged.keys()
+    assert not {"eval_text_forward_kl", "eval_teacher_text_loss"} & logged.keys()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_teacher_stops_once_it_is_passed(pair: tuple[str, str], tmp_path: Path, stored: bool) -> None:
+    """The random teacher is worse than a student after a few updates; the stop survives a resume."""
+    alpha = AlphaConfig(value=0.5, until_passed=True)
+    common: Any = {"alpha": alpha, "max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "eval_dataset": TEXT}
+    common |= {"eval_blocks": 4, "learning_rate": 3e-3, "save_strategy": "no"}
+    if stored:
+        facts = write_store(tmp_path / "store", pair[1], 6)
+        rows = score_blocks(
+            bind_scoring(load_model(pair[1], torch.float32)),
+            heldout_blocks(TEXT, tiny_tokenizer(), BLOCK, 4),
+            tiny_tokenizer(),
+            32,
+            share_rows=True,
+        )
+        common |= {"store": TargetStore(tmp_path / "store", facts), "teacher_loss": text_scores(rows)["text_loss"]}
+    whole = pretrain(pair, tmp_path / "a", **common)
+    shares = [entry["alpha"] for entry in whole.state.log_history if "alpha" in entry]
+    found = [entry for entry in whole.state.log_history if "eval_text_loss" in entry]
+    passed = next(e["step"] for e in found if e["eval_text_loss"] < e["eval_teacher_text_loss"])
+    assert 1 <= passed < 8
+    assert shares == [0.5] * passed + [0.0] * (8 - passed)
+    pretrain(pair, tmp_path / "b", stop=passed, **common)
+    resumed = pretrain(pair, tmp_path / "b", resume=str(tmp_path / "b" / f"checkpoint-{passed}"), **common)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_stop_that_nothing_can_tell_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    alpha = AlphaConfig(until_passed=True)
+    with pytest.raises(
+        InputError, match=r"until_passed: validation tells when the teacher is passed: set eval_strategy"
+    ):
+        pretrain(pair, tmp_path, alpha=alpha, eval_dataset=TEXT)
+    store = TargetStore(tmp_path / "store", write_store(tmp_path / "store", pair[1], 4))
+    with pytest.raises(InputError, match="with a store teacher_loss"):
+        pretrain(pair, tmp_path, alpha=alpha, eval_dataset=TEXT, eval_strategy="steps", eval_steps=1, store=store)

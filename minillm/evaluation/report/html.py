@@ -88,12 +88,12 @@ def number_cell(value: float | None, digits: int = 2) -> Markup:
     return Markup("<td class=n>{}</td>").format(number(value, digits))
 
 
-def interval_cell(score: Mapping[str, float | None] | None) -> Markup:
+def interval_cell(score: Mapping[str, float | None] | None, digits: int = 2) -> Markup:
     """A cell with `mean [low, high]`; empty where nothing was measured."""
     if score is None:
         return Markup("<td class=n></td>")
-    ends = f"[{number(score['low'])}, {number(score['high'])}]"
-    return Markup("<td class=n>{} <span class=small>{}</span></td>").format(number(score["mean"]), ends)
+    ends = f"[{number(score['low'], digits)}, {number(score['high'], digits)}]"
+    return Markup("<td class=n>{} <span class=small>{}</span></td>").format(number(score["mean"], digits), ends)
 
 
 def deviation_cell(score: Mapping[str, Any] | None) -> Markup:

@@ -103,7 +103,7 @@ class Comparison(Section):
 def _with_data_dir(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe in which data files that were named without a path are files of the folder."""
     data = recipe.get("data", {})
-    files = {key: data.get(key) for key in ("train", "heldout", "validation", "text")}
+    files = {key: data.get(key) for key in ("train", "heldout", "validation", "text", "heldout_text")}
     found = {
         key: str(folder / name) for key, name in files.items() if isinstance(name, str) and Path(name).name == name
     }

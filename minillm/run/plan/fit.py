@@ -167,7 +167,7 @@ def _fewer_rollouts(recipe: Recipe, machine: Machine) -> list[list[str]]:
 
 def _other_training(recipe: Recipe, machine: Machine) -> list[list[str]]:
     teacher, lora = recipe.teacher.first, recipe.student.lora
-    source = teacher.source if recipe.student.source == "prune" else recipe.student.source
+    source = recipe.student.model_like(teacher.source)
     # The run refuses a quantised student that is sharded, or whose family bitsandbytes cannot quantise.
     quantizable = not machine.shard and trains_quantized(shape_of(source).config)
     out: list[list[str]] = []

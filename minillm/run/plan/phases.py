@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from minillm.models.flops import Dimensions
-from minillm.models.shape import Shape, shape_of
+from minillm.models.shape import Shape, shape_like, shape_of
 from minillm.rollout.engines.vllm_memory import GIB, states_bytes
 from minillm.run.plan import memory, work
 from minillm.run.plan.machine import Machine
@@ -80,10 +80,11 @@ class Planner:
     def __init__(self, recipe: Recipe, machine: Machine, lengths: Lengths | None = None) -> None:
         self.recipe, self.machine, self.lengths = recipe, machine, lengths or Lengths()
         self.teachers = Teachers(recipe)
-        if recipe.student.source == "prune":
-            self.student = shape_of(recipe.teacher.first.source, recipe.student.keep_layers)
+        student, teacher = recipe.student, recipe.teacher.first.source
+        if student.source == "config":
+            self.student = shape_like(student.model_like(teacher), student.shape, work.vocabulary(recipe))
         else:
-            self.student = shape_of(recipe.student.source)
+            self.student = shape_of(student.model_like(teacher), student.keep_layers if student.is_made else None)
 
     # Stages that sample from models without training them, in one process
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from minillm.run.plan import memory, work
 from minillm.run.plan.phase import Phase
+from minillm.run.plan.teachers import scoring_flops
 from minillm.run.plan.work import StageTraining
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def bytes_per_token(recipe: Recipe) -> float:
 
 
 def logits_phases(planner: Planner) -> list[Phase]:
-    """The phase in which one process reads the text with the teacher; its name says the size of the store."""
+    """The phase in which the teacher reads the text, in every process a part; its name says the size of the store."""
     recipe, machine, block = planner.recipe, planner.machine, planner.recipe.pretrain.block
     training = StageTraining(recipe, machine, "pretrain")
     blocks = work.text_blocks(recipe)
@@ -40,7 +41,7 @@ def logits_phases(planner: Planner) -> list[Phase]:
     flops = tokens / block * planner.teachers.forward_flops(1, block - 1)
     size = tokens * bytes_per_token(recipe)
     name = f"logits ({size / 1e9:.1f} GB on disk)" if size > 1e9 else f"logits ({size / 1e6:.0f} MB on disk)"
-    return [Phase(name, parts, flops, machine.seconds(flops, itemsize) * machine.processes)]
+    return [Phase(name, parts, flops, machine.seconds(flops, itemsize))]
 
 
 def pretrain_phases(planner: Planner) -> list[Phase]:
@@ -61,6 +62,9 @@ def pretrain_phases(planner: Planner) -> list[Phase]:
         parts["teacher's hidden states"] = micro * planner.teachers.widest.hidden * training.itemsize
         flops += planner.teachers.states_flops(1, block - 1)
     flops *= training.responses_per_update * training.updates
+    if recipe.data.heldout_text is not None:
+        scored = scoring_flops(model, 1, block - 1) + (planner.teachers.forward_flops(1, block - 1) if live else 0)
+        flops += training.validations * recipe.data.heldout_blocks * scored
     scoring = planner.teachers.widest if live else None
     layers = training.updates * work.layers_per_update(training, model, scoring)
     return [Phase("pretrain", parts, flops, machine.training_seconds(flops, training.itemsize, layers))]

@@ -1,10 +1,10 @@
-"""Stage `evaluate`: every model of the run answers the held-out prompts, and the answers are scored."""
+"""Stage `evaluate`: every model of the run answers the held-out prompts, and is scored on them and on held-out text."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minillm.evaluation.config import EvaluateConfig
 from minillm.run.stages.stage import RENDERING_SETTINGS, Stage
@@ -23,6 +23,8 @@ class Evaluate(Stage):
     needs = ("minillm", "sft")
     reads = (
         "data.heldout",
+        "data.heldout_text",
+        "data.heldout_blocks",
         *RENDERING_SETTINGS,
         "evaluate",
         "rollout.stop",
@@ -35,7 +37,7 @@ class Evaluate(Stage):
 
     def check_rows(self, run: Run) -> None:
         super().check_rows(run)
-        _ = run.heldout_prompts
+        _ = run.heldout_prompts, run.heldout_texts
 
     def has_made_something(self, run_dir: Path) -> bool:
         return any((run_dir / "evaluate").glob("*"))
@@ -62,7 +64,30 @@ class Evaluate(Stage):
             run.conventions,
             run.rollout(),
             recipe.evaluate,
-            settings={key: value for key, value in recorded.items() if key.startswith(_ANSWER_SETTINGS)},
+            settings={key: value for key, value in recorded.items() if _decides_answers(key)},
             teachers={name: each.quantization for name, each in recipe.teacher.by_name.items()},
         )
+        if run.heldout_texts is not None:
+            results["text"] = self._on_text(run, models)
         write_json(run.dir / "results.json", results)
+
+    def _on_text(self, run: Run, models: dict[str, str]) -> dict[str, Any]:
+        """The models on held-out text; with several teachers none says what p is, because text names none."""
+        from minillm.evaluation.heldout_text import evaluate_text
+        from minillm.evaluation.language_model import heldout_blocks
+
+        recipe, first = run.recipe, run.recipe.teacher.first
+        block, limit = recipe.pretrain.block, recipe.data.heldout_blocks
+        return evaluate_text(
+            run.dir / "evaluate",
+            models,
+            heldout_blocks(run.heldout_texts or [], run.conventions.tokenizer, block, limit),
+            run.conventions,
+            teacher=None if recipe.teacher.several else run.teacher,
+            quantization=None if recipe.teacher.several else first.quantization,
+            bootstrap=recipe.evaluate.bootstrap,
+        )
+
+
+def _decides_answers(key: str) -> bool:
+    return key.startswith(_ANSWER_SETTINGS) and not key.startswith("data.heldout_")

@@ -26,6 +26,10 @@ class LogitsConfig(Section):
     completed where a block is missing."""
     sampler: SamplerConfig = SamplerConfig()
     """Which tokens of a distribution are kept."""
+    seed: int | None = None
+    """Seed of the draws; by default that of the recipe. With a seed of its own, one store serves trainings with several
+    seeds. Text of more than 20,000 rows is packed in an order that the recipe's seed decides, so there it has to be
+    that one."""
     draws: Positive = 1
     """Independent samples of each block. Pass i over the text reads number i mod `draws`, so that several passes do not
     repeat the same noise."""
@@ -37,6 +41,7 @@ class Logits(Stage):
     needs = ("finetune",)
     reads = ("data.text", "logits", "pretrain.block", "pretrain.temperature", "teacher.quantization", "seed")
     default = False
+    in_every_process = True
 
     def refusal(self, recipe: Recipe, processes: int) -> str | None:
         if recipe.data.text is None:
@@ -54,25 +59,33 @@ class Logits(Stage):
         from minillm.models.device import device, working_dtype
         from minillm.models.head import keeps_sequences_apart
         from minillm.models.load import load_model
-        from minillm.run.processes import print_progress
+        from minillm.run.processes import launched, print_progress, rank, select_device, world_size
         from minillm.teacher.local import LocalTeacher
         from minillm.teacher.store import StoreWriter, summary
         from minillm.teacher.store_writing import Drawing, write_missing
 
         if refusal := self.refusal(run.recipe, 1):
             raise InputError(refusal)
-        recipe = run.recipe
+        recipe, share = run.recipe, (rank(), world_size())
+        select_device()
         bits = recipe.teacher.first.quantization
         dtype = working_dtype() if torch.cuda.is_available() else torch.float32
         model = load_model(run.teacher, dtype, bits)
         teacher = LocalTeacher(model if bits else model.to(device()))  # pyright: ignore[reportArgumentType]
         text, facts = text_of(run, several=keeps_sequences_apart(model)), facts_of(run)
-        text.require(1)
+        text.require(text.each if "pretrain" in recipe.stages else 1)  # before hours are spent on it
         blocks = range(len(text)) if text.is_whole else range(_updates(run) * text.each)
-        drawing = Drawing(recipe.logits.sampler, recipe.pretrain.temperature, facts.vocab_size, recipe.seed)
+        temperature, end = recipe.pretrain.temperature, run.conventions.tokenizer.eos_token_id
+        drawing = Drawing(recipe.logits.sampler, temperature, facts.vocab_size, facts.seed, end)
         writer = StoreWriter(store_folder(run), facts)
+        there = [block for block in blocks if text.is_whole or text.has(block)]
         for draw in range(recipe.logits.draws):
-            there = [block for block in blocks if text.is_whole or text.has(block)]
+            write_missing(writer, teacher, text, there, draw, drawing, share)
+        if share[1] > 1:
+            writer.wait(there, recipe.logits.draws, lambda: launched(run))
+        if share[0]:
+            return
+        for draw in range(recipe.logits.draws):  # a torn shard that another process was to write again
             write_missing(writer, teacher, text, there, draw, drawing)
         found = summary(store_folder(run))
         print_progress(
@@ -154,6 +167,6 @@ def facts_of(run: Run) -> StoreFacts:
         vocab_size=run.conventions.vocab_size,
         temperature=recipe.pretrain.temperature,
         sampler=recipe.logits.sampler.model_dump(),
-        seed=recipe.seed,
+        seed=recipe.seed if recipe.logits.seed is None else recipe.logits.seed,
         draws=recipe.logits.draws,
     )

@@ -8,11 +8,14 @@ from pydantic import BeforeValidator, Field
 
 from minillm.config import Section
 from minillm.errors import InputError
+from minillm.evaluation.language_model_metrics import VALIDATION
 from minillm.loss.config import DivergenceConfig
 from minillm.run.stages.stage import Stage, teachers_in_words
 from minillm.train.alpha import AlphaConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from minillm.run.context import Run
     from minillm.run.plan.phases import Phase, Planner
     from minillm.run.recipe import Recipe
@@ -28,7 +31,7 @@ class PretrainConfig(Section):
     alpha: Annotated[AlphaConfig, BeforeValidator(_from_number, AlphaConfig | float)] = AlphaConfig()
     """α and its schedule: a number, or a section. At 0 no teacher is loaded and no store is read."""
     divergence: DivergenceConfig = DivergenceConfig(name="forward_kl")
-    """L_kd. With the `logits` stage it is the forward KL, whose gradient is that of the cross-entropy."""
+    """L_kd. With the `logits` stage it is `forward_kl`, whose gradient is that of the cross-entropy, or `mse`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides the logits of student and teacher in L_kd. A store is of one temperature."""
     block: Annotated[int, Field(ge=2)] = 1024
@@ -46,6 +49,8 @@ class Pretrain(Stage):
     default = False
     training = "pretrain.training"
     trains = "student"
+    validates_on = "data.heldout_text"
+    validation_settings = ("data.heldout_text", "data.heldout_blocks")
     folder = "pretrained"
     label = "pretrained"
     curve_title = "Pre-training"
@@ -55,7 +60,7 @@ class Pretrain(Stage):
         ("Share of the teacher", {"alpha": "α"}),
         ("Gradient norm", {"grad_norm": "before clipping"}),
     )
-    watched = {"cross_entropy": "its cross-entropy"}
+    watched = {"eval_text_loss": "its loss on held-out text", "cross_entropy": "its cross-entropy"}
 
     def scores_with_teacher(self, recipe: Recipe) -> bool:
         return self.teacher_in_loss(recipe) and "logits" not in recipe.stages
@@ -63,26 +68,38 @@ class Pretrain(Stage):
     def teacher_in_loss(self, recipe: Recipe) -> bool:
         return recipe.pretrain.alpha.value > 0
 
+    def measured(self) -> Mapping[str, bool | None]:
+        return VALIDATION
+
+    def validation_decides(self, recipe: Recipe) -> bool:
+        return recipe.pretrain.alpha.until_passed or super().validation_decides(recipe)
+
     def longest_sequences(self, recipe: Recipe) -> list[tuple[str, int]]:
         block = recipe.pretrain.block
         return [(f"pretrain.block: {block} exceeds", block)]
 
     def refusal(self, recipe: Recipe, processes: int) -> str | None:
-        from minillm.loss.config import NOT_LINEAR
+        from minillm.loss.config import BY_WEIGHTS, NOT_LINEAR
 
         settings = recipe.pretrain
         if recipe.data.text is None:
             return "stages: pretrain needs data.text, the text that the student is trained on"
         if recipe.teacher.several:
             return "stages: pretrain has a single teacher: text names none"
-        if "logits" in recipe.stages and settings.divergence.name != "forward_kl":
+        validated = settings.training.get("eval_strategy", "no") != "no" and recipe.data.heldout_text is not None
+        if settings.alpha.until_passed and not validated:
+            return (
+                "pretrain.alpha.until_passed compares the student's loss on held-out text with the teacher's: set "
+                "data.heldout_text, and pretrain.training.eval_strategy: steps with eval_steps"
+            )
+        if "logits" in recipe.stages and settings.divergence.name not in BY_WEIGHTS:
             return (
                 f"pretrain.divergence: {settings.divergence.name} with stage logits: {NOT_LINEAR} (leave the stage out)"
             )
         return None
 
     def check_rows(self, run: Run) -> None:
-        _ = run.texts, run.validation
+        _ = run.texts, run.heldout_texts
 
     def run(self, run: Run) -> None:
         from minillm.run.stages import shared
@@ -97,6 +114,8 @@ class Pretrain(Stage):
         arguments = shared.training_arguments(run, self)
         reads, stored = self.teacher_in_loss(recipe), "logits" in recipe.stages
         store = TargetStore(store_folder(run), facts_of(run)) if reads and stored else None
+        passed = store is not None and settings.alpha.until_passed
+        teacher_loss = shared.teacher_text_loss(run) if passed else None
         trainer = PretrainingTrainer(
             **shared.student_arguments(run, run.start, arguments),
             teacher=shared.supervised_teacher(run, arguments) if reads and not stored else NO_TEACHER,
@@ -108,7 +127,9 @@ class Pretrain(Stage):
             store=store,
             temperature=settings.temperature,
             rollout=run.rollout(),
-            eval_dataset=run.validation,
+            eval_dataset=run.heldout_texts,
+            eval_blocks=recipe.data.heldout_blocks,
+            teacher_loss=teacher_loss,
         )
         later = {"warmup", "sft", "minillm"} & set(recipe.stages)
         shared.train(run, self, trainer, run.pretrained, final=not later)

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
+from minillm.evaluation.language_model import heldout_blocks, score_blocks
+from minillm.evaluation.language_model_metrics import text_scores
+from minillm.loss.in_forward import bind_scoring
 from minillm.models.configs import text_config
-from minillm.models.device import fast_bfloat16, keep_freed_memory
+from minillm.models.device import device, fast_bfloat16, keep_freed_memory, release_memory, working_dtype
+from minillm.models.head import keeps_sequences_apart
 from minillm.models.load import load_model
 from minillm.models.lora import load_student
 from minillm.run.certificate import note_inputs
@@ -84,6 +88,19 @@ def supervised_teacher(run: Run, arguments: TrainingArguments) -> Any:
 def local_teacher(run: Run, arguments: TrainingArguments) -> Any:
     """The teacher in this process, wherever it is served; several by name."""
     return _each(run, lambda name: _loaded(run, arguments, name))
+
+
+def teacher_text_loss(run: Run) -> float:
+    """The teacher's loss on the held-out text of the recipe, for a training that does not hold the teacher."""
+    data, tokenizer = run.recipe.data, run.conventions.tokenizer
+    blocks = heldout_blocks(run.heldout_texts or [], tokenizer, run.recipe.pretrain.block, data.heldout_blocks)
+    model: Any = load_model(run.teacher, working_dtype(), run.recipe.teacher.first.quantization)
+    model = bind_scoring(model if run.recipe.teacher.first.quantization else model.to(device()))
+    share = keeps_sequences_apart(model)
+    rows = score_blocks(model, blocks, tokenizer, run.conventions.vocab_size, share_rows=share)
+    del model
+    release_memory()
+    return text_scores(rows)["text_loss"]
 
 
 def _each(run: Run, one: Callable[[str], Any]) -> Any:

@@ -34,8 +34,10 @@ class Stage(ABC):
             one of them changes.
         default: whether it is part of a recipe that does not list its stages.
         training: dotted name of the setting that holds its `transformers.TrainingArguments`; None if it trains
-            nothing. A stage that trains runs in every process of a launch; other stages run in one process.
+            nothing. A stage that trains runs in every process of a launch; most others run in one process.
         trains: which model it trains.
+        validates_on: the setting that names the rows that it is validated on.
+        validation_settings: settings that decide what a validation measures, where validation decides the result.
         folder: the folder of the run directory that it leaves a model in.
         label: what results call the student that it leaves.
         engine: whether it samples.
@@ -43,6 +45,7 @@ class Stage(ABC):
             trains on.
         uses_trl: whether it trains with `minillm.train.finetune.FineTuner`, whose loss and data loader are TRL's.
         always_runs: whether it runs again although it is finished.
+        in_every_process: whether it runs in every process of a launch although it trains nothing; each does a part.
         keeps_work: whether a stage that is made again because another was takes from before what still holds, so that
             nothing is lost. What other stages have made is thrown away.
         curve_title, curves: the plots that the report draws of its log.
@@ -57,12 +60,22 @@ class Stage(ABC):
     default: ClassVar[bool] = True
     training: ClassVar[str | None] = None
     trains: ClassVar[Literal["student", "teacher"] | None] = None
+    validates_on: ClassVar[str] = "data.validation"
+    validation_settings: ClassVar[tuple[str, ...]] = (
+        "data.validation",
+        "data.validation_limit",
+        "rollout.engine",
+        "rollout.max_new_tokens",
+        "rollout.temperature",
+        "rollout.stop",
+    )
     folder: ClassVar[str | None] = None
     label: ClassVar[str | None] = None
     engine: ClassVar[bool] = False
     response_section: ClassVar[str | None] = None
     uses_trl: ClassVar[bool] = False
     always_runs: ClassVar[bool] = False
+    in_every_process: ClassVar[bool] = False
     keeps_work: ClassVar[bool] = False
     curve_title: ClassVar[str] = ""
     curves: ClassVar[Sequence[Panel]] = ()
@@ -75,6 +88,10 @@ class Stage(ABC):
             value = getattr(value, part)
         return value if self.training else {}
 
+    def settings_read(self, recipe: Recipe) -> set[str]:
+        """The settings that decide the stage's result with this recipe, by the beginning of their names."""
+        return set(self.reads)
+
     def trains_on_references(self, recipe: Recipe) -> bool:
         """Whether the stage trains on the answers in the data."""
         return False
@@ -85,6 +102,14 @@ class Stage(ABC):
         Servers that return log-probabilities only are found when the stage begins, and refuse what needs more.
         """
         return self.trains == "student"
+
+    def measured(self) -> Mapping[str, bool | None] | None:
+        """What a validation of the stage measures, and whether more is better; None for the metrics of answers."""
+        return None
+
+    def validation_decides(self, recipe: Recipe) -> bool:
+        """Whether validation decides which model the stage leaves."""
+        return bool(self.arguments(recipe).get("load_best_model_at_end"))
 
     def teacher_in_loss(self, recipe: Recipe) -> bool:
         """Whether a supervised loss compares the student with the teacher's distributions."""
