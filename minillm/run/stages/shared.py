@@ -15,7 +15,7 @@ from minillm.models.device import fast_bfloat16, keep_freed_memory
 from minillm.models.load import load_model
 from minillm.models.lora import load_student
 from minillm.run.context import Run
-from minillm.run.live import LiveLog, LiveReport
+from minillm.run.live import LiveLog, LiveReport, keep_events
 from minillm.run.stages.stage import Stage
 from minillm.run.training_arguments import STAGE_DEFAULTS
 from minillm.teacher.served import ServedTeacher
@@ -140,6 +140,7 @@ def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> 
     run.processes = trainer.accelerator.num_processes
     trainer.add_callback(LiveLog(run.dir, stage.name))
     trainer.add_callback(LiveReport(run.dir))
+    keep_events(trainer, run.dir, stage.name)
     train_resumably(trainer, folder, stage.name, _saved_dtype(run) if final else None)
     if trainer.is_world_process_zero() and not trainer.args.load_best_model_at_end:
         _tell_of_decline(stage, trainer)
