@@ -50,9 +50,10 @@ def reads_trl_configs(init: Callable[..., None]) -> Callable[..., None]:
         if not hasattr(named.get("train_dataset", ()), "__len__"):
             raise InputError("train_dataset: rows with a length are needed, not a stream: load them without streaming")
         self.trl_fields = read_config(model, named)
-        if given_responses := named.get("responses"):
+        responses = named.get("responses")
+        if responses and "prompt_ids" not in responses[0]:
             tokenizer = resolve_tokenizer(model, named.get("processing_class"))
-            named["responses"] = tokenize_answered(given_responses, tokenizer, "responses")
+            named["responses"] = tokenize_answered(responses, tokenizer, "responses")
         model = _translated(model, named)
         init(self, model, **named)
         log_completions(self)
