@@ -85,6 +85,21 @@ class LiveProgress(TrainerCallback):
             self._progress.close()
 
 
+def keep_events(trainer: Any, run_dir: Path, stage: str) -> None:
+    """Have TensorBoard's events written to `tensorboard/STAGE` of the run directory.
+
+    They would go to the stage's working folder, which is deleted at its end. `TENSORBOARD_LOGGING_DIR` has its way.
+
+    Args:
+        trainer: The stage's trainer.
+        run_dir: The run directory.
+        stage: The stage's name.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
+            callback.logging_dir = str(run_dir / "tensorboard" / stage)
+
+
 class LiveReport(TrainerCallback):
     """Writes the report again while a stage trains: at most once a minute, and for at most a fiftieth of the time.
 

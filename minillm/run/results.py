@@ -14,10 +14,10 @@ from minillm.evaluation.language_model_metrics import TEXT_METRICS, TextMetric
 from minillm.evaluation.metrics import HELD_OUT, Metric
 from minillm.evaluation.report.console import plain_table
 from minillm.evaluation.verdict import COLOURS, check_of
+from minillm.run.written import read_results, read_states
 from minillm.terminal import current
 
 _ANSI = {"green": "\x1b[32m", "yellow": "\x1b[33m", "red": "\x1b[31m"}
-from minillm.run.written import read_results, read_states
 
 
 def current_results(run_dir: Path) -> dict[str, Any]:

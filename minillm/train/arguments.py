@@ -37,7 +37,7 @@ from minillm.train.supported_arguments import (
     REFUSED,
     RENAMED,
 )
-from minillm.train.trl_arguments import extra_faults, extra_names, warn_of_defaults
+from minillm.train.trl_arguments import extra_faults, extra_names, handed_to_trl, warn_of_defaults
 
 __all__ = [
     "FINE_TUNING_ONLY",
@@ -85,6 +85,7 @@ def check_arguments(
     eval_dataset: Any = None,
     reads_teacher: bool,
     metrics: Mapping[str, bool | None] = METRICS,
+    honoured: frozenset[str] = frozenset(),
 ) -> None:
     """Refuse arguments that a trainer would ignore or fail on, and settle which checkpoint is the best.
 
@@ -94,12 +95,14 @@ def check_arguments(
         eval_dataset: the rows for validation.
         reads_teacher: whether validation can compute KL(q‖p), because the teacher is a model in this process.
         metrics: what validation measures, and whether more of it is better.
+        honoured: fields beyond those of `TrainingArguments` that the trainer reads.
 
     Raises:
         InputError: the message has one line per fault, with the argument, what is wrong and what is allowed.
     """
     if not isinstance(args, TrainingArguments):
         raise InputError(f"args: transformers.TrainingArguments are needed (given: {type(args).__name__})")
+    honoured |= handed_to_trl(args) if fine_tuning else frozenset()
     missing = "eval_dataset" if eval_dataset is None else None
     found = list(_eval_faults(eval_dataset))
     if args.fp16 and args.device.type == "cpu":
@@ -107,11 +110,12 @@ def check_arguments(
     if args.fsdp and args.parallel_mode.value != "distributed":
         found.append(("fsdp", "it shards the student over several processes: start with accelerate launch"))
     found += _faults(args, fine_tuning, missing, reads_teacher, metrics)
+    found += extra_faults(args, _untouched(args, extra_names(args)), honoured)
     if found:
         raise InputError(
             "\n".join(f"args.{name}: {fault}" if name in vars(args) else f"{name}: {fault}" for name, fault in found)
         )
-    warn_of_defaults(args, fine_tuning)
+    warn_of_defaults(args, honoured)
 
 
 # Checks of a section of a recipe
@@ -260,13 +264,12 @@ def _faults(
     refused = REFUSED if fine_tuning else REFUSED | FINE_TUNING_ONLY
     known = HONOURED | refused.keys() | (FINE_TUNING_ONLY.keys() if fine_tuning else frozenset())
     unknown = NAMES - known
-    fresh = _untouched(args, {*refused, *extra_names(args), *unknown})
+    fresh = _untouched(args, {*refused, *unknown})
     for name in (*refused, *unknown):
         value = getattr(args, name)
         if value != getattr(fresh, name):
             reason = refused.get(name, "this version of minillm does not know it")
             yield name, f"not honoured here: {reason} (given: {value!r})"
-    yield from extra_faults(args, fresh, fine_tuning)
     yield from _accelerator_faults(args, fine_tuning)
     yield from _checkpointing_faults(args, fine_tuning)
     numbers = list(_number_faults(args))

@@ -27,6 +27,7 @@ from minillm.teacher.routed import ExactTeacher, hidden_states
 from minillm.teacher.served_logprobs import ServedLogprobs
 from minillm.train.arguments import check_arguments
 from minillm.train.checks import STATES_REMEDY, check_shard_teacher
+from minillm.train.datasets import tokenize_validation
 from minillm.train.finite import Finite
 from minillm.train.pair import TeacherSource, load_pair, resolve_tokenizer, teacher_names
 from minillm.train.student import check_one_gpu
@@ -65,11 +66,13 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
     Attributes:
         text_temperature: divides the logits in the losses on text, and in the cross-entropy of given responses.
         end_ids: the tokens whose probability the loss needs (`TokenScores.going_on`); empty if it does not.
+        trl_fields: fields of TRL's configurations that are read; see `minillm.train.trl_settings`.
         utilisation: counts the operations of each update.
     """
 
     text_temperature: float = 1.0
     end_ids: tuple[int, ...] = ()
+    trl_fields: frozenset[str] = frozenset()
     teacher: ExactTeacher | ServedLogprobs | NoTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
@@ -96,9 +99,11 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
             eval_dataset=eval_dataset,
             reads_teacher=True,
             metrics=self.validation_metrics,
+            honoured=self.trl_fields,
         )
         args = with_responses(args, responses_per_update)
         tokenizer = resolve_tokenizer(model, processing_class)
+        eval_dataset = tokenize_validation(eval_dataset, tokenizer)
         check_one_gpu(args)
         pair = load_pair(model, teacher, args, tokenizer, conventions)
         if isinstance(model, str):  # a model object keeps the attention that the user gave it

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from minillm.data.encoding import encoder_of
-from minillm.data.examples import Prompt, example_of
+from minillm.data.examples import Example, Prompt, example_of
 from minillm.data.lazy import IN_MEMORY, LazySequence
 from minillm.data.templates import render, render_answer
 from minillm.data.text import TextBlocks
@@ -101,6 +101,7 @@ def _check_length(ids: list[int], row: int, max_prompt_tokens: int) -> None:
 
 def _prompt_ids(row: dict[str, Any], tokenizer: Any) -> list[int]:
     """Token ids of one row's prompt."""
+    row = _filled(row)
     if "prompt_ids" in row:
         return list(row["prompt_ids"])
     if "prompt" not in row and _is_example(row):
@@ -116,10 +117,12 @@ def _prompt_ids(row: dict[str, Any], tokenizer: Any) -> list[int]:
 
 def _is_example(row: dict[str, Any]) -> bool:
     """Whether a row is one that recipes read, or of TRL's chats: `render` and its chat template make its tokens."""
-    return row.get("messages") is not None or row.get("instruction") is not None
+    return "messages" in row or "instruction" in row
 
 
-def tokenize_answered(dataset: Sequence[dict[str, Any]], tokenizer: Any) -> Sequence[dict[str, Any]]:
+def tokenize_answered(
+    dataset: Sequence[dict[str, Any]], tokenizer: Any, name: str = "train_dataset"
+) -> Sequence[dict[str, Any]]:
     """Rows with `prompt_ids` and `response_ids` of rows in any form that has a prompt and its answer.
 
     Args:
@@ -127,22 +130,83 @@ def tokenize_answered(dataset: Sequence[dict[str, Any]], tokenizer: Any) -> Sequ
             the last answer is the response; or with `instruction`, `input` and `output`; or TRL's `prompt` and
             `completion`, both as text or both as messages.
         tokenizer: the student's tokenizer, whose chat template renders what is not plain text.
+        name: what errors call the data set.
 
     Raises:
         InputError, DataError: naming the row that has no answer, or cannot be read.
     """
     if len(dataset) == 0 or "prompt_ids" in dataset[0]:
         return dataset
-    return [_answered(dataset[number], tokenizer, f"train_dataset row {number}") for number in range(len(dataset))]
+    return [_answered(dataset[number], tokenizer, f"{name} row {number}") for number in range(len(dataset))]
+
+
+def tokenize_validation(dataset: Any, tokenizer: Any) -> Any:
+    """Rows with `prompt_ids` and `references` of rows in any form that has a prompt and its answers.
+
+    Args:
+        dataset: rows with `prompt_ids` and `references`, which are returned as they are, as None is; or in another form
+            that `tokenize_answered` reads.
+        tokenizer: the student's tokenizer.
+
+    Raises:
+        InputError, DataError: naming the row that has no answer, or cannot be read.
+    """
+    if isinstance(dataset, dict) or not dataset or "prompt_ids" in dataset[0]:
+        return dataset
+    return [
+        _with_references(dataset[number], tokenizer, f"eval_dataset row {number}") for number in range(len(dataset))
+    ]
+
+
+def _filled(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that a row fills; a `datasets.Dataset` has None in those of other rows."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def _with_references(row: dict[str, Any], tokenizer: Any, place: str) -> dict[str, Any]:
+    row = _filled(row)
+    if _is_plain(row):
+        return {
+            "prompt_ids": encoder_of(tokenizer).document(row["prompt"]),
+            "references": [row["completion"].strip()],
+            **_teacher(row),
+        }
+    example = _answered_example(row, place)
+    return {
+        "prompt_ids": render(example, "chat", tokenizer),
+        "references": [text.strip() for text in example.references],
+        **_teacher(row),
+    }
 
 
 def _answered(row: dict[str, Any], tokenizer: Any, place: str) -> dict[str, Any]:
-    kept = {"teacher": row["teacher"]} if row.get("teacher") is not None else {}
+    row = _filled(row)
+    if _is_plain(row):
+        encoder, prompt = encoder_of(tokenizer), row["prompt"]
+        response = [*encoder.text(row["completion"], first=not prompt), tokenizer.eos_token_id]
+        return {"prompt_ids": encoder.document(prompt), "response_ids": response, **_teacher(row)}
+    example = _answered_example(row, place)
+    rendered = Prompt(example, render(example, "chat", tokenizer))
+    response = render_answer(rendered, "chat", tokenizer)
+    return {"prompt_ids": rendered.ids, "response_ids": response, **_teacher(row)}
+
+
+def _is_plain(row: dict[str, Any]) -> bool:
+    """Whether a row is TRL's `prompt` and `completion` as text, which no template renders."""
+    return isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
+
+
+def _teacher(row: dict[str, Any]) -> dict[str, Any]:
+    return {"teacher": row["teacher"]} if "teacher" in row else {}
+
+
+def _answered_example(row: dict[str, Any], place: str) -> Example:
+    """The example of a row that is to have an answer.
+
+    Raises:
+        InputError, DataError: it has none, or cannot be read.
+    """
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        encoder = encoder_of(tokenizer)
-        response = [*encoder.text(completion, first=not prompt), tokenizer.eos_token_id]
-        return {"prompt_ids": encoder.document(prompt), "response_ids": response, **kept}
     if isinstance(prompt, list) and isinstance(completion, list):
         row = {"messages": [*prompt, *completion]}
     elif not _is_example(row):
@@ -152,9 +216,8 @@ def _answered(row: dict[str, Any], tokenizer: Any, place: str) -> dict[str, Any]
         )
     example = example_of(row, place)
     if not example.output:
-        raise InputError(f"{place}: there is no answer to train on")
-    rendered = Prompt(example, render(example, "chat", tokenizer))
-    return {"prompt_ids": rendered.ids, "response_ids": render_answer(rendered, "chat", tokenizer), **kept}
+        raise InputError(f"{place}: there is no answer in it")
+    return example
 
 
 def pack_text_dataset(

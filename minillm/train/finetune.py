@@ -24,10 +24,12 @@ from minillm.rollout.config import RolloutConfig
 from minillm.teacher.local import LocalTeacher
 from minillm.teacher.routed import RoutedTeacher
 from minillm.train.arguments import NAMES, check_arguments
+from minillm.train.datasets import tokenize_answered, tokenize_validation
 from minillm.train.finite import Finite, listed
 from minillm.train.pair import compute_dtype
 from minillm.train.student import check_one_gpu
 from minillm.train.trl_arguments import handed_to_trl
+from minillm.train.trl_names import accepts_trl_names
 from minillm.train.validation import ValidationMixin
 
 _IGNORED = -100  # the label of a token that is not trained on, in PyTorch's cross-entropy
@@ -41,15 +43,19 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         model: the student: a folder or hub id, loaded in float32; or a loaded model, whose tokenizer is
             `processing_class`.
         args: the arguments of the training.
-        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included).
+        train_dataset: rows with `prompt_ids` and `response_ids` (the EOS included), or in another form that
+            `tokenize_answered` reads.
         rollout: how the student is sampled for validation.
         eval_dataset: rows for validation; see `ValidationMixin`.
         teacher: the model p in the KL(q‖p) of validation, if there is one: a folder, a hub id or a loaded model; or
             several of them by name, of which each row of `eval_dataset` names its own in `teacher`.
         processing_class: the student's tokenizer.
         conventions: vocabulary and end tokens, if they are settled already.
+
+    TRL's `teacher_model` and `peft_config` are taken too.
     """
 
+    @accepts_trl_names
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -73,6 +79,8 @@ class FineTuner(ValidationMixin, Finite, SFTTrainer):  # pyright: ignore[reportI
         if not len(train_dataset):
             raise InputError("train_dataset is empty")
         tokenizer = processing_class or (conventions.tokenizer if conventions else load_tokenizer(str(model)))
+        train_dataset = tokenize_answered(train_dataset, tokenizer)
+        eval_dataset = tokenize_validation(eval_dataset, tokenizer)
         student: Any = load_model(model, torch.float32) if isinstance(model, str) else model
         without_dropout(student)
         bind_scoring(student)

@@ -48,7 +48,7 @@ from minillm.train.rollout_checkpoint import RolloutCheckpoint, saved_on_engine_
 from minillm.train.rollout_guard import RolloutGuard
 from minillm.train.schedule import BatchSchedule, MicroBatch
 from minillm.train.signal_monitor import SignalMonitor
-from minillm.train.trl_names import accepts_trl_names
+from minillm.train.trl_names import reads_trl_configs
 
 
 class MiniLLMTrainer(DistillationTrainer):
@@ -63,7 +63,7 @@ class MiniLLMTrainer(DistillationTrainer):
         teacher: the teacher, given in the same ways, with the student's vocabulary; or a `ServedTeacher`; or None for
             the base model of a student with a LoRA adapter, with the adapter disabled; or a mapping of several by name.
             Each rollout is scored by the teacher that the row of its prompt names in `teacher`.
-        args: the arguments of the training.
+        args: the arguments of the training. TRL's for distillation say the objective and the rollouts too.
         objective: the loss; `Objective.recommended()` by default.
         rollout: how responses are sampled.
         train_dataset: rows as `tokenize_prompts` reads them; with `teacher` for several, as in the other data sets.
@@ -85,7 +85,7 @@ class MiniLLMTrainer(DistillationTrainer):
 
     teacher: ExactTeacher | ServedLogprobs  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    @accepts_trl_names
+    @reads_trl_configs
     def __init__(
         self,
         model: str | PreTrainedModel,

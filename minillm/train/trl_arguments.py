@@ -1,13 +1,14 @@
 """Fields of TRL's configurations, and parameters of its trainers, that go beyond those of transformers.
 
-Those that are not read are refused, with their equivalents here.
+Those that are not read are refused, with their equivalents here, or change no result and are ignored with a warning.
+`minillm.train.trl_settings` has those that the on-policy trainer reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from transformers import TrainingArguments
@@ -24,7 +25,9 @@ _TEACHER = "give the trainer its teacher: a name, a model or a ServedTeacher"
 _SERVERS = 'RolloutConfig(engine="server", servers=["http://host:port"])'
 _ENGINE = "RolloutConfig(engine_memory=..., engine_options=...)"
 _CLIP = "Objective(clip=...)"
-_ROWS = "rows are ready tokens: prompt_ids and response_ids"
+_ROWS = "rows are read by their columns, and rendered by the tokenizer's chat template: give other rows ready, as "
+_ROWS += "prompt_ids and response_ids"
+_OBJECTIVE = "the loss is the objective's"
 EQUIVALENTS = {
     "temperature": "RolloutConfig(temperature=...), or temperature=... of SupervisedTrainer",
     "beta": 'Objective(divergence=DivergenceConfig(name="jensen_shannon", beta=...), long_term=0), '
@@ -46,10 +49,26 @@ EQUIVALENTS = {
     "vllm_tensor_parallel_size": "vllm serve --tensor-parallel-size N, and " + _SERVERS,
     **dict.fromkeys(("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_group_port"), _SERVERS),
     "vllm_server_timeout": "RolloutConfig(server_timeout=...)",
+    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_model_impl"), _ENGINE),
     **dict.fromkeys(
-        ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_model_impl", "vllm_enable_sleep_mode"), _ENGINE
+        (
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "generation_kwargs",
+            "vllm_structured_outputs_regex",
+        ),
+        _FILTER,
     ),
-    **dict.fromkeys(("top_p", "top_k", "min_p", "repetition_penalty", "generation_kwargs"), _FILTER),
+    "shuffle_dataset": "prompts are always shuffled by the seed",
+    "chat_template_kwargs": "render prompts yourself: rows with prompt_ids",
+    "max_tool_calling_iterations": "responses are single turns, and no tools are called",
+    "log_completions": "minillm.train.samples.SampleLog, a callback",
+    "router_aux_loss_coef": _OBJECTIVE,
+    "loss_type": _OBJECTIVE,
+    "activation_offloading": "gradient_checkpointing=True saves memory",
+    "pad_token": "padding is never read: leave it out",
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "dtype"), _MODEL),
     **dict.fromkeys(
         (
@@ -72,7 +91,6 @@ EQUIVALENTS = {
         (
             "dataset_text_field",
             "dataset_kwargs",
-            "dataset_num_proc",
             "truncation_mode",
             "packing",
             "packing_strategy",
@@ -88,12 +106,32 @@ EQUIVALENTS = {
 }
 """Fields of TRL's configurations, and their equivalents here."""
 
+IGNORED = {
+    "ds3_gather_for_generation": "how weights reach the engine does not change what is sampled",
+    "pad_to_multiple_of": "padding is not trained on",
+    "cache_implementation": "the engine has its own cache",
+    "vllm_enable_sleep_mode": "an engine in the training process always sleeps during updates",
+    "dataset_num_proc": "rows are tokenised in the training process",
+    "num_completions_to_print": "samples are written to a file and to trackers, four at a time",
+    "log_unique_prompts": "samples are written to a file and to trackers, four at a time",
+}
+"""Fields that change no result, and why they do nothing here."""
+
 # Fields of SFTConfig that FineTuner passes on to TRL.
 _TO_TRL = frozenset(
     {"shuffle_dataset", "pad_to_multiple_of", "router_aux_loss_coef", "loss_type", "activation_offloading", "pad_token"}
 )
 # Values that always hold here, whether they are set or not.
-_ALWAYS = {"disable_dropout": True, "completion_only_loss": True, "max_length": None}
+_ALWAYS = {
+    "disable_dropout": True,
+    "completion_only_loss": True,
+    "max_length": None,
+    "shuffle_dataset": True,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+# Fields whose defaults say nothing by themselves.
+_BESIDE_OTHERS = ("packing_strategy", "truncation_mode", "dataset_text_field", "loss_type")
 
 # Parameters of transformers' and TRL's trainers that mean nothing here.
 _PARAMETERS = {
@@ -105,6 +143,8 @@ _PARAMETERS = {
     "peft_config": "give a student that has its adapter: minillm.models.lora.load_student",
     "formatting_func": "render prompts first: rows with prompt or prompt_ids",
     "reward_funcs": "the reward is the teacher's log-ratio",
+    "tools": "responses are single turns, and no tools are called",
+    "quantization_config": "load the model yourself, or minillm.models.lora.load_student(..., AdapterConfig(...))",
 }
 
 _SHARED = frozenset(field.name for field in dataclasses.fields(TrainingArguments))
@@ -138,33 +178,44 @@ def extra_names(args: TrainingArguments) -> list[str]:
     return [field.name for field in dataclasses.fields(args) if field.init and field.name not in _SHARED]
 
 
-def extra_faults(args: TrainingArguments, fresh: TrainingArguments, fine_tuning: bool) -> Iterator[Fault]:
-    """Fields that would be ignored and do not have their defaults.
+def extra_faults(args: TrainingArguments, fresh: TrainingArguments, honoured: Collection[str]) -> Iterator[Fault]:
+    """Fields that would be ignored, change results, and do not have their defaults.
 
     Args:
         args: the arguments.
         fresh: the arguments with the defaults of these fields.
-        fine_tuning: whether the trainer is `FineTuner`.
+        honoured: fields that the trainer reads.
     """
-    honoured = handed_to_trl(args) if fine_tuning else frozenset()
     for name in extra_names(args):
         value = getattr(args, name)
-        holds = name in honoured or (name in _ALWAYS and _ALWAYS[name] == value)
+        holds = name in honoured or name in IGNORED or (name in _ALWAYS and _ALWAYS[name] == value)
         if value != getattr(fresh, name) and not holds:
             instead = f"; here: {EQUIVALENTS[name]}" if name in EQUIVALENTS else ""
             yield name, f"a field of {type(args).__name__} that is not read{instead} (given: {value!r})"
 
 
-def warn_of_defaults(args: TrainingArguments, fine_tuning: bool) -> None:
-    """Warn once per class that some of its defaults are not read."""
-    honoured = handed_to_trl(args) if fine_tuning else frozenset()
+def warn_of_defaults(args: TrainingArguments, honoured: Collection[str]) -> None:
+    """Warn once per class that some of its defaults are not read, and of fields that do nothing here."""
+    declared = {field.name: field.default for field in dataclasses.fields(args)}
+    others = [(name, getattr(args, name)) for name in extra_names(args) if name not in honoured]
     spare = [
-        name
-        for name in extra_names(args)
-        if name in EQUIVALENTS and name not in honoured and getattr(args, name) not in (None, False, _ALWAYS.get(name))
-        if not name.startswith("vllm_")  # read only with use_vllm
+        f"{name}={value!r}"
+        for name, value in others
+        if name in EQUIVALENTS and value not in (None, False, _ALWAYS.get(name))
+        if not name.startswith(("vllm_", *_BESIDE_OTHERS))  # vLLM's need use_vllm
     ]
-    if spare and type(args) not in _warned:
+    idle = [
+        f"{name} ({IGNORED[name]})"
+        for name, value in others
+        if name in IGNORED and value is not None and value != declared[name]
+    ]
+    if type(args) in _warned:
+        return
+    if spare:
         _warned.add(type(args))
-        values = ", ".join(f"{name}={getattr(args, name)!r}" for name in spare)
-        logger.warning("Of %s only the fields of TrainingArguments are read, not its %s.", type(args).__name__, values)
+        also = ", ".join(name for name in extra_names(args) if name in honoured)
+        fields = f"the fields of TrainingArguments and {also}" if also else "only the fields of TrainingArguments"
+        logger.warning("Of %s %s are read, not its %s.", type(args).__name__, fields, ", ".join(spare))
+    if idle:
+        _warned.add(type(args))
+        logger.warning("Fields of %s that do nothing here: %s.", type(args).__name__, "; ".join(idle))

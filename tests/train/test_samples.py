@@ -13,6 +13,7 @@ import torch
 from minillm.models.load import load_model, load_tokenizer
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.samples import SampleLog, drop_later_lines, tell_trackers, token_texts
+from tests.run.tensorboard_events import read_events
 from tests.train.common import PROMPTS, ROLLOUT, arguments
 
 
@@ -96,14 +97,19 @@ def test_trackers_get_a_table(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_tensorboard_reads_what_was_logged(pair: tuple[str, str], tmp_path: Path, monkeypatch: Any) -> None:
     """With the real TensorBoard, where it is installed."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-
+    pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    logged(pair, tmp_path, max_steps=1, report_to="tensorboard")
-    [file] = (tmp_path / "board").rglob("events.out.*")
-    found = events.EventAccumulator(str(file)).Reload()
-    assert "train/reverse_kl" in found.Tags()["scalars"]
-    assert any("samples" in tag for tag in found.Tags()["tensors"])
+    trainer, lines = logged(pair, tmp_path, max_steps=3, report_to="tensorboard")
+    scalars, texts = read_events(tmp_path / "board")
+    for key in ("loss", "reverse_kl", "advantage", "response_length", "finished"):
+        wanted = [(entry["step"], pytest.approx(entry[key], rel=1e-5)) for entry in trainer.state.log_history[:3]]
+        assert scalars[f"train/{key}"] == wanted
+    tables = dict(texts["samples/text_summary"])
+    assert list(tables) == [1, 2]
+    for line in lines:
+        answer = "".join(line["tokens"])
+        kl = sum(line["kl"]) / len(line["kl"])
+        assert f"| {line['prompt']} | {answer} | {kl:.2f} |" in tables[line["update"]]
 
 
 def test_trackio_takes_metrics_and_samples(pair: tuple[str, str], tmp_path: Path, monkeypatch: Any) -> None:

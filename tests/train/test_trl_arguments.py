@@ -13,6 +13,7 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.sft_config import SFTConfig
 
+from minillm.loss.config import Objective
 from minillm.train.arguments import check_arguments
 from minillm.train.finetune import FineTuner
 from minillm.train.on_policy import MiniLLMTrainer
@@ -27,7 +28,13 @@ def test_fields_of_trl_are_refused_with_their_names_here(tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match="temperature") as caught:
         MiniLLMTrainer(
-            NOWHERE, NOWHERE, args, train_dataset=PROMPTS, rollout=ROLLOUT, processing_class=tiny_tokenizer()
+            NOWHERE,
+            NOWHERE,
+            args,
+            train_dataset=PROMPTS,
+            objective=Objective.recommended(),
+            rollout=ROLLOUT,
+            processing_class=tiny_tokenizer(),
         )
     lines = str(caught.value).splitlines()
     assert len(lines) == 5

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
 from minillm.data.templates import chat_ids
 from minillm.errors import DataError, InputError
 from minillm.models.load import load_model, load_tokenizer
-from minillm.train.datasets import tokenize_answered, tokenize_prompts
+from minillm.train.datasets import tokenize_answered, tokenize_prompts, tokenize_validation
+from minillm.train.finetune import FineTuner
 from minillm.train.on_policy import MiniLLMTrainer
 from minillm.train.supervised import SupervisedTrainer
 from tests.conftest import tiny_tokenizer
-from tests.train.common import PROMPTS, ROLLOUT, arguments
+from tests.train.common import OFF_POLICY, PROMPTS, ROLLOUT, arguments
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 SAID = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
@@ -95,7 +97,7 @@ def test_answers_are_the_same_in_every_form() -> None:
     assert tokenizer.decode(plain["response_ids"]).split()[0] == "w2"
     assert (plain["response_ids"][-1], plain["teacher"]) == (tokenizer.eos_token_id, "math")
     assert tokenize_answered(found, tokenizer) is found
-    with pytest.raises(InputError, match="train_dataset row 1: there is no answer to train on"):
+    with pytest.raises(InputError, match="train_dataset row 1: there is no answer in it"):
         tokenize_answered([rows[0], {"instruction": "w1"}], tokenizer)
     with pytest.raises(InputError, match="train_dataset row 0: a row needs prompt_ids and response_ids, or prompt and"):
         tokenize_answered([{"text": "w1"}], tokenizer)
@@ -107,3 +109,78 @@ def test_supervised_training_reads_chats(pair: tuple[str, str], tmp_path: Path) 
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_fine_tuning_takes_an_adapter_and_chats(pair: tuple[str, str], tmp_path: Path) -> None:
+    def trained(folder: str) -> Any:
+        trainer = FineTuner(
+            pair[0],
+            arguments(tmp_path / folder, max_steps=2, learning_rate=1e-2, eval_strategy="steps", eval_steps=2),
+            teacher_model=pair[1],
+            peft_config=LORA,
+            train_dataset=[{"messages": SAID}] * 8,
+            eval_dataset=[{"prompt": "w1", "completion": " w2"}, {"messages": SAID}],
+            rollout=ROLLOUT,
+        )
+        trainer.train()
+        return trainer
+
+    trainer = trained("one")
+    weights = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert weights
+    assert all("lora_" in name for name in weights)
+    assert any("lora_B" in name and value.abs().sum() > 0 for name, value in weights.items())
+    assert any("eval_reverse_kl" in entry for entry in trainer.state.log_history)
+    torch.manual_seed(123)
+    again = dict(trained("two").model.named_parameters())
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())  # the adapter's seed is args.seed
+    with pytest.raises(InputError, match="teacher_model: another name of teacher, which is given too"):
+        FineTuner(pair[0], arguments(tmp_path), teacher=pair[1], teacher_model=pair[1], train_dataset=[])
+
+
+def test_rows_for_validation_are_the_same_in_every_form() -> None:
+    tokenizer = tiny_tokenizer()
+    rows: list[dict[str, Any]] = [
+        {"messages": SAID},
+        {"prompt": SAID[:1], "completion": SAID[1:]},
+        {"instruction": "w1 w2", "output": ["w3"]},
+    ]
+    wanted = {"prompt_ids": chat_ids(SAID[:1], tokenizer), "references": ["w3"]}
+    assert tokenize_validation(rows, tokenizer) == [wanted] * 3
+    assert tokenize_validation([wanted], tokenizer) == [wanted]
+    assert tokenize_validation(None, tokenizer) is None
+    [plain] = tokenize_validation([{"prompt": "w1", "completion": " w2", "teacher": "math"}], tokenizer)
+    assert (plain["references"], plain["teacher"]) == (["w2"], "math")
+    with pytest.raises(InputError, match="eval_dataset row 1: there is no answer in it"):
+        tokenize_validation([rows[0], {"instruction": "w1"}], tokenizer)
+
+
+def test_a_stream_of_prompts_is_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    stream: Any = Dataset.from_list(PROMPTS).to_iterable_dataset()
+    with pytest.raises(InputError, match="train_dataset: rows with a length are needed, not a stream"):
+        MiniLLMTrainer(*pair, arguments(tmp_path), train_dataset=stream)
+
+
+def test_columns_that_a_row_does_not_fill_are_left_out(pair: tuple[str, str]) -> None:
+    """A `datasets.Dataset` has None there."""
+    tokenizer = load_tokenizer(pair[0])
+    rows: Any = Dataset.from_list([{"instruction": "w1 w2", "output": "w3"}, {"messages": SAID}])
+    assert rows[0]["messages"] is None
+    assert tokenize_prompts(rows, tokenizer, 32) == [chat_ids(SAID[:1], tokenizer)] * 2
+    one, other = tokenize_answered(rows, tokenizer)
+    assert one == other
+
+
+def test_given_responses_are_read_in_every_form(pair: tuple[str, str], tmp_path: Path) -> None:
+    trainer = MiniLLMTrainer(
+        *pair,
+        arguments(tmp_path, max_steps=1),
+        objective=OFF_POLICY,
+        rollout=ROLLOUT.model_copy(update={"on_policy": 0.5, "teacher_mix": 0.0}),
+        train_dataset=PROMPTS,
+        responses=[{"messages": SAID}] * 4,
+    )
+    trainer.train()
+    given = [one for one in trainer.rollouts if trainer.source.others.is_given(one)]
+    assert len(given) == 4
+    assert given[0].prompt_ids == chat_ids(SAID[:1], tiny_tokenizer())

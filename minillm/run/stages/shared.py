@@ -20,7 +20,7 @@ from minillm.models.load import load_model
 from minillm.models.lora import load_student
 from minillm.run.certificate import note_inputs
 from minillm.run.context import Run
-from minillm.run.live import LiveLog, LiveProgress, LiveReport
+from minillm.run.live import LiveLog, LiveProgress, LiveReport, keep_events
 from minillm.run.processes import world_size
 from minillm.run.progress import JOURNAL
 from minillm.run.stages.stage import Stage
@@ -166,6 +166,7 @@ def train(run: Run, stage: Stage, trainer: Any, folder: str, *, final: bool) -> 
     keep_proof(run, stage, trainer)
     trainer.add_callback(LiveLog(run.dir, stage.name))
     trainer.add_callback(LiveReport(run.dir))
+    keep_events(trainer, run.dir, stage.name)
     dtype = _saved_dtype(run) if final else None
     train_resumably(trainer, folder, stage.name, dtype, keep_checkpoint=run.recipe.keep_checkpoint)
     if trainer.is_world_process_zero() and not trainer.args.load_best_model_at_end:
