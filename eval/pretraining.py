@@ -162,7 +162,7 @@ class World:
                 },
             },
         }
-        return recipe_of(merge(shared, settings), f"{self.options.world}: {folder}")
+        return recipe_of(merge(shared, dict(settings)), f"{self.options.world}: {folder}")
 
     def train(self, recipes: Mapping[str, Recipe], after: Callable[[], None] = lambda: None) -> None:
         """Run the recipes that are not finished, by name; `after` is called after each."""
@@ -285,10 +285,11 @@ def _make_base(world: World, folder: Path) -> None:
     raw.train_from_iterator(rows, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>")
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    end: Any = tokenizer.eos_token_id
     config = LlamaConfig(
-        **size, num_key_value_heads=1, vocab_size=len(tokenizer), max_position_embeddings=1024,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=None, bos_token_id=None,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=end,
+        pad_token_id=None, bos_token_id=None,
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -39,7 +39,8 @@ class Parameter:
 
 def commands() -> dict[str, Callable[..., Any]]:
     """The function of every command, by its name."""
-    found = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
+    functions = ((command.name, command.callback) for command in app.registered_commands)
+    found = {name or function.__name__: function for name, function in functions if function is not None}
     return dict(sorted(found.items()))
 
 

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _MARK = re.compile(r"^<!-- figure: ([\w-]+) -->$", re.M)
 _SHOWN = ("exact", "paper", "recommended", "rate", "words", "single step")
 _GOALS = {"sum": "to ∇ of KL an answer", "rate": "to ∇ of KL a token", "words": "to ∇ of KL a token, ends held"}
+_COLOURS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _INK = "#010203"  # stands for the colour of the page's text
 
 
@@ -44,9 +46,9 @@ def biases() -> dict[str, dict[str, list[tuple[float, float]]]]:
 def bias_figure() -> str:
     """How far the expected update of each method is from three gradients, as the teacher's share grows."""
     found = biases()
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "minillm"}
-    colours = {"text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"}
-    with mpl.rc_context(style | dict.fromkeys(colours, _INK)):
+    style: dict[Any, Any] = dict.fromkeys(_COLOURS, _INK)
+    style |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "minillm"}
+    with mpl.rc_context(style):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         axes = figure.subplots(1, len(_GOALS), sharey=True)
         for panel, (goal, title) in zip(axes, _GOALS.items(), strict=True):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minillm.capture import opened
 from minillm.commands.app import app
 
 
@@ -22,11 +23,12 @@ def verify(
 
     The exit status is 1 if something differs.
     """
-    from minillm.run.verification import verify as findings  # it loads torch
-
     differs = False
-    for found in findings(run_dir, again=again):
-        differs |= found.verdict == "differs"
-        typer.echo(f"{found.verdict:<12}{found.what}{f': {found.why}' if found.why else ''}")
+    with opened() as terminal:
+        from minillm.run.verification import verify as findings  # it loads torch
+
+        for found in findings(run_dir, again=again):
+            differs |= found.verdict == "differs"
+            terminal.show(f"{found.verdict:<12}{found.what}{f': {found.why}' if found.why else ''}")
     if differs:
         raise typer.Exit(1)

@@ -155,7 +155,8 @@ def _jinja(template: str) -> Any:
 @cache
 def _sandbox() -> Any:
     """An environment whose templates reach no attribute of Python's, and multiply to no more than memory holds."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    from jinja2.exceptions import SecurityError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"*", "**", "%"})

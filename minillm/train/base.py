@@ -66,12 +66,14 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
     Attributes:
         text_temperature: divides the logits in the losses on text, and in the cross-entropy of given responses.
         end_ids: the tokens whose probability the loss needs (`TokenScores.going_on`); empty if it does not.
+        validates_text: the rows for validation are of text, and kept as they are.
         trl_fields: fields of TRL's configurations that are read; see `minillm.train.trl_settings`.
         utilisation: counts the operations of each update.
     """
 
     text_temperature: float = 1.0
     end_ids: tuple[int, ...] = ()
+    validates_text: bool = False
     trl_fields: frozenset[str] = frozenset()
     teacher: ExactTeacher | ServedLogprobs | NoTeacher  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -103,7 +105,8 @@ class DistillationTrainer(ValidationMixin, Finite, Trainer):
         )
         args = with_responses(args, responses_per_update)
         tokenizer = resolve_tokenizer(model, processing_class)
-        eval_dataset = tokenize_validation(eval_dataset, tokenizer)
+        if not self.validates_text:
+            eval_dataset = tokenize_validation(eval_dataset, tokenizer)
         check_one_gpu(args)
         pair = load_pair(model, teacher, args, tokenizer, conventions)
         if isinstance(model, str):  # a model object keeps the attention that the user gave it

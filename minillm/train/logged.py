@@ -162,6 +162,37 @@ LOGGED: dict[str, Logged] = {
         "Rises towards that of the teacher.",
         "If it stays low, raise `rollout.max_new_tokens`, or warm up longer on the teacher's answers.",
     ),
+    "responses_ended_at_once": Logged(
+        "share of responses",
+        "Responses of one token or of none, of the batch in training.",
+        "About the teacher's own share: mostly 0.",
+        "If it rises, the student learns to say nothing: keep `objective.length_norm`, or take the preset `rate` or "
+        "`words`.",
+    ),
+    "responses_looping": Logged(
+        "share of responses",
+        "Responses that end in a repetition of the same few tokens.",
+        "Falls to 0.",
+        "If it rises, the student collapses: lower the learning rate, and keep `rollout.teacher_mix` above 0.",
+    ),
+    "responses_repeated": Logged(
+        "share of responses",
+        "Responses of the batch that are those of another one, token by token.",
+        "Near 0 at temperature 1, unless answers are very short.",
+        "Near 1 the engine does not sample: look at its log.",
+    ),
+    "mean_token_accuracy": Logged(
+        "share of tokens",
+        "Tokens of the rows that the student predicts best, in fine-tuning; TRL logs it.",
+        "Rises.",
+        "If it stays, the learning rate is too low, or the rows are too varied for the student.",
+    ),
+    "num_tokens": Logged(
+        "tokens",
+        "Tokens that fine-tuning has read so far; TRL logs it.",
+        "Grows evenly.",
+        "It follows from the settings.",
+    ),
     "version_lag": Logged(
         "updates",
         "Updates between the weights that sampled a batch and those that begin to train on it.",

@@ -72,6 +72,8 @@ class PretrainingTrainer(DistillationTrainer):
 
     validation_metrics = VALIDATION
 
+    validates_text = True
+
     def __init__(
         self,
         model: str | PreTrainedModel,

@@ -62,9 +62,9 @@ def read_config(model: Any, named: dict[str, Any]) -> frozenset[str]:
     args, read = named.get("args"), set(READ)
     if not is_distillation_config(args) or "train_dataset" not in named:
         return frozenset()
-    if getattr(args, "teacher_model_name_or_path", None) is not None:
+    if (teacher := getattr(args, "teacher_model_name_or_path", None)) is not None:
         if named.get("teacher") is None:
-            named["teacher"] = args.teacher_model_name_or_path
+            named["teacher"] = teacher
         else:
             read.discard("teacher_model_name_or_path")
     given_objective, given_rollout = named.get("objective"), named.get("rollout")

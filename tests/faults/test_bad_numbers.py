@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,10 @@ def test_an_engine_with_other_weights_ends_training(pair: tuple[str, str], tmp_p
             self.version = version
 
     engine = Deaf(pair, [])
-    engine._model = tiny_llama(9, scale=2.0)
+    engine._model = tiny_llama(9)
+    with torch.no_grad():
+        for value in engine._model.parameters():
+            value.mul_(3)
     objective = Objective.recommended(old_logprobs=old_logprobs)
     trainer = on_policy(pair, tmp_path, engine, objective=objective)
     with pytest.raises(TrainingDiverged, match=r"^update 1: log q of the sampled tokens differs by .* nats per token"):
@@ -205,16 +209,19 @@ def test_an_engine_with_other_weights_ends_training(pair: tuple[str, str], tmp_p
     assert list((tmp_path / "faults").iterdir())
 
 
-def test_importance_weights_that_overflow_are_named(pair: tuple[str, str], tmp_path: Path) -> None:
-    """A weight is bounded in the loss, so the loss itself can be finite."""
+def test_importance_weights_that_would_overflow_are_bounded(pair: tuple[str, str], tmp_path: Path) -> None:
+    """By e^20: e^200 is infinite in float32, and one such token would break the weights of the student."""
 
     def unlikely(rollouts: list[Rollout]) -> None:
         rollouts[1].behaviour_logprobs = rollouts[1].behaviour_logprobs - 200
 
     trainer = on_policy(pair, tmp_path, Broken(pair, unlikely))
-    with pytest.raises(TrainingDiverged, match=r"^update \d: .*(importance_weight|loss)"):
-        trainer.train()
-    assert all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
+    trainer.train()
+    logged = [entry["importance_weight"] for entry in trainer.state.log_history if "importance_weight" in entry]
+    assert 1e6 < max(logged) <= math.exp(20)
+    assert all(
+        bool(value.isfinite().all()) for value in trainer.accelerator.unwrap_model(trainer.model).state_dict().values()
+    )
 
 
 @pytest.mark.parametrize("phase", ["update", "teacher"])
@@ -226,7 +233,7 @@ def test_memory_that_ran_out_is_told_with_the_setting_to_change(
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    model = trainer.model if phase == "update" else teacher_model(trainer)
+    model: Any = trainer.model if phase == "update" else teacher_model(trainer)
     model.base_model.register_forward_pre_hook(
         lambda *_: full() if phase == "teacher" or torch.is_grad_enabled() else None
     )

@@ -19,7 +19,7 @@ from rich.console import Console
 from minillm.data import time_limit
 from minillm.data.config import Source
 from minillm.data.examples import Example, Prompt, open_texts, read_examples
-from minillm.data.files import read_json, write_json
+from minillm.data.files import read_json, write_json, write_jsonl
 from minillm.data.templates import render, render_answer
 from minillm.errors import MinillmError
 from minillm.run import report
@@ -288,7 +288,7 @@ def whole_run(root: Path) -> Path:
     """The recipe of a run directory that holds every kind of file that is read again."""
     run = hostile_run(root / "run")
     recipe = finished_run(root, STAGES)
-    write_json(run / "logs" / "warmup.jsonl", {"step": 1, "loss": 1.0, "time": 1.0, "max_steps": 3})
+    write_jsonl(run / "logs" / "warmup.jsonl", [{"step": 1, "loss": 1.0, "time": 1.0, "max_steps": 3}])
     log = Journal(run / JOURNAL, "minillm")
     log.write("begin", update=0)
     log.write("push", version=0, sent="ab", held="ab", same=True, why="")

@@ -33,7 +33,7 @@ def test_what_is_not_given_is_the_other_models() -> None:
 
 @pytest.mark.parametrize("layers", [1, 3, 8])
 def test_settings_of_single_layers_follow_their_number(layers: int) -> None:
-    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     small |= {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 4}
     for config in (Gemma3TextConfig(**small, sliding_window=8), Qwen3Config(**small)):
         made = config_like(config, {"num_hidden_layers": layers}, 64)
@@ -44,7 +44,7 @@ def test_settings_of_single_layers_follow_their_number(layers: int) -> None:
 
 def test_the_size_of_heads_follows_where_a_family_has_a_default_of_its_own() -> None:
     small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
-    glm = GlmConfig(**small, num_key_value_heads=2, head_dim=32, num_hidden_layers=2)  # pyright: ignore
+    glm = GlmConfig(**small, num_key_value_heads=2, head_dim=32, num_hidden_layers=2, pad_token_id=0)  # pyright: ignore
     assert config_like(glm, {"hidden_size": 48}, 64).head_dim == 24
     assert config_like(glm, {"hidden_size": 48, "head_dim": 16}, 64).head_dim == 16
 

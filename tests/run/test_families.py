@@ -193,7 +193,8 @@ def others() -> list[tuple[str, str]]:
 
 
 def test_the_recipe_of_a_glm_makes_its_student_and_trains_it(tmp_path: Path) -> None:
-    kind, size = "glm", BLOCKS | {"initializer_range": 0.2}
+    kind: str = "glm"
+    size: dict[str, Any] = BLOCKS | {"initializer_range": 0.2}
     teacher = tiny(GlmConfig(**size, num_hidden_layers=3), 1, tmp_path / "teacher")
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"instruction": f"w{i}", "text": f"w{i} w4 w5 " * 4}) + "\n" for i in range(16)))
@@ -210,7 +211,7 @@ def test_the_recipe_of_a_glm_makes_its_student_and_trains_it(tmp_path: Path) -> 
                 for key, value in {
                     "max_steps": 2,
                     "per_device_train_batch_size": 2,
-                    "gradient_accumulation_steps": 1,
+                    "responses_per_update": 2,
                     "warmup_steps": 0,
                     "use_cpu": "true",
                     "bf16": "false",

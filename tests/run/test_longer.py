@@ -193,6 +193,7 @@ def test_a_finished_run_goes_on_as_one_that_was_longer_from_the_start(pair: tupl
             file, [*longer, f"run_dir={tmp_path / 'other'}", "stages=[teacher,student,responses,warmup,minillm]"]
         )
     )
-    assert torch.equal(weights(run / "student"), weights(tmp_path / "other" / "student"))
+    # The teacher scores restored rollouts in groups of other sizes, which rounds otherwise.
+    torch.testing.assert_close(weights(run / "student"), weights(tmp_path / "other" / "student"), rtol=0, atol=1e-6)
     assert not torch.equal(weights(run / "student"), before)
     assert [path.name for path in (run / "work" / "minillm").iterdir()] == ["checkpoint-7"]

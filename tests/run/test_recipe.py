@@ -109,7 +109,7 @@ def test_every_fault_is_listed_at_once(recipe: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe, ["rollout.num_rollouts=0", "student.keep=3"])
     assert "command line: rollout.num_rollouts" in str(caught.value)
-    assert "command line: student.keep: unknown key; allowed: dtype, keep_layers, lora, probe_prompts, source" in str(
+    assert "command line: student.keep: unknown key; allowed: allow_pickle, dtype, keep_layers, like, lora, " in str(
         caught.value
     )
 

@@ -101,7 +101,8 @@ def test_pd_star_is_the_papers(tmp_path: Path) -> None:
 def test_the_recipe_of_the_paper_has_its_sizes(tmp_path: Path) -> None:
     recipe = load(ROOT / "pretraining" / "glm4-1.9b.yaml", tmp_path)
     training, shape = recipe.pretrain.training, recipe.student.shape
-    blocks = 64 * training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    blocks = training["responses_per_update"]
+    assert blocks % (64 * training["per_device_train_batch_size"]) == 0
     assert (blocks, recipe.pretrain.block) == (2048, 4096)
     assert training["max_steps"] * blocks * 4096 == pytest.approx(100e9, rel=1e-3)
     assert (shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]) == (2048, 6912, 24)

@@ -75,7 +75,11 @@ def test_the_list_says_what_the_recipes_say() -> None:
         assert f"({recipe.objective.preset}" in said.trains
         assert said.about
         folder = name.split("/")[0]
-        assert (said.gpus and said.hours) or name.endswith("-cpu") or folder in ("quickstart", "lab", "pretraining")
+        assert (
+            (said.gpus and said.hours)
+            or name.endswith(("-cpu", "-24gb"))
+            or folder in ("quickstart", "lab", "pretraining")
+        )
     assert (found["gpt2/120m"].gpus, found["llama/7b"].gpus, found["qwen3/8b"].gpus) == ("1", "8", "more")
     assert found["gpt2/120m"].about == "GPT-2 120M from 1.5B"
 

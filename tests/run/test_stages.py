@@ -340,7 +340,7 @@ def test_what_a_run_prints(recipe: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[:2] == ["[1/7] teacher: finished before", "[2/7] student: finished before"]
     assert max(map(len, lines[:-1])) <= 60
-    assert len(lines) <= 25
+    assert len(lines) <= 26
     assert lines[-1] == f"Results: {run} (report.html, results.json, student)"
     assert done.stderr == ""
     done = command("run", str(recipe), "--quiet")

@@ -32,11 +32,15 @@ def entries(count: int, **values: Any) -> list[dict[str, Any]]:
     ]
 
 
+CHECK = {"verdict": "better", "passed": True, "sentence": "minillm is better.", "criteria": []}
+
+
 def running(run_dir: Path, log: list[dict[str, Any]]) -> Path:
     stages = {"warmup": {"finished": True, "seconds": 12.0}, "minillm": {"finished": False}}
     write_json(run_dir / "state.json", {"stages": stages})
     write_jsonl(run_dir / "logs" / "minillm.jsonl", log)
     sample = {"update": 40, "prompt": "Why [bold]?", "tokens": ["So", " it"], "kl": [3.0, None]}
+    sample |= {"origin": "sampled", "length": 2, "finished": True, "advantage": [None, None]}
     write_jsonl(run_dir / "samples.jsonl", [sample])
     return run_dir
 
@@ -66,7 +70,7 @@ def test_a_log_that_is_being_written_is_read_as_far_as_it_goes(tmp_path: Path) -
 def test_a_finished_run_is_shown_with_its_conclusion(tmp_path: Path) -> None:
     write_json(tmp_path / "state.json", {"stages": {n: {"finished": True} for n in ("minillm", "evaluate", "later")}})
     write_json(tmp_path / "student" / "trainer_state.json", {"log_history": [{"step": 5, "loss": 1.0}]})
-    write_json(tmp_path / "results.json", {"check": {"sentence": "minillm is better."}})
+    write_json(tmp_path / "results.json", {"models": {}, "prompts": 1, "seeds": [1], "check": CHECK})
     text = shown(tmp_path)
     assert "update 5 of 5" in text
     assert "minillm is better." in text

@@ -186,7 +186,7 @@ def test_an_engine_that_samples_another_student_is_reported_once(
         trainer = MiniLLMTrainer(
             *pair,
             arguments(tmp_path, max_steps=5, learning_rate=0.0),
-            rollout=ROLLOUT,
+            rollout=ROLLOUT.model_copy(update={"mismatch_limit": 100.0}),
             train_dataset=PROMPTS,
             engine=engine,
         )

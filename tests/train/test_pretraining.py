@@ -204,7 +204,7 @@ def test_the_teacher_stops_once_it_is_passed(pair: tuple[str, str], tmp_path: Pa
     whole = pretrain(pair, tmp_path / "a", **common)
     shares = [entry["alpha"] for entry in whole.state.log_history if "alpha" in entry]
     found = [entry for entry in whole.state.log_history if "eval_text_loss" in entry]
-    passed = next(e["step"] for e in found if e["eval_text_loss"] < e["eval_teacher_text_loss"])
+    passed: Any = next(e["step"] for e in found if e["eval_text_loss"] < e["eval_teacher_text_loss"])
     assert 1 <= passed < 8
     assert shares == [0.5] * passed + [0.0] * (8 - passed)
     pretrain(pair, tmp_path / "b", stop=passed, **common)

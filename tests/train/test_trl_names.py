@@ -164,7 +164,12 @@ def test_a_stream_of_prompts_is_refused(pair: tuple[str, str], tmp_path: Path) -
 def test_columns_that_a_row_does_not_fill_are_left_out(pair: tuple[str, str]) -> None:
     """A `datasets.Dataset` has None there."""
     tokenizer = load_tokenizer(pair[0])
-    rows: Any = Dataset.from_list([{"instruction": "w1 w2", "output": "w3"}, {"messages": SAID}])
+    rows: Any = Dataset.from_list(
+        [
+            {"instruction": "w1 w2", "output": "w3", "messages": None},
+            {"instruction": None, "output": None, "messages": SAID},
+        ]
+    )
     assert rows[0]["messages"] is None
     assert tokenize_prompts(rows, tokenizer, 32) == [chat_ids(SAID[:1], tokenizer)] * 2
     one, other = tokenize_answered(rows, tokenizer)

@@ -320,7 +320,8 @@ class VLLMEngine:
     def _run(self, prompts: Sequence[list[int]], params: list[Any], progress: bool) -> list[Any]:
         """Return vLLM's completion of each prompt."""
         requests: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._llm.generate(requests, params, use_tqdm=Bar if progress else False, lora_request=self._adapter)
+        shown: Any = Bar if progress else False
+        outputs = self._llm.generate(requests, params, use_tqdm=shown, lora_request=self._adapter)
         return [output.outputs[0] for output in outputs]
 
 
