@@ -3,8 +3,6 @@
     python examples/lora.py ORG/SMALL ORG/LARGE
 
 Only the adapter's weights have gradients and optimiser states, so this is the way to a large student on a small card.
-Without a teacher of its own (`--self`), a student learns from its own base with the adapter off, which is of use where
-a fine-tuned student is to be pulled back to it.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ PROMPTS = ("Name three fruits.", "Say why leaves are green.", "What is a prime n
 def main(student: str, teacher: str, out: str = "runs/lora") -> None:
     trainer = MiniLLMTrainer(
         model=student,
-        teacher=None if teacher == "--self" else teacher,
+        teacher=teacher,
         peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         args=TrainingArguments(
             out, learning_rate=1e-4, max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to="none"

@@ -164,20 +164,20 @@ LOGGED: dict[str, Logged] = {
     ),
     "responses_ended_at_once": Logged(
         "share of responses",
-        "Responses of one token or of none, of the batch in training.",
+        "Responses whose first token ends them, of the batch in training.",
         "About the teacher's own share: mostly 0.",
         "If it rises, the student learns to say nothing: keep `objective.length_norm`, or take the preset `rate` or "
         "`words`.",
     ),
     "responses_looping": Logged(
         "share of responses",
-        "Responses that end in a repetition of the same few tokens.",
+        "Responses whose last 32 tokens or more repeat a phrase of at most 8.",
         "Falls to 0.",
         "If it rises, the student collapses: lower the learning rate, and keep `rollout.teacher_mix` above 0.",
     ),
     "responses_repeated": Logged(
         "share of responses",
-        "Responses of the batch that are those of another one, token by token.",
+        "Responses that another of the batch has as well, token by token; all but the first count.",
         "Near 0 at temperature 1, unless answers are very short.",
         "Near 1 the engine does not sample: look at its log.",
     ),
